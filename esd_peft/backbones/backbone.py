@@ -1,0 +1,100 @@
+"""The interface of a pipeline family."""
+
+import inspect
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from esd_peft.errors import UserError
+
+# What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
+PromptEmbeds = dict[str, Tensor]
+
+
+class Backbone(ABC):
+    """A pipeline directory, its parts loaded one at a time.
+
+    Args:
+        path: the directory.
+        index: its parsed `model_index.json`.
+        option: the option that named it, for messages.
+
+    Raises:
+        UserError: a part that the family needs is missing.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]]
+    denoiser_part: ClassVar[str]
+
+    def __init__(self, path: Path, index: dict[str, Any], option: str = "--model") -> None:
+        self.path, self.index, self.option = path, index, option
+        for part in self.parts:
+            if index.get(part) in (None, [None, None]) or not (path / part).is_dir():
+                raise UserError(f"{option} {path} lacks its {part}; restore that folder")
+
+    def load_part(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
+        """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
+        library, name = self.index[part]
+        module = __import__(library)
+        options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+        if "Tokenizer" in name or "Scheduler" in name:
+            options = {}
+        try:
+            return getattr(module, name).from_pretrained(self.path, subfolder=part, local_files_only=True, **options)
+        except Exception as error:  # the libraries raise many kinds for a damaged or missing file
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.option} {self.path}: its {part} cannot be loaded ({reason})") from None
+
+    def load_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        """The network that is trained and merged, frozen, in eval mode."""
+        denoiser: nn.Module = self.load_part(self.denoiser_part, dtype)
+        return denoiser.requires_grad_(False).eval()
+
+    def new_scheduler(self, num_inference_steps: int, device: torch.device) -> SchedulerMixin:
+        """The pipeline's own scheduler, set to a fresh trajectory of that many steps."""
+        scheduler = self.load_part("scheduler")
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler
+
+    def scheduler_step(
+        self, scheduler: SchedulerMixin, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The next latents; schedulers that draw noise draw it from `generator`."""
+        takes = inspect.signature(scheduler.step).parameters
+        extra = {"generator": generator} if "generator" in takes else {}
+        return scheduler.step(prediction, timestep, latents, **extra).prev_sample
+
+    @abstractmethod
+    def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        """Text encoders in, embeddings out, text encoders freed. The null prompt is ""."""
+
+    @abstractmethod
+    def unseen_words(self, prompt: str) -> list[str]:
+        """Words that the tokenizer has no token for as a whole."""
+
+    @abstractmethod
+    def initial_latents(self, count: int, denoiser: nn.Module, generator: torch.Generator) -> Tensor:
+        """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """The denoiser's prediction, in its own parameterisation, for scaled latents `[B, ...]` and timesteps `[B]`."""
+
+    @abstractmethod
+    def in_scope(self, scope: str, name: str) -> bool:
+        """Whether the denoiser's module or parameter `name` belongs to `scope`."""
+
+    @abstractmethod
+    def pipeline(self, denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+        """The family's diffusers pipeline around `denoiser`, to make pictures; its other parts in `dtype`."""
+
+
+def pick(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:
+    """Rows of the prompt embeddings: `index` is `[B]` int64."""
+    return {name: value[index] for name, value in embeds.items()}
+

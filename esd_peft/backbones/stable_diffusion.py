@@ -1,0 +1,67 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet with cross-attention, ε- or v-prediction."""
+
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from esd_peft.backbones.backbone import Backbone, PromptEmbeds
+
+
+class StableDiffusion(Backbone):
+    """Scopes are rules over the UNet's module names: `attn2` is cross-attention, `attn1` self-attention.
+
+    The bank, the target and the loss are the same for ε- and v-prediction: the guided target is linear in the
+    predictions (see `esd_peft.objectives`), and the pipeline's scheduler knows which of the two it steps with.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    denoiser_part: ClassVar[str] = "unet"
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        """`{"encoder_hidden_states": [prompts, tokens, width]}`, padded to the tokenizer's length as the pipeline does."""
+        tokenizer, encoder = self.load_part("tokenizer"), self.load_part("text_encoder", dtype).to(device).eval()
+        length = tokenizer.model_max_length
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        mask = tokens.attention_mask.to(device) if getattr(encoder.config, "use_attention_mask", False) else None
+        return {"encoder_hidden_states": encoder(tokens.input_ids.to(device), attention_mask=mask)[0]}
+
+    def unseen_words(self, prompt: str) -> list[str]:
+        tokenizer = self.load_part("tokenizer")
+        return [word for word in prompt.split() if len(tokenizer.tokenize(word)) != 1]
+
+    def initial_latents(self, count: int, denoiser: nn.Module, generator: torch.Generator) -> Tensor:
+        size = denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.randn(count, denoiser.config.in_channels, height, width, generator=generator)
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        return denoiser(latents, timesteps, **embeds).sample
+
+    def in_scope(self, scope: str, name: str) -> bool:
+        parts = name.split(".")
+        if scope == "esd-x-strict":
+            return "attn2" in parts and ("to_k" in parts or "to_v" in parts)
+        return {
+            "esd-x": "attn2" in parts,
+            "esd-u": "attn2" not in parts,
+            "selfattn": "attn1" in parts,
+            "full": True,
+        }[scope]
+
+    def pipeline(self, denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+        pipe = StableDiffusionPipeline(
+            unet=denoiser,
+            vae=self.load_part("vae", dtype),
+            text_encoder=self.load_part("text_encoder", dtype),
+            tokenizer=self.load_part("tokenizer"),
+            scheduler=self.load_part("scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)

@@ -1,0 +1,231 @@
+"""Every option, once: these fields are the command line, the YAML file and the Python API.
+
+The docstring under a field is its help text.
+"""
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from esd_peft.errors import UserError
+
+Scope = Literal["esd-x", "esd-x-strict", "esd-u", "selfattn", "full"]
+Adapter = Literal["lora", "loha", "lokr", "none"]
+Optimizer = Literal["AdamW", "AdamW8bit", "PagedAdamW8bit"]
+Config = TypeVar("Config", bound="CommandConfig")
+
+
+class CommandConfig(BaseModel):
+    """What all commands' options share. Raises `UserError` for a value that does not fit its field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_sentence(error)) from None
+
+    def to_yaml(self) -> str:
+        """The fields as YAML that `--config` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class EraseConfig(CommandConfig):
+    """Erase concepts from a text-to-image diffusion model."""
+
+    concept: Annotated[list[str], tyro.conf.UseAppendAction] = []
+    """What to erase, as a prompt would name it; repeat the option for several."""
+    model: str | None = None
+    """A Stable Diffusion 1.x or 2.x pipeline directory in diffusers' layout; left out: the embedded shapes pipeline."""
+    output: Path = Path("erased")
+    """Where the adapter, the pictures and result.json go."""
+    overwrite: bool = False
+    """Replace what is in the output directory."""
+
+    scope: Scope = "esd-x"
+    """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), everything else (esd-u), self-attention, or all."""
+    adapter: Adapter = "lora"
+    """The PEFT method, or none to train the scoped weights themselves."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Rank of the adapter."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapter's output is scaled by alpha / rank; left out: alpha = rank."""
+
+    eta: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """How far past nothing the target goes (the paper's negative guidance); the authors' current scripts call this 2."""
+    hold: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of each batch that holds the student's prediction without a prompt to the teacher's."""
+
+    rollout: Literal["teacher", "student"] = "teacher"
+    """Whose trajectories: the frozen teacher's, once, or the student's as it is now, anew every --refill-every steps."""
+    trajectories: Annotated[int, Field(ge=1)] = 12
+    """Denoising trajectories in the bank."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    """Denoising steps of a trajectory."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 3.0
+    """Classifier-free guidance of the trajectories."""
+    rollout_batch_size: Annotated[int, Field(ge=1)] = 12
+    """Trajectories denoised side by side."""
+    refill_every: Annotated[int, Field(ge=1)] = 25
+    """With student rollouts: optimizer steps between refills; 1 is the paper's procedure."""
+
+    max_train_steps: Annotated[int, Field(ge=1)] = 150
+    """Optimizer steps."""
+    train_batch_size: Annotated[int, Field(ge=1)] = 4
+    """Training tuples a step."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """The learning rate's course."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of warm-up, for the schedulers that have one."""
+    optimizer: Optimizer = "AdamW"
+    """PyTorch's AdamW, or bitsandbytes' 8-bit ones."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one forward more a step."""
+
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """What the denoiser computes in; auto: bfloat16 on a GPU, float32 on a CPU. Adapters always stay in float32."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Hold the frozen base's linear layers in 4 or 8 bits (bitsandbytes)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """The same seed and config give the same adapter."""
+
+    eval_seeds: Annotated[int, Field(ge=0)] = 2
+    """Pictures a prompt for the before/after rates on the embedded pipeline; 0: no rates."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Log the loss there too."""
+
+    @field_validator("concept", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("concept")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if not value or not all(concept.strip() for concept in value):
+            raise ValueError("name what to erase, for example --concept circle")
+        return [concept.strip() for concept in value]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "EraseConfig":
+        if self.quantize != "none" and self.adapter != "lora":
+            raise ValueError(f"--quantize {self.quantize} works with --adapter lora only, not {self.adapter}")
+        return self
+
+
+class MergeConfig(CommandConfig):
+    """Merge an adapter into its base: a plain diffusers directory that needs neither peft nor this package."""
+
+    adapter: Path
+    """The directory that `python -m esd_peft.erase` wrote."""
+    output: Path
+    """Where the merged pipeline goes."""
+    base: str | None = None
+    """The pipeline directory to merge into; left out: the one the adapter was trained on."""
+    overwrite: bool = False
+    """Replace what is in the output directory."""
+    verify: bool = True
+    """Compare a forward pass of the merged denoiser with one of base + adapter."""
+
+
+def parse(config: type[Config], command: str, argv: list[str] | None = None) -> Config:
+    """The config from the command line; `--config FILE` gives defaults, `--print-config` prints YAML and exits.
+
+    Raises:
+        UserError: an option or a value that does not fit, in one sentence.
+        SystemExit: after `--help` or `--print-config`.
+    """
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    path = _take_option(argv, "--config")
+    show = "--print-config" in argv
+    argv = [arg for arg in argv if arg != "--print-config"]
+    values = read_yaml(Path(path), config) if path else {}
+    if any(re.match("--concept(=|$)", arg) for arg in argv):
+        values.pop("concept", None)  # named anew, not added to
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(
+                config,
+                args=argv,
+                prog=f"python -m esd_peft.{command}",
+                description=f"{config.__doc__} --config FILE reads a YAML file of these options; --print-config prints one.",
+                default=config.model_construct(**values) if values else None,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(_unboxed(said.getvalue())) from None
+        raise
+    if show:
+        print(parsed.to_yaml(), end="")
+        raise SystemExit(0)
+    return parsed
+
+
+def read_yaml(path: Path, config: type[CommandConfig]) -> dict[str, Any]:
+    """The fields in a YAML file. Raises `UserError` if it cannot be read or names a field that is not there."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must be a YAML map of options, as --print-config prints it")
+    for key in values:
+        if key not in config.model_fields:
+            near = difflib.get_close_matches(str(key), config.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--print-config lists the options"
+            raise UserError(f"--config {path} has the unknown option {key}; {hint}")
+    return values
+
+
+def _take_option(argv: list[str], name: str) -> str | None:
+    for i, arg in enumerate(argv):
+        if arg == name:
+            if i + 1 == len(argv):
+                raise UserError(f"{name} needs a file")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+            return value
+        if arg.startswith(name + "="):
+            del argv[i]
+            return arg.removeprefix(name + "=")
+    return None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem pydantic found, naming the option as the command line does."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    option = "--" + str(first["loc"][0]).replace("_", "-")
+    if first["type"] == "extra_forbidden":
+        return f"{option} is not an option"
+    if first["type"] == "missing":
+        return f"{option} is missing"
+    message = message[0].lower() + message[1:]
+    return f"{option}: {message}" + ("" if first["input"] in ([], "", None) else f" (got {first['input']!r})")
+
+
+def _unboxed(text: str) -> str:
+    """The message in tyro's box, on one line."""
+    lines = [line.strip("│ ").strip() for line in text.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    return " ".join(lines[:rule] or text.split()).removesuffix(".") + "; see --help"

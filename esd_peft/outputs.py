@@ -1,0 +1,66 @@
+"""Files appear whole or not at all: everything is written to a temporary sibling, then renamed."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from esd_peft.errors import UserError
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise `UserError` now, before any work, if `path` could not be written as a new directory later."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {path} is a file; name a directory")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"--output {path} is not empty; name another directory or add --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent).cleanup()
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}; name a writable directory") from None
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to fill; it takes the name `path` when the block ends well and vanishes when it does not.
+
+    Raises `UserError` as `check_output` does, and for a full or failing disk.
+    """
+    check_output(path, overwrite)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield draft
+        draft.chmod(0o777 & ~_umask())
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            path.rename(old)  # an empty directory may be renamed onto
+            draft.rename(path)
+            shutil.rmtree(old)
+        else:
+            draft.rename(path)
+    except OSError as error:
+        if error.filename and not str(error.filename).startswith(str(draft)):
+            raise
+        raise UserError(f"--output {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file name to write to; it becomes `path` when the block ends well. Keeps the suffix, which some writers read."""
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
