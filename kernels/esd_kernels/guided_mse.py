@@ -24,7 +24,7 @@ def _guided_mse_kernel(
     anchor_ptr,  # [B, n], read only if HAS_ANCHOR
     eta_ptr,  # [B] fp32, read only if HAS_ETA
     weight_ptr,  # [B] fp32, read only if HAS_WEIGHT
-    grad_ptr,  # [B, n], d loss / d student
+    slope_ptr,  # [B, n], d loss / d student, times B * n
     partial_ptr,  # [B * blocks] fp32, each program's share of the loss
     eta,  # fp32, for the whole batch unless HAS_ETA
     scale,  # 1 / (B * n)
@@ -50,21 +50,23 @@ def _guided_mse_kernel(
         anchor = tl.load(anchor_ptr + here, mask=mask, other=0.0).to(tl.float32)
     if HAS_ETA:
         eta = tl.load(eta_ptr + row)
-    if HAS_WEIGHT:
-        scale *= tl.load(weight_ptr + row)
     error = student - (anchor - eta * (concept - null))
-    tl.store(grad_ptr + here, (2.0 * scale * error).to(grad_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + program, scale * tl.sum(error * error, axis=0))
+    weighted = error
+    if HAS_WEIGHT:
+        weighted = error * tl.load(weight_ptr + row)
+    # the mean's 1 / (B * n) comes in the backward pass: here it would push fp16 gradients below their smallest number
+    tl.store(slope_ptr + here, (2.0 * weighted).to(slope_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + program, scale * tl.sum(weighted * error, axis=0))
 
 
 @torch.library.custom_op("esd_kernels::guided_mse", mutates_args=())
 def _forward(
     student: Tensor, teacher: Tensor, eta: float, etas: Tensor | None, anchor: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss `[]` fp32 and gradient like `student`; every input dense, with the batch outermost."""
+    """Loss `[]` fp32, and its gradient times `student.numel()`; every input dense, with the batch outermost."""
     batch, n = len(student), student[0].numel()
     blocks = triton.cdiv(n, BLOCK)
-    grad = torch.empty_like(student)
+    slope = torch.empty_like(student)
     partial = torch.empty(batch * blocks, dtype=torch.float32, device=student.device)
     _guided_mse_kernel[(batch * blocks,)](
         student,
@@ -72,7 +74,7 @@ def _forward(
         student if anchor is None else anchor,
         partial if etas is None else etas,
         partial if weight is None else weight,
-        grad,
+        slope,
         partial,
         eta,
         1.0 / (batch * n),
@@ -84,7 +86,7 @@ def _forward(
         HAS_WEIGHT=weight is not None,
         BLOCK=BLOCK,
     )
-    return partial.sum(), grad  # a tree sum over a fixed order, no atomics: the same bits every run
+    return partial.sum(), slope  # a tree sum over a fixed order, no atomics: the same bits every run
 
 
 @_forward.register_fake
@@ -98,9 +100,10 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx, grad_loss: Tensor, _grad_of_grad: Tensor | None):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_loss: Tensor, _grad_of_slope: Tensor | None):  # type: ignore[no-untyped-def]
     # always multiply: to ask whether grad_loss is 1 would wait for the device
-    return ctx.saved_tensors[0] * grad_loss, None, None, None, None, None
+    slope = ctx.saved_tensors[0]
+    return slope * (grad_loss / slope.numel()), None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
@@ -130,7 +133,7 @@ def guided_mse(
 
     On a CUDA device (and under `TRITON_INTERPRET=1`) the fused kernel runs; elsewhere `guided_mse_reference`.
     Contiguous and channels_last inputs are read in place, others are copied first. The gradient is
-    computed in the forward pass and stored in the student's dtype.
+    computed in the forward pass and stored in the student's dtype, before the mean's division and any loss scaling.
 
     Raises:
         ValueError: the shapes do not fit together, or an input is not floating point.

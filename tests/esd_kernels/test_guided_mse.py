@@ -5,8 +5,9 @@ import torch
 from esd_kernels import guided_mse, guided_mse_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter truncates bf16 stores instead of rounding: allow one ulp there
-GRAD_RTOL = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3 if DEVICE == "cuda" else 8e-3}
+# a gradient is rounded twice, in the kernel's store and in the backward's scaling: half an ulp each;
+# the interpreter's bf16 stores truncate, which is a whole one
+GRAD_RTOL = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3 if DEVICE == "cuda" else 1.2e-2}
 SHAPES = [(1, 4, 8, 8), (1, 1), (3, 41, 5), (2, 4, 32, 32), (5, 7, 13, 17), (65, 3), (2, 4, 3, 5, 7), (300, 2, 3)]
 
 
@@ -87,6 +88,14 @@ def test_the_chain_rule_holds_when_the_loss_is_scaled():
     _, expected = formula(student, teacher, eta)
     (guided_mse(student, teacher, eta) * 2.5).backward()
     torch.testing.assert_close(student.grad.double(), 2.5 * expected, rtol=1e-5, atol=1e-9)
+
+
+def test_fp16_gradients_survive_a_large_batch():
+    """The mean over 64 x 16384 elements puts them below fp16's smallest number, unless loss scaling reaches them."""
+    student, teacher, eta, *_ = inputs((64, 16384), torch.float16)
+    _, expected = formula(student, teacher, eta)
+    (guided_mse(student, teacher, eta) * 2.0**20).backward()
+    torch.testing.assert_close(student.grad.double(), 2.0**20 * expected, rtol=1e-3, atol=1e-5)
 
 
 def test_gradient_against_finite_differences():
