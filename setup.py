@@ -9,7 +9,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # the import name `kernels` belongs to a Hugging Face package: only kernels/esd_kernels is installed
     package_dir={"esd_kernels": "kernels/esd_kernels"},
     packages=[*find_packages(include=["esd_peft", "esd_peft.*"]), "esd_kernels"],

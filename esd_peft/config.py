@@ -9,7 +9,7 @@ import io
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
@@ -20,6 +20,7 @@ from esd_peft.errors import UserError
 Scope = Literal["esd-x", "esd-x-strict", "esd-u", "selfattn", "full"]
 Adapter = Literal["lora", "loha", "lokr", "none"]
 Optimizer = Literal["AdamW", "AdamW8bit", "PagedAdamW8bit"]
+SCOPES: tuple[str, ...] = get_args(Scope)
 Config = TypeVar("Config", bound="CommandConfig")
 
 
@@ -52,7 +53,7 @@ class EraseConfig(CommandConfig):
     """Replace what is in the output directory."""
 
     scope: Scope = "esd-x"
-    """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), everything else (esd-u), self-attention, or all."""
+    """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or full."""
     adapter: Adapter = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 8

@@ -24,17 +24,29 @@ class Costs:
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     forward_equivalents: int = 0
     training_tuples: int = 0
+    _phase: str | None = None
+    _since: float = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase (again: added on) and keep its peak: device memory on a GPU, resident memory on a CPU."""
-        started = time.perf_counter()
-        _reset_peak(self.device)
+        """Seconds and peak memory (device memory on a GPU, resident memory on a CPU) of the block go to `name`.
+
+        A phase inside another one interrupts it, so the seconds of all phases add up to the whole.
+        """
+        outer = self._phase
+        self._switch(name)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            self.peak_memory_bytes[name] = max(self.peak_memory_bytes.get(name, 0), _peak(self.device))
+            self._switch(outer)
+
+    def _switch(self, name: str | None) -> None:
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+            self.peak_memory_bytes[self._phase] = max(self.peak_memory_bytes.get(self._phase, 0), _peak(self.device))
+        self._phase, self._since = name, now
+        _reset_peak(self.device)
 
 
 def _reset_peak(device: torch.device) -> None:

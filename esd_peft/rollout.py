@@ -86,9 +86,7 @@ class Rollout:
         return join(banks)
 
     @torch.no_grad()
-    def _trajectories(
-        self, noise: Tensor, prompts: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm
-    ) -> Bank:
+    def _trajectories(self, noise: Tensor, prompts: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm) -> Bank:
         scheduler = self.backbone.new_scheduler(self.num_inference_steps, self.device)
         steps = len(scheduler.timesteps)  # some schedulers take a step or two more than asked
         kept = _choose(len(prompts), steps, keep, generator)

@@ -29,7 +29,7 @@ def open_backbone(model: str | None, option: str = "--model") -> Backbone:
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"{option} {path}: model_index.json is damaged; restore it") from None
     for family in FAMILIES:
-        if name in family.pipeline_classes:
+        if name == family.pipeline_class.__name__:
             return family(path, index, option)
-    known = ", ".join(sorted(c for family in FAMILIES for c in family.pipeline_classes))
+    known = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
     raise UserError(f"{option} {path} is a {name}; the families known here are {known}")

@@ -1,5 +1,6 @@
 """The interface of a pipeline family."""
 
+import importlib
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -27,7 +28,7 @@ class Backbone(ABC):
         UserError: a part that the family needs is missing.
     """
 
-    pipeline_classes: ClassVar[tuple[str, ...]]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
     parts: ClassVar[tuple[str, ...]]
     denoiser_part: ClassVar[str]
 
@@ -40,7 +41,7 @@ class Backbone(ABC):
     def load_part(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
         library, name = self.index[part]
-        module = __import__(library)
+        module = importlib.import_module(library)
         options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
         if "Tokenizer" in name or "Scheduler" in name:
             options = {}
@@ -55,6 +56,13 @@ class Backbone(ABC):
         denoiser: nn.Module = self.load_part(self.denoiser_part, dtype)
         return denoiser.requires_grad_(False).eval()
 
+    def empty_denoiser(self) -> nn.Module:
+        """The denoiser's structure on the meta device, without weights."""
+        library, name = self.index[self.denoiser_part]
+        family = getattr(importlib.import_module(library), name)
+        with torch.device("meta"):
+            return family.from_config(family.load_config(self.path, subfolder=self.denoiser_part))
+
     def new_scheduler(self, num_inference_steps: int, device: torch.device) -> SchedulerMixin:
         """The pipeline's own scheduler, set to a fresh trajectory of that many steps."""
         scheduler = self.load_part("scheduler")
@@ -68,6 +76,12 @@ class Backbone(ABC):
         takes = inspect.signature(scheduler.step).parameters
         extra = {"generator": generator} if "generator" in takes else {}
         return scheduler.step(prediction, timestep, latents, **extra).prev_sample
+
+    def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write the denoiser's LoRA as the file that this family's `load_lora_weights` reads by default."""
+        part = self.denoiser_part
+        options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+        self.pipeline_class.save_lora_weights(directory, **options)
 
     @abstractmethod
     def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
@@ -97,4 +111,3 @@ class Backbone(ABC):
 def pick(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:
     """Rows of the prompt embeddings: `index` is `[B]` int64."""
     return {name: value[index] for name, value in embeds.items()}
-

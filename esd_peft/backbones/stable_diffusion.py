@@ -16,7 +16,7 @@ class StableDiffusion(Backbone):
     predictions (see `esd_peft.objectives`), and the pipeline's scheduler knows which of the two it steps with.
     """
 
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
     denoiser_part: ClassVar[str] = "unet"
 
@@ -53,7 +53,7 @@ class StableDiffusion(Backbone):
         }[scope]
 
     def pipeline(self, denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-        pipe = StableDiffusionPipeline(
+        pipe = self.pipeline_class(
             unet=denoiser,
             vae=self.load_part("vae", dtype),
             text_encoder=self.load_part("text_encoder", dtype),

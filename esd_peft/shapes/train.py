@@ -106,9 +106,7 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def fit(
-    name: str, parameters: list[nn.Parameter], steps: int, lr: float, loss_of: Callable[[], Tensor]
-) -> Iterator[float]:
+def fit(name: str, parameters: list[nn.Parameter], steps: int, lr: float, loss_of: Callable[[], Tensor]) -> Iterator[float]:
     """Minimise `loss_of()` with AdamW, a short warm-up and a cosine to zero; yields the loss of every step."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -163,15 +161,13 @@ def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) ->
     return classifier.eval(), sum(losses[-100:]) / 100
 
 
-def train_denoiser(
-    steps: int,
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    generator: torch.Generator,
-    save: Callable[[UNet2DConditionModel, CLIPTextModel], None],
-    batch: int = 48,
-) -> float:
-    """Noise prediction with text encoder and UNet trained together; saves their moving averages now and then."""
+def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, batch: int = 48) -> float:
+    """Noise prediction with text encoder and UNet trained together, for the VAE and tokenizer in `pipeline`.
+
+    Saves the whole pipeline, with moving averages of the two, now and then.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
     scheduler = make_scheduler()
     model = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)}).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -195,7 +191,7 @@ def train_denoiser(
         for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
             slow.lerp_(fast.detach(), 1 - decay)
         if (i + 1) % 2000 == 0 or i + 1 == steps:
-            save(average["unet"], average["text"])
+            save_pipeline(pipeline, vae, average["text"], tokenizer, average["unet"])
     return sum(losses[-500:]) / len(losses[-500:])
 
 
@@ -249,13 +245,7 @@ def train(output: Path, stages: list[str], steps: dict[str, int], seed: int) -> 
             classifier, loss = train_classifier(steps[stage], generator)
             classifier.save(output / "classifier.safetensors")
         else:
-            tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
-            vae = AutoencoderKL.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
-
-            def save(unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
-                save_pipeline(pipeline, vae, text, tokenizer, unet)
-
-            loss = train_denoiser(steps[stage], vae, tokenizer, generator, save)
+            loss = train_denoiser(steps[stage], pipeline, generator)
         seconds = round(time.perf_counter() - started, 1)
         record[stage] = {"steps": steps.get(stage), "loss": loss, "seconds": seconds, "threads": torch.get_num_threads()}
         record["seed"] = seed

@@ -59,11 +59,7 @@ def caption(label: Tensor, generator: torch.Generator) -> str:
     if draw[0] < 0.1:
         return ""
     keep = [True] * 3 if draw[1] < 0.4 else [bool(x < 0.5) for x in draw[2:]]
-    named = {
-        kind: values[int(i)]
-        for (kind, values), i, kept in zip(ATTRIBUTES.items(), label, keep, strict=True)
-        if kept
-    }
+    named = {kind: values[int(i)] for (kind, values), i, kept in zip(ATTRIBUTES.items(), label, keep, strict=True) if kept}
     chosen = torch.multinomial(torch.tensor(TEMPLATE_WEIGHTS, dtype=torch.float), 1, generator=generator)
     return prompt(named, TEMPLATES[int(chosen)])
 

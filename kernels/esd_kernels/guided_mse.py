@@ -174,9 +174,7 @@ def guided_mse_reference(
     return error.mean()
 
 
-def _check(
-    student: Tensor, teacher: Tensor, eta: float | Tensor, anchor: Tensor | None, weight: Tensor | None
-) -> None:
+def _check(student: Tensor, teacher: Tensor, eta: float | Tensor, anchor: Tensor | None, weight: Tensor | None) -> None:
     if student.numel() == 0 or student.dim() < 1 or not student.is_floating_point():
         raise ValueError(f"student must be a non-empty floating point [B, ...], not {student.dtype} {[*student.shape]}")
     if teacher.shape != (2 * len(student), *student.shape[1:]):

@@ -1,0 +1,118 @@
+"""What learns: scopes turned into PEFT adapters, or into the base weights themselves; how it is saved.
+
+One denoiser serves teacher and student: the teacher is the student with its adapter disabled.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from esd_peft.backbones import Backbone
+from esd_peft.config import SCOPES, EraseConfig
+from esd_peft.errors import UserError
+from esd_peft.randomness import seed_for
+
+WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter none: the new values under the denoiser's own names
+
+
+def scope_modules(backbone: Backbone, denoiser: nn.Module, scope: str) -> list[str]:
+    """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none."""
+    return _select(backbone, scope, [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)])
+
+
+def scope_parameters(backbone: Backbone, denoiser: nn.Module, scope: str) -> list[str]:
+    """Names of the parameters in `scope`. Raises `UserError` if there are none."""
+    return _select(backbone, scope, [name for name, _ in denoiser.named_parameters()])
+
+
+def _select(backbone: Backbone, scope: str, names: list[str]) -> list[str]:
+    chosen = [name for name in names if backbone.in_scope(scope, name)]
+    if not chosen:
+        others = [s for s in SCOPES if any(backbone.in_scope(s, name) for name in names)]
+        raise UserError(f"--scope {scope} selects nothing in this model; these select something: {', '.join(others)}")
+    return chosen
+
+
+class Student(ABC):
+    """A denoiser with something to train in it."""
+
+    denoiser: nn.Module
+    parameters: list[nn.Parameter]  # fp32
+
+    @abstractmethod
+    def teacher(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, the denoiser is the frozen base."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write what was learned."""
+
+
+def make_student(backbone: Backbone, denoiser: nn.Module, config: EraseConfig) -> Student:
+    """Make the config's scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing."""
+    if config.adapter == "none":
+        return _WeightsStudent(denoiser, scope_parameters(backbone, denoiser, config.scope))
+    return _AdapterStudent(backbone, denoiser, scope_modules(backbone, denoiser, config.scope), config)
+
+
+class _AdapterStudent(Student):
+    def __init__(self, backbone: Backbone, denoiser: nn.Module, targets: list[str], config: EraseConfig) -> None:
+        self.backbone, self.denoiser = backbone, denoiser
+        alpha = config.rank if config.alpha is None else config.alpha
+        sizes = {"r": config.rank, "target_modules": targets}
+        made: peft.PeftConfig = {
+            "lora": lambda: peft.LoraConfig(lora_alpha=alpha, **sizes),
+            "loha": lambda: peft.LoHaConfig(alpha=alpha, **sizes),
+            "lokr": lambda: peft.LoKrConfig(alpha=alpha, **sizes),
+        }[config.adapter]()
+        with torch.random.fork_rng(devices=[]):  # peft draws the initial weights from the global generator
+            torch.manual_seed(seed_for(config.seed, "adapter"))
+            self.peft = peft.get_peft_model(denoiser, made)
+        self.peft.peft_config["default"].base_model_name_or_path = config.model
+        self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+
+    def teacher(self) -> contextlib.AbstractContextManager[None]:
+        return self.peft.disable_adapter()
+
+    def save(self, directory: Path) -> None:
+        """PEFT's own files; for LoRA also the one file that diffusers' `load_lora_weights` reads."""
+        self.peft.save_pretrained(directory, save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # peft's card, empty but for a local path
+        config = self.peft.peft_config["default"]
+        if config.peft_type == peft.PeftType.LORA:
+            layers = peft.get_peft_model_state_dict(self.peft)
+            layers = {name.removeprefix("base_model.model."): value.cpu() for name, value in layers.items()}
+            self.backbone.save_lora(directory, layers, config.to_dict())
+
+
+class _WeightsStudent(Student):
+    """`--adapter none`. The denoiser holds fp32 master weights; a copy of the scoped ones stands by as the teacher's."""
+
+    def __init__(self, denoiser: nn.Module, names: list[str]) -> None:
+        self.denoiser, self.names = denoiser, names
+        everything = dict(denoiser.named_parameters())
+        self.parameters = [everything[name].requires_grad_() for name in names]
+        self._frozen: list[Tensor] = [p.detach().clone() for p in self.parameters]
+
+    @contextlib.contextmanager
+    def teacher(self) -> Iterator[None]:
+        learned = [p.data for p in self.parameters]
+        self._put(self._frozen)
+        try:
+            yield
+        finally:
+            self._put(learned)
+
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
+
+    def save(self, directory: Path) -> None:
+        learned = zip(self.names, self.parameters, strict=True)
+        save_file({name: p.detach().cpu().contiguous() for name, p in learned}, directory / WEIGHTS_FILE)

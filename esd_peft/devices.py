@@ -1,0 +1,35 @@
+"""Where and in which number format a job computes."""
+
+import torch
+
+from esd_peft.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `--device` names. Raises `UserError` if this machine does not have it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that `--dtype` names; auto: bfloat16 (float16 on older GPUs), on a CPU float32.
+
+    Raises `UserError` if the device cannot compute in it.
+    """
+    native_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if native_bf16 else torch.float16
+    if name == "bfloat16" and not native_bf16:
+        raise UserError(f"--dtype bfloat16 is not there on {torch.cuda.get_device_name(device)}; use float16")
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,131 @@
+"""The training loop: batches of guided pairs in, a trained student out."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+
+import bitsandbytes
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from esd_peft.adapters import Student
+from esd_peft.backbones import Backbone, PromptEmbeds
+from esd_peft.backbones.backbone import pick
+from esd_peft.config import EraseConfig
+from esd_peft.objectives import esd_loss, esd_task
+from esd_peft.phases import Costs
+from esd_peft.rollout import Bank, Rollout
+
+LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
+
+
+def erasing_rows(config: EraseConfig) -> int:
+    """Samples of a batch that erase; the others hold the prediction without a prompt."""
+    return config.train_batch_size - int(config.hold * config.train_batch_size)
+
+
+def batches(rollout: Rollout, config: EraseConfig, generator: torch.Generator) -> Iterator[Bank]:
+    """Training batches without end; the erasing samples come first.
+
+    With teacher rollouts the bank is filled once and reshuffled when it is used up. With student rollouts it is
+    filled for `refill_every` steps at a time. Fill time goes to the phase "rollout".
+    """
+    erasing = erasing_rows(config)
+    held = config.train_batch_size - erasing
+    concepts = torch.arange(len(config.concept)) + 1
+    needed = erasing * config.refill_every
+    while True:
+        if config.rollout == "teacher":
+            trajectories, keep = config.trajectories, None
+        else:
+            trajectories = min(config.trajectories, needed)
+            keep = math.ceil(needed / trajectories)
+        with rollout.costs.phase("rollout"):
+            bank = rollout.fill(concepts.repeat(trajectories)[:trajectories], generator, keep, config.rollout == "teacher")
+        order = iter(())
+        steps = 0
+        while config.rollout == "teacher" or steps < config.refill_every:
+            chosen = []
+            while len(chosen) < erasing:
+                chosen += [i for i, _ in zip(order, range(erasing - len(chosen)), strict=False)]
+                if len(chosen) < erasing:
+                    order = iter(torch.randperm(len(bank), generator=generator).tolist())
+            also = torch.randint(len(bank), (held,), generator=generator)
+            yield bank.take(torch.cat([torch.tensor(chosen), also]), rollout.device)
+            steps += 1
+
+
+def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """PyTorch's AdamW or one of bitsandbytes', with their default betas and no weight decay."""
+    if name == "AdamW":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    return getattr(bitsandbytes.optim, name)(parameters, lr=lr, weight_decay=0.0)
+
+
+def distill(
+    student: Student,
+    backbone: Backbone,
+    embeds: PromptEmbeds,
+    supply: Iterator[Bank],
+    config: EraseConfig,
+    costs: Costs,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Callable[[dict[str, float], int], None] = lambda values, step: None,
+) -> list[float]:
+    """Train the student in place on `max_train_steps` batches of `supply`; returns the mean loss of every tenth step.
+
+    Raises `FloatingPointError` if the loss is no longer a number.
+    """
+    optimizer = make_optimizer(config.optimizer, student.parameters, config.learning_rate)
+    schedule = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    erasing = erasing_rows(config)
+    passes = 4 if config.gradient_checkpointing else 3  # forward, backward (counted as two), and a second forward
+    if config.gradient_checkpointing:
+        student.denoiser.enable_gradient_checkpointing()
+    losses: list[float] = []
+    running = torch.zeros((), device=device)
+    with tqdm(total=config.max_train_steps, desc="distill") as bar:
+        for step in range(1, config.max_train_steps + 1):
+            batch = next(supply)
+            task = esd_task(batch, config.eta, len(batch) - erasing)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                inputs = batch.inputs.to(dtype)
+                prediction = backbone.predict(student.denoiser, inputs, batch.timesteps, pick(embeds, task.prompts))
+            loss = esd_loss(prediction, batch, task)
+            _update(loss, student.parameters, optimizer, scaler, config.max_grad_norm)
+            schedule.step()
+            costs.forward_equivalents += passes * len(batch)
+            costs.training_tuples += erasing
+            running += loss.detach()
+            bar.update()
+            if step % LOSS_EVERY == 0 or step == config.max_train_steps:
+                losses.append(running.item() / ((step - 1) % LOSS_EVERY + 1))
+                running.zero_()
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(f"the loss is no longer a number at step {step}; lower --learning-rate")
+                bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
+                report({"loss": losses[-1], "learning_rate": schedule.get_last_lr()[0]}, step)
+    if config.gradient_checkpointing:
+        student.denoiser.disable_gradient_checkpointing()
+    return losses
+
+
+def _update(
+    loss: Tensor,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # a skipped fp16 step is no mistake
+        scaler.step(optimizer)
+    scaler.update()

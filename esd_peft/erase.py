@@ -1,0 +1,158 @@
+"""python -m esd_peft.erase: concept → prompt embeddings → guided pairs → adapter, and what it changed."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from esd_peft import __version__
+from esd_peft.adapters import Student, make_student
+from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.config import EraseConfig, parse
+from esd_peft.devices import resolve_device, resolve_dtype
+from esd_peft.distill import batches, distill
+from esd_peft.errors import UserError, run_command
+from esd_peft.evaluation.gallery import Gallery
+from esd_peft.evaluation.recognition import check_concepts
+from esd_peft.evaluation.table import result_table
+from esd_peft.outputs import check_output, new_directory, new_file
+from esd_peft.phases import Costs
+from esd_peft.quantize import quantize_linears
+from esd_peft.randomness import generator
+from esd_peft.rollout import Rollout
+from esd_peft.weights import component_files, sha256
+
+
+def erase(config: EraseConfig) -> dict[str, Any]:
+    """Train an adapter that erases `config.concept` and write it to `config.output`.
+
+    Returns what `result.json` holds: the rates before and after (embedded pipeline), losses, seconds and peak memory
+    by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
+    """
+    check_output(config.output, config.overwrite)
+    report = _open_tracker(config)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    backbone = open_backbone(config.model)
+    embedded = config.model is None
+    if embedded:
+        _check_words(backbone, config.concept)
+    costs = Costs(device)
+    gallery = Gallery(
+        backbone, config.concept, embedded, config.eval_seeds, config.seed, config.rollout_batch_size, device, dtype
+    )
+
+    with costs.phase("encode"):
+        embeds = backbone.encode(["", *config.concept], device, dtype)
+    with costs.phase("load"):
+        # the weights themselves learn in fp32; under an adapter they are only read
+        denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
+        if config.quantize != "none":
+            quantize_linears(denoiser, config.quantize, dtype)
+        denoiser.to(device)
+        student = make_student(backbone, denoiser, config)
+    with costs.phase("evaluate"), student.teacher():
+        before = gallery.take(denoiser, "before") if config.eval_seeds else None
+
+    rollout = Rollout(
+        backbone,
+        denoiser,
+        embeds,
+        student.teacher,
+        config.rollout == "student",
+        config.num_inference_steps,
+        config.guidance_scale,
+        config.rollout_batch_size,
+        device,
+        dtype,
+        costs,
+    )
+    with costs.phase("distill"):
+        supply = batches(rollout, config, generator(config.seed, "bank"))
+        losses = distill(student, backbone, embeds, supply, config, costs, device, dtype, report)
+    with costs.phase("save"):
+        save_adapter(student, backbone, config)
+
+    concepts, others, grid = {}, {}, None
+    if before is not None:
+        with costs.phase("evaluate"):
+            after = gallery.take(denoiser, "after")
+            concepts, others = gallery.rates(before, after)
+            grid = gallery.grid(before, after)
+    result = {
+        "concepts": concepts,
+        "others": others,
+        "loss": {"first": losses[0], "last": losses[-1]},
+        "forward_equivalents": costs.forward_equivalents,
+        "training_tuples": costs.training_tuples,
+        "trained_parameters": sum(p.numel() for p in student.parameters),
+        "seconds": {name: round(value, 3) for name, value in costs.seconds.items()},
+        "peak_memory_bytes": costs.peak_memory_bytes,
+        "config": config.model_dump(mode="json"),
+        "version": __version__,
+    }
+    _write_result(config.output, result, grid)
+    return result
+
+
+def save_adapter(student: Student, backbone: Backbone, config: EraseConfig) -> None:
+    """The adapter directory: what was learned, the config that made it, and which base it fits."""
+    files = component_files(backbone.path / backbone.denoiser_part)
+    base = {
+        "model": config.model,
+        "class": backbone.pipeline_class.__name__,
+        "denoiser_sha256": {file.name: sha256(file) for file in files},
+        "version": __version__,
+    }
+    with new_directory(config.output, config.overwrite) as draft:
+        student.save(draft)
+        (draft / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_words(backbone: Backbone, concepts: list[str]) -> None:
+    for concept in concepts:
+        if unseen := backbone.unseen_words(concept):
+            raise UserError(
+                f"--concept {concept!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
+                "use its words (circle, red, striped, ...) or name your own pipeline with --model"
+            )
+    check_concepts(concepts)
+
+
+def _open_tracker(config: EraseConfig) -> Callable[[dict[str, float], int], None]:
+    if config.report_to == "none":
+        return lambda values, step: None
+    if importlib.util.find_spec(config.report_to) is None:
+        raise UserError(f"--report-to {config.report_to} is not installed; pip install {config.report_to}")
+    from accelerate import Accelerator
+
+    tracker = Accelerator(cpu=config.device == "cpu", log_with=config.report_to, project_dir="runs")
+    flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.model_dump(mode="json").items()}
+    tracker.init_trackers("esd_peft", config=flat)
+    return lambda values, step: tracker.log(values, step=step)
+
+
+def _write_result(output: Path, result: dict[str, Any], grid: Image.Image | None) -> None:
+    if grid is not None:
+        with new_file(output / "before_after.png") as draft:
+            grid.save(draft)
+    with new_file(output / "result.json") as draft:
+        draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    config = parse(EraseConfig, "erase")
+    result = erase(config)
+    print(result_table(result))
+    merge = f"python -m esd_peft.merge_adapter --adapter {config.output} --output MERGED"
+    print(f"\nThe adapter, result.json and before_after.png are in {config.output}. To make it permanent:\n  {merge}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,63 @@
+"""The pictures of a model before and after, and what is read off them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from esd_peft.backbones import Backbone
+from esd_peft.evaluation import recognition
+from esd_peft.evaluation.pictures import before_after_grid, make_pictures
+from esd_peft.shapes.classifier import load_classifier
+
+UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")
+
+
+@dataclass
+class Gallery:
+    """Takes the same pictures of a denoiser each time it is asked.
+
+    With `judged` (the embedded pipeline) they are of every prompt of the shapes world and are classified; otherwise
+    they are of the concepts and a few unrelated prompts.
+    """
+
+    backbone: Backbone
+    concepts: list[str]
+    judged: bool
+    seeds: int
+    seed: int
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    prompts: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompts = recognition.judged_prompts(self.concepts) if self.judged else [*self.concepts, *UNRELATED]
+
+    def take(self, denoiser: nn.Module, label: str) -> Tensor:
+        """`[prompts, seeds, 3, H, W]` fp32 in [0, 1]."""
+        pipe = self.backbone.pipeline(denoiser, self.device, self.dtype)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return make_pictures(pipe, self.prompts, self.seeds, self.batch_size, self.seed, label)
+
+    def rates(self, before: Tensor, after: Tensor) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        """`{name: {"before": rate, "after": rate}}` of the concepts and of everything else; empty if not judged."""
+        if not self.judged:
+            return {}, {}
+        judge = load_classifier()
+        halves = [recognition.recognition(judge, self.prompts, half, self.concepts) for half in (before, after)]
+        concepts, others = (
+            {name: {"before": was, "after": after_rates[name]} for name, was in before_rates.items()}
+            for before_rates, after_rates in zip(*halves, strict=True)
+        )
+        return concepts, others
+
+    def grid(self, before: Tensor, after: Tensor) -> Image.Image:
+        """A sheet of a few prompts, before above after."""
+        shown: Sequence[int] = range(len(self.prompts))
+        if self.judged:
+            shown = recognition.shown_prompts(self.concepts, self.prompts)
+        rows = torch.tensor(shown)
+        return before_after_grid([self.prompts[i] for i in shown], before[rows][:, :2], after[rows][:, :2])

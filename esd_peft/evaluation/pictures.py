@@ -1,0 +1,71 @@
+"""Pictures from a prompt and a seed, and grids of them."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from esd_peft.randomness import generator
+
+PICTURE_STEPS, PICTURE_GUIDANCE = 25, 3.0
+_CAPTION, _GAP = 16, 4  # pixels
+
+
+@torch.no_grad()
+def make_pictures(
+    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: int, batch_size: int, seed: int = 0, label: str = "pictures"
+) -> Tensor:
+    """`seeds` pictures of each prompt, `[prompts, seeds, 3, H, W]` fp32 in [0, 1], on the CPU.
+
+    Picture k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
+    the same noise.
+    """
+    jobs = [(prompt, f"picture/{i}/{k}") for i, prompt in enumerate(prompts) for k in range(seeds)]
+    made = []
+    for start in tqdm(range(0, len(jobs), batch_size), desc=label, leave=False):
+        batch = jobs[start : start + batch_size]
+        output = pipe(
+            [prompt for prompt, _ in batch],
+            generator=[generator(seed, name) for _, name in batch],
+            num_inference_steps=PICTURE_STEPS,
+            guidance_scale=PICTURE_GUIDANCE,
+            output_type="pt",
+        )
+        made.append(output.images.float().cpu())
+    return torch.cat(made).unflatten(0, (len(prompts), seeds))
+
+
+def before_after_grid(prompts: Sequence[str], before: Tensor, after: Tensor, height: int = 128) -> Image.Image:
+    """One column a prompt: its name, then its pictures before, then the same seeds after. `[prompts, seeds, 3, H, W]`."""
+    prompts_count, seeds = before.shape[:2]
+    width = round(height * before.shape[-1] / before.shape[-2])
+    font = ImageFont.load_default(12)
+    margin = 48
+    block = seeds * (height + _GAP)
+    sheet = Image.new("RGB", (margin + prompts_count * (width + _GAP), _CAPTION + 2 * block + 2 * _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, prompt in enumerate(prompts):
+        x = margin + column * (width + _GAP)
+        draw.text((x, 1), _shortened(prompt, width, draw, font), "black", font)
+        for half, pictures in enumerate((before, after)):
+            top = _CAPTION + half * (block + _GAP)
+            draw.text((2, top + 2), ("before", "after")[half], "black", font)
+            for k in range(seeds):
+                tile = _image(pictures[column, k]).resize((width, height), Image.Resampling.LANCZOS)
+                sheet.paste(tile, (x, top + k * (height + _GAP)))
+    return sheet
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font) > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,32 @@
+"""The table that the erase command ends with."""
+
+from typing import Any
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """What `result.json` holds, for people: rates where there are any, then losses and costs."""
+    lines: list[str] = []
+    if result["concepts"]:
+        width = max(map(len, [*result["concepts"], *result["others"], "everything else"])) + 2
+        lines.append(f"{'recognised in pictures':<{max(width, 24)}}before   after")
+        lines += [_rates(name, rates, width) for name, rates in result["concepts"].items()]
+        lines.append("-" * (max(width, 24) + 14))
+        lines += [_rates(name, rates, width) for name, rates in result["others"].items()]
+        means = {k: sum(r[k] for r in result["others"].values()) / len(result["others"]) for k in ("before", "after")}
+        lines += [_rates("everything else", means, width), ""]
+    seconds, peaks = result["seconds"], result["peak_memory_bytes"]
+    lines.append(f"{'phase':<12}{'seconds':>9}{'peak MiB':>10}")
+    lines += [f"{name:<12}{seconds[name]:>9.1f}{peaks[name] / 2**20:>10.0f}" for name in seconds]
+    lines.append(f"{'total':<12}{sum(seconds.values()):>9.1f}{max(peaks.values()) / 2**20:>10.0f}")
+    forwards, tuples = result["forward_equivalents"], result["training_tuples"]
+    lines += [
+        "",
+        f"loss {result['loss']['first']:.5f} → {result['loss']['last']:.5f}, "
+        f"{result['trained_parameters']:,} parameters trained",
+        f"{forwards:,} forward-equivalents for {tuples:,} training tuples: {forwards / tuples:.2f} each",
+    ]
+    return "\n".join(lines)
+
+
+def _rates(name: str, rates: dict[str, float], width: int) -> str:
+    return f"{name:<{max(width, 24)}}{rates['before']:>5.1%}  {rates['after']:>6.1%}"

@@ -1,0 +1,137 @@
+"""python -m esd_peft.merge_adapter: base weights + adapter → a plain diffusers directory without the concept."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esd_peft import __version__
+from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.config import MergeConfig, parse
+from esd_peft.errors import UserError, run_command
+from esd_peft.outputs import check_output, new_directory
+from esd_peft.randomness import generator
+from esd_peft.saved_adapters import Adapter, read_adapter
+from esd_peft.weights import NAME, component_files, file_dtypes, open_tensors, sha256
+
+RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
+
+
+def merge_adapter(config: MergeConfig) -> dict[str, Any]:
+    """Merge `config.adapter` into the weights of `config.base` and write the pipeline to `config.output`.
+
+    Weights are read, merged in fp32 and rounded once to the dtype they are stored in, one tensor at a time. With
+    `config.verify` (which loads the denoiser) the result is compared with base + adapter before it gets its name.
+
+    Returns what `erased.json` holds. Raises `UserError` if the adapter does not fit the base, if a file is damaged,
+    or if the merged denoiser differs from base + adapter by more than rounding.
+    """
+    check_output(config.output, config.overwrite)
+    adapter = read_adapter(config.adapter)
+    base = config.base if config.base is not None else adapter.base.get("model")
+    if base is None and not adapter.base:
+        raise UserError(f"--base is missing, and --adapter {config.adapter} does not say what it was trained on")
+    backbone = open_backbone(base, "--base")
+    files = component_files(backbone.path / backbone.denoiser_part)
+    hashes = {file.name: sha256(file) for file in files}
+    same = hashes == adapter.base.get("denoiser_sha256")
+    record: dict[str, Any] = {
+        "concept": adapter.config.get("concept", []),
+        "config": adapter.config,
+        "base": {"class": backbone.pipeline_class.__name__, "denoiser_sha256": hashes, "trained_on_it": same},
+        "version": __version__,
+    }
+    with new_directory(config.output, config.overwrite) as draft:
+        copy_pipeline(backbone, draft)
+        record["merged_tensors"] = merge_into(backbone, draft / backbone.denoiser_part, adapter)
+        if config.verify:
+            record["verification"] = verify(backbone, draft, adapter)
+        (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def copy_pipeline(backbone: Backbone, target: Path) -> None:
+    """Copy what `from_pretrained` reads by default.
+
+    Other variants of the denoiser's weights, and single-file checkpoints in the root, still hold the concept: they
+    stay behind.
+    """
+    shutil.copyfile(backbone.path / "model_index.json", target / "model_index.json")
+    for licence in backbone.path.glob("LICENSE*"):
+        shutil.copyfile(licence, target / licence.name)
+    folders = [name for name, part in backbone.index.items() if isinstance(part, list) and part[0] is not None]
+    for name in folders:
+        source = backbone.path / name
+        if name == backbone.denoiser_part:
+            (target / name).mkdir()
+            extra = [p for p in (source / "config.json", source / f"{NAME}.index.json") if p.is_file()]
+            for file in [*extra, *component_files(source)]:
+                shutil.copyfile(file, target / name / file.name)
+        elif source.is_dir():
+            shutil.copytree(source, target / name, copy_function=shutil.copyfile)
+
+
+def merge_into(backbone: Backbone, folder: Path, adapter: Adapter) -> int:
+    """Overwrite the tensors that the adapter changes in the files of `folder`; returns how many there were."""
+    changes = adapter.changes(backbone.empty_denoiser())
+    count = len(changes)
+    for path in component_files(folder):
+        tensors = open_tensors(path)
+        here = [name for name in changes if name in tensors]
+        with path.open("r+b") as file:
+            for name in here:
+                tensors.write(file, name, changes.pop(name)(tensors.read(file, name)))
+    if changes:
+        raise UserError(f"--adapter {adapter.path} does not fit the base: it has no weight {next(iter(changes))}")
+    return count
+
+
+@torch.no_grad()
+def verify(backbone: Backbone, merged: Path, adapter: Adapter) -> dict[str, float]:
+    """One fp32 forward pass of base + adapter and of the merged denoiser: the largest differences.
+
+    Raises `UserError` if they differ by more than what rounding the merged weights explains.
+    """
+    embeds = backbone.encode(["a picture"], torch.device("cpu"), torch.float32)
+    denoiser = backbone.load_denoiser(torch.float32)
+    noise = generator(0, "verify")
+    latents = backbone.initial_latents(1, denoiser, noise)
+    timestep = torch.tensor([500])
+    plain = backbone.predict(denoiser, latents, timestep, embeds)
+    adapted = backbone.predict(adapter.apply(denoiser), latents, timestep, embeds)
+    del denoiser
+    result = open_backbone(str(merged), "--output")
+    seen = result.predict(result.load_denoiser(torch.float32), latents, timestep, embeds)
+    difference, size = (seen - adapted).abs().max().item(), adapted.abs().max().item()
+    stored = max(file_dtypes(merged / backbone.denoiser_part), key=lambda dtype: torch.finfo(dtype).eps)
+    # a weight is rounded by at most eps / 2; fp32 sums in another order differ by more than fp32's eps
+    bound = max(4 * torch.finfo(stored).eps, 1e-5) * size
+    if not difference <= bound:
+        raise UserError(
+            f"--adapter {adapter.path}: the merged denoiser differs from base + adapter by {difference:.3g}, more than "
+            f"rounding to {stored} explains ({bound:.3g}); nothing was written"
+        )
+    return {"adapter_changes": (adapted - plain).abs().max().item(), "largest_difference": difference, "bound": bound}
+
+
+def main() -> None:
+    """The command line."""
+    config = parse(MergeConfig, "merge_adapter")
+    record = merge_adapter(config)
+    concepts = ", ".join(record["concept"]) or "the adapter"
+    print(f"merged {record['merged_tensors']} tensors: {concepts}")
+    if not record["base"]["trained_on_it"]:
+        print("note: the adapter was trained on other weights than these; check that the concept is gone")
+    if "verification" in record:
+        found = record["verification"]
+        print(
+            f"verified: the adapter changes a prediction by up to {found['adapter_changes']:.3g}; merged and "
+            f"base + adapter differ by at most {found['largest_difference']:.2g} (rounding allows {found['bound']:.2g})"
+        )
+    print(f"{config.output} is a plain diffusers pipeline")
+
+
+if __name__ == "__main__":
+    run_command(main)
