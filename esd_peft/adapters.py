@@ -10,6 +10,7 @@ from pathlib import Path
 
 import peft
 import torch
+from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,12 +22,12 @@ from esd_peft.randomness import seed_for
 WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter none: the new values under the denoiser's own names
 
 
-def scope_modules(backbone: Backbone, denoiser: nn.Module, scope: str) -> list[str]:
+def scope_modules(backbone: Backbone, denoiser: ModelMixin, scope: str) -> list[str]:
     """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none."""
     return _select(backbone, scope, [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)])
 
 
-def scope_parameters(backbone: Backbone, denoiser: nn.Module, scope: str) -> list[str]:
+def scope_parameters(backbone: Backbone, denoiser: ModelMixin, scope: str) -> list[str]:
     """Names of the parameters in `scope`. Raises `UserError` if there are none."""
     return _select(backbone, scope, [name for name, _ in denoiser.named_parameters()])
 
@@ -42,7 +43,7 @@ def _select(backbone: Backbone, scope: str, names: list[str]) -> list[str]:
 class Student(ABC):
     """A denoiser with something to train in it."""
 
-    denoiser: nn.Module
+    denoiser: ModelMixin
     parameters: list[nn.Parameter]  # fp32
 
     @abstractmethod
@@ -54,7 +55,7 @@ class Student(ABC):
         """Write what was learned."""
 
 
-def make_student(backbone: Backbone, denoiser: nn.Module, config: EraseConfig) -> Student:
+def make_student(backbone: Backbone, denoiser: ModelMixin, config: EraseConfig) -> Student:
     """Make the config's scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing."""
     if config.adapter == "none":
         return _WeightsStudent(denoiser, scope_parameters(backbone, denoiser, config.scope))
@@ -62,7 +63,7 @@ def make_student(backbone: Backbone, denoiser: nn.Module, config: EraseConfig) -
 
 
 class _AdapterStudent(Student):
-    def __init__(self, backbone: Backbone, denoiser: nn.Module, targets: list[str], config: EraseConfig) -> None:
+    def __init__(self, backbone: Backbone, denoiser: ModelMixin, targets: list[str], config: EraseConfig) -> None:
         self.backbone, self.denoiser = backbone, denoiser
         alpha = config.rank if config.alpha is None else config.alpha
         sizes = {"r": config.rank, "target_modules": targets}
@@ -86,7 +87,7 @@ class _AdapterStudent(Student):
         (directory / "README.md").unlink(missing_ok=True)  # peft's card, empty but for a local path
         config = self.peft.peft_config["default"]
         if config.peft_type == peft.PeftType.LORA:
-            layers = peft.get_peft_model_state_dict(self.peft)
+            layers = peft.get_peft_model_state_dict(self.peft, save_embedding_layers=False)
             layers = {name.removeprefix("base_model.model."): value.cpu() for name, value in layers.items()}
             self.backbone.save_lora(directory, layers, config.to_dict())
 
@@ -94,15 +95,15 @@ class _AdapterStudent(Student):
 class _WeightsStudent(Student):
     """`--adapter none`. The denoiser holds fp32 master weights; a copy of the scoped ones stands by as the teacher's."""
 
-    def __init__(self, denoiser: nn.Module, names: list[str]) -> None:
+    def __init__(self, denoiser: ModelMixin, names: list[str]) -> None:
         self.denoiser, self.names = denoiser, names
         everything = dict(denoiser.named_parameters())
         self.parameters = [everything[name].requires_grad_() for name in names]
-        self._frozen: list[Tensor] = [p.detach().clone() for p in self.parameters]
+        self._frozen = [p.detach().clone() for p in self.parameters]
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[None]:
-        learned = [p.data for p in self.parameters]
+        learned: list[Tensor] = [p.data for p in self.parameters]
         self._put(self._frozen)
         try:
             yield

@@ -161,7 +161,7 @@ def parse(config: type[Config], command: str, argv: list[str] | None = None) -> 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(
+            parsed: Config = tyro.cli(  # type: ignore[assignment]
                 config,
                 args=argv,
                 prog=f"python -m esd_peft.{command}",

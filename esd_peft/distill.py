@@ -1,5 +1,6 @@
 """The training loop: batches of guided pairs in, a trained student out."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,17 +45,18 @@ def batches(rollout: Rollout, config: EraseConfig, generator: torch.Generator) -
             keep = math.ceil(needed / trajectories)
         with rollout.costs.phase("rollout"):
             bank = rollout.fill(concepts.repeat(trajectories)[:trajectories], generator, keep, config.rollout == "teacher")
-        order = iter(())
-        steps = 0
-        while config.rollout == "teacher" or steps < config.refill_every:
-            chosen = []
-            while len(chosen) < erasing:
-                chosen += [i for i, _ in zip(order, range(erasing - len(chosen)), strict=False)]
-                if len(chosen) < erasing:
-                    order = iter(torch.randperm(len(bank), generator=generator).tolist())
-            also = torch.randint(len(bank), (held,), generator=generator)
-            yield bank.take(torch.cat([torch.tensor(chosen), also]), rollout.device)
-            steps += 1
+        order = _shuffled(len(bank), generator)
+        for step in itertools.count(1):
+            chosen = [*itertools.islice(order, erasing), *torch.randint(len(bank), (held,), generator=generator).tolist()]
+            yield bank.take(torch.tensor(chosen), rollout.device)
+            if config.rollout == "student" and step == config.refill_every:
+                break
+
+
+def _shuffled(size: int, generator: torch.Generator) -> Iterator[int]:
+    """The numbers below `size` in random order, then again in another, without end."""
+    while True:
+        yield from torch.randperm(size, generator=generator).tolist()
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

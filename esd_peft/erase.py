@@ -16,7 +16,7 @@ from esd_peft.config import EraseConfig, parse
 from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.distill import batches, distill
 from esd_peft.errors import UserError, run_command
-from esd_peft.evaluation.gallery import Gallery
+from esd_peft.evaluation.gallery import Gallery, Rates
 from esd_peft.evaluation.recognition import check_concepts
 from esd_peft.evaluation.table import result_table
 from esd_peft.outputs import check_output, new_directory, new_file
@@ -77,7 +77,9 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     with costs.phase("save"):
         save_adapter(student, backbone, config)
 
-    concepts, others, grid = {}, {}, None
+    concepts: Rates = {}
+    others: Rates = {}
+    grid = None
     if before is not None:
         with costs.phase("evaluate"):
             after = gallery.take(denoiser, "after")

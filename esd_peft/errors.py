@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+import transformers
+
 
 class UserError(Exception):
     """Bad input. Commands print the sentence and exit with 2; Python callers catch it."""
@@ -10,6 +12,7 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2."""
+    transformers.utils.logging.disable_progress_bar()
     try:
         main()
     except UserError as error:

@@ -5,10 +5,11 @@ diffusers' own loader refuses to quantize without a GPU; bitsandbytes itself doe
 
 import bitsandbytes as bnb
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 
-def quantize_linears(denoiser: nn.Module, how: str, dtype: torch.dtype) -> None:
+def quantize_linears(denoiser: ModelMixin, how: str, dtype: torch.dtype) -> None:
     """Replace every `nn.Linear` in place by bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`) layer.
 
     The weights are quantized when the module is next moved to a device. `dtype` is what they compute in.

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 from tqdm import tqdm
 
 from esd_peft.backbones import Backbone, PromptEmbeds
@@ -59,7 +60,7 @@ class Rollout:
     """
 
     backbone: Backbone
-    denoiser: nn.Module
+    denoiser: ModelMixin
     embeds: PromptEmbeds  # row 0 is the null prompt
     teacher: Callable[[], AbstractContextManager[None]]
     student: bool

@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import yaml
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from esd_peft.adapters import WEIGHTS_FILE
@@ -29,14 +30,14 @@ class Adapter(ABC):
         self.config = _read_map(path / "config.yaml", yaml.safe_load)
 
     @abstractmethod
-    def changes(self, denoiser: nn.Module) -> dict[str, Change]:
+    def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
         """For each weight of `denoiser` (which may be on the meta device) that changes, how. One is worked out at a time.
 
         Raises `UserError` if the adapter does not fit.
         """
 
     @abstractmethod
-    def apply(self, denoiser: nn.Module) -> nn.Module:
+    def apply(self, denoiser: ModelMixin) -> ModelMixin:
         """The adapter on top of a loaded fp32 `denoiser`, not merged."""
 
 
@@ -60,7 +61,7 @@ class _SavedPeft(Adapter):
             raise UserError(f"--adapter {path}: {peft.utils.CONFIG_NAME} is damaged ({error}); restore it") from None
         self.tensors = read_tensors(path / peft.utils.SAFETENSORS_WEIGHTS_NAME)
 
-    def changes(self, denoiser: nn.Module) -> dict[str, Change]:
+    def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
         modules = dict(denoiser.named_modules())
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in self.tensors.items():
@@ -77,7 +78,7 @@ class _SavedPeft(Adapter):
 
     def _merged(self, name: str, layer: nn.Module, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
         layer = copy.deepcopy(layer).to_empty(device="cpu").float()
-        layer.weight = nn.Parameter(weight.float())
+        layer.register_parameter("weight", nn.Parameter(weight.float()))
         root = nn.Module()
         parent = root
         *path, last = name.split(".")
@@ -87,17 +88,18 @@ class _SavedPeft(Adapter):
         parent.add_module(last, layer)
         config = copy.deepcopy(self.peft)
         config.target_modules = [name]
+        config.base_model_name_or_path = None
         try:
             wrapped = peft.get_peft_model(root, config)
             peft.set_peft_model_state_dict(wrapped, tensors)
-            merged = root.get_submodule(name)
+            merged: Any = root.get_submodule(name)
             merged.merge()
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--adapter {self.path} does not fit the base at {name} ({reason})") from None
         return merged.base_layer.weight.detach()
 
-    def apply(self, denoiser: nn.Module) -> nn.Module:
+    def apply(self, denoiser: ModelMixin) -> ModelMixin:
         peft.PeftModel.from_pretrained(denoiser, self.path)
         return denoiser
 
@@ -105,7 +107,7 @@ class _SavedPeft(Adapter):
 class _SavedWeights(Adapter):
     """What `--adapter none` learned: whole weights, which replace the base's."""
 
-    def changes(self, denoiser: nn.Module) -> dict[str, Change]:
+    def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
         saved = open_tensors(self.path / WEIGHTS_FILE)
         shapes = {name: [*p.shape] for name, p in denoiser.named_parameters()}
         for name, entry in saved.entries.items():
@@ -118,7 +120,7 @@ class _SavedWeights(Adapter):
 
         return {name: functools.partial(replaced, name) for name in saved.entries}
 
-    def apply(self, denoiser: nn.Module) -> nn.Module:
+    def apply(self, denoiser: ModelMixin) -> ModelMixin:
         denoiser.load_state_dict(read_tensors(self.path / WEIGHTS_FILE), strict=False)
         return denoiser
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import Tensor
 
 from esd_peft.errors import UserError
 
@@ -51,12 +51,12 @@ class Backbone(ABC):
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{self.option} {self.path}: its {part} cannot be loaded ({reason})") from None
 
-    def load_denoiser(self, dtype: torch.dtype) -> nn.Module:
+    def load_denoiser(self, dtype: torch.dtype) -> ModelMixin:
         """The network that is trained and merged, frozen, in eval mode."""
-        denoiser: nn.Module = self.load_part(self.denoiser_part, dtype)
+        denoiser: ModelMixin = self.load_part(self.denoiser_part, dtype)
         return denoiser.requires_grad_(False).eval()
 
-    def empty_denoiser(self) -> nn.Module:
+    def empty_denoiser(self) -> ModelMixin:
         """The denoiser's structure on the meta device, without weights."""
         library, name = self.index[self.denoiser_part]
         family = getattr(importlib.import_module(library), name)
@@ -92,11 +92,11 @@ class Backbone(ABC):
         """Words that the tokenizer has no token for as a whole."""
 
     @abstractmethod
-    def initial_latents(self, count: int, denoiser: nn.Module, generator: torch.Generator) -> Tensor:
+    def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """The denoiser's prediction, in its own parameterisation, for scaled latents `[B, ...]` and timesteps `[B]`."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class Backbone(ABC):
         """Whether the denoiser's module or parameter `name` belongs to `scope`."""
 
     @abstractmethod
-    def pipeline(self, denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
         """The family's diffusers pipeline around `denoiser`, to make pictures; its other parts in `dtype`."""
 
 

@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
+from torch import Tensor
 
 from esd_peft.backbones.backbone import Backbone, PromptEmbeds
 
@@ -33,12 +33,12 @@ class StableDiffusion(Backbone):
         tokenizer = self.load_part("tokenizer")
         return [word for word in prompt.split() if len(tokenizer.tokenize(word)) != 1]
 
-    def initial_latents(self, count: int, denoiser: nn.Module, generator: torch.Generator) -> Tensor:
+    def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         size = denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return torch.randn(count, denoiser.config.in_channels, height, width, generator=generator)
 
-    def predict(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         return denoiser(latents, timesteps, **embeds).sample
 
     def in_scope(self, scope: str, name: str) -> bool:
@@ -52,7 +52,7 @@ class StableDiffusion(Backbone):
             "full": True,
         }[scope]
 
-    def pipeline(self, denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
         pipe = self.pipeline_class(
             unet=denoiser,
             vae=self.load_part("vae", dtype),

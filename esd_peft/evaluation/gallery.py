@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from esd_peft.backbones import Backbone
 from esd_peft.evaluation import recognition
 from esd_peft.evaluation.pictures import before_after_grid, make_pictures
 from esd_peft.shapes.classifier import load_classifier
 
+Rates = dict[str, dict[str, float]]  # name: before, after: share of pictures
 UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")
 
 
@@ -36,13 +38,13 @@ class Gallery:
     def __post_init__(self) -> None:
         self.prompts = recognition.judged_prompts(self.concepts) if self.judged else [*self.concepts, *UNRELATED]
 
-    def take(self, denoiser: nn.Module, label: str) -> Tensor:
+    def take(self, denoiser: ModelMixin, label: str) -> Tensor:
         """`[prompts, seeds, 3, H, W]` fp32 in [0, 1]."""
         pipe = self.backbone.pipeline(denoiser, self.device, self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return make_pictures(pipe, self.prompts, self.seeds, self.batch_size, self.seed, label)
 
-    def rates(self, before: Tensor, after: Tensor) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    def rates(self, before: Tensor, after: Tensor) -> tuple[Rates, Rates]:
         """`{name: {"before": rate, "after": rate}}` of the concepts and of everything else; empty if not judged."""
         if not self.judged:
             return {}, {}

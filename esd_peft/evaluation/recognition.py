@@ -6,8 +6,6 @@ from esd_peft.errors import UserError
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import Classifier
 
-Rates = dict[str, float]
-
 
 def check_concepts(concepts: list[str]) -> None:
     """Raise `UserError` for a concept that names no shape, colour or texture: its erasure could not be seen."""
@@ -33,7 +31,9 @@ def shown_prompts(concepts: list[str], prompts: list[str]) -> list[int]:
     return list(dict.fromkeys(alone + few))
 
 
-def recognition(classifier: Classifier, prompts: list[str], pictures: Tensor, concepts: list[str]) -> tuple[Rates, Rates]:
+def recognition(
+    classifier: Classifier, prompts: list[str], pictures: Tensor, concepts: list[str]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of pictures `[prompts, seeds, 3, 32, 32]` in which the classifier sees what the prompt names.
 
     Returns:

@@ -18,7 +18,7 @@ BLOCK = 1024  # elements a program: 4 a thread at 4 warps and 2 vectors in fligh
 
 
 @triton.jit
-def _guided_mse_kernel(
+def _guided_mse_kernel(  # type: ignore[no-untyped-def]
     student_ptr,  # [B, n], prediction of the model that learns
     teacher_ptr,  # [2B, n], the null half first
     anchor_ptr,  # [B, n], read only if HAS_ANCHOR
