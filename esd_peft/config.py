@@ -9,11 +9,11 @@ import io
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from esd_peft.errors import UserError
 
@@ -193,7 +193,17 @@ def read_yaml(path: Path, config: type[CommandConfig]) -> dict[str, Any]:
             near = difflib.get_close_matches(str(key), config.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else "--print-config lists the options"
             raise UserError(f"--config {path} has the unknown option {key}; {hint}")
+        try:
+            values[key] = _typed(config.model_fields[key].annotation, values[key])
+        except ValidationError as error:
+            raise UserError(f"--config {path}: {_sentence(error, key)}") from None
     return values
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    if get_origin(annotation) is list and isinstance(value, str):
+        value = [value]
+    return TypeAdapter(annotation).validate_python(value)
 
 
 def _take_option(argv: list[str], name: str) -> str | None:
@@ -210,13 +220,13 @@ def _take_option(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first problem pydantic found, naming the option as the command line does."""
+def _sentence(error: ValidationError, field: str | None = None) -> str:
+    """The first problem pydantic found, naming the option (of `field`, if given) as the command line does."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
+    if field is None and not first["loc"]:
         return message
-    option = "--" + str(first["loc"][0]).replace("_", "-")
+    option = "--" + str(field or first["loc"][0]).replace("_", "-")
     if first["type"] == "extra_forbidden":
         return f"{option} is not an option"
     if first["type"] == "missing":

@@ -1,0 +1,91 @@
+"""One config: the command line, YAML and Python agree, and every mistake is one sentence."""
+
+import pytest
+
+from esd_peft.config import EraseConfig, MergeConfig, parse
+from esd_peft.errors import UserError
+
+
+def erase(*argv: str) -> EraseConfig:
+    return parse(EraseConfig, "erase", list(argv))
+
+
+def test_command_line_yaml_and_python_are_the_same(tmp_path):
+    python = EraseConfig(concept=["circle", "striped"], rank=4, eta=2.0, scope="esd-u", gradient_checkpointing=True)
+    line = erase("--concept", "circle", "--concept", "striped", "--rank", "4", "--eta", "2", "--scope", "esd-u",
+                 "--gradient-checkpointing")  # fmt: skip
+    file = tmp_path / "config.yaml"
+    file.write_text(python.to_yaml())
+    assert line == python
+    assert erase("--config", str(file)) == python
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("concept: [circle]\nrank: 4\nseed: 3\n")
+    config = erase("--config", str(file), "--rank", "16", "--concept", "square")
+    assert (config.concept, config.rank, config.seed) == (["square"], 16, 3)
+
+
+def test_print_config_prints_what_config_reads(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        erase("--concept", "circle", "--seed", "7", "--print-config")
+    assert not stop.value.code
+    file = tmp_path / "config.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert erase("--config", str(file)) == EraseConfig(concept=["circle"], seed=7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], "--concept"),
+        (["--concept", ""], "--concept"),
+        (["--concept", "  "], "--concept"),
+        (["--concept", "circle", "--rank", "0"], "--rank"),
+        (["--concept", "circle", "--rank", "two"], "--rank"),
+        (["--concept", "circle", "--scope", "esd-y"], "--scope"),
+        (["--concept", "circle", "--adapter", "lorra"], "--adapter"),
+        (["--concept", "circle", "--eta", "-1"], "--eta"),
+        (["--concept", "circle", "--eta", "nan"], "--eta"),
+        (["--concept", "circle", "--hold", "1"], "--hold"),
+        (["--concept", "circle", "--learning-rate", "0"], "--learning-rate"),
+        (["--concept", "circle", "--optimizer", "SGD"], "--optimizer"),
+        (["--concept", "circle", "--dtype", "float8"], "--dtype"),
+        (["--concept", "circle", "--seed", "-1"], "--seed"),
+        (["--concept", "circle", "--quantize", "nf4", "--adapter", "lokr"], "--quantize"),
+        (["--concept", "circle", "--trajectorys", "3"], "--trajectorys"),
+        (["--config", "no/such/file.yaml"], "--config"),
+        (["--config"], "--config"),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_name_the_option_in_one_sentence(argv, names):
+    with pytest.raises(UserError, match=names) as error:
+        erase(*argv)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("concept: circle\nrnak: 3\n", "did you mean rank"),
+        ("concept: circle\nrank: [3]\n", "--rank"),
+        ("- circle\n", "map"),
+        ("concept: [circle\n", "not YAML"),
+        ("concept: 3\n", "--concept"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, says):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        erase("--config", str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_merge_needs_an_adapter_and_an_output():
+    with pytest.raises(UserError, match="--adapter"):
+        parse(MergeConfig, "merge_adapter", ["--output", "x"])
+    with pytest.raises(UserError, match="--output"):
+        parse(MergeConfig, "merge_adapter", ["--adapter", "x"])
