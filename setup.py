@@ -17,8 +17,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
-        "diffusers>=0.36",
-        "transformers>=4.57",
+        "diffusers>=0.42",
+        "transformers>=5.0",
         "peft>=0.18",
         "bitsandbytes>=0.48",
         "accelerate>=1.10",

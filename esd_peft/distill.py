@@ -82,7 +82,8 @@ def distill(
     Raises `FloatingPointError` if the loss is no longer a number.
     """
     optimizer = make_optimizer(config.optimizer, student.parameters, config.learning_rate)
-    schedule = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps)
+    steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
+    schedule = get_scheduler(config.lr_scheduler, optimizer, **steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     erasing = erasing_rows(config)
     passes = 4 if config.gradient_checkpointing else 3  # forward, backward (counted as two), and a second forward

@@ -8,9 +8,9 @@ stands, as long as the student is compared in the same parameterisation.
 from dataclasses import dataclass
 
 import torch
-from esd_kernels import guided_mse
 from torch import Tensor
 
+from esd_kernels import guided_mse
 from esd_peft.rollout import Bank
 
 

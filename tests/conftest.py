@@ -5,3 +5,14 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(min(torch.get_num_threads(), 4))  # small tensors: more threads only wait for each other
+
+import pytest
+
+from pipelines import small_stable_diffusion
+
+
+@pytest.fixture(scope="session")
+def small_sd(tmp_path_factory):
+    """A small random Stable Diffusion directory in fp16, ε-prediction. Do not write to it."""
+    return small_stable_diffusion(tmp_path_factory.mktemp("models") / "sd", dtype=torch.float16)

@@ -42,7 +42,7 @@ class Backbone(ABC):
         """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
         library, name = self.index[part]
         module = importlib.import_module(library)
-        options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
         if "Tokenizer" in name or "Scheduler" in name:
             options = {}
         try:

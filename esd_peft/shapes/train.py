@@ -167,7 +167,7 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, batch
     Saves the whole pipeline, with moving averages of the two, now and then.
     """
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
     scheduler = make_scheduler()
     model = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)}).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from esd_kernels import guided_mse, guided_mse_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

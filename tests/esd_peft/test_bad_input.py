@@ -1,0 +1,149 @@
+"""Bad input: one sentence that names the option, exit code 2, and nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft.errors import UserError
+from esd_peft.weights import NAME
+
+QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 0}
+
+
+def refused(says, output, job, *args, **options):
+    with pytest.raises(UserError, match=says) as error:
+        job(*args, **options)
+    assert "\n" not in str(error.value)
+    parent = output.parent
+    assert not output.exists() or output.is_file() or (output / "mine").exists()
+    assert not [p for p in parent.iterdir() if p.name.startswith(f".{output.name}")], "a draft was left behind"
+
+
+def refused_erase(says, output, **options):
+    refused(says, output, lambda: erase(EraseConfig(**({"concept": "circle", "output": output} | QUICK | options))))
+
+
+@pytest.fixture
+def broken(small_sd, tmp_path):
+    """A copy of the small pipeline, to break."""
+    return shutil.copytree(small_sd, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("concept", "says"),
+    [("zebra", "never seen 'zebra'"), ("a striped unicorn", "unicorn"), ("picture", "names nothing")],
+)
+def test_concepts_the_embedded_pipeline_does_not_know(tmp_path, concept, says):
+    refused_erase(says, tmp_path / "out", concept=concept)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_model_that_lacks_a_part(broken, tmp_path, part):
+    shutil.rmtree(broken / part)
+    refused_erase(f"lacks its {part}", tmp_path / "out", model=str(broken))
+
+
+def test_models_that_are_not_there_or_of_another_family(broken, tmp_path):
+    refused_erase("no model_index.json", tmp_path / "out", model=str(tmp_path / "nothing"))
+    index = broken / "model_index.json"
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps(values | {"_class_name": "FluxPipeline"}))
+    refused_erase("is a FluxPipeline", tmp_path / "out", model=str(broken))
+    index.write_text("{")
+    refused_erase("damaged", tmp_path / "out", model=str(broken))
+
+
+def test_truncated_weights(broken, tmp_path):
+    file = broken / "unet" / NAME
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused_erase("unet cannot be loaded", tmp_path / "out", model=str(broken))
+
+
+def test_pickled_weights_are_not_read(broken, tmp_path):
+    (broken / "unet" / NAME).rename(broken / "unet" / "diffusion_pytorch_model.bin")
+    refused_erase("unet", tmp_path / "out", model=str(broken))
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "tpu", "mps", "gpu please"])
+def test_devices_that_are_not_there(tmp_path, name):
+    refused_erase("--device", tmp_path / "out", device=name)
+
+
+def test_outputs_in_the_way(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    refused_erase("--overwrite", tmp_path / "out")
+    (tmp_path / "file").write_text("precious")
+    refused_erase("is a file", tmp_path / "file", overwrite=True)
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="root may write everywhere")
+def test_an_output_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="--output /proc/out cannot be written"):
+        erase(EraseConfig(concept="circle", output="/proc/out", **QUICK))
+
+
+@pytest.fixture(scope="module")
+def adapter(small_sd, tmp_path_factory):
+    output = tmp_path_factory.mktemp("adapters") / "adapter"
+    erase(EraseConfig(concept="circle", model=str(small_sd), output=output, **QUICK))
+    return output
+
+
+def refused_merge(says, output, **options):
+    refused(says, output, lambda: merge_adapter(MergeConfig(output=output, **options)))
+
+
+def test_adapters_that_do_not_fit(adapter, tmp_path):
+    embedded = EraseConfig(concept="circle").model  # another architecture: the shapes pipeline
+    assert embedded is None
+    from esd_peft.backbones import EMBEDDED
+
+    refused_merge("does not fit the base", tmp_path / "out", adapter=adapter, base=str(EMBEDDED))
+    refused_merge("is not an adapter directory", tmp_path / "out", adapter=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "base.json", "config.yaml"])
+def test_damaged_adapters(adapter, tmp_path, file):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    damaged = (copy / file).read_bytes()
+    (copy / file).write_bytes(damaged[: len(damaged) // 2] if file.endswith("safetensors") else b"{[")
+    refused_merge(file, tmp_path / "out", adapter=copy)
+
+
+def test_truncated_base(adapter, broken, tmp_path):
+    file = broken / "unet" / NAME
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused_merge("safetensors", tmp_path / "out", adapter=adapter, base=str(broken))
+
+
+def test_a_shard_outside_the_folder_is_refused(adapter, broken, tmp_path):
+    (broken / "unet" / NAME).rename(tmp_path / NAME)
+    index = {"weight_map": {"conv_in.weight": f"../../{NAME}"}}
+    (broken / "unet" / f"{NAME}.index.json").write_text(json.dumps(index))
+    refused_merge("shard", tmp_path / "out", adapter=adapter, base=str(broken))
+
+
+def test_a_scope_that_selects_nothing_lists_those_that_do():
+    from torch import nn
+
+    from esd_peft.adapters import scope_modules
+    from esd_peft.backbones import open_backbone
+
+    layers = nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(2, 2)})})
+    with pytest.raises(UserError, match=r"esd-x selects nothing .* esd-u, selfattn, full"):
+        scope_modules(open_backbone(None), layers, "esd-x")
+
+
+def test_commands_exit_with_2_and_one_line(tmp_path):
+    command = [sys.executable, "-m", "esd_peft.erase", "--concept", "zebra", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --concept 'zebra'") and done.stderr.count("\n") == 1
+    assert not done.stdout and not list(tmp_path.iterdir())

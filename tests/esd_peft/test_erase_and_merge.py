@@ -1,0 +1,168 @@
+"""The main job and the merge, on a small random pipeline: what is written, what loads where, and what it costs."""
+
+import json
+
+import peft
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft.errors import UserError
+
+QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 4, "train_batch_size": 4, "rank": 2,
+         "learning_rate": 1e-2, "device": "cpu", "eval_seeds": 0}  # fmt: skip
+
+
+def run(model, output, **options):
+    return erase(EraseConfig(concept="circle", model=str(model), output=output, **(QUICK | options)))
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    return latents, torch.tensor([17, 800]), torch.randn(2, 16, 24, generator=generator)
+
+
+def predict(unet):
+    latents, timesteps, embeds = inputs()
+    with torch.no_grad():
+        return unet(latents, timesteps, embeds).sample
+
+
+def load_unet(path):
+    return UNet2DConditionModel.from_pretrained(path / "unet", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def erased(small_sd, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "erased"
+    return output, run(small_sd, output, eval_seeds=1)
+
+
+def test_result_holds_costs_and_config(erased):
+    output, result = erased
+    assert json.loads((output / "result.json").read_text()) == result
+    # 3 trajectories of 4 steps, two forwards each, then 4 steps of 4 samples at 3 forward-equivalents
+    assert result["forward_equivalents"] == 3 * 4 * 2 + 4 * 4 * 3
+    assert result["training_tuples"] == 4 * 3  # the fourth sample of each batch holds the null prompt
+    assert result["config"]["concept"] == ["circle"]
+    assert set(result["seconds"]) == set(result["peak_memory_bytes"]) >= {"encode", "rollout", "distill", "save"}
+    assert all(v > 0 for v in result["peak_memory_bytes"].values())
+    assert Image.open(output / "before_after.png").size[0] > 100
+    assert result["concepts"] == result["others"] == {}  # no classifier knows this model
+
+
+def test_the_config_beside_the_adapter_makes_the_same_adapter_again(erased, small_sd, tmp_path):
+    output, _ = erased
+    from esd_peft.config import parse
+
+    config = parse(EraseConfig, "erase", ["--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")])
+    erase(config)
+    first, again = (load_file(p / "adapter_model.safetensors") for p in (output, tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_plain_diffusers_and_plain_peft_read_the_adapter(erased, small_sd):
+    output, _ = erased
+    by_peft = peft.PeftModel.from_pretrained(load_unet(small_sd), output)
+    pipe = StableDiffusionPipeline.from_pretrained(small_sd, dtype=torch.float32)
+    pipe.load_lora_weights(output)
+    changed = predict(by_peft)
+    torch.testing.assert_close(predict(pipe.unet), changed)
+    assert (changed - predict(load_unet(small_sd))).abs().max() > 1e-3
+
+
+def test_alpha_survives_into_diffusers(small_sd, tmp_path):
+    run(small_sd, tmp_path / "erased", alpha=7.0)
+    pipe = StableDiffusionPipeline.from_pretrained(small_sd, dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "erased")
+    by_peft = peft.PeftModel.from_pretrained(load_unet(small_sd), tmp_path / "erased")
+    torch.testing.assert_close(predict(pipe.unet), predict(by_peft))
+
+
+def test_merged_pipeline_makes_the_pictures_of_base_plus_adapter(erased, small_sd, tmp_path):
+    output, _ = erased
+    record = merge_adapter(MergeConfig(adapter=output, output=tmp_path / "merged"))
+    assert record["concept"] == ["circle"] and record["base"]["trained_on_it"]
+    assert record["verification"]["largest_difference"] < 0.1 * record["verification"]["adapter_changes"]
+    pictures = []
+    for path, lora in ((small_sd, output), (tmp_path / "merged", None)):
+        pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+        if lora:
+            pipe.load_lora_weights(lora)
+        noise = torch.Generator().manual_seed(1)
+        pictures.append(pipe("a circle", num_inference_steps=5, generator=noise, output_type="pt").images)
+    assert (pictures[0] - pictures[1]).abs().max() < 2 / 255  # the weights' rounding to fp16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "esd-x-strict", "adapter": "loha"},
+        {"scope": "full", "adapter": "lokr"},
+        {"scope": "selfattn", "rollout": "student", "refill_every": 2, "optimizer": "AdamW8bit"},
+        {"scope": "esd-u", "adapter": "none", "learning_rate": 1e-3, "optimizer": "PagedAdamW8bit"},
+        {"scope": "esd-u", "gradient_checkpointing": True, "dtype": "bfloat16", "lr_scheduler": "cosine"},
+        {"scope": "esd-x", "quantize": "nf4"},
+        {"scope": "esd-x", "quantize": "int8"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_every_kind_of_student_trains_saves_and_merges(small_sd, tmp_path, options):
+    result = run(small_sd, tmp_path / "erased", **options)
+    assert result["trained_parameters"] > 0
+    record = merge_adapter(MergeConfig(adapter=tmp_path / "erased", output=tmp_path / "merged"))
+    assert record["verification"]["adapter_changes"] > 0
+    change = predict(load_unet(tmp_path / "merged")) - predict(load_unet(small_sd))
+    assert change.abs().max() > 1e-5
+
+
+def test_student_rollouts_cost_what_the_paper_costs(small_sd, tmp_path):
+    """R = 1 and batch 1: a trajectory to a random step, one teacher pair there, one training step."""
+    options = {"rollout": "student", "refill_every": 1, "train_batch_size": 1, "max_train_steps": 6, "adapter": "none"}
+    result = run(small_sd, tmp_path / "erased", **options, learning_rate=1e-4)
+    assert result["training_tuples"] == 6
+    assert 6 * (2 + 3) <= result["forward_equivalents"] <= 6 * (2 * 4 + 3)
+
+
+def test_only_the_scope_changes(small_sd, tmp_path):
+    run(small_sd, tmp_path / "erased", scope="esd-x-strict")
+    merge_adapter(MergeConfig(adapter=tmp_path / "erased", output=tmp_path / "merged"))
+    file = "unet/diffusion_pytorch_model.safetensors"
+    base, merged = load_file(small_sd / file), load_file(tmp_path / "merged" / file)
+    assert {k: v.dtype for k, v in base.items()} == {k: v.dtype for k, v in merged.items()}
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if "attn2.to_k" in name or "attn2.to_v" in name}
+
+
+def test_sharded_bases_merge_and_other_variants_stay_behind(tmp_path):
+    from pipelines import small_stable_diffusion
+
+    base = small_stable_diffusion(tmp_path / "base", max_shard_size="300KB")
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"still knows circles")
+    (base / "v1-5-pruned.safetensors").write_bytes(b"so does this")
+    assert (base / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    run(base, tmp_path / "erased")
+    merge_adapter(MergeConfig(adapter=tmp_path / "erased", output=tmp_path / "merged"))
+    by_peft = peft.PeftModel.from_pretrained(load_unet(base), tmp_path / "erased")
+    torch.testing.assert_close(predict(load_unet(tmp_path / "merged")), predict(by_peft), rtol=1e-4, atol=1e-4)
+    left = {p.name for p in (tmp_path / "merged").rglob("*")}
+    assert not left & {"diffusion_pytorch_model.fp16.safetensors", "v1-5-pruned.safetensors"}
+
+
+def test_a_merge_that_went_wrong_is_noticed_and_leaves_nothing(erased, tmp_path, monkeypatch):
+    from esd_peft import weights
+
+    honest = weights.TensorFile.write
+
+    def careless(self, file, name, value):
+        honest(self, file, name, value * 1.05)
+
+    monkeypatch.setattr(weights.TensorFile, "write", careless)
+    with pytest.raises(UserError, match="differs from base"):
+        merge_adapter(MergeConfig(adapter=erased[0], output=tmp_path / "merged"))
+    assert list(tmp_path.iterdir()) == []
