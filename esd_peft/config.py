@@ -79,7 +79,7 @@ class EraseConfig(CommandConfig):
     refill_every: Annotated[int, Field(ge=1)] = 25
     """With student rollouts: optimizer steps between refills; 1 is the paper's procedure."""
 
-    max_train_steps: Annotated[int, Field(ge=1)] = 150
+    max_train_steps: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps."""
     train_batch_size: Annotated[int, Field(ge=1)] = 4
     """Training tuples a step."""

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from esd_peft.errors import UserError
 
 
@@ -41,10 +43,8 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             draft.rename(path)
-    except OSError as error:
-        if error.filename and not str(error.filename).startswith(str(draft)):
-            raise
-        raise UserError(f"--output {path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(error, path, draft) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -56,8 +56,18 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.replace(path)
+    except OSError as error:
+        raise _unwritable(error, path, draft) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _unwritable(error: Exception, path: Path, draft: Path) -> Exception:
+    """A `UserError` for what went wrong while writing `draft` (a full disk, say); other errors as they are."""
+    if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(draft)):
+        return error
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"--output {path} cannot be written: {reason}; free some space or name another directory")
 
 
 def _umask() -> int:

@@ -47,12 +47,13 @@ def before_after_grid(prompts: Sequence[str], before: Tensor, after: Tensor, hei
     block = seeds * (height + _GAP)
     sheet = Image.new("RGB", (margin + prompts_count * (width + _GAP), _CAPTION + 2 * block + 2 * _GAP), "white")
     draw = ImageDraw.Draw(sheet)
+    for half, name in enumerate(("before", "after")):
+        draw.text((2, _CAPTION + half * (block + _GAP) + 2), name, "black", font)
     for column, prompt in enumerate(prompts):
         x = margin + column * (width + _GAP)
         draw.text((x, 1), _shortened(prompt, width, draw, font), "black", font)
         for half, pictures in enumerate((before, after)):
             top = _CAPTION + half * (block + _GAP)
-            draw.text((2, top + 2), ("before", "after")[half], "black", font)
             for k in range(seeds):
                 tile = _image(pictures[column, k]).resize((width, height), Image.Resampling.LANCZOS)
                 sheet.paste(tile, (x, top + k * (height + _GAP)))
