@@ -74,6 +74,8 @@ class EraseConfig(CommandConfig):
     """Denoising steps of a trajectory."""
     guidance_scale: Annotated[float, Field(ge=0)] = 3.0
     """Classifier-free guidance of the trajectories."""
+    anticipate: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """With teacher rollouts: share of the trajectories driven by the guided target, to where the student will be."""
     rollout_batch_size: Annotated[int, Field(ge=1)] = 12
     """Trajectories denoised side by side."""
     refill_every: Annotated[int, Field(ge=1)] = 25
@@ -85,7 +87,7 @@ class EraseConfig(CommandConfig):
     """Training tuples a step."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """Peak learning rate."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """The learning rate's course."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of warm-up, for the schedulers that have one."""

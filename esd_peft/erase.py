@@ -66,6 +66,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         config.rollout == "student",
         config.num_inference_steps,
         config.guidance_scale,
+        config.anticipate if config.rollout == "teacher" else 0.0,
+        config.eta,
         config.rollout_batch_size,
         device,
         dtype,

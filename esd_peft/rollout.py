@@ -57,6 +57,10 @@ class Rollout:
     `teacher` is a context in which the denoiser is the frozen teacher. Without `student` it drives the
     trajectories too (the authors' current code); with it the denoiser as it is drives them and the teacher only
     answers at the x_t that are kept (the paper).
+
+    The first `anticipate` of each batch of trajectories go where the finished student will go: they are driven by the
+    guided target itself, `e_null − guidance_scale · η · (e_concept − e_null)`, which the teacher knows beforehand. The
+    others are driven by the teacher's own guided prediction, and show the concept.
     """
 
     backbone: Backbone
@@ -66,6 +70,8 @@ class Rollout:
     student: bool
     num_inference_steps: int
     guidance_scale: float
+    anticipate: float
+    eta: float
     batch_size: int
     device: torch.device
     dtype: torch.dtype
@@ -92,6 +98,8 @@ class Rollout:
         steps = len(scheduler.timesteps)  # some schedulers take a step or two more than asked
         kept = _choose(len(prompts), steps, keep, generator)
         latents = noise.to(self.device) * scheduler.init_noise_sigma
+        scales = torch.full((len(prompts),), self.guidance_scale, device=self.device)
+        scales[: round(self.anticipate * len(prompts))] *= -self.eta
         rows = prompts.to(self.device)
         banks = []
         for i, timestep in enumerate(scheduler.timesteps):
@@ -110,7 +118,7 @@ class Rollout:
             if pair is None:
                 pair = self._pair(inputs, timestep, rows)
             null, concept = pair.float()
-            guided = null + self.guidance_scale * (concept - null)
+            guided = null + scales.view(-1, *[1] * (null.dim() - 1)) * (concept - null)
             latents = self.backbone.scheduler_step(scheduler, guided, timestep, latents, generator)
         return join(banks)
 

@@ -30,6 +30,8 @@ def rollout(path, **changes):
         "student": False,
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE,
+        "anticipate": 0.0,
+        "eta": 1.5,
         "batch_size": 2,
         "device": CPU,
         "dtype": torch.float32,
@@ -62,9 +64,10 @@ def test_trajectories_are_those_of_the_diffusers_pipeline(model):
     assert bank.prompts.tolist() == [1, 2] * STEPS
 
 
-def test_steps_and_target_against_the_formula(model):
-    """DDIM with η = 0, and eq. 6 of the paper in ε, whatever the model predicts."""
-    ours = rollout(model)
+@pytest.mark.parametrize(("anticipate", "scale"), [(0.0, GUIDANCE), (1.0, -1.5 * GUIDANCE)])
+def test_steps_and_target_against_the_formula(model, anticipate, scale):
+    """DDIM with η = 0, and eq. 6 of the paper in ε, whatever the model predicts and wherever the trajectory goes."""
+    ours = rollout(model, anticipate=anticipate)
     v_prediction = ours.backbone.new_scheduler(STEPS, CPU).config.prediction_type == "v_prediction"
     bank = ours.fill(torch.tensor([1]), noise(), progress=False)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -77,7 +80,7 @@ def test_steps_and_target_against_the_formula(model):
         t, earlier = bank.timesteps[i].item(), bank.timesteps[i + 1].item()
         x = bank.inputs[i].double()
         null, concept = (to_epsilon(e.double(), x, t) for e in bank.teacher[:, i])
-        epsilon = null + GUIDANCE * (concept - null)
+        epsilon = null + scale * (concept - null)
         x0 = (x - (1 - alphas[t]).sqrt() * epsilon) / alphas[t].sqrt()
         expected = alphas[earlier].sqrt() * x0 + (1 - alphas[earlier]).sqrt() * epsilon
         torch.testing.assert_close(bank.inputs[i + 1].double(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,50 @@
+"""How well the embedded pipeline and its classifier do what they promise.
+
+    python benchmarks/shapes_quality.py [--seeds 3] [--picture sheet.png]
+
+The classifier on pictures the renderer makes from an unused seed, and the pipeline's pictures of every full prompt.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from esd_peft.backbones import open_backbone
+from esd_peft.evaluation.pictures import make_pictures
+from esd_peft.shapes import world
+from esd_peft.shapes.classifier import load_classifier
+
+HELD_OUT = 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="pictures a prompt")
+    parser.add_argument("--picture", type=Path, help="write a sheet with the first picture of every prompt")
+    args = parser.parse_args()
+    classifier = load_classifier()
+
+    labels, pixels = world.sample(HELD_OUT, torch.Generator().manual_seed(2**40))
+    names = classifier.name(pixels)
+    for i, (kind, values) in enumerate(world.ATTRIBUTES.items()):
+        right = sum(name[kind] == values[int(label[i])] for name, label in zip(names, labels, strict=True))
+        print(f"classifier, {kind} of {HELD_OUT} held-out rendered pictures: {right / HELD_OUT:.2%}")
+
+    cpu, backbone = torch.device("cpu"), open_backbone(None)
+    pipe = backbone.pipeline(backbone.load_denoiser(torch.float32), cpu, torch.float32)
+    prompts = world.full_prompts()
+    pictures = make_pictures(pipe, prompts, args.seeds, batch_size=36)
+    names = classifier.name(pictures.flatten(0, 1))
+    for kind in world.ATTRIBUTES:
+        wanted = [world.attributes_in(p)[kind] for p in prompts for _ in range(args.seeds)]
+        right = sum(name[kind] == want for name, want in zip(names, wanted, strict=True))
+        print(f"pipeline, {kind} of {len(wanted)} pictures as prompted: {right / len(wanted):.2%}")
+    if args.picture:
+        sheet = pictures[:, 0].unflatten(0, (12, 12)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        Image.fromarray((sheet * 255).byte().numpy()).save(args.picture)
+
+
+if __name__ == "__main__":
+    main()
