@@ -46,7 +46,7 @@ def test_the_world_is_seeded_and_large_enough():
     assert len(set(world.full_prompts())) == 6 * 6 * 4
     first, again, other = (world.sample(8, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first[1], again[1]) and not torch.equal(first[1], other[1])
-    assert first[1].shape == (8, 3, 32, 32) and 0 <= first[1].min() and first[1].max() <= 1
+    assert first[1].shape == (8, 3, 32, 32) and first[1].min() >= 0 and first[1].max() <= 1
 
 
 def test_captions_drop_words_and_are_sometimes_empty():
@@ -59,7 +59,7 @@ def test_captions_drop_words_and_are_sometimes_empty():
     assert all(n.items() <= {"shape": "circle", "colour": "yellow", "texture": "dotted"}.items() for n in named)
 
 
-@pytest.mark.parametrize("prompt", world.full_prompts()[::29] + ["striped", "a circle", ""])
+@pytest.mark.parametrize("prompt", [*world.full_prompts()[::29], "striped", "a circle", ""])
 def test_prompts_and_attributes_are_inverse(prompt):
     assert prompt == "" or set(world.attributes_in(prompt).values()) <= set(prompt.split())
     assert open_backbone(None).unseen_words(prompt) == []
