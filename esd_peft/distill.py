@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from esd_peft.adapters import Student
-from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
 from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError
 from esd_peft.objectives import esd_loss, esd_task
-from esd_peft.phases import Costs
 from esd_peft.rollout import Bank, Rollout
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
@@ -27,30 +26,28 @@ def erasing_rows(config: EraseConfig) -> int:
     return config.train_batch_size - int(config.hold * config.train_batch_size)
 
 
-def batches(rollout: Rollout, config: EraseConfig, generator: torch.Generator) -> Iterator[Bank]:
+def batches(rollout: Rollout, generator: torch.Generator) -> Iterator[Bank]:
     """Training batches without end; the erasing samples come first.
 
     With teacher rollouts the bank is filled once and reshuffled when it is used up. With student rollouts it is
     filled for `refill_every` steps at a time. Fill time goes to the phase "rollout".
     """
+    config = rollout.config
     erasing = erasing_rows(config)
     held = config.train_batch_size - erasing
-    concepts = torch.arange(len(config.concept)) + 1
+    concepts = itertools.cycle(range(1, len(config.concept) + 1))
+    once = config.rollout == "teacher"
     needed = erasing * config.refill_every
+    trajectories = config.trajectories if once else min(config.trajectories, needed)
+    keep = None if once else math.ceil(needed / trajectories)
     while True:
-        if config.rollout == "teacher":
-            trajectories, keep = config.trajectories, None
-        else:
-            trajectories = min(config.trajectories, needed)
-            keep = math.ceil(needed / trajectories)
         with rollout.costs.phase("rollout"):
-            bank = rollout.fill(concepts.repeat(trajectories)[:trajectories], generator, keep, config.rollout == "teacher")
+            prompts = torch.tensor([*itertools.islice(concepts, trajectories)])
+            bank = rollout.fill(prompts, generator, keep, progress=once)
         order = _shuffled(len(bank), generator)
-        for step in itertools.count(1):
+        for _ in itertools.count() if once else range(config.refill_every):
             chosen = [*itertools.islice(order, erasing), *torch.randint(len(bank), (held,), generator=generator).tolist()]
             yield bank.take(torch.tensor(chosen), rollout.device)
-            if config.rollout == "student" and step == config.refill_every:
-                break
 
 
 def _shuffled(size: int, generator: torch.Generator) -> Iterator[int]:
@@ -68,19 +65,16 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torc
 
 def distill(
     student: Student,
-    backbone: Backbone,
-    embeds: PromptEmbeds,
-    supply: Iterator[Bank],
-    config: EraseConfig,
-    costs: Costs,
-    device: torch.device,
-    dtype: torch.dtype,
+    rollout: Rollout,
+    generator: torch.Generator,
     report: Callable[[dict[str, float], int], None] = lambda values, step: None,
 ) -> list[float]:
-    """Train the student in place on `max_train_steps` batches of `supply`; returns the mean loss of every tenth step.
+    """Train the student in place for `max_train_steps` batches; returns the mean loss of every ten steps.
 
-    Raises `FloatingPointError` if the loss is no longer a number.
+    Raises `UserError` if the loss is no longer a number.
     """
+    config, device, dtype, costs = rollout.config, rollout.device, rollout.dtype, rollout.costs
+    supply = batches(rollout, generator)
     optimizer = make_optimizer(config.optimizer, student.parameters, config.learning_rate)
     steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **steps)
@@ -97,7 +91,8 @@ def distill(
             task = esd_task(batch, config.eta, len(batch) - erasing)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 inputs = batch.inputs.to(dtype)
-                prediction = backbone.predict(student.denoiser, inputs, batch.timesteps, pick(embeds, task.prompts))
+                embeds = pick(rollout.embeds, task.prompts)
+                prediction = rollout.backbone.predict(student.denoiser, inputs, batch.timesteps, embeds)
             loss = esd_loss(prediction, batch, task)
             _update(loss, student.parameters, optimizer, scaler, config.max_grad_norm)
             schedule.step()
@@ -109,7 +104,7 @@ def distill(
                 losses.append(running.item() / ((step - 1) % LOSS_EVERY + 1))
                 running.zero_()
                 if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(f"the loss is no longer a number at step {step}; lower --learning-rate")
+                    raise UserError(f"the loss is no longer a number at step {step}; lower --learning-rate")
                 bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
                 report({"loss": losses[-1], "learning_rate": schedule.get_last_lr()[0]}, step)
     if config.gradient_checkpointing:

@@ -3,18 +3,16 @@
 import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from esd_peft import __version__
 from esd_peft.adapters import Student, make_student
 from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.config import EraseConfig, parse
 from esd_peft.devices import resolve_device, resolve_dtype
-from esd_peft.distill import batches, distill
+from esd_peft.distill import distill
 from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation.gallery import Gallery, Rates
 from esd_peft.evaluation.recognition import check_concepts
@@ -38,13 +36,10 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     backbone = open_backbone(config.model)
-    embedded = config.model is None
-    if embedded:
+    if config.model is None:
         _check_words(backbone, config.concept)
     costs = Costs(device)
-    gallery = Gallery(
-        backbone, config.concept, embedded, config.eval_seeds, config.seed, config.rollout_batch_size, device, dtype
-    )
+    gallery = Gallery(backbone, config, device, dtype)
 
     with costs.phase("encode"):
         embeds = backbone.encode(["", *config.concept], device, dtype)
@@ -58,35 +53,20 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     with costs.phase("evaluate"), student.teacher():
         before = gallery.take(denoiser, "before") if config.eval_seeds else None
 
-    rollout = Rollout(
-        backbone,
-        denoiser,
-        embeds,
-        student.teacher,
-        config.rollout == "student",
-        config.num_inference_steps,
-        config.guidance_scale,
-        config.anticipate if config.rollout == "teacher" else 0.0,
-        config.eta,
-        config.rollout_batch_size,
-        device,
-        dtype,
-        costs,
-    )
+    rollout = Rollout(backbone, denoiser, embeds, student.teacher, config, device, dtype, costs)
     with costs.phase("distill"):
-        supply = batches(rollout, config, generator(config.seed, "bank"))
-        losses = distill(student, backbone, embeds, supply, config, costs, device, dtype, report)
+        losses = distill(student, rollout, generator(config.seed, "bank"), report)
     with costs.phase("save"):
         save_adapter(student, backbone, config)
 
     concepts: Rates = {}
     others: Rates = {}
-    grid = None
     if before is not None:
         with costs.phase("evaluate"):
             after = gallery.take(denoiser, "after")
             concepts, others = gallery.rates(before, after)
-            grid = gallery.grid(before, after)
+            with new_file(config.output / "before_after.png") as draft:
+                gallery.grid(before, after).save(draft)
     result = {
         "concepts": concepts,
         "others": others,
@@ -99,7 +79,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "version": __version__,
     }
-    _write_result(config.output, result, grid)
+    with new_file(config.output / "result.json") as draft:
+        draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -139,14 +120,6 @@ def _open_tracker(config: EraseConfig) -> Callable[[dict[str, float], int], None
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.model_dump(mode="json").items()}
     tracker.init_trackers("esd_peft", config=flat)
     return lambda values, step: tracker.log(values, step=step)
-
-
-def _write_result(output: Path, result: dict[str, Any], grid: Image.Image | None) -> None:
-    if grid is not None:
-        with new_file(output / "before_after.png") as draft:
-            grid.save(draft)
-    with new_file(output / "result.json") as draft:
-        draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
+from esd_peft.config import EraseConfig
 from esd_peft.phases import Costs
 
 
@@ -52,14 +53,14 @@ def join(banks: list[Bank]) -> Bank:
 
 @dataclass
 class Rollout:
-    """How trajectories run.
+    """Runs trajectories as `config` says, on the denoiser as it is.
 
-    `teacher` is a context in which the denoiser is the frozen teacher. Without `student` it drives the
-    trajectories too (the authors' current code); with it the denoiser as it is drives them and the teacher only
-    answers at the x_t that are kept (the paper).
+    `teacher` is a context in which the denoiser is the frozen teacher. With `config.rollout == "teacher"` it drives
+    the trajectories too (the authors' current code); with "student" the denoiser as it is drives them and the teacher
+    only answers at the x_t that are kept (the paper).
 
-    The first `anticipate` of each batch of trajectories go where the finished student will go: they are driven by the
-    guided target itself, `e_null − guidance_scale · η · (e_concept − e_null)`, which the teacher knows beforehand. The
+    A share `config.anticipate` of the teacher's trajectories goes where the finished student will go: they are driven
+    by the guided target, `e_null − guidance_scale · η · (e_concept − e_null)`, which the teacher knows beforehand. The
     others are driven by the teacher's own guided prediction, and show the concept.
     """
 
@@ -67,12 +68,7 @@ class Rollout:
     denoiser: ModelMixin
     embeds: PromptEmbeds  # row 0 is the null prompt
     teacher: Callable[[], AbstractContextManager[None]]
-    student: bool
-    num_inference_steps: int
-    guidance_scale: float
-    anticipate: float
-    eta: float
-    batch_size: int
+    config: EraseConfig
     device: torch.device
     dtype: torch.dtype
     costs: Costs
@@ -82,30 +78,30 @@ class Rollout:
 
         Keeps every step of each, or `keep` steps chosen at random; a trajectory stops after its last kept step.
         """
-        count = len(prompts)
+        config, count, size = self.config, len(prompts), self.config.rollout_batch_size
         noise = self.backbone.initial_latents(count, self.denoiser, generator)
-        batches = range(0, count, self.batch_size)
-        with tqdm(total=len(batches) * self.num_inference_steps, desc="rollout", disable=not progress) as bar:
-            banks = [
-                self._trajectories(noise[i : i + self.batch_size], prompts[i : i + self.batch_size], generator, keep, bar)
-                for i in batches
-            ]
-        return join(banks)
+        scales = torch.full((count,), config.guidance_scale)
+        if config.rollout == "teacher":
+            scales[: round(config.anticipate * count)] *= -config.eta
+        parts = zip(noise.split(size), scales.split(size), prompts.split(size), strict=True)
+        with tqdm(total=-(-count // size) * config.num_inference_steps, desc="rollout", disable=not progress) as bar:
+            return join([self._trajectories(n, s, p, generator, keep, bar) for n, s, p in parts])
 
     @torch.no_grad()
-    def _trajectories(self, noise: Tensor, prompts: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm) -> Bank:
-        scheduler = self.backbone.new_scheduler(self.num_inference_steps, self.device)
+    def _trajectories(
+        self, noise: Tensor, scales: Tensor, prompts: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm
+    ) -> Bank:
+        scheduler = self.backbone.new_scheduler(self.config.num_inference_steps, self.device)
         steps = len(scheduler.timesteps)  # some schedulers take a step or two more than asked
         kept = _choose(len(prompts), steps, keep, generator)
         latents = noise.to(self.device) * scheduler.init_noise_sigma
-        scales = torch.full((len(prompts),), self.guidance_scale, device=self.device)
-        scales[: round(self.anticipate * len(prompts))] *= -self.eta
+        scales = scales.to(self.device).view(-1, *[1] * (latents.dim() - 1))
         rows = prompts.to(self.device)
         banks = []
         for i, timestep in enumerate(scheduler.timesteps):
             inputs = scheduler.scale_model_input(latents, timestep)
             pair = None
-            if not self.student:
+            if self.config.rollout == "teacher":
                 with self.teacher():
                     pair = self._pair(inputs, timestep, rows)
             if kept[:, i].any():
@@ -118,7 +114,7 @@ class Rollout:
             if pair is None:
                 pair = self._pair(inputs, timestep, rows)
             null, concept = pair.float()
-            guided = null + scales.view(-1, *[1] * (null.dim() - 1)) * (concept - null)
+            guided = null + scales * (concept - null)
             latents = self.backbone.scheduler_step(scheduler, guided, timestep, latents, generator)
         return join(banks)
 

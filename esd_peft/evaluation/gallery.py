@@ -1,7 +1,7 @@
 """The pictures of a model before and after, and what is read off them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from esd_peft.backbones import Backbone
+from esd_peft.config import EraseConfig
 from esd_peft.evaluation import recognition
 from esd_peft.evaluation.pictures import before_after_grid, make_pictures
 from esd_peft.shapes.classifier import load_classifier
@@ -21,28 +22,25 @@ UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in fro
 class Gallery:
     """Takes the same pictures of a denoiser each time it is asked.
 
-    With `judged` (the embedded pipeline) they are of every prompt of the shapes world and are classified; otherwise
+    On the embedded pipeline they are of every prompt of the shapes world and are classified; otherwise
     they are of the concepts and a few unrelated prompts.
     """
 
     backbone: Backbone
-    concepts: list[str]
-    judged: bool
-    seeds: int
-    seed: int
-    batch_size: int
+    config: EraseConfig
     device: torch.device
     dtype: torch.dtype
-    prompts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.judged, self.concepts = self.config.model is None, self.config.concept
         self.prompts = recognition.judged_prompts(self.concepts) if self.judged else [*self.concepts, *UNRELATED]
 
     def take(self, denoiser: ModelMixin, label: str) -> Tensor:
         """`[prompts, seeds, 3, H, W]` fp32 in [0, 1]."""
+        config = self.config
         pipe = self.backbone.pipeline(denoiser, self.device, self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return make_pictures(pipe, self.prompts, self.seeds, self.batch_size, self.seed, label)
+            return make_pictures(pipe, self.prompts, config.eval_seeds, config.rollout_batch_size, config.seed, label)
 
     def rates(self, before: Tensor, after: Tensor) -> tuple[Rates, Rates]:
         """`{name: {"before": rate, "after": rate}}` of the concepts and of everything else; empty if not judged."""

@@ -7,12 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from esd_peft.backbones import open_backbone
+from esd_peft.config import EraseConfig
+from esd_peft.distill import batches
 from esd_peft.objectives import esd_loss, esd_task
 from esd_peft.phases import Costs
 from esd_peft.rollout import Rollout
 from pipelines import small_stable_diffusion
 
-STEPS, GUIDANCE = 6, 3.0
+STEPS, GUIDANCE, ETA = 6, 3.0, 1.5
 CPU = torch.device("cpu")
 
 
@@ -21,23 +23,13 @@ def model(request, tmp_path_factory):
     return small_stable_diffusion(tmp_path_factory.mktemp("models") / request.param, request.param)
 
 
-def rollout(path, **changes):
+def rollout(path, **options):
     backbone = open_backbone(str(path))
     denoiser = backbone.load_denoiser(torch.float32)
     embeds = backbone.encode(["", "circle", "striped"], CPU, torch.float32)
-    settings = {
-        "teacher": contextlib.nullcontext,
-        "student": False,
-        "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "anticipate": 0.0,
-        "eta": 1.5,
-        "batch_size": 2,
-        "device": CPU,
-        "dtype": torch.float32,
-        "costs": Costs(CPU),
-    }
-    return Rollout(backbone, denoiser, embeds, **(settings | changes))
+    defaults = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "anticipate": 0.0, "eta": ETA}
+    config = EraseConfig(concept=["circle", "striped"], rollout_batch_size=2, **(defaults | options))
+    return Rollout(backbone, denoiser, embeds, contextlib.nullcontext, config, CPU, torch.float32, Costs(CPU))
 
 
 def noise():
@@ -64,7 +56,7 @@ def test_trajectories_are_those_of_the_diffusers_pipeline(model):
     assert bank.prompts.tolist() == [1, 2] * STEPS
 
 
-@pytest.mark.parametrize(("anticipate", "scale"), [(0.0, GUIDANCE), (1.0, -1.5 * GUIDANCE)])
+@pytest.mark.parametrize(("anticipate", "scale"), [(0.0, GUIDANCE), (1.0, -ETA * GUIDANCE)])
 def test_steps_and_target_against_the_formula(model, anticipate, scale):
     """DDIM with η = 0, and eq. 6 of the paper in ε, whatever the model predicts and wherever the trajectory goes."""
     ours = rollout(model, anticipate=anticipate)
@@ -86,7 +78,7 @@ def test_steps_and_target_against_the_formula(model, anticipate, scale):
         torch.testing.assert_close(bank.inputs[i + 1].double(), expected, rtol=1e-4, atol=1e-4)
 
         # a student that hits the target in the model's own parameterisation hits eq. 6 in ε
-        batch, eta = bank.take(torch.tensor([i]), CPU), 1.5
+        batch, eta = bank.take(torch.tensor([i]), CPU), ETA
         own_null, own_concept = bank.teacher[:, i : i + 1]
         perfect = own_null - eta * (own_concept - own_null)
         assert esd_loss(perfect, batch, esd_task(batch, eta, 0)).item() < 1e-10
@@ -109,7 +101,7 @@ def test_pairs_are_the_teachers_predictions(model):
 
 def test_student_rollouts_follow_the_student_and_ask_the_teacher(model):
     """The student is a denoiser that errs by a constant; only within the teacher's context it does not."""
-    ours = rollout(model, student=True)
+    ours = rollout(model, rollout="student")
     honest = ours.denoiser.conv_out.bias.data
     astray = honest + 0.1
 
@@ -135,3 +127,16 @@ def test_held_samples_ask_for_the_null_prediction(model):
     target = bank.teacher[0] - task.eta.reshape(-1, 1, 1, 1) * (bank.teacher[1] - bank.teacher[0])
     assert esd_loss(target, bank, task).item() < 1e-10
     torch.testing.assert_close(target[-2:], bank.teacher[0, -2:])
+
+
+def test_every_concept_gets_its_share_even_with_one_trajectory_a_refill(model):
+    ours = rollout(model, rollout="student", refill_every=1, train_batch_size=1)
+    supply = batches(ours, noise())
+    assert [next(supply).prompts.item() for _ in range(4)] == [1, 2, 1, 2]
+
+
+def test_anticipating_trajectories_are_shared_out_over_small_batches(model):
+    plain, half = (rollout(model, anticipate=a).fill(torch.tensor([1, 2, 1, 2]), noise(), progress=False) for a in (0, 0.5))
+    # two batches of two: the first one anticipates
+    same = [torch.equal(plain.inputs[i : i + 2], half.inputs[i : i + 2]) for i in range(0, len(plain), 2)]
+    assert same == [True] + [False] * (STEPS - 1) + [True] * STEPS
