@@ -54,10 +54,10 @@ def main() -> None:
             runs.append(run)
         found[concept] = {"worst": summary(runs), "runs": runs}
         print(concept, json.dumps(found[concept]["worst"], indent=2))
-    machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    result = {"command": ["python", *sys.argv], "machine": machine, "concepts": found}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+        machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        result = {"command": ["python", *sys.argv], "machine": machine, "concepts": found}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
