@@ -85,7 +85,7 @@ class EraseConfig(CommandConfig):
     """Optimizer steps."""
     train_batch_size: Annotated[int, Field(ge=1)] = 4
     """Training tuples a step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 7.5e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """Peak learning rate."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """The learning rate's course."""
