@@ -25,9 +25,8 @@ class Task:
 def esd_task(batch: Bank, eta: float, held: int) -> Task:
     """The paper's objective (eq. 6); the last `held` samples hold the student's unconditional prediction instead.
 
-    A held sample is asked with the null prompt and has η = 0, so its target is e_null. Without them a student whose
-    cross-attention is frozen may shift e_null along with e_concept, and classifier-free guidance, which sees only
-    their difference, undoes the erasure.
+    A held sample is asked with the null prompt and has η = 0, so its target is e_null. Without them e_null moves along
+    with e_concept, and classifier-free guidance, which amplifies their difference, undoes part of the erasure.
     """
     prompts, size = batch.prompts.clone(), len(batch)
     etas = torch.full((size,), eta, device=prompts.device)

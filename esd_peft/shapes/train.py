@@ -221,6 +221,7 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipe.vae.register_to_config(_name_or_path="")  # where it lay while training is nobody's business
     pipe.to(torch.float16).save_pretrained(path)
 
 
