@@ -94,7 +94,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_scheduler() -> DDIMScheduler:
+def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
@@ -103,6 +103,7 @@ def make_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        prediction_type=prediction_type,
     )
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from esd_peft.shapes.train import CONTEXT, make_tokenizer
+from esd_peft.shapes.train import CONTEXT, make_scheduler, make_tokenizer
 
 
 def small_stable_diffusion(path: Path, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, **save) -> Path:
@@ -44,21 +44,12 @@ def small_stable_diffusion(path: Path, prediction_type: str = "epsilon", dtype: 
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=make_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
