@@ -13,7 +13,10 @@ setup(
     # the import name `kernels` belongs to a Hugging Face package: only kernels/esd_kernels is installed
     package_dir={"esd_kernels": "kernels/esd_kernels"},
     packages=[*find_packages(include=["esd_peft", "esd_peft.*"]), "esd_kernels"],
-    package_data={"esd_peft.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"]},
+    package_data={
+        "esd_peft": ["everyday.txt"],
+        "esd_peft.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
+    },
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

@@ -51,19 +51,35 @@ class Student(ABC):
         """Within it, the denoiser is the frozen base."""
 
     @abstractmethod
+    def project(self) -> None:
+        """Take out of what was learned all that acts on protected embeddings; to be called after each step."""
+
+    @abstractmethod
     def save(self, directory: Path) -> None:
         """Write what was learned."""
 
 
-def make_student(backbone: Backbone, denoiser: ModelMixin, config: EraseConfig) -> Student:
-    """Make the config's scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing."""
+def make_student(backbone: Backbone, denoiser: ModelMixin, config: EraseConfig, projection: Tensor | None = None) -> Student:
+    """Make the config's scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing.
+
+    `projection` `[width, width]` keeps layers that read the prompt off the protected embeddings (`esd_peft.nullspace`):
+    their change is ΔW P. A LoRA's ΔW = B A takes it into A; LoHa and LoKr have no such factor and go without.
+    """
     if config.adapter == "none":
-        return _WeightsStudent(denoiser, scope_parameters(backbone, denoiser, config.scope))
-    return _AdapterStudent(backbone, denoiser, scope_modules(backbone, denoiser, config.scope), config)
+        names = scope_parameters(backbone, denoiser, config.scope)
+        return _WeightsStudent(backbone, denoiser, names, projection)
+    return _AdapterStudent(backbone, denoiser, scope_modules(backbone, denoiser, config.scope), config, projection)
 
 
 class _AdapterStudent(Student):
-    def __init__(self, backbone: Backbone, denoiser: ModelMixin, targets: list[str], config: EraseConfig) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        denoiser: ModelMixin,
+        targets: list[str],
+        config: EraseConfig,
+        projection: Tensor | None,
+    ) -> None:
         self.backbone, self.denoiser = backbone, denoiser
         alpha = config.rank if config.alpha is None else config.alpha
         sizes = {"r": config.rank, "target_modules": targets}
@@ -77,6 +93,17 @@ class _AdapterStudent(Student):
             self.peft = peft.get_peft_model(denoiser, made)
         self.peft.peft_config["default"].base_model_name_or_path = config.model
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+        self._projected = [
+            (parameter, projection)
+            for name, parameter in denoiser.named_parameters()
+            if projection is not None and "lora_A" in name and backbone.reads_prompt(name)
+        ]
+        self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        for down, projection in self._projected:
+            down.copy_(down @ projection)
 
     def teacher(self) -> contextlib.AbstractContextManager[None]:
         return self.peft.disable_adapter()
@@ -95,11 +122,21 @@ class _AdapterStudent(Student):
 class _WeightsStudent(Student):
     """`--adapter none`. The denoiser holds fp32 master weights; a copy of the scoped ones stands by as the teacher's."""
 
-    def __init__(self, denoiser: ModelMixin, names: list[str]) -> None:
+    def __init__(self, backbone: Backbone, denoiser: ModelMixin, names: list[str], projection: Tensor | None) -> None:
         self.denoiser, self.names = denoiser, names
         everything = dict(denoiser.named_parameters())
         self.parameters = [everything[name].requires_grad_() for name in names]
         self._frozen = [p.detach().clone() for p in self.parameters]
+        self._projected = [
+            (parameter, frozen, projection)
+            for name, parameter, frozen in zip(names, self.parameters, self._frozen, strict=True)
+            if projection is not None and parameter.dim() == 2 and backbone.reads_prompt(name)
+        ]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        for weight, frozen, projection in self._projected:
+            weight.copy_(frozen + (weight - frozen) @ projection)
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[None]:

@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from esd_peft.errors import UserError
 
@@ -40,11 +50,60 @@ class CommandConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class Concept(BaseModel):
+    """One thing to erase. In YAML a plain string, or a map of these fields; what is left out comes from the config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    erase_from: str | None = None
+    map_to: str | None = None
+    eta: Annotated[float, Field(ge=0, le=100)] | None = None
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_string(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name", "erase_from", "map_to")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("name what to erase, for example --concept circle")
+        return value and value.strip()
+
+    @model_serializer(mode="wrap")
+    def _to_a_string(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        fields = {name: value for name, value in serialize(self).items() if value != type(self).model_fields[name].default}
+        return self.name if set(fields) == {"name"} else fields
+
+
+_OnCommandLine: Any = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PROMPT",
+    instance_from_str=lambda words: words[0],  # validated, and so made a Concept, together with the whole config
+    is_instance=lambda value: isinstance(value, Concept),
+    str_from_instance=lambda concept: [concept.name],
+)
+
+
 class EraseConfig(CommandConfig):
     """Erase concepts from a text-to-image diffusion model."""
 
-    concept: Annotated[list[str], tyro.conf.UseAppendAction] = []
-    """What to erase, as a prompt would name it; repeat the option for several."""
+    concept: Annotated[list[Annotated[Concept, _OnCommandLine]], tyro.conf.UseAppendAction] = []
+    """What to erase, as a prompt would name it; repeat the option for several. In YAML each may be a map with a name
+    and its own eta, weight, erase_from and map_to."""
+    erase_from: str | None = None
+    """Erase the concept from this only ("shirt": stripes stay elsewhere)."""
+    map_to: str | None = None
+    """What the concept becomes; left out: what the model draws without naming it."""
+    wordings: Literal["auto", "bare"] = "auto"
+    """auto: train on the concept in several wordings and beside other things; bare: only as given (the paper)."""
+    preserve: Annotated[list[str], tyro.conf.UseAppendAction] = []
+    """A prompt that must stay as it is, held to the teacher on trajectories of its own; repeat for several."""
+    preserve_file: Path | None = None
+    """A text file of such prompts, one a line."""
     model: str | None = None
     """A Stable Diffusion 1.x or 2.x pipeline directory in diffusers' layout; left out: the embedded shapes pipeline."""
     output: Path = Path("erased")
@@ -52,7 +111,7 @@ class EraseConfig(CommandConfig):
     overwrite: bool = False
     """Replace what is in the output directory."""
 
-    scope: Scope = "esd-x"
+    scope: Scope = "esd-x-strict"
     """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or full."""
     adapter: Adapter = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
@@ -61,16 +120,32 @@ class EraseConfig(CommandConfig):
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The adapter's output is scaled by alpha / rank; left out: alpha = rank."""
 
-    eta: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """How far past nothing the target goes (the paper's negative guidance); the authors' current scripts call this 2."""
-    hold: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Share of each batch that holds the student's prediction without a prompt to the teacher's."""
+    objective: Literal["esd", "contrastive"] = "esd"
+    """esd: the paper's guided target; contrastive: what some summaries of the paper describe (docs/objectives.md)."""
+    eta: Annotated[float, Field(ge=0, le=100)] | None = None
+    """How far past nothing the target goes (the paper's negative guidance; the authors' current scripts call its 1
+    2); left out: 1, or 0 with --map-to."""
+    hold: Annotated[float, Field(ge=0, lt=1)] = 0.125
+    """Share of each batch that holds the student to the teacher: without the concept, and on --preserve prompts."""
+    null_space: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
+    (--preserve and a built-in list); 0: off. Of adapters lora and none."""
+    min_timestep: Annotated[int, Field(ge=0)] = 0
+    """Erase from this timestep on (0: the last, least noisy one)."""
+    max_timestep: Annotated[int, Field(ge=0)] = 1000
+    """Erase up to this timestep."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Weigh timesteps by min-SNR with this gamma (5 is usual); left out: all alike."""
+    until: Annotated[float, Field(gt=-100, lt=1)] | None = None
+    """Stop as soon as this fraction of the concept's guided direction is left on held-out pairs; left out: never."""
 
     rollout: Literal["teacher", "student"] = "teacher"
-    """Whose trajectories: the frozen teacher's, once, or the student's as it is now, anew every --refill-every steps."""
-    trajectories: Annotated[int, Field(ge=1)] = 12
-    """Denoising trajectories in the bank."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    """Whose trajectories: the frozen teacher's, or the student's as it is now (the paper)."""
+    trajectories: Annotated[int, Field(ge=1)] | None = None
+    """Denoising trajectories in the bank; left out: 12, and 6 more for each concept after the first."""
+    preserve_trajectories: Annotated[int, Field(ge=1)] = 6
+    """Trajectories of --preserve prompts in the bank, where there are any."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
     """Denoising steps of a trajectory."""
     guidance_scale: Annotated[float, Field(ge=0)] = 3.0
     """Classifier-free guidance of the trajectories."""
@@ -78,14 +153,15 @@ class EraseConfig(CommandConfig):
     """With teacher rollouts: share of the trajectories driven by the guided target, to where the student will be."""
     rollout_batch_size: Annotated[int, Field(ge=1)] = 12
     """Trajectories denoised side by side."""
-    refill_every: Annotated[int, Field(ge=1)] = 25
-    """With student rollouts: optimizer steps between refills; 1 is the paper's procedure."""
+    refill_every: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between refills of the bank; 1 is the paper's procedure (with student rollouts) and that of the
+    authors' scripts (with the teacher's); left out: teacher rollouts are run once, student's every 25 steps."""
 
-    max_train_steps: Annotated[int, Field(ge=1)] = 200
-    """Optimizer steps."""
-    train_batch_size: Annotated[int, Field(ge=1)] = 4
-    """Training tuples a step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    max_train_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; left out: 50, and 25 more for each concept after the first."""
+    train_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Samples a step."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-2
     """Peak learning rate."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """The learning rate's course."""
@@ -112,23 +188,56 @@ class EraseConfig(CommandConfig):
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Log the loss there too."""
 
-    @field_validator("concept", mode="before")
+    @field_validator("concept", "preserve", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, str | dict | Concept) else value
+
+    @field_validator("preserve", "erase_from", "map_to")
+    @classmethod
+    def _some_text(cls, value: Any) -> Any:
+        if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
+            raise ValueError("say what, or leave the option out")
+        return value
 
     @field_validator("concept")
     @classmethod
-    def _not_empty(cls, value: list[str]) -> list[str]:
-        if not value or not all(concept.strip() for concept in value):
+    def _named_once(cls, value: list[Concept]) -> list[Concept]:
+        if not value:
             raise ValueError("name what to erase, for example --concept circle")
-        return [concept.strip() for concept in value]
+        if doubled := [c for i, c in enumerate(value) if c.name in [other.name for other in value[:i]]]:
+            raise ValueError(f"{doubled[0].name} is named twice; name each concept once")
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EraseConfig":
         if self.quantize != "none" and self.adapter != "lora":
             raise ValueError(f"--quantize {self.quantize} works with --adapter lora only, not {self.adapter}")
+        if self.min_timestep >= self.max_timestep:
+            raise ValueError("--min-timestep must be below --max-timestep")
+        if self.until is not None and self.objective != "esd":
+            raise ValueError("--until works with --objective esd only; leave it out")
         return self
+
+    @property
+    def bank_trajectories(self) -> int:
+        """How many erasing trajectories fill the bank."""
+        return self.trajectories if self.trajectories is not None else 6 + 6 * len(self.concept)
+
+    @property
+    def steps_per_bank(self) -> int | None:
+        """Optimizer steps between refills of the bank; none: it is filled once."""
+        return self.refill_every or (None if self.rollout == "teacher" else 25)
+
+    @property
+    def train_steps(self) -> int:
+        """How many optimizer steps to take at most."""
+        return self.max_train_steps if self.max_train_steps is not None else 25 + 25 * len(self.concept)
+
+    @property
+    def concept_names(self) -> list[str]:
+        """What is erased, by name."""
+        return [concept.name for concept in self.concept]
 
 
 class MergeConfig(CommandConfig):
@@ -203,7 +312,7 @@ def read_yaml(path: Path, config: type[CommandConfig]) -> dict[str, Any]:
 
 
 def _typed(annotation: Any, value: Any) -> Any:
-    if get_origin(annotation) is list and isinstance(value, str):
+    if get_origin(annotation) is list and isinstance(value, str | dict):
         value = [value]
     return TypeAdapter(annotation).validate_python(value)
 

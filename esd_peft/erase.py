@@ -10,6 +10,8 @@ import torch
 from esd_peft import __version__
 from esd_peft.adapters import Student, make_student
 from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.backbones.backbone import pick
+from esd_peft.concepts import PromptPlan, plan_prompts
 from esd_peft.config import EraseConfig, parse
 from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.distill import distill
@@ -17,11 +19,14 @@ from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation.gallery import Gallery, Rates
 from esd_peft.evaluation.recognition import check_concepts
 from esd_peft.evaluation.table import result_table
+from esd_peft.nullspace import null_space_projection
+from esd_peft.objectives import GuidedTarget
 from esd_peft.outputs import check_output, new_directory, new_file
 from esd_peft.phases import Costs
+from esd_peft.probe import Probe
 from esd_peft.quantize import quantize_linears
 from esd_peft.randomness import generator
-from esd_peft.rollout import Rollout
+from esd_peft.rollout import Rollout, make_table
 from esd_peft.weights import component_files, sha256
 
 
@@ -36,26 +41,35 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     backbone = open_backbone(config.model)
+    plan = plan_prompts(config)
     if config.model is None:
-        _check_words(backbone, config.concept)
+        _check_words(backbone, config, plan)
     costs = Costs(device)
     gallery = Gallery(backbone, config, device, dtype)
 
     with costs.phase("encode"):
-        embeds = backbone.encode(["", *config.concept], device, dtype)
+        embeds = backbone.encode(plan.texts, device, dtype)
+        table = make_table(plan, embeds)
+        projection = None
+        if config.null_space:
+            rows = torch.tensor([plan.texts.index(prompt) for prompt in plan.protected], device=device)
+            projection = null_space_projection(backbone.token_embeddings(pick(embeds, rows)), config.null_space)
     with costs.phase("load"):
         # the weights themselves learn in fp32; under an adapter they are only read
         denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
         if config.quantize != "none":
             quantize_linears(denoiser, config.quantize, dtype)
         denoiser.to(device)
-        student = make_student(backbone, denoiser, config)
+        student = make_student(backbone, denoiser, config, projection)
     with costs.phase("evaluate"), student.teacher():
         before = gallery.take(denoiser, "before") if config.eval_seeds else None
 
-    rollout = Rollout(backbone, denoiser, embeds, student.teacher, config, device, dtype, costs)
+    rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
+    objective = GuidedTarget(rollout)
+    probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
     with costs.phase("distill"):
-        losses = distill(student, rollout, generator(config.seed, "bank"), report)
+        bank = generator(config.seed, "bank")
+        losses = distill(student, objective, rollout, config.train_steps, bank, probe, report)
     with costs.phase("save"):
         save_adapter(student, backbone, config)
 
@@ -71,6 +85,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         "concepts": concepts,
         "others": others,
         "loss": {"first": losses[0], "last": losses[-1]},
+        "direction_left": probe.curve if probe else [],
         "forward_equivalents": costs.forward_equivalents,
         "training_tuples": costs.training_tuples,
         "trained_parameters": sum(p.numel() for p in student.parameters),
@@ -99,14 +114,18 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig) -> N
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_words(backbone: Backbone, concepts: list[str]) -> None:
-    for concept in concepts:
-        if unseen := backbone.unseen_words(concept):
+def _check_words(backbone: Backbone, config: EraseConfig, plan: PromptPlan) -> None:
+    said = [("--concept", name) for name in config.concept_names] + [("--preserve", p.prompt) for p in plan.preserve]
+    for concept in config.concept:
+        said += [("--erase-from", concept.erase_from or config.erase_from or "")]
+        said += [("--map-to", concept.map_to or config.map_to or "")]
+    for option, text in said:
+        if unseen := backbone.unseen_words(text):
             raise UserError(
-                f"--concept {concept!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
+                f"{option} {text!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
                 "use its words (circle, red, striped, ...) or name your own pipeline with --model"
             )
-    check_concepts(concepts)
+    check_concepts(config.concept_names)
 
 
 def _open_tracker(config: EraseConfig) -> Callable[[dict[str, float], int], None]:

@@ -120,7 +120,7 @@ def main() -> None:
     """The command line."""
     config = parse(MergeConfig, "merge_adapter")
     record = merge_adapter(config)
-    concepts = ", ".join(record["concept"]) or "the adapter"
+    concepts = ", ".join(c if isinstance(c, str) else c["name"] for c in record["concept"]) or "the adapter"
     print(f"merged {record['merged_tensors']} tensors: {concepts}")
     if not record["base"]["trained_on_it"]:
         print("note: the adapter was trained on other weights than these; check that the concept is gone")

@@ -1,41 +1,145 @@
-"""From guided pairs to a loss.
+"""What a training step asks the student, and the loss on its answer.
 
 The guided target `e_anchor − η · (e_concept − e_null)` is a linear combination of predictions whose coefficients
 add up to one. Velocity and flow predictions are linear in ε for a given x_t, so the target holds for them as it
 stands, as long as the student is compared in the same parameterisation.
 """
 
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from esd_kernels import guided_mse
-from esd_peft.rollout import Bank
+from esd_peft.backbones import PromptEmbeds
+from esd_peft.backbones.backbone import pick
+from esd_peft.rollout import Bank, PairTable, Rollout
 
 
 @dataclass
-class Task:
-    """What the student is asked about a batch of tuples: with which prompts, and how far past nothing."""
+class Batch:
+    """What the student is asked, and what its answer is held against. `B` samples on the training device."""
 
-    prompts: Tensor  # [B] int64, rows of the prompt embeddings
+    inputs: Tensor  # [B, ...] x_t as the denoiser is fed it
+    timesteps: Tensor  # [B]
+    embeds: PromptEmbeds  # [B, ...] each
+    teacher: Tensor  # [2B, ...] e_null, then e_concept (guided pairs); [B, ...] noise, then references (contrastive)
     eta: Tensor  # [B] fp32
+    weight: Tensor  # [B] fp32
+    anchor: Tensor | None = None  # [B, ...]
+    erasing: int = 0  # how many of the samples erase
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
 
 
-def esd_task(batch: Bank, eta: float, held: int) -> Task:
-    """The paper's objective (eq. 6); the last `held` samples hold the student's unconditional prediction instead.
+class Objective(ABC):
+    """An endless supply of batches, and a loss. Knows no pipeline family."""
 
-    A held sample is asked with the null prompt and has η = 0, so its target is e_null. Without them e_null moves along
-    with e_concept, and classifier-free guidance, which amplifies their difference, undoes part of the erasure.
+    @abstractmethod
+    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Training batches without end."""
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """`[]` fp32, for the student's `prediction` `[B, ...]`."""
+
+
+@dataclass
+class GuidedTarget(Objective):
+    """The paper's objective (eq. 6) on a bank of guided pairs.
+
+    A bank that is filled once is reshuffled when it is used up; otherwise it is filled for `steps_per_bank` steps at a
+    time, with as many tuples as they take. Fill time goes to the phase "rollout".
     """
-    prompts, size = batch.prompts.clone(), len(batch)
-    etas = torch.full((size,), eta, device=prompts.device)
-    if held:
-        prompts[size - held :] = 0
-        etas[size - held :] = 0.0
-    return Task(prompts, etas)
+
+    rollout: Rollout
+
+    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        config, table = self.rollout.config, self.rollout.table
+        held = int(config.hold * config.train_batch_size)
+        erasing = config.train_batch_size - held
+        steps, trajectories, keep = config.steps_per_bank, config.bank_trajectories, None
+        if steps is not None:
+            trajectories = min(trajectories, erasing * steps)
+            keep = math.ceil(erasing * steps / trajectories)
+        erase, preserve = self._erase_in_turn(generator), self._preserve_in_turn()
+        while True:
+            with self.rollout.costs.phase("rollout"):
+                pairs = [*itertools.islice(erase, trajectories)]
+                if held:
+                    pairs += itertools.islice(preserve, config.preserve_trajectories)
+                bank = self.rollout.fill(torch.tensor(pairs), generator, keep, progress=steps is None)
+            erases = bank.pairs < table.erasing
+            order = _shuffled(erases.nonzero().squeeze(1), generator)
+            holds = _held(erases, generator)
+            for _ in itertools.count() if steps is None else range(steps):
+                asked = [*itertools.islice(holds, held)]
+                index = torch.tensor([*itertools.islice(order, erasing), *(i for i, _ in asked)])
+                yield ask(bank.take(index, self.rollout.device), table, erasing, [neutral for _, neutral in asked])
+
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Mean squared error to the guided target."""
+        return guided_mse(prediction, batch.teacher, batch.eta, batch.anchor, batch.weight * self._snr_weights(batch))
+
+    def _snr_weights(self, batch: Batch) -> Tensor | float:
+        if self.rollout.config.snr_gamma is None:
+            return 1.0
+        return self.rollout.backbone.min_snr_weights(batch.timesteps, self.rollout.config.snr_gamma)
+
+    def _erase_in_turn(self, generator: torch.Generator) -> Iterator[int]:
+        """Pairs, the concepts by turns; of each the plain wording first, then the others in random order, and again."""
+        wordings = [
+            itertools.cycle(
+                [pairs[0], *(pairs[1 + i] for i in torch.randperm(len(pairs) - 1, generator=generator).tolist())]
+            )
+            for pairs in self.rollout.table.concepts
+        ]
+        for concept in itertools.cycle(wordings):
+            yield next(concept)
+
+    def _preserve_in_turn(self) -> Iterator[int]:
+        return itertools.cycle(range(self.rollout.table.erasing, len(self.rollout.table.prompts)))
 
 
-def esd_loss(prediction: Tensor, batch: Bank, task: Task) -> Tensor:
-    """Mean squared error to the guided target, `[]` fp32."""
-    return guided_mse(prediction, batch.teacher.flatten(0, 1), task.eta)
+def ask(tuples: Bank, table: PairTable, erasing: int, neutral: list[bool]) -> Batch:
+    """The batch in which the first `erasing` tuples erase and each other one holds the student to the teacher.
+
+    A held sample is asked with its pair's neutral prompt (where `neutral` says so), its target being e_null (η = 0), or
+    with its prompt, the target being e_concept (η = −1). Without any the prediction without the concept moves along with
+    the one that names it, and classifier-free guidance, which amplifies their difference, undoes part of the erasure.
+    """
+    device = tuples.pairs.device
+    rows, etas, weights = table.prompts[tuples.pairs], table.etas[tuples.pairs], table.weights[tuples.pairs]
+    anchor = None if table.anchors is None else tuples.teacher[2]
+    if neutral:
+        asks_neutral = torch.tensor(neutral, device=device)
+        rows[erasing:] = torch.where(asks_neutral, table.neutrals[tuples.pairs][erasing:], rows[erasing:])
+        etas[erasing:] = asks_neutral.float() - 1.0
+        weights[erasing:] = 1.0
+        if anchor is not None:
+            anchor = torch.cat([anchor[:erasing], tuples.teacher[0, erasing:]])
+    embeds = pick(table.embeds, rows)
+    pair = tuples.teacher[:2].flatten(0, 1)
+    return Batch(tuples.inputs, tuples.timesteps, embeds, pair, etas, weights, anchor, erasing)
+
+
+def _shuffled(items: Tensor, generator: torch.Generator) -> Iterator[int]:
+    """`items` in random order, then again in another, without end."""
+    while True:
+        yield from items[torch.randperm(len(items), generator=generator)].tolist()
+
+
+def _held(erases: Tensor, generator: torch.Generator) -> Iterator[tuple[int, bool]]:
+    """Tuples to hold and whether to ask for the neutral prompt: every other time where there are preserved ones."""
+    without = _shuffled(erases.nonzero().squeeze(1), generator)
+    if erases.all():
+        yield from ((i, True) for i in without)
+    preserved = _shuffled((~erases).nonzero().squeeze(1), generator)
+    while True:
+        yield next(preserved), False
+        yield next(without), True

@@ -4,6 +4,7 @@ A classifier-free-guidance step at (x_t, t) computes e_null and e_concept anyway
 guided target needs. So a trajectory of N steps, 2N forwards, is N training tuples.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,8 +16,42 @@ from tqdm import tqdm
 
 from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
+from esd_peft.concepts import PromptPlan
 from esd_peft.config import EraseConfig
 from esd_peft.phases import Costs
+
+
+@dataclass
+class PairTable:
+    """The pairs of a plan as rows of prompt embeddings. `P` pairs; the first `erasing` of them erase, the rest preserve."""
+
+    embeds: PromptEmbeds
+    prompts: Tensor  # [P] int64, the row that names the concept
+    neutrals: Tensor  # [P] int64
+    anchors: Tensor | None  # [P] int64, where some pair has an anchor; pairs without one name their neutral row
+    etas: Tensor  # [P] fp32
+    weights: Tensor  # [P] fp32
+    concepts: list[list[int]]  # for each concept its pairs, the plain wording first
+    erasing: int
+
+
+def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
+    """The plan's pairs; `embeds` are those of `plan.texts`."""
+    pairs, row = plan.pairs, {text: i for i, text in enumerate(plan.texts)}
+    device = next(iter(embeds.values())).device
+    numbers = iter(range(len(pairs)))
+    concepts = [[*itertools.islice(numbers, len(erasing))] for erasing in plan.erasing]
+    anchors = [row[p.neutral if p.anchor is None else p.anchor] for p in pairs]
+    return PairTable(
+        embeds,
+        torch.tensor([row[p.prompt] for p in pairs], device=device),
+        torch.tensor([row[p.neutral] for p in pairs], device=device),
+        torch.tensor(anchors, device=device) if any(p.anchor is not None for p in pairs) else None,
+        torch.tensor([p.eta for p in pairs], device=device),
+        torch.tensor([p.weight for p in pairs], device=device),
+        concepts,
+        sum(map(len, concepts)),
+    )
 
 
 @dataclass
@@ -25,8 +60,8 @@ class Bank:
 
     inputs: Tensor  # [T, ...] x_t as the denoiser is fed it, already through scale_model_input
     timesteps: Tensor  # [T]
-    teacher: Tensor  # [2, T, ...] e_null, e_concept
-    prompts: Tensor  # [T] int64, which of the prompt embeddings is the concept
+    teacher: Tensor  # [2 or 3, T, ...] e_null, e_concept and, where a pair has one, e_anchor
+    pairs: Tensor  # [T] int64, which pair of the table
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -37,7 +72,7 @@ class Bank:
             self.inputs[index].to(device, non_blocking=True),
             self.timesteps[index].to(device, non_blocking=True),
             self.teacher[:, index].to(device, non_blocking=True),
-            self.prompts[index].to(device, non_blocking=True),
+            self.pairs[index].to(device, non_blocking=True),
         )
 
 
@@ -47,7 +82,7 @@ def join(banks: list[Bank]) -> Bank:
         torch.cat([b.inputs for b in banks]),
         torch.cat([b.timesteps for b in banks]),
         torch.cat([b.teacher for b in banks], dim=1),
-        torch.cat([b.prompts for b in banks]),
+        torch.cat([b.pairs for b in banks]),
     )
 
 
@@ -60,85 +95,99 @@ class Rollout:
     only answers at the x_t that are kept (the paper).
 
     A share `config.anticipate` of the teacher's trajectories goes where the finished student will go: they are driven
-    by the guided target, `e_null − guidance_scale · η · (e_concept − e_null)`, which the teacher knows beforehand. The
-    others are driven by the teacher's own guided prediction, and show the concept.
+    by the guided target, which the teacher knows beforehand. The others are driven by the teacher's own guided
+    prediction, and show the concept.
     """
 
     backbone: Backbone
     denoiser: ModelMixin
-    embeds: PromptEmbeds  # row 0 is the null prompt
+    table: PairTable
     teacher: Callable[[], AbstractContextManager[None]]
     config: EraseConfig
     device: torch.device
     dtype: torch.dtype
     costs: Costs
 
-    def fill(self, prompts: Tensor, generator: torch.Generator, keep: int | None = None, progress: bool = True) -> Bank:
-        """One trajectory for each of `prompts` `[M]` (rows of `embeds`).
+    def fill(self, pairs: Tensor, generator: torch.Generator, keep: int | None = None, progress: bool = True) -> Bank:
+        """One trajectory for each of `pairs` `[M]` (of `table`).
 
-        Keeps every step of each, or `keep` steps chosen at random; a trajectory stops after its last kept step.
+        Keeps every step of each within the config's timesteps, or `keep` of these chosen at random; trajectories
+        stop after the last kept step.
         """
-        config, count, size = self.config, len(prompts), self.config.rollout_batch_size
+        config, count, size = self.config, len(pairs), self.config.rollout_batch_size
         noise = self.backbone.initial_latents(count, self.denoiser, generator)
-        scales = torch.full((count,), config.guidance_scale)
+        anticipating = torch.zeros(count, dtype=torch.bool)
         if config.rollout == "teacher":
-            scales[: round(config.anticipate * count)] *= -config.eta
-        parts = zip(noise.split(size), scales.split(size), prompts.split(size), strict=True)
+            erasing = (pairs < self.table.erasing).nonzero().squeeze(1)
+            some = torch.randperm(len(erasing), generator=generator)[: round(config.anticipate * len(erasing))]
+            anticipating[erasing[some]] = True
+        parts = zip(noise.split(size), anticipating.split(size), pairs.split(size), strict=True)
         with tqdm(total=-(-count // size) * config.num_inference_steps, desc="rollout", disable=not progress) as bar:
-            return join([self._trajectories(n, s, p, generator, keep, bar) for n, s, p in parts])
+            return join([self._trajectories(n, a, p, generator, keep, bar) for n, a, p in parts])
 
     @torch.no_grad()
     def _trajectories(
-        self, noise: Tensor, scales: Tensor, prompts: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm
+        self, noise: Tensor, anticipating: Tensor, pairs: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm
     ) -> Bank:
         scheduler = self.backbone.new_scheduler(self.config.num_inference_steps, self.device)
-        steps = len(scheduler.timesteps)  # some schedulers take a step or two more than asked
-        kept = _choose(len(prompts), steps, keep, generator)
+        inside = (scheduler.timesteps >= self.config.min_timestep) & (scheduler.timesteps <= self.config.max_timestep)
+        kept = _choose(len(pairs), inside.cpu(), keep, generator)
         latents = noise.to(self.device) * scheduler.init_noise_sigma
-        scales = scales.to(self.device).view(-1, *[1] * (latents.dim() - 1))
-        rows = prompts.to(self.device)
+        anticipating, pairs = anticipating.to(self.device), pairs.to(self.device)
         banks = []
         for i, timestep in enumerate(scheduler.timesteps):
             inputs = scheduler.scale_model_input(latents, timestep)
-            pair = None
+            answer = None
             if self.config.rollout == "teacher":
                 with self.teacher():
-                    pair = self._pair(inputs, timestep, rows)
+                    answer = self._predict(inputs, timestep, pairs)
             if kept[:, i].any():
                 here = kept[:, i].nonzero().squeeze(1).to(self.device)
-                answer = pair[:, here] if pair is not None else self._ask_teacher(inputs[here], timestep, rows[here])
-                banks.append(self._tuples(inputs[here], timestep, answer, rows[here]))
+                told = answer[:, here] if answer is not None else self._ask_teacher(inputs[here], timestep, pairs[here])
+                banks.append(self._tuples(inputs[here], timestep, told, pairs[here]))
             bar.update()
             if not kept[:, i + 1 :].any():
                 break
-            if pair is None:
-                pair = self._pair(inputs, timestep, rows)
-            null, concept = pair.float()
-            guided = null + scales * (concept - null)
+            if answer is None:
+                answer = self._predict(inputs, timestep, pairs)
+            guided = self._guided(answer.float(), anticipating, pairs)
             latents = self.backbone.scheduler_step(scheduler, guided, timestep, latents, generator)
         return join(banks)
 
-    def _ask_teacher(self, inputs: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
+    def _guided(self, answer: Tensor, anticipating: Tensor, pairs: Tensor) -> Tensor:
+        """The classifier-free-guided prediction that drives the next step."""
+        null, concept = answer[:2]
+        column = (-1, *[1] * (null.dim() - 1))
+        eta = self.table.etas[pairs].view(column)
+        target = (answer[2] if len(answer) == 3 else null) - eta * (concept - null)
+        towards = torch.where(anticipating.view(column), target, concept)
+        return null + self.config.guidance_scale * (towards - null)
+
+    def _ask_teacher(self, inputs: Tensor, timestep: Tensor, pairs: Tensor) -> Tensor:
         with self.teacher():
-            return self._pair(inputs, timestep, rows)
+            return self._predict(inputs, timestep, pairs)
 
-    def _pair(self, inputs: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
-        """e_null and e_concept as one batch, the null half first: `[2, M, ...]`."""
-        embeds = pick(self.embeds, torch.cat([torch.zeros_like(rows), rows]))
+    def _predict(self, inputs: Tensor, timestep: Tensor, pairs: Tensor) -> Tensor:
+        """e_null, e_concept and, where a pair has one, e_anchor, as one batch: `[2 or 3, M, ...]`."""
+        table = self.table
+        rows = [table.neutrals[pairs], table.prompts[pairs]]
+        if table.anchors is not None:
+            rows.append(table.anchors[pairs])
+        repeated = inputs.to(self.dtype).repeat(len(rows), *[1] * (inputs.dim() - 1))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            twice = torch.cat([inputs, inputs]).to(self.dtype)
-            prediction = self.backbone.predict(self.denoiser, twice, timestep.expand(len(twice)), embeds)
-        self.costs.forward_equivalents += len(twice)
-        return prediction.unflatten(0, (2, len(rows)))
+            embeds = pick(table.embeds, torch.cat(rows))
+            prediction = self.backbone.predict(self.denoiser, repeated, timestep.expand(len(repeated)), embeds)
+        self.costs.forward_equivalents += len(repeated)
+        return prediction.unflatten(0, (len(rows), len(pairs)))
 
-    def _tuples(self, inputs: Tensor, timestep: Tensor, pair: Tensor, rows: Tensor) -> Bank:
-        kept = (inputs.to(self.dtype), timestep.expand(len(rows)), pair.to(self.dtype), rows)
+    def _tuples(self, inputs: Tensor, timestep: Tensor, answer: Tensor, pairs: Tensor) -> Bank:
+        kept = (inputs.to(self.dtype), timestep.expand(len(pairs)), answer.to(self.dtype), pairs)
         return Bank(*(x.contiguous().cpu() for x in kept))
 
 
-def _choose(trajectories: int, steps: int, keep: int | None, generator: torch.Generator) -> Tensor:
-    """Which steps of each trajectory become tuples: `[M, steps]` bool."""
-    if keep is None or keep >= steps:
-        return torch.ones(trajectories, steps, dtype=torch.bool)
-    order = torch.rand(trajectories, steps, generator=generator).argsort(dim=1)
-    return order < keep
+def _choose(trajectories: int, inside: Tensor, keep: int | None, generator: torch.Generator) -> Tensor:
+    """Which steps of each trajectory become tuples, of those `inside` `[steps]`: `[M, steps]` bool."""
+    if keep is None or keep >= int(inside.sum()):
+        return inside.expand(trajectories, -1)
+    draws = torch.rand(trajectories, len(inside), generator=generator).masked_fill(~inside, 2.0)
+    return draws.argsort(dim=1).argsort(dim=1) < keep

@@ -104,6 +104,26 @@ class Backbone(ABC):
         """Whether the denoiser's module or parameter `name` belongs to `scope`."""
 
     @abstractmethod
+    def reads_prompt(self, name: str) -> bool:
+        """Whether the denoiser's layer `name` is fed the prompt's token embeddings, as `token_embeddings` gives them."""
+
+    @abstractmethod
+    def token_embeddings(self, embeds: PromptEmbeds) -> Tensor:
+        """What the layers that read the prompt are fed: `[prompts * tokens, width]`."""
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Loss weights `[B]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v.
+
+        Raises `UserError` for a scheduler without the noise schedule (ᾱ) of a diffusion model.
+        """
+        scheduler = self.load_part("scheduler")
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(f"--snr-gamma needs a diffusion noise schedule, which this {type(scheduler).__name__} has not")
+        kept = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps.long()]
+        snr = kept / (1 - kept)
+        return snr.clamp(max=gamma) / (snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr)
+
+    @abstractmethod
     def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
         """The family's diffusers pipeline around `denoiser`, to make pictures; its other parts in `dtype`."""
 

@@ -52,6 +52,12 @@ class StableDiffusion(Backbone):
             "full": True,
         }[scope]
 
+    def reads_prompt(self, name: str) -> bool:
+        return self.in_scope("esd-x-strict", name)
+
+    def token_embeddings(self, embeds: PromptEmbeds) -> Tensor:
+        return embeds["encoder_hidden_states"].flatten(0, 1)
+
     def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
         pipe = self.pipeline_class(
             unet=denoiser,

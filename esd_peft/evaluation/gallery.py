@@ -15,6 +15,7 @@ from esd_peft.evaluation.pictures import before_after_grid, make_pictures
 from esd_peft.shapes.classifier import load_classifier
 
 Rates = dict[str, dict[str, float]]  # name: before, after: share of pictures
+SMALL_BATCH = 48  # pictures side by side on the embedded pipeline
 UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")
 
 
@@ -32,7 +33,7 @@ class Gallery:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self.judged, self.concepts = self.config.model is None, self.config.concept
+        self.judged, self.concepts = self.config.model is None, self.config.concept_names
         self.prompts = recognition.judged_prompts(self.concepts) if self.judged else [*self.concepts, *UNRELATED]
 
     def take(self, denoiser: ModelMixin, label: str) -> Tensor:
@@ -40,7 +41,8 @@ class Gallery:
         config = self.config
         pipe = self.backbone.pipeline(denoiser, self.device, self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return make_pictures(pipe, self.prompts, config.eval_seeds, config.rollout_batch_size, config.seed, label)
+            batch_size = SMALL_BATCH if self.judged else config.rollout_batch_size
+            return make_pictures(pipe, self.prompts, config.eval_seeds, batch_size, config.seed, label)
 
     def rates(self, before: Tensor, after: Tensor) -> tuple[Rates, Rates]:
         """`{name: {"before": rate, "after": rate}}` of the concepts and of everything else; empty if not judged."""

@@ -4,7 +4,9 @@ A picture holds one shape, in one colour, with one texture, on a grey ground. Ev
 from a named `torch.Generator`, so a seed gives the same pictures and captions everywhere.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,6 +41,27 @@ def prompt(named: dict[str, str], template: str = "a {}") -> str:
     if "shape" in named or template != "{}":
         words.append(named.get("shape", NOUN))
     return template.format(" ".join(words))
+
+
+def wordings(texts: list[str]) -> list[Callable[[str], str]]:
+    """Ways to say something: alone, and beside one attribute of a kind that none of `texts` names.
+
+    Each makes a prompt of what is to be named ("" for nothing): "circle" to "a circle", "a red circle", ...
+    """
+    taken = {kind for text in texts for kind in attributes_in(text)}
+    alone = [functools.partial(_say, {}, template) for template in ("{}", "a {}", "a picture of a {}")]
+    free = [{kind: value} for kind, values in ATTRIBUTES.items() if kind not in taken for value in values]
+    return [*alone, *(functools.partial(_say, beside, "a {}") for beside in free)]
+
+
+def _say(beside: dict[str, str], template: str, text: str) -> str:
+    return prompt({**beside, **attributes_in(text)}, template)
+
+
+def everyday() -> list[str]:
+    """Every attribute by itself, in a few wordings."""
+    words = [{kind: value} for kind, values in ATTRIBUTES.items() for value in values]
+    return [prompt(named, template) for template in ("{}", "a {}", "a picture of a {}") for named in words]
 
 
 def attributes_in(text: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from esd_peft.config import EraseConfig, MergeConfig, parse
+from esd_peft.config import Concept, EraseConfig, MergeConfig, parse
 from esd_peft.errors import UserError
 
 
@@ -24,7 +24,7 @@ def test_the_command_line_overrides_the_file(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("concept: [circle]\nrank: 4\nseed: 3\n")
     config = erase("--config", str(file), "--rank", "16", "--concept", "square")
-    assert (config.concept, config.rank, config.seed) == (["square"], 16, 3)
+    assert (config.concept_names, config.rank, config.seed) == (["square"], 16, 3)
 
 
 def test_print_config_prints_what_config_reads(tmp_path, capsys):
@@ -49,6 +49,13 @@ def test_print_config_prints_what_config_reads(tmp_path, capsys):
         (["--concept", "circle", "--eta", "-1"], "--eta"),
         (["--concept", "circle", "--eta", "nan"], "--eta"),
         (["--concept", "circle", "--hold", "1"], "--hold"),
+        (["--concept", "circle", "--concept", "circle"], "--concept: circle is named twice"),
+        (["--concept", "circle", "--erase-from", " "], "--erase-from"),
+        (["--concept", "circle", "--map-to", ""], "--map-to"),
+        (["--concept", "circle", "--preserve", ""], "--preserve"),
+        (["--concept", "circle", "--null-space", "1"], "--null-space"),
+        (["--concept", "circle", "--min-timestep", "500", "--max-timestep", "400"], "--min-timestep"),
+        (["--concept", "circle", "--until", "2"], "--until"),
         (["--concept", "circle", "--learning-rate", "0"], "--learning-rate"),
         (["--concept", "circle", "--optimizer", "SGD"], "--optimizer"),
         (["--concept", "circle", "--dtype", "float8"], "--dtype"),
@@ -74,6 +81,9 @@ def test_bad_options_name_the_option_in_one_sentence(argv, names):
         ("- circle\n", "map"),
         ("concept: [circle\n", "not YAML"),
         ("concept: 3\n", "--concept"),
+        ("concept: [{name: circle, etta: 2}]\n", "--concept"),
+        ("concept: [{eta: 2}]\n", "--concept"),
+        ("concept: [{name: circle, weight: -1}]\n", "--concept"),
     ],
 )
 def test_bad_yaml(tmp_path, text, says):
@@ -89,3 +99,13 @@ def test_merge_needs_an_adapter_and_an_output():
         parse(MergeConfig, "merge_adapter", ["--output", "x"])
     with pytest.raises(UserError, match="--output"):
         parse(MergeConfig, "merge_adapter", ["--adapter", "x"])
+
+
+def test_concepts_in_yaml_have_their_own_eta_and_anchor(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("concept:\n- striped\n- {name: circle, eta: 2, map_to: square, weight: 0.5}\n")
+    config = erase("--config", str(file))
+    assert config.concept == [Concept(name="striped"), Concept(name="circle", eta=2.0, map_to="square", weight=0.5)]
+    file.write_text(config.to_yaml())
+    assert erase("--config", str(file)) == config
+    assert erase("--config", str(file), "--concept", "heart").concept == [Concept(name="heart")]

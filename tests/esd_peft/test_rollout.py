@@ -7,11 +7,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from esd_peft.backbones import open_backbone
+from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
-from esd_peft.distill import batches
-from esd_peft.objectives import esd_loss, esd_task
+from esd_peft.objectives import GuidedTarget, ask
 from esd_peft.phases import Costs
-from esd_peft.rollout import Rollout
+from esd_peft.probe import Probe
+from esd_peft.rollout import Rollout, make_table
 from pipelines import small_stable_diffusion
 
 STEPS, GUIDANCE, ETA = 6, 3.0, 1.5
@@ -26,10 +27,12 @@ def model(request, tmp_path_factory):
 def rollout(path, **options):
     backbone = open_backbone(str(path))
     denoiser = backbone.load_denoiser(torch.float32)
-    embeds = backbone.encode(["", "circle", "striped"], CPU, torch.float32)
-    defaults = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "anticipate": 0.0, "eta": ETA}
-    config = EraseConfig(concept=["circle", "striped"], rollout_batch_size=2, **(defaults | options))
-    return Rollout(backbone, denoiser, embeds, contextlib.nullcontext, config, CPU, torch.float32, Costs(CPU))
+    defaults = {"concept": ["circle", "striped"], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE,
+                "anticipate": 0.0, "eta": ETA, "wordings": "bare", "rollout_batch_size": 2}  # fmt: skip
+    config = EraseConfig(**(defaults | options))
+    plan = plan_prompts(config)
+    table = make_table(plan, backbone.encode(plan.texts, CPU, torch.float32))
+    return Rollout(backbone, denoiser, table, contextlib.nullcontext, config, CPU, torch.float32, Costs(CPU))
 
 
 def noise():
@@ -38,7 +41,7 @@ def noise():
 
 def test_trajectories_are_those_of_the_diffusers_pipeline(model):
     ours = rollout(model)
-    bank = ours.fill(torch.tensor([1, 2]), noise(), progress=False)
+    bank = ours.fill(torch.tensor([0, 1]), noise(), progress=False)
     pipe = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     seen = []
     pipe(
@@ -53,7 +56,7 @@ def test_trajectories_are_those_of_the_diffusers_pipeline(model):
     for step in range(1, STEPS):
         torch.testing.assert_close(bank.inputs[2 * step : 2 * step + 2], seen[step - 1], rtol=1e-4, atol=1e-4)
     assert ours.costs.forward_equivalents == 2 * 2 * STEPS
-    assert bank.prompts.tolist() == [1, 2] * STEPS
+    assert bank.pairs.tolist() == [0, 1] * STEPS
 
 
 @pytest.mark.parametrize(("anticipate", "scale"), [(0.0, GUIDANCE), (1.0, -ETA * GUIDANCE)])
@@ -61,7 +64,7 @@ def test_steps_and_target_against_the_formula(model, anticipate, scale):
     """DDIM with η = 0, and eq. 6 of the paper in ε, whatever the model predicts and wherever the trajectory goes."""
     ours = rollout(model, anticipate=anticipate)
     v_prediction = ours.backbone.new_scheduler(STEPS, CPU).config.prediction_type == "v_prediction"
-    bank = ours.fill(torch.tensor([1]), noise(), progress=False)
+    bank = ours.fill(torch.tensor([0]), noise(), progress=False)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)
 
@@ -78,10 +81,10 @@ def test_steps_and_target_against_the_formula(model, anticipate, scale):
         torch.testing.assert_close(bank.inputs[i + 1].double(), expected, rtol=1e-4, atol=1e-4)
 
         # a student that hits the target in the model's own parameterisation hits eq. 6 in ε
-        batch, eta = bank.take(torch.tensor([i]), CPU), ETA
+        batch, eta = ask(bank.take(torch.tensor([i]), CPU), ours.table, 1, []), ETA
         own_null, own_concept = bank.teacher[:, i : i + 1]
         perfect = own_null - eta * (own_concept - own_null)
-        assert esd_loss(perfect, batch, esd_task(batch, eta, 0)).item() < 1e-10
+        assert GuidedTarget(ours).loss(perfect, batch).item() < 1e-10
         torch.testing.assert_close(
             to_epsilon(perfect[0].double(), x, t), null - eta * (concept - null), rtol=1e-4, atol=1e-4
         )
@@ -89,11 +92,11 @@ def test_steps_and_target_against_the_formula(model, anticipate, scale):
 
 def test_pairs_are_the_teachers_predictions(model):
     ours = rollout(model)
-    bank = ours.fill(torch.tensor([2]), noise(), keep=2, progress=False)
+    bank = ours.fill(torch.tensor([1]), noise(), keep=2, progress=False)
     assert len(bank) == 2
     for i in range(2):
-        for half, row in ((0, 0), (1, 2)):
-            embeds = {k: v[row : row + 1] for k, v in ours.embeds.items()}
+        for half, row in ((0, ours.table.neutrals[1]), (1, ours.table.prompts[1])):
+            embeds = {k: v[row : row + 1] for k, v in ours.table.embeds.items()}
             with torch.no_grad():
                 alone = ours.backbone.predict(ours.denoiser, bank.inputs[i : i + 1], bank.timesteps[i : i + 1], embeds)
             torch.testing.assert_close(bank.teacher[half, i], alone[0], rtol=1e-4, atol=1e-4)
@@ -113,30 +116,85 @@ def test_student_rollouts_follow_the_student_and_ask_the_teacher(model):
 
     ours.teacher = teacher
     ours.denoiser.conv_out.bias.data = astray
-    bank = ours.fill(torch.tensor([1]), noise(), progress=False)
-    plain = rollout(model).fill(torch.tensor([1]), noise(), progress=False)
+    bank = ours.fill(torch.tensor([0]), noise(), progress=False)
+    plain = rollout(model).fill(torch.tensor([0]), noise(), progress=False)
     torch.testing.assert_close(bank.teacher[:, 0], plain.teacher[:, 0])  # the same x_t, the same teacher
     assert (bank.inputs[-1] - plain.inputs[-1]).abs().max() > 0.05  # but another path
 
 
-def test_held_samples_ask_for_the_null_prediction(model):
-    bank = rollout(model).fill(torch.tensor([1]), noise(), progress=False)
-    task = esd_task(bank, 2.0, held=2)
-    assert task.prompts.tolist() == [1] * (STEPS - 2) + [0, 0]
-    assert task.eta.tolist() == [2.0] * (STEPS - 2) + [0.0, 0.0]
-    target = bank.teacher[0] - task.eta.reshape(-1, 1, 1, 1) * (bank.teacher[1] - bank.teacher[0])
-    assert esd_loss(target, bank, task).item() < 1e-10
-    torch.testing.assert_close(target[-2:], bank.teacher[0, -2:])
+def test_held_samples_ask_for_what_must_stay(model):
+    ours = rollout(model, concept=["circle"], preserve=["a square"], rollout_batch_size=3)
+    bank = ours.fill(torch.tensor([0, 0, 1]), noise(), progress=False)
+    chosen = bank.take(torch.tensor([0, 1, 4, 2]), CPU)
+    assert chosen.pairs.tolist() == [0, 0, 0, 1]
+    batch = ask(chosen, ours.table, erasing=2, neutral=[True, False])
+    null, concept = chosen.teacher
+    target = torch.cat([null[:2] - ETA * (concept - null)[:2], null[2:3], concept[3:]])
+    assert GuidedTarget(ours).loss(target, batch).item() < 1e-10
+    circle, square, nothing = (ours.table.embeds["encoder_hidden_states"][i] for i in (1, 2, 0))
+    torch.testing.assert_close(batch.embeds["encoder_hidden_states"], torch.stack([circle, circle, nothing, square]))
+
+
+def test_a_mapped_concept_aims_at_its_anchor(model):
+    ours = rollout(model, concept=[{"name": "circle", "map_to": "square", "eta": 0.5}, "striped"])
+    bank = ours.fill(torch.tensor([0, 1]), noise(), progress=False)
+    assert ours.costs.forward_equivalents == 3 * 2 * STEPS
+    batch = ask(bank.take(torch.tensor([0, 1]), CPU), ours.table, 2, [])
+    null, concept, anchor = bank.teacher[:, :2]
+    torch.testing.assert_close(anchor[1], null[1])
+    target = torch.stack([anchor[0] - 0.5 * (concept - null)[0], null[1] - ETA * (concept - null)[1]])
+    assert GuidedTarget(ours).loss(target, batch).item() < 1e-10
+
+
+def test_weights_of_concepts_and_timesteps(model):
+    ours = rollout(model, concept=[{"name": "circle", "weight": 3.0}], snr_gamma=5.0)
+    bank = ours.fill(torch.tensor([0]), noise(), progress=False)
+    batch = ask(bank, ours.table, STEPS, [])
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)[bank.timesteps]
+    snr = alphas / (1 - alphas)
+    v_prediction = ours.backbone.new_scheduler(STEPS, CPU).config.prediction_type == "v_prediction"
+    weight = 3 * snr.clamp(max=5) / (snr + 1 if v_prediction else snr)
+    null, concept = bank.teacher.double()
+    expected = (weight * (null - (null - ETA * (concept - null))).square().flatten(1).mean(1)).mean()
+    assert GuidedTarget(ours).loss(bank.teacher[0], batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_only_the_chosen_timesteps_become_tuples(model):
+    ours = rollout(model, min_timestep=400, max_timestep=800)
+    everything = rollout(model).fill(torch.tensor([0]), noise(), progress=False)
+    bank = ours.fill(torch.tensor([0]), noise(), progress=False)
+    inside = (everything.timesteps >= 400) & (everything.timesteps <= 800)
+    assert 0 < len(bank) < STEPS
+    torch.testing.assert_close(bank.inputs, everything.inputs[inside])
+    few = ours.fill(torch.tensor([0, 1]), noise(), keep=1, progress=False)
+    assert len(few) == 2 and all(400 <= t <= 800 for t in few.timesteps)
 
 
 def test_every_concept_gets_its_share_even_with_one_trajectory_a_refill(model):
     ours = rollout(model, rollout="student", refill_every=1, train_batch_size=1)
-    supply = batches(ours, noise())
-    assert [next(supply).prompts.item() for _ in range(4)] == [1, 2, 1, 2]
+    supply = GuidedTarget(ours).batches(noise())
+    rows = [ours.table.embeds["encoder_hidden_states"][i] for i in ours.table.prompts[:2]]
+    for i in range(4):
+        torch.testing.assert_close(next(supply).embeds["encoder_hidden_states"][0], rows[i % 2])
 
 
-def test_anticipating_trajectories_are_shared_out_over_small_batches(model):
-    plain, half = (rollout(model, anticipate=a).fill(torch.tensor([1, 2, 1, 2]), noise(), progress=False) for a in (0, 0.5))
-    # two batches of two: the first one anticipates
-    same = [torch.equal(plain.inputs[i : i + 2], half.inputs[i : i + 2]) for i in range(0, len(plain), 2)]
-    assert same == [True] + [False] * (STEPS - 1) + [True] * STEPS
+def test_some_erasing_trajectories_anticipate(model):
+    plain, half = (
+        rollout(model, anticipate=a, concept=["circle"], preserve=["a square"], rollout_batch_size=4)
+        .fill(torch.tensor([0, 0, 1, 1]), noise(), progress=False)
+        .inputs.unflatten(0, (STEPS, 4))
+        for a in (0, 0.5)
+    )
+    same = [torch.allclose(plain[-1, i], half[-1, i], atol=1e-5) for i in range(4)]
+    assert sorted(same[:2]) == [False, True] and same[2:] == [True, True]
+
+
+def test_the_probe_reads_how_much_of_the_direction_is_left(model):
+    ours = rollout(model, concept=["circle"], until=0.0)
+    probe = Probe(ours, noise())
+    assert probe.measure(0) == pytest.approx(1.0, abs=1e-3)  # the student is the teacher yet
+    table = ours.table
+    table.prompts = table.neutrals  # a student that no longer hears the concept
+    assert probe.measure(1) == pytest.approx(0.0, abs=1e-3)
+    assert [step for step, _ in probe.curve] == [0, 1]

@@ -1,0 +1,210 @@
+"""Compare ways to erase on the embedded pipeline: same model, seeds and evaluation.
+
+    python benchmarks/erasure.py procedures --output benchmarks/results/erasure
+    python benchmarks/erasure.py sweep --output benchmarks/results/sweep --seeds 0
+
+Writes OUTPUT.json (every run), OUTPUT.md (a table of means and worsts) and OUTPUT.png (erased against kept, and what
+it cost; needs matplotlib). What OUTPUT.jsonl already holds is not run again, so an interrupted command goes on.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+CONCEPTS = ("circle", "star", "heart", "red", "blue", "striped", "dotted")
+
+# What the peers have in common: one wording, nothing held, nothing protected, constant rate, SD's usual 50 steps.
+_PEER = {"wordings": "bare", "hold": 0, "null_space": 0, "lr_scheduler": "constant", "num_inference_steps": 50,
+         "anticipate": 0, "scope": "esd-x", "train_batch_size": 1, "max_train_steps": 200, "refill_every": 1}  # fmt: skip
+PROCEDURES: dict[str, dict] = {
+    "paper": _PEER | {"rollout": "student", "adapter": "none", "learning_rate": 1e-4},
+    "authors' scripts": _PEER | {"rollout": "teacher", "adapter": "none", "learning_rate": 1e-4},
+    "LECO-like": _PEER | {"rollout": "student", "adapter": "lora", "rank": 4, "learning_rate": 1e-3},
+    "ours": {},
+    "ours, student, R=5": {"rollout": "student", "refill_every": 5},
+    "ours, student, R=10": {"rollout": "student", "refill_every": 10},
+    "ours, student, R=25": {"rollout": "student", "refill_every": 25},
+}
+SWEEP: dict[str, dict] = {
+    "default": {},
+    "rank 1": {"rank": 1},
+    "rank 4": {"rank": 4},
+    "rank 16": {"rank": 16},
+    "eta 0.5": {"eta": 0.5},
+    "eta 2": {"eta": 2},
+    "learning rate 3e-3": {"learning_rate": 3e-3},
+    "learning rate 2e-2": {"learning_rate": 2e-2},
+    "6 trajectories": {"trajectories": 6},
+    "24 trajectories": {"trajectories": 24},
+    "50 steps a trajectory": {"num_inference_steps": 50, "trajectories": 6},
+    "12 steps a trajectory": {"num_inference_steps": 12, "trajectories": 25},
+    "30 training steps": {"max_train_steps": 30},
+    "100 training steps": {"max_train_steps": 100},
+    "batch 4, 100 steps": {"train_batch_size": 4, "max_train_steps": 100},
+    "batch 16, 25 steps": {"train_batch_size": 16, "max_train_steps": 25},
+    "nothing held": {"hold": 0},
+    "a quarter held": {"hold": 0.25},
+    "no null space": {"null_space": 0},
+    "null space 0.99": {"null_space": 0.99},
+    "null space 0.9999": {"null_space": 0.9999},
+    "scope esd-x": {"scope": "esd-x"},
+    "no anticipation": {"anticipate": 0},
+    "all anticipate": {"anticipate": 1},
+    "bare wording": {"wordings": "bare"},
+    "noisier half of the timesteps": {"min_timestep": 500},
+    "min-SNR 5": {"snr_gamma": 5},
+    "until 0": {"until": 0, "lr_scheduler": "constant"},
+    "until -0.5": {"until": -0.5, "lr_scheduler": "constant"},
+}
+SUITES = {"procedures": PROCEDURES, "sweep": SWEEP}
+
+
+def run(job: tuple[str, dict, str, int], pictures: int) -> dict:
+    """Erase one concept one way with one seed; the rates of the result."""
+    import torch
+
+    torch.set_num_threads(1)  # workers share the cores
+    from esd_peft import EraseConfig, erase
+    from esd_peft.backbones import open_backbone
+    from esd_peft.evaluation.gallery import Gallery
+    from esd_peft.saved_adapters import read_adapter
+
+    method, options, concept, seed = job
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "erased"
+        config = EraseConfig(concept=concept, seed=seed, output=output, eval_seeds=0, device="cpu", **options)
+        result = erase(config)
+        backbone, cpu = open_backbone(None), torch.device("cpu")
+        judged = config.model_copy(update={"eval_seeds": pictures})
+        gallery = Gallery(backbone, judged, cpu, torch.float32)
+        before = _before(gallery, seed, pictures)
+        denoiser = read_adapter(output).apply(backbone.load_denoiser(torch.float32))
+        concepts, others = gallery.rates(before, gallery.take(denoiser, "after"))
+    lost = {name: r["before"] - r["after"] for name, r in others.items()}
+    return {
+        "method": method,
+        "concept": concept,
+        "seed": seed,
+        "before": concepts[concept]["before"],
+        "after": concepts[concept]["after"],
+        "mean_lost": sum(lost.values()) / len(lost),
+        "worst_lost": max(lost.values()),
+        "worst_other": max(lost, key=lambda name: lost[name]),
+        "forward_equivalents": result["forward_equivalents"],
+        "training_tuples": result["training_tuples"],
+        "seconds": sum(result["seconds"][phase] for phase in ("encode", "rollout", "distill")),
+        "peak_memory_bytes": max(result["peak_memory_bytes"].values()),
+    }
+
+
+def _before(gallery, seed: int, pictures: int):  # type: ignore[no-untyped-def]
+    """The base's pictures, once per concept and seed: they are the same for every method."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    name = "_".join(gallery.concepts)
+    cache = Path(tempfile.gettempdir()) / f"esd_peft_before_{name}_{seed}_{pictures}.safetensors"
+    if not cache.is_file():
+        draft = cache.with_suffix(f".{os.getpid()}")
+        save_file({"pictures": gallery.take(gallery.backbone.load_denoiser(torch.float32), "before")}, draft)
+        draft.replace(cache)
+    return load_file(cache)["pictures"]
+
+
+def summary(runs: list[dict]) -> dict[str, float]:
+    """Means over concepts and seeds, and the worst of them."""
+
+    def mean(key: str) -> float:
+        return sum(r[key] for r in runs) / len(runs)
+
+    return {
+        "runs": len(runs),
+        "after": mean("after"),
+        "after_worst": max(r["after"] for r in runs),
+        "mean_lost": mean("mean_lost"),
+        "worst_lost": mean("worst_lost"),
+        "worst_lost_worst": max(r["worst_lost"] for r in runs),
+        "forward_equivalents": mean("forward_equivalents"),
+        "per_tuple": mean("forward_equivalents") / mean("training_tuples"),
+        "seconds": mean("seconds"),
+        "peak_memory_bytes": mean("peak_memory_bytes"),
+    }
+
+
+def markdown(found: dict[str, dict[str, float]], command: str) -> str:
+    """The summaries as a table."""
+    lines = [
+        f"`{command}`",
+        "",
+        "| | recognised after: mean (worst run) | others lose: mean | worst attribute: mean (worst run) | "
+        "forward-equivalents (per tuple) | seconds | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, s in found.items():
+        lines.append(
+            f"| {name} | {s['after']:.1%} ({s['after_worst']:.1%}) | {100 * s['mean_lost']:.2f} points | "
+            f"{100 * s['worst_lost']:.1f} ({100 * s['worst_lost_worst']:.1f}) points | "
+            f"{s['forward_equivalents']:,.0f} ({s['per_tuple']:.1f}) | {s['seconds']:.1f} | "
+            f"{s['peak_memory_bytes'] / 2**20:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Erased against kept, and erased against cost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for name, s in found.items():
+        for axes, x in ((kept, 100 * s["worst_lost"]), (cost, s["forward_equivalents"])):
+            axes.plot(x, 100 * s["after"], "o")
+            axes.annotate(name, (x, 100 * s["after"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    kept.set(xlabel="worst other attribute loses (points, mean over runs)", ylabel="concept still recognised (%)")
+    cost.set(xlabel="denoiser forward-equivalents", xscale="log")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--output", type=Path, required=True, help="where the results go, without suffix")
+    parser.add_argument("--methods", nargs="+", help="only these rows of the suite")
+    parser.add_argument("--concepts", nargs="+", default=CONCEPTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--pictures", type=int, default=1, help="a prompt")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    args = parser.parse_args()
+    methods = {name: SUITES[args.suite][name] for name in args.methods or SUITES[args.suite]}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    log = args.output.with_suffix(".jsonl")
+    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(r["method"], r["concept"], r["seed"]) for r in runs}
+    jobs = [(m, options, c, s) for m, options in methods.items() for c in args.concepts for s in args.seeds]
+    jobs = [job for job in jobs if (job[0], job[2], job[3]) not in done]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool, log.open("a") as file:
+        for result in pool.imap_unordered(functools.partial(run, pictures=args.pictures), jobs):
+            runs.append(result)
+            print(json.dumps(result), file=file, flush=True)
+            print(f"{len(runs)} {result['method']}, {result['concept']}: {result['after']:.1%} after", flush=True)
+    by_method = {m: [r for r in runs if r["method"] == m] for m in methods}
+    found = {m: summary(rows) for m, rows in by_method.items() if rows}
+    command = " ".join(["python", *sys.argv])
+    machine = {"cpus": os.cpu_count(), "workers": args.workers}
+    everything = {"command": command, "machine": machine, "options": methods, "summary": found, "runs": runs}
+    args.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(markdown(found, command))
+    print(markdown(found, command))
+    plot(found, args.output.with_suffix(".png"))
+    log.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What to erase, from what, towards what, and what to preserve: from the config to prompts."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from esd_peft.config import Concept, EraseConfig
+from esd_peft.errors import UserError
+from esd_peft.shapes import world
+
+TEMPLATES = ("{}", "a {}", "a picture of {}", "a photo of {}", "{} style", "in the style of {}")
+SCENES = ("a city street at night", "a person by a window", "a mountain lake", "a table with flowers", "a dog on a beach")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A guided pair of prompts, and what the student learns of it.
+
+    The target for `prompt` is `e_anchor − eta · (e_prompt − e_neutral)`, the anchor being `e_neutral` where none is named.
+    """
+
+    prompt: str  # names the concept
+    neutral: str  # the same without it
+    anchor: str | None = None  # what it shall become
+    eta: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """All prompts of a run."""
+
+    erasing: list[list[Pair]]  # for each concept its pairs, the plain wording first
+    preserve: list[Pair]
+    protected: list[str]  # whose embeddings the adapter must not act on
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The erasing ones, concept by concept, then the preserved ones."""
+        return [pair for pairs in self.erasing for pair in pairs] + self.preserve
+
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt, once."""
+        paired = [text for p in self.pairs for text in (p.neutral, p.prompt, p.anchor) if text is not None]
+        return list(dict.fromkeys(paired + self.protected))
+
+
+def plan_prompts(config: EraseConfig) -> PromptPlan:
+    """From what the config names to prompts. Raises `UserError` if `preserve_file` cannot be read.
+
+    The concept beside other things is paired with the other things alone ("a red circle" with "a red shape"): what
+    stands between the two is the concept, and nothing else is pushed away. The paper's pair is the first one.
+    """
+    asked = _asked_to_preserve(config)
+    erasing = [_pairs_of(concept, config) for concept in config.concept]
+    return PromptPlan(erasing, [Pair(prompt, "") for prompt in asked], _protected(config, asked))
+
+
+def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
+    source = concept.erase_from or config.erase_from or ""
+    towards = concept.map_to or config.map_to
+    eta = next((e for e in (concept.eta, config.eta) if e is not None), 0.0 if towards else 1.0)
+    named = f"{concept.name} {source}".strip()
+    pairs = [
+        Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
+        for say in _wordings([named, towards or ""], config)
+    ]
+    return [Pair(p.prompt, p.neutral, p.anchor, eta, concept.weight) for p in dict.fromkeys(pairs)]
+
+
+def _wordings(texts: list[str], config: EraseConfig) -> list[Callable[[str], str]]:
+    if config.wordings == "bare":
+        return [lambda text: text]
+    if config.model is None:
+        return world.wordings(texts)
+    alone = [functools.partial(_fill_in, template) for template in TEMPLATES]
+    return [*alone, *(functools.partial(_set_in, scene) for scene in SCENES)]
+
+
+def _fill_in(template: str, text: str) -> str:
+    return template.format(text) if text else ""
+
+
+def _set_in(scene: str, text: str) -> str:
+    return f"{text}, {scene}" if text else scene
+
+
+def _protected(config: EraseConfig, asked: list[str]) -> list[str]:
+    """The null prompt, the `--preserve` prompts, and a built-in list without the prompts that name a concept.
+
+    What is erased from something only stays elsewhere, so there the attribute and the thing are protected by themselves.
+    """
+    everyday = world.everyday() if config.model is None else _lines(files("esd_peft") / "everyday.txt")
+    named: list[set[str]] = []
+    apart: list[str] = []
+    for concept in config.concept:
+        source = concept.erase_from or config.erase_from or ""
+        named.append(set(f"{concept.name} {source}".lower().split()))
+        if source:
+            apart += [say(text) for say in _wordings([concept.name, source], config) for text in (concept.name, source)]
+    kept = [p for p in everyday if not any(words <= set(p.lower().split()) for words in named)]
+    return list(dict.fromkeys(["", *asked, *kept, *apart]))
+
+
+def _asked_to_preserve(config: EraseConfig) -> list[str]:
+    prompts = [*config.preserve]
+    if config.preserve_file is not None:
+        try:
+            prompts += _lines(config.preserve_file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--preserve-file {config.preserve_file} cannot be read: {error}") from None
+        if not prompts:
+            raise UserError(f"--preserve-file {config.preserve_file} holds no prompt; write one a line")
+    return list(dict.fromkeys(prompts))
+
+
+def _lines(path: Traversable | Path) -> list[str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
