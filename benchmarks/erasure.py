@@ -4,15 +4,16 @@
     python benchmarks/erasure.py sweep --output benchmarks/results/sweep --seeds 0
 
 Writes OUTPUT.json (every run), OUTPUT.md (a table of means and worsts) and OUTPUT.png (erased against kept, and what
-it cost; needs matplotlib). What OUTPUT.jsonl already holds is not run again, so an interrupted command goes on.
+it cost; needs matplotlib), anew after every run. What OUTPUT.json already holds is not run again, so an interrupted
+command goes on where it was.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -80,9 +81,9 @@ def run(job: tuple[str, dict, str, int], pictures: int) -> dict:
         config = EraseConfig(concept=concept, seed=seed, output=output, eval_seeds=0, device="cpu", **options)
         result = erase(config)
         backbone, cpu = open_backbone(None), torch.device("cpu")
-        judged = config.model_copy(update={"eval_seeds": pictures})
+        judged = config.model_copy(update={"eval_seeds": pictures, "seed": 0})  # the same noise for every run
         gallery = Gallery(backbone, judged, cpu, torch.float32)
-        before = _before(gallery, seed, pictures)
+        before = _before(gallery)
         denoiser = read_adapter(output).apply(backbone.load_denoiser(torch.float32))
         concepts, others = gallery.rates(before, gallery.take(denoiser, "after"))
     lost = {name: r["before"] - r["after"] for name, r in others.items()}
@@ -90,6 +91,7 @@ def run(job: tuple[str, dict, str, int], pictures: int) -> dict:
         "method": method,
         "concept": concept,
         "seed": seed,
+        "pictures": pictures,
         "before": concepts[concept]["before"],
         "after": concepts[concept]["after"],
         "mean_lost": sum(lost.values()) / len(lost),
@@ -102,13 +104,14 @@ def run(job: tuple[str, dict, str, int], pictures: int) -> dict:
     }
 
 
-def _before(gallery, seed: int, pictures: int):  # type: ignore[no-untyped-def]
-    """The base's pictures, once per concept and seed: they are the same for every method."""
+def _before(gallery):  # type: ignore[no-untyped-def]
+    """The base's pictures, made once a concept: they are the same for every method and seed."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    name = "_".join(gallery.concepts)
-    cache = Path(tempfile.gettempdir()) / f"esd_peft_before_{name}_{seed}_{pictures}.safetensors"
+    weights = (gallery.backbone.path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    key = f"{gallery.prompts} {gallery.config.eval_seeds} {hashlib.sha256(weights).hexdigest()}"
+    cache = Path(tempfile.gettempdir()) / f"esd_peft_before_{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if not cache.is_file():
         draft = cache.with_suffix(f".{os.getpid()}")
         save_file({"pictures": gallery.take(gallery.backbone.load_denoiser(torch.float32), "before")}, draft)
@@ -141,13 +144,13 @@ def markdown(found: dict[str, dict[str, float]], command: str) -> str:
     lines = [
         f"`{command}`",
         "",
-        "| | recognised after: mean (worst run) | others lose: mean | worst attribute: mean (worst run) | "
+        "| | runs | recognised after: mean (worst run) | others lose: mean | worst attribute: mean (worst run) | "
         "forward-equivalents (per tuple) | seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, s in found.items():
         lines.append(
-            f"| {name} | {s['after']:.1%} ({s['after_worst']:.1%}) | {100 * s['mean_lost']:.2f} points | "
+            f"| {name} | {s['runs']} | {s['after']:.1%} ({s['after_worst']:.1%}) | {100 * s['mean_lost']:.2f} points | "
             f"{100 * s['worst_lost']:.1f} ({100 * s['worst_lost_worst']:.1f}) points | "
             f"{s['forward_equivalents']:,.0f} ({s['per_tuple']:.1f}) | {s['seconds']:.1f} | "
             f"{s['peak_memory_bytes'] / 2**20:.0f} |"
@@ -179,31 +182,40 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these rows of the suite")
     parser.add_argument("--concepts", nargs="+", default=CONCEPTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--pictures", type=int, default=1, help="a prompt")
+    parser.add_argument("--pictures", type=int, default=2, help="a prompt")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     args = parser.parse_args()
-    methods = {name: SUITES[args.suite][name] for name in args.methods or SUITES[args.suite]}
+    suite = SUITES[args.suite]
+    if unknown := set(args.methods or ()) - set(suite):
+        parser.error(f"--methods: {', '.join(sorted(unknown))} is not in the suite; it has {', '.join(suite)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    log = args.output.with_suffix(".jsonl")
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = (
+        json.loads(args.output.with_suffix(".json").read_text())["runs"] if args.output.with_suffix(".json").exists() else []
+    )
     done = {(r["method"], r["concept"], r["seed"]) for r in runs}
-    jobs = [(m, options, c, s) for m, options in methods.items() for c in args.concepts for s in args.seeds]
-    jobs = [job for job in jobs if (job[0], job[2], job[3]) not in done]
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool, log.open("a") as file:
+    jobs = [(m, suite[m], c, s) for s in args.seeds for m in args.methods or suite for c in args.concepts]
+    jobs = [job for job in jobs if (job[0], *job[2:]) not in done]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for result in pool.imap_unordered(functools.partial(run, pictures=args.pictures), jobs):
             runs.append(result)
-            print(json.dumps(result), file=file, flush=True)
+            save(args.output, args.suite, runs)
             print(f"{len(runs)} {result['method']}, {result['concept']}: {result['after']:.1%} after", flush=True)
-    by_method = {m: [r for r in runs if r["method"] == m] for m in methods}
+    print(save(args.output, args.suite, runs))
+
+
+def save(output: Path, suite: str, runs: list[dict]) -> str:
+    """Write all results; returns the table."""
+    by_method = {m: [r for r in runs if r["method"] == m] for m in SUITES[suite]}
     found = {m: summary(rows) for m, rows in by_method.items() if rows}
-    command = " ".join(["python", *sys.argv])
-    machine = {"cpus": os.cpu_count(), "workers": args.workers}
-    everything = {"command": command, "machine": machine, "options": methods, "summary": found, "runs": runs}
-    args.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(found, command))
-    print(markdown(found, command))
-    plot(found, args.output.with_suffix(".png"))
-    log.unlink()
+    options = {m: SUITES[suite][m] for m in found}
+    command = f"python benchmarks/erasure.py {suite} --output {output}"
+    result = {"command": command, "cpus": os.cpu_count(), "options": options, "summary": found, "runs": runs}
+    draft = output.with_suffix(".tmp")
+    draft.write_text(json.dumps(result, indent=1) + "\n")
+    draft.replace(output.with_suffix(".json"))
+    output.with_suffix(".md").write_text(markdown(found, command))
+    plot(found, output.with_suffix(".png"))
+    return markdown(found, command)
 
 
 if __name__ == "__main__":

@@ -243,8 +243,8 @@ class EraseConfig(CommandConfig):
 class MergeConfig(CommandConfig):
     """Merge an adapter into its base: a plain diffusers directory that needs neither peft nor this package."""
 
-    adapter: Path
-    """The directory that `python -m esd_peft.erase` wrote."""
+    adapter: Annotated[list[Path], tyro.conf.UseAppendAction] = []
+    """The directory that `python -m esd_peft.erase` wrote; repeat the option for several, which add up."""
     output: Path
     """Where the merged pipeline goes."""
     base: str | None = None
@@ -253,6 +253,20 @@ class MergeConfig(CommandConfig):
     """Replace what is in the output directory."""
     verify: bool = True
     """Compare a forward pass of the merged denoiser with one of base + adapter."""
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+    @field_validator("adapter")
+    @classmethod
+    def _some(cls, value: list[Path]) -> list[Path]:
+        if not value:
+            raise ValueError("name the directory that the erase command wrote")
+        if len(set(value)) < len(value):
+            raise ValueError("name each adapter once")
+        return value
 
 
 def parse(config: type[Config], command: str, argv: list[str] | None = None) -> Config:

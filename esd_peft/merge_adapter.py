@@ -13,7 +13,7 @@ from esd_peft.config import MergeConfig, parse
 from esd_peft.errors import UserError, run_command
 from esd_peft.outputs import check_output, new_directory
 from esd_peft.randomness import generator
-from esd_peft.saved_adapters import Adapter, read_adapter
+from esd_peft.saved_adapters import Adapter, Change, read_adapter
 from esd_peft.weights import NAME, component_files, file_dtypes, open_tensors, sha256
 
 RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
@@ -29,25 +29,26 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     or if the merged denoiser differs from base + adapter by more than rounding.
     """
     check_output(config.output, config.overwrite)
-    adapter = read_adapter(config.adapter)
-    base = config.base if config.base is not None else adapter.base.get("model")
-    if base is None and not adapter.base:
-        raise UserError(f"--base is missing, and --adapter {config.adapter} does not say what it was trained on")
+    adapters = [read_adapter(path) for path in config.adapter]
+    first = adapters[0].base
+    base = config.base if config.base is not None else first.get("model")
+    if base is None and not first:
+        raise UserError(f"--base is missing, and --adapter {config.adapter[0]} does not say what it was trained on")
     backbone = open_backbone(base, "--base")
     files = component_files(backbone.path / backbone.denoiser_part)
     hashes = {file.name: sha256(file) for file in files}
-    same = hashes == adapter.base.get("denoiser_sha256")
+    same = all(adapter.base.get("denoiser_sha256") == hashes for adapter in adapters)
     record: dict[str, Any] = {
-        "concept": adapter.config.get("concept", []),
-        "config": adapter.config,
+        "concept": [concept for adapter in adapters for concept in adapter.config.get("concept", [])],
+        "configs": [adapter.config for adapter in adapters],
         "base": {"class": backbone.pipeline_class.__name__, "denoiser_sha256": hashes, "trained_on_it": same},
         "version": __version__,
     }
     with new_directory(config.output, config.overwrite) as draft:
         copy_pipeline(backbone, draft)
-        record["merged_tensors"] = merge_into(backbone, draft / backbone.denoiser_part, adapter)
+        record["merged_tensors"] = merge_into(backbone, draft / backbone.denoiser_part, adapters)
         if config.verify:
-            record["verification"] = verify(backbone, draft, adapter)
+            record["verification"] = verify(backbone, draft, adapters)
         (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
@@ -73,23 +74,31 @@ def copy_pipeline(backbone: Backbone, target: Path) -> None:
             shutil.copytree(source, target / name, copy_function=shutil.copyfile)
 
 
-def merge_into(backbone: Backbone, folder: Path, adapter: Adapter) -> int:
-    """Overwrite the tensors that the adapter changes in the files of `folder`; returns how many there were."""
-    changes = adapter.changes(backbone.empty_denoiser())
+def merge_into(backbone: Backbone, folder: Path, adapters: list[Adapter]) -> int:
+    """Overwrite the tensors that the adapters change in the files of `folder`; returns how many there were."""
+    changes: dict[str, list[Change]] = {}
+    for adapter in adapters:
+        for name, change in adapter.changes(backbone.empty_denoiser()).items():
+            if name in changes and not adapter.adds:
+                raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
+            changes.setdefault(name, []).append(change)
     count = len(changes)
     for path in component_files(folder):
         tensors = open_tensors(path)
         here = [name for name in changes if name in tensors]
         with path.open("r+b") as file:
             for name in here:
-                tensors.write(file, name, changes.pop(name)(tensors.read(file, name)))
+                merged = tensors.read(file, name)
+                for change in changes.pop(name):  # in fp32 from the first on
+                    merged = change(merged)
+                tensors.write(file, name, merged)
     if changes:
-        raise UserError(f"--adapter {adapter.path} does not fit the base: it has no weight {next(iter(changes))}")
+        raise UserError(f"--adapter {adapters[0].path} does not fit the base: it has no weight {next(iter(changes))}")
     return count
 
 
 @torch.no_grad()
-def verify(backbone: Backbone, merged: Path, adapter: Adapter) -> dict[str, float]:
+def verify(backbone: Backbone, merged: Path, adapters: list[Adapter]) -> dict[str, float]:
     """One fp32 forward pass of base + adapter and of the merged denoiser: the largest differences.
 
     Raises `UserError` if they differ by more than what rounding the merged weights explains.
@@ -100,7 +109,9 @@ def verify(backbone: Backbone, merged: Path, adapter: Adapter) -> dict[str, floa
     latents = backbone.initial_latents(1, denoiser, noise)
     timestep = torch.tensor([500])
     plain = backbone.predict(denoiser, latents, timestep, embeds)
-    adapted = backbone.predict(adapter.apply(denoiser), latents, timestep, embeds)
+    for adapter in adapters:
+        denoiser = adapter.apply(denoiser)
+    adapted = backbone.predict(denoiser, latents, timestep, embeds)
     del denoiser
     result = open_backbone(str(merged), "--output")
     seen = result.predict(result.load_denoiser(torch.float32), latents, timestep, embeds)
@@ -110,7 +121,7 @@ def verify(backbone: Backbone, merged: Path, adapter: Adapter) -> dict[str, floa
     bound = max(4 * torch.finfo(stored).eps, 1e-5) * size
     if not difference <= bound:
         raise UserError(
-            f"--adapter {adapter.path}: the merged denoiser differs from base + adapter by {difference:.3g}, more than "
+            f"--adapter {adapters[-1].path}: the merged denoiser differs from base + adapter by {difference:.3g}, more than "
             f"rounding to {stored} explains ({bound:.3g}); nothing was written"
         )
     return {"adapter_changes": (adapted - plain).abs().max().item(), "largest_difference": difference, "bound": bound}

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import yaml
@@ -24,6 +24,8 @@ Change = Callable[[Tensor], Tensor]  # from a base weight, as stored, to the mer
 class Adapter(ABC):
     """A saved adapter directory; `base` and `config` are empty where another tool made it."""
 
+    adds: ClassVar[bool]  # to whatever weight is there; otherwise it replaces the weight
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.base = _read_map(path / "base.json", json.loads)
@@ -38,7 +40,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
-        """The adapter on top of a loaded fp32 `denoiser`, not merged."""
+        """The adapter on top of a loaded fp32 `denoiser`; an adapter that is there already is merged by PEFT first."""
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -52,6 +54,8 @@ def read_adapter(path: Path) -> Adapter:
 
 class _SavedPeft(Adapter):
     """Merges any PEFT method that can merge a Linear or Conv2d: PEFT itself does it, on one layer at a time."""
+
+    adds: ClassVar[bool] = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -100,12 +104,13 @@ class _SavedPeft(Adapter):
         return merged.base_layer.weight.detach()
 
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
-        peft.PeftModel.from_pretrained(denoiser, self.path)
-        return denoiser
+        return peft.PeftModel.from_pretrained(_plain(denoiser), self.path)
 
 
 class _SavedWeights(Adapter):
     """What `--adapter none` learned: whole weights, which replace the base's."""
+
+    adds: ClassVar[bool] = False
 
     def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
         saved = open_tensors(self.path / WEIGHTS_FILE)
@@ -121,8 +126,13 @@ class _SavedWeights(Adapter):
         return {name: functools.partial(replaced, name) for name in saved.entries}
 
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
+        denoiser = _plain(denoiser)
         denoiser.load_state_dict(read_tensors(self.path / WEIGHTS_FILE), strict=False)
         return denoiser
+
+
+def _plain(denoiser: nn.Module) -> nn.Module:
+    return denoiser.merge_and_unload() if isinstance(denoiser, peft.PeftModel) else denoiser
 
 
 def _read_map(path: Path, parser: Callable[[str], Any]) -> dict[str, Any]:

@@ -167,3 +167,22 @@ def test_a_merge_that_went_wrong_is_noticed_and_leaves_nothing(erased, tmp_path,
     with pytest.raises(UserError, match="differs from base"):
         merge_adapter(MergeConfig(adapter=erased[0], output=tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_adapters_add_up(erased, small_sd, tmp_path):
+    run(small_sd, tmp_path / "second", seed=1, scope="esd-x", learning_rate=0.1)
+    record = merge_adapter(MergeConfig(adapter=[erased[0], tmp_path / "second"], output=tmp_path / "merged"))
+    assert record["concept"] == ["circle", "circle"] and len(record["configs"]) == 2
+    by_peft = load_unet(small_sd)
+    for path in (erased[0], tmp_path / "second"):
+        by_peft = peft.PeftModel.from_pretrained(by_peft, path).merge_and_unload()
+    merged = predict(load_unet(tmp_path / "merged"))
+    size = (merged - predict(load_unet(small_sd))).abs().max()
+    assert (merged - predict(by_peft)).abs().max() < 0.1 * size
+
+
+def test_whole_weights_do_not_add_up(erased, small_sd, tmp_path):
+    run(small_sd, tmp_path / "weights", adapter="none")
+    with pytest.raises(UserError, match="merge it first"):
+        merge_adapter(MergeConfig(adapter=[erased[0], tmp_path / "weights"], output=tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
