@@ -27,6 +27,7 @@ PROCEDURES: dict[str, dict] = {
     "authors' scripts": _PEER | {"rollout": "teacher", "adapter": "none", "learning_rate": 1e-4},
     "LECO-like": _PEER | {"rollout": "student", "adapter": "lora", "rank": 4, "learning_rate": 1e-3},
     "ours": {},
+    "contrastive": {"objective": "contrastive", "null_space": 0},
     "ours, student, R=5": {"rollout": "student", "refill_every": 5},
     "ours, student, R=10": {"rollout": "student", "refill_every": 10},
     "ours, student, R=25": {"rollout": "student", "refill_every": 25},
@@ -53,7 +54,6 @@ SWEEP: dict[str, dict] = {
     "no null space": {"null_space": 0},
     "null space 0.99": {"null_space": 0.99},
     "null space 0.9999": {"null_space": 0.9999},
-    "scope esd-x": {"scope": "esd-x"},
     "no anticipation": {"anticipate": 0},
     "all anticipate": {"anticipate": 1},
     "bare wording": {"wordings": "bare"},
@@ -62,7 +62,16 @@ SWEEP: dict[str, dict] = {
     "until 0": {"until": 0, "lr_scheduler": "constant"},
     "until -0.5": {"until": -0.5, "lr_scheduler": "constant"},
 }
-SUITES = {"procedures": PROCEDURES, "sweep": SWEEP}
+_ESD_U = {"scope": "esd-u", "learning_rate": 1e-3, "max_train_steps": 200, "train_batch_size": 4, "hold": 0.25}
+_STAY = ["a square", "a triangle", "a star", "a cross", "a heart", "a red shape", "a blue shape", "a striped shape"]
+SCOPES: dict[str, dict] = {
+    "esd-x-strict": {},
+    "esd-x": {"scope": "esd-x"},
+    "esd-u, teacher rollouts": _ESD_U,
+    "esd-u, student rollouts": _ESD_U | {"rollout": "student"},
+    "esd-u, student rollouts, preserve": _ESD_U | {"rollout": "student", "hold": 0.5, "preserve": _STAY},
+}
+SUITES = {"scopes": SCOPES, "procedures": PROCEDURES, "sweep": SWEEP}
 
 
 def run(job: tuple[str, dict, str, int], pictures: int) -> dict:

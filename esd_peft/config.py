@@ -122,6 +122,8 @@ class EraseConfig(CommandConfig):
 
     objective: Literal["esd", "contrastive"] = "esd"
     """esd: the paper's guided target; contrastive: what some summaries of the paper describe (docs/objectives.md)."""
+    reference: Path | None = None
+    """With contrastive: a folder of pictures of the concept; left out: the teacher makes them."""
     eta: Annotated[float, Field(ge=0, le=100)] | None = None
     """How far past nothing the target goes (the paper's negative guidance; the authors' current scripts call its 1
     2); left out: 1, or 0 with --map-to."""
@@ -158,11 +160,11 @@ class EraseConfig(CommandConfig):
     authors' scripts (with the teacher's); left out: teacher rollouts are run once, student's every 25 steps."""
 
     max_train_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps; left out: 50, and 25 more for each concept after the first."""
-    train_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Samples a step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-2
-    """Peak learning rate."""
+    """Optimizer steps; left out: 50 and 25 more for each concept after the first (contrastive: 10 epochs)."""
+    train_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Samples a step; left out: 8, or 32 with --objective contrastive."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak learning rate; left out: 0.01, or 0.0001 with --objective contrastive."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """The learning rate's course."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -217,6 +219,8 @@ class EraseConfig(CommandConfig):
             raise ValueError("--min-timestep must be below --max-timestep")
         if self.until is not None and self.objective != "esd":
             raise ValueError("--until works with --objective esd only; leave it out")
+        if self.reference is not None and self.objective != "contrastive":
+            raise ValueError("--reference works with --objective contrastive only; leave it out")
         return self
 
     @property
@@ -228,11 +232,6 @@ class EraseConfig(CommandConfig):
     def steps_per_bank(self) -> int | None:
         """Optimizer steps between refills of the bank; none: it is filled once."""
         return self.refill_every or (None if self.rollout == "teacher" else 25)
-
-    @property
-    def train_steps(self) -> int:
-        """How many optimizer steps to take at most."""
-        return self.max_train_steps if self.max_train_steps is not None else 25 + 25 * len(self.concept)
 
     @property
     def concept_names(self) -> list[str]:

@@ -14,34 +14,35 @@ from esd_peft.adapters import Student
 from esd_peft.errors import UserError
 from esd_peft.objectives import Objective
 from esd_peft.probe import EVERY, Probe
-from esd_peft.rollout import Rollout
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
 
 
-def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """PyTorch's AdamW or one of bitsandbytes', with their default betas and no weight decay."""
+def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """PyTorch's AdamW or one of bitsandbytes', with their default betas (0.9, 0.999)."""
     if name == "AdamW":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    return getattr(bitsandbytes.optim, name)(parameters, lr=lr, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    return getattr(bitsandbytes.optim, name)(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def distill(
     student: Student,
     objective: Objective,
-    rollout: Rollout,
-    steps: int,
     generator: torch.Generator,
     probe: Probe | None = None,
     report: Callable[[dict[str, float], int], None] = lambda values, step: None,
 ) -> list[float]:
-    """Train the student in place for `steps` batches, or until the probe says enough; returns every ten steps' mean loss.
+    """Train the student in place; returns every ten steps' mean loss.
+
+    For as many steps as the config or else the objective says, or until the probe says enough.
 
     Raises `UserError` if the loss is no longer a number.
     """
+    rollout = objective.rollout
     config, device, dtype, costs = rollout.config, rollout.device, rollout.dtype, rollout.costs
     supply = objective.batches(generator)
-    optimizer = make_optimizer(config.optimizer, student.parameters, config.learning_rate)
+    steps, lr = config.max_train_steps or objective.steps, config.learning_rate or objective.learning_rate
+    optimizer = make_optimizer(config.optimizer, student.parameters, lr, objective.weight_decay)
     courses = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **courses)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

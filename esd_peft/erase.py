@@ -13,6 +13,7 @@ from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.backbones.backbone import pick
 from esd_peft.concepts import PromptPlan, plan_prompts
 from esd_peft.config import EraseConfig, parse
+from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.errors import UserError, run_command
@@ -20,7 +21,7 @@ from esd_peft.evaluation.gallery import Gallery, Rates
 from esd_peft.evaluation.recognition import check_concepts
 from esd_peft.evaluation.table import result_table
 from esd_peft.nullspace import null_space_projection
-from esd_peft.objectives import GuidedTarget
+from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.outputs import check_output, new_directory, new_file
 from esd_peft.phases import Costs
 from esd_peft.probe import Probe
@@ -65,11 +66,11 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         before = gallery.take(denoiser, "before") if config.eval_seeds else None
 
     rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
-    objective = GuidedTarget(rollout)
+    objective = _objective(rollout, generator(config.seed, "references"))
     probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
     with costs.phase("distill"):
         bank = generator(config.seed, "bank")
-        losses = distill(student, objective, rollout, config.train_steps, bank, probe, report)
+        losses = distill(student, objective, bank, probe, report)
     with costs.phase("save"):
         save_adapter(student, backbone, config)
 
@@ -97,6 +98,10 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     with new_file(config.output / "result.json") as draft:
         draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _objective(rollout: Rollout, draws: torch.Generator) -> Objective:
+    return GuidedTarget(rollout) if rollout.config.objective == "esd" else make_contrastive(rollout, draws)
 
 
 def save_adapter(student: Student, backbone: Backbone, config: EraseConfig) -> None:

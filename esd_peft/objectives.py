@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +39,25 @@ class Batch:
 
 
 class Objective(ABC):
-    """An endless supply of batches, and a loss. Knows no pipeline family."""
+    """An endless supply of batches, and a loss. Knows no pipeline family.
+
+    Each brings the settings it works with, for where the config leaves them out.
+    """
+
+    learning_rate: ClassVar[float]
+    weight_decay: ClassVar[float]
+    train_batch_size: ClassVar[int]
+    rollout: Rollout
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps it takes."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples a step."""
+        return self.rollout.config.train_batch_size or self.train_batch_size
 
     @abstractmethod
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
@@ -57,12 +76,21 @@ class GuidedTarget(Objective):
     time, with as many tuples as they take. Fill time goes to the phase "rollout".
     """
 
+    learning_rate: ClassVar[float] = 1e-2
+    weight_decay: ClassVar[float] = 0.0
+    train_batch_size: ClassVar[int] = 8
+
     rollout: Rollout
+
+    @property
+    def steps(self) -> int:
+        """50, and 25 more for each concept after the first."""
+        return 25 + 25 * len(self.rollout.config.concept)
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         config, table = self.rollout.config, self.rollout.table
-        held = int(config.hold * config.train_batch_size)
-        erasing = config.train_batch_size - held
+        held = int(config.hold * self.batch_size)
+        erasing = self.batch_size - held
         steps, trajectories, keep = config.steps_per_bank, config.bank_trajectories, None
         if steps is not None:
             trajectories = min(trajectories, erasing * steps)

@@ -111,6 +111,14 @@ class Backbone(ABC):
     def token_embeddings(self, embeds: PromptEmbeds) -> Tensor:
         """What the layers that read the prompt are fed: `[prompts * tokens, width]`."""
 
+    @abstractmethod
+    def picture_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        """Height and width in pixels of the pictures the denoiser was made for."""
+
+    @abstractmethod
+    def encode_pictures(self, pictures: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Latents of `[N, 3, H, W]` pictures in [0, 1], scaled as the denoiser knows them, fp32 on the CPU."""
+
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Loss weights `[B]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v.
 

@@ -34,8 +34,7 @@ class StableDiffusion(Backbone):
         return [word for word in prompt.split() if len(tokenizer.tokenize(word)) != 1]
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
-        size = denoiser.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _pair(denoiser.config.sample_size)
         return torch.randn(count, denoiser.config.in_channels, height, width, generator=generator)
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
@@ -58,6 +57,21 @@ class StableDiffusion(Backbone):
     def token_embeddings(self, embeds: PromptEmbeds) -> Tensor:
         return embeds["encoder_hidden_states"].flatten(0, 1)
 
+    def picture_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        factor = 2 ** (len(self.load_part("vae").config.block_out_channels) - 1)
+        height, width = _pair(denoiser.config.sample_size)
+        return height * factor, width * factor
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+        vae = self.load_part("vae").to(device)
+        latents = []
+        for part in pictures.split(8):
+            posterior = vae.encode(part.to(device) * 2 - 1).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            latents.append((posterior.mean.cpu() + posterior.std.cpu() * noise) * vae.config.scaling_factor)
+        return torch.cat(latents)
+
     def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
         pipe = self.pipeline_class(
             unet=denoiser,
@@ -71,3 +85,7 @@ class StableDiffusion(Backbone):
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

@@ -25,6 +25,9 @@ def result_table(result: dict[str, Any]) -> str:
         f"{result['trained_parameters']:,} parameters trained",
         f"{forwards:,} forward-equivalents for {tuples:,} training tuples: {forwards / tuples:.2f} each",
     ]
+    if result["direction_left"]:
+        curve = ", ".join(f"{fraction:.2f} ({step})" for step, fraction in result["direction_left"])
+        lines.append(f"left of the concept's direction on held-out pairs (at step): {curve}")
     return "\n".join(lines)
 
 

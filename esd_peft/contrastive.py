@@ -1,0 +1,124 @@
+"""The contrastive mode that some summaries of the paper describe. The paper contains none of it; see docs/objectives.md."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from esd_peft.backbones.backbone import pick
+from esd_peft.errors import UserError
+from esd_peft.evaluation.pictures import make_pictures
+from esd_peft.objectives import Batch, Objective
+from esd_peft.rollout import Rollout
+
+TEMPERATURE, NEGATIVE_WEIGHT, EPOCHS = 0.07, 0.5, 10
+PICTURES = 64  # of a concept, where the teacher makes them
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass
+class Contrastive(Objective):
+    """−log(e^{p/τ} / (e^{p/τ} + w·e^{n/τ})), p = cos(output, noise), n = cos(output, reference), τ = 0.07, w = 0.5.
+
+    The output is the student's prediction for a noised reference picture and the concept's prompt.
+    """
+
+    learning_rate: ClassVar[float] = 1e-4
+    weight_decay: ClassVar[float] = 1e-4
+    train_batch_size: ClassVar[int] = 32
+
+    rollout: Rollout
+    references: Tensor  # [concepts, N, ...] latents of reference pictures in all their variations, on the CPU
+
+    @property
+    def steps(self) -> int:
+        """Each variation once."""
+        return math.ceil(self.references.shape[0] * self.references.shape[1] / self.batch_size)
+
+    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        rollout, size = self.rollout, self.batch_size
+        scheduler = rollout.backbone.load_part("scheduler")
+        flat = self.references.flatten(0, 1)
+        plain = torch.tensor([pairs[0] for pairs in rollout.table.concepts], device=rollout.device)
+        rows = rollout.table.prompts[plain].repeat_interleave(self.references.shape[1])
+        while True:
+            for chosen in torch.randperm(len(flat), generator=generator).split(size):
+                latents = flat[chosen]
+                noise = torch.randn(latents.shape, generator=generator)
+                timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(chosen),), generator=generator)
+                noised = scheduler.add_noise(latents, noise, timesteps).to(rollout.device)
+                sides = torch.cat([noise, latents]).to(rollout.device)
+                embeds = pick(rollout.table.embeds, rows[chosen.to(rollout.device)])
+                ones = torch.ones(len(chosen), device=rollout.device)
+                yield Batch(noised, timesteps.to(rollout.device), embeds, sides, ones, ones, erasing=len(chosen))
+
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        noise, reference = batch.teacher.float().flatten(1).chunk(2)
+        answer = prediction.float().flatten(1)
+        positive = nn.functional.cosine_similarity(answer, noise) / TEMPERATURE
+        negative = nn.functional.cosine_similarity(answer, reference) / TEMPERATURE + math.log(NEGATIVE_WEIGHT)
+        return (torch.logaddexp(positive, negative) - positive).mean()
+
+
+def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastive:
+    """With reference pictures from the config's folder, or made by the teacher; each is augmented anew for every epoch.
+
+    Raises `UserError` if the folder holds no picture that can be read.
+    """
+    config, backbone = rollout.config, rollout.backbone
+    with rollout.costs.phase("references"):
+        if config.reference is not None:
+            made = read_pictures(config.reference, backbone.picture_size(rollout.denoiser)).unsqueeze(0)
+            made = made.expand(len(config.concept), *made.shape[1:])
+        else:
+            half = rollout.dtype != torch.float32
+            with rollout.teacher(), torch.autocast(rollout.device.type, rollout.dtype, enabled=half):
+                pipe = backbone.pipeline(rollout.denoiser, rollout.device, rollout.dtype)
+                size = config.rollout_batch_size
+                made = make_pictures(pipe, config.concept_names, PICTURES, size, config.seed, "references")
+        latents = []
+        for pictures in made:
+            varied = torch.cat([augment(pictures, generator) for _ in range(EPOCHS)])
+            latents.append(backbone.encode_pictures(varied, generator, rollout.device))
+    return Contrastive(rollout, torch.stack(latents))
+
+
+def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop (80 to 100 % of each side, resized back), flip, and jitter brightness, contrast and saturation by up to 20 %.
+
+    `[N, 3, H, W]` in [0, 1] to the same.
+    """
+    made = []
+    for picture in pictures:
+        scale, top, left, flip, brightness, contrast, saturation = torch.rand(7, generator=generator).tolist()
+        height, width = (max(1, round(side * (0.8 + 0.2 * scale))) for side in picture.shape[1:])
+        y, x = int(top * (picture.shape[1] - height)), int(left * (picture.shape[2] - width))
+        cut = picture[None, :, y : y + height, x : x + width]
+        varied = nn.functional.interpolate(cut, picture.shape[1:], mode="bilinear", antialias=True)[0]
+        varied = varied.flip(2) if flip < 0.5 else varied
+        varied = varied * (0.8 + 0.4 * brightness)
+        for centre, amount in ((varied.mean(), contrast), (varied.mean(0, keepdim=True), saturation)):
+            varied = centre + (varied - centre) * (0.8 + 0.4 * amount)
+        made.append(varied.clamp(0, 1))
+    return torch.stack(made)
+
+
+def read_pictures(folder: Path, size: tuple[int, int]) -> Tensor:
+    """The pictures in `folder`, resized to `size` (height, width): `[N, 3, H, W]` in [0, 1]. Raises `UserError`."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"--reference {folder} is no folder with pictures; name one with {', '.join(SUFFIXES)} files")
+    made = []
+    for path in paths:
+        try:
+            picture = Image.open(path).convert("RGB").resize(size[::-1])
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"--reference {path} cannot be read as a picture ({error}); remove it") from None
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        made.append(pixels.reshape(*size, 3).permute(2, 0, 1) / 255)
+    return torch.stack(made)
