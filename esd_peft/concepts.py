@@ -61,8 +61,7 @@ def plan_prompts(config: EraseConfig) -> PromptPlan:
 
 
 def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
-    source = concept.erase_from or config.erase_from or ""
-    towards = concept.map_to or config.map_to
+    source, towards = config.source_of(concept), config.goal_of(concept)
     eta = next((e for e in (concept.eta, config.eta) if e is not None), 0.0 if towards else 1.0)
     named = f"{concept.name} {source}".strip()
     pairs = [
@@ -95,12 +94,10 @@ def _protected(config: EraseConfig, asked: list[str]) -> list[str]:
     What is erased from something only stays elsewhere, so there the attribute and the thing are protected by themselves.
     """
     everyday = world.everyday() if config.model is None else _lines(files("esd_peft") / "everyday.txt")
-    named: list[set[str]] = []
+    named = [set(name.lower().split()) for name in config.concept_names]
     apart: list[str] = []
     for concept in config.concept:
-        source = concept.erase_from or config.erase_from or ""
-        named.append(set(f"{concept.name} {source}".lower().split()))
-        if source:
+        if source := config.source_of(concept):
             apart += [say(text) for say in _wordings([concept.name, source], config) for text in (concept.name, source)]
     kept = [p for p in everyday if not any(words <= set(p.lower().split()) for words in named)]
     return list(dict.fromkeys(["", *asked, *kept, *apart]))

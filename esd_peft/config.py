@@ -160,11 +160,13 @@ class EraseConfig(CommandConfig):
     authors' scripts (with the teacher's); left out: teacher rollouts are run once, student's every 25 steps."""
 
     max_train_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps; left out: 50 and 25 more for each concept after the first (contrastive: 10 epochs)."""
+    """Optimizer steps; left out: 50 and 25 more for each concept after the first, four times that where not all that
+    learns is under --null-space (contrastive: 10 epochs)."""
     train_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples a step; left out: 8, or 32 with --objective contrastive."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate; left out: 0.01, or 0.0001 with --objective contrastive."""
+    """Peak learning rate; left out: 0.01 where all that learns is under --null-space, otherwise 0.001; 0.0001
+    with --objective contrastive."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """The learning rate's course."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -234,9 +236,22 @@ class EraseConfig(CommandConfig):
         return self.refill_every or (None if self.rollout == "teacher" else 25)
 
     @property
+    def protected(self) -> bool:
+        """Whether all that learns is kept off the prompts to preserve, so that it may learn fast."""
+        return self.null_space > 0 and self.scope == "esd-x-strict" and self.adapter == "lora"
+
+    @property
     def concept_names(self) -> list[str]:
-        """What is erased, by name."""
-        return [concept.name for concept in self.concept]
+        """What is erased, as a prompt would name it: "striped circle" for striped from circle."""
+        return [f"{concept.name} {self.source_of(concept)}".strip() for concept in self.concept]
+
+    def source_of(self, concept: Concept) -> str:
+        """What the concept is erased from; "" for everywhere."""
+        return concept.erase_from or self.erase_from or ""
+
+    def goal_of(self, concept: Concept) -> str | None:
+        """What the concept becomes, where something is named."""
+        return concept.map_to or self.map_to
 
 
 class MergeConfig(CommandConfig):

@@ -28,12 +28,15 @@ class Contrastive(Objective):
     The output is the student's prediction for a noised reference picture and the concept's prompt.
     """
 
-    learning_rate: ClassVar[float] = 1e-4
     weight_decay: ClassVar[float] = 1e-4
     train_batch_size: ClassVar[int] = 32
 
     rollout: Rollout
     references: Tensor  # [concepts, N, ...] latents of reference pictures in all their variations, on the CPU
+
+    @property
+    def learning_rate(self) -> float:
+        return 1e-4
 
     @property
     def steps(self) -> int:

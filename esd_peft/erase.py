@@ -120,10 +120,9 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig) -> N
 
 
 def _check_words(backbone: Backbone, config: EraseConfig, plan: PromptPlan) -> None:
-    said = [("--concept", name) for name in config.concept_names] + [("--preserve", p.prompt) for p in plan.preserve]
+    said = [("--concept", concept.name) for concept in config.concept] + [("--preserve", p.prompt) for p in plan.preserve]
     for concept in config.concept:
-        said += [("--erase-from", concept.erase_from or config.erase_from or "")]
-        said += [("--map-to", concept.map_to or config.map_to or "")]
+        said += [("--erase-from", config.source_of(concept)), ("--map-to", config.goal_of(concept) or "")]
     for option, text in said:
         if unseen := backbone.unseen_words(text):
             raise UserError(

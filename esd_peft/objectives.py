@@ -44,10 +44,14 @@ class Objective(ABC):
     Each brings the settings it works with, for where the config leaves them out.
     """
 
-    learning_rate: ClassVar[float]
     weight_decay: ClassVar[float]
     train_batch_size: ClassVar[int]
     rollout: Rollout
+
+    @property
+    @abstractmethod
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
 
     @property
     @abstractmethod
@@ -76,16 +80,21 @@ class GuidedTarget(Objective):
     time, with as many tuples as they take. Fill time goes to the phase "rollout".
     """
 
-    learning_rate: ClassVar[float] = 1e-2
     weight_decay: ClassVar[float] = 0.0
     train_batch_size: ClassVar[int] = 8
 
     rollout: Rollout
 
     @property
+    def learning_rate(self) -> float:
+        """Fast where the null space holds everything else in place; see docs/scopes.md."""
+        return 1e-2 if self.rollout.config.protected else 1e-3
+
+    @property
     def steps(self) -> int:
-        """50, and 25 more for each concept after the first."""
-        return 25 + 25 * len(self.rollout.config.concept)
+        """50, and 25 more for each concept after the first; four times that at the slower learning rates."""
+        steps = 25 + 25 * len(self.rollout.config.concept)
+        return steps if self.rollout.config.protected else 4 * steps
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         config, table = self.rollout.config, self.rollout.table
