@@ -56,6 +56,9 @@ def plan_prompts(config: EraseConfig) -> PromptPlan:
     stands between the two is the concept, and nothing else is pushed away. The paper's pair is the first one.
     """
     asked = _asked_to_preserve(config)
+    for prompt in asked:
+        if _names_a_concept(prompt, config):
+            raise UserError(f"--preserve {prompt!r} names what is to be erased; leave it out or reword it")
     erasing = [_pairs_of(concept, config) for concept in config.concept]
     return PromptPlan(erasing, [Pair(prompt, "") for prompt in asked], _protected(config, asked))
 
@@ -68,7 +71,21 @@ def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
         Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
         for say in _wordings([named, towards or ""], config)
     ]
-    return [Pair(p.prompt, p.neutral, p.anchor, eta, concept.weight) for p in dict.fromkeys(pairs)]
+    # what another concept stands beside must not be taught to stay
+    clean = [p for p in dict.fromkeys(pairs) if not _names_a_concept(p.neutral, config)]
+    if not clean or any(p.prompt in (p.neutral, p.anchor) for p in clean):
+        raise UserError(f"--concept {named!r} is the same as what it is erased from or mapped to; name something else")
+    return [Pair(p.prompt, p.neutral, p.anchor, eta, concept.weight) for p in clean]
+
+
+def _names_a_concept(prompt: str, config: EraseConfig) -> bool:
+    """Whether all content words of some concept stand in `prompt`."""
+    words = _content_words(prompt)
+    return any(_content_words(name) <= words for name in config.concept_names)
+
+
+def _content_words(text: str) -> set[str]:
+    return {word.strip(".,;:!?\"'()").lower() for word in text.split()} - {"a", "an", "the", "of", "in", "on", ""}
 
 
 def _wordings(texts: list[str], config: EraseConfig) -> list[Callable[[str], str]]:
@@ -94,13 +111,12 @@ def _protected(config: EraseConfig, asked: list[str]) -> list[str]:
     What is erased from something only stays elsewhere, so there the attribute and the thing are protected by themselves.
     """
     everyday = world.everyday() if config.model is None else _lines(files("esd_peft") / "everyday.txt")
-    named = [set(name.lower().split()) for name in config.concept_names]
     apart: list[str] = []
     for concept in config.concept:
         if source := config.source_of(concept):
             apart += [say(text) for say in _wordings([concept.name, source], config) for text in (concept.name, source)]
-    kept = [p for p in everyday if not any(words <= set(p.lower().split()) for words in named)]
-    return list(dict.fromkeys(["", *asked, *kept, *apart]))
+    kept = [prompt for prompt in [*everyday, *apart] if not _names_a_concept(prompt, config)]
+    return list(dict.fromkeys(["", *asked, *kept]))
 
 
 def _asked_to_preserve(config: EraseConfig) -> list[str]:

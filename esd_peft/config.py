@@ -117,7 +117,7 @@ class EraseConfig(CommandConfig):
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 8
     """Rank of the adapter."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """The adapter's output is scaled by alpha / rank; left out: alpha = rank."""
 
     objective: Literal["esd", "contrastive"] = "esd"
@@ -145,11 +145,11 @@ class EraseConfig(CommandConfig):
     """Whose trajectories: the frozen teacher's, or the student's as it is now (the paper)."""
     trajectories: Annotated[int, Field(ge=1)] | None = None
     """Denoising trajectories in the bank; left out: 12, and 6 more for each concept after the first."""
-    preserve_trajectories: Annotated[int, Field(ge=1)] = 6
-    """Trajectories of --preserve prompts in the bank, where there are any."""
+    preserve_trajectories: Annotated[int, Field(ge=1)] | None = None
+    """Trajectories of --preserve prompts in the bank; left out: one for each prompt."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
     """Denoising steps of a trajectory."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 3.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 3.0
     """Classifier-free guidance of the trajectories."""
     anticipate: Annotated[float, Field(ge=0, le=1)] = 0.5
     """With teacher rollouts: share of the trajectories driven by the guided target, to where the student will be."""
@@ -219,6 +219,10 @@ class EraseConfig(CommandConfig):
             raise ValueError(f"--quantize {self.quantize} works with --adapter lora only, not {self.adapter}")
         if self.min_timestep >= self.max_timestep:
             raise ValueError("--min-timestep must be below --max-timestep")
+        if self.trajectories is not None and self.trajectories < len(self.concept):
+            raise ValueError(f"--trajectories must be at least the number of concepts, {len(self.concept)}")
+        if self.until is not None and any(self.goal_of(concept) for concept in self.concept):
+            raise ValueError("--until does not work with --map-to; leave one of them out")
         if self.until is not None and self.objective != "esd":
             raise ValueError("--until works with --objective esd only; leave it out")
         if self.reference is not None and self.objective != "contrastive":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from esd_peft.backbones.backbone import pick
 from esd_peft.errors import UserError
-from esd_peft.evaluation.pictures import make_pictures
+from esd_peft.evaluation.pictures import PICTURE_STEPS, make_pictures
 from esd_peft.objectives import Batch, Objective
 from esd_peft.rollout import Rollout
 
@@ -45,7 +45,7 @@ class Contrastive(Objective):
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         rollout, size = self.rollout, self.batch_size
-        scheduler = rollout.backbone.load_part("scheduler")
+        kept = rollout.backbone.noise_schedule()
         flat = self.references.flatten(0, 1)
         plain = torch.tensor([pairs[0] for pairs in rollout.table.concepts], device=rollout.device)
         rows = rollout.table.prompts[plain].repeat_interleave(self.references.shape[1])
@@ -53,8 +53,9 @@ class Contrastive(Objective):
             for chosen in torch.randperm(len(flat), generator=generator).split(size):
                 latents = flat[chosen]
                 noise = torch.randn(latents.shape, generator=generator)
-                timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(chosen),), generator=generator)
-                noised = scheduler.add_noise(latents, noise, timesteps).to(rollout.device)
+                timesteps = torch.randint(len(kept), (len(chosen),), generator=generator)
+                share = kept[timesteps].view(-1, *[1] * (latents.dim() - 1))
+                noised = (share.sqrt() * latents + (1 - share).sqrt() * noise).to(rollout.device)
                 sides = torch.cat([noise, latents]).to(rollout.device)
                 embeds = pick(rollout.table.embeds, rows[chosen.to(rollout.device)])
                 ones = torch.ones(len(chosen), device=rollout.device)
@@ -84,6 +85,7 @@ def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastiv
                 pipe = backbone.pipeline(rollout.denoiser, rollout.device, rollout.dtype)
                 size = config.rollout_batch_size
                 made = make_pictures(pipe, config.concept_names, PICTURES, size, config.seed, "references")
+            rollout.costs.forward_equivalents += 2 * PICTURE_STEPS * made.shape[0] * made.shape[1]
         latents = []
         for pictures in made:
             varied = torch.cat([augment(pictures, generator) for _ in range(EPOCHS)])

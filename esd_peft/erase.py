@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from esd_peft import __version__
 from esd_peft.adapters import Student, make_student
 from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.backbones.backbone import pick
-from esd_peft.concepts import PromptPlan, plan_prompts
+from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig, parse
 from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import resolve_device, resolve_dtype
@@ -37,14 +38,17 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     Returns what `result.json` holds: the rates before and after (embedded pipeline), losses, seconds and peak memory
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
-    check_output(config.output, config.overwrite)
+    check_output(config.output, config.overwrite, [] if config.model is None else [Path(config.model)])
     report = _open_tracker(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     backbone = open_backbone(config.model)
+    if config.model is None:
+        _check_concepts(backbone, config)
     plan = plan_prompts(config)
     if config.model is None:
-        _check_words(backbone, config, plan)
+        for pair in plan.preserve:
+            _check_words(backbone, "--preserve", pair.prompt)
     costs = Costs(device)
     gallery = Gallery(backbone, config, device, dtype)
 
@@ -119,17 +123,20 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig) -> N
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_words(backbone: Backbone, config: EraseConfig, plan: PromptPlan) -> None:
-    said = [("--concept", concept.name) for concept in config.concept] + [("--preserve", p.prompt) for p in plan.preserve]
+def _check_concepts(backbone: Backbone, config: EraseConfig) -> None:
     for concept in config.concept:
-        said += [("--erase-from", config.source_of(concept)), ("--map-to", config.goal_of(concept) or "")]
-    for option, text in said:
-        if unseen := backbone.unseen_words(text):
-            raise UserError(
-                f"{option} {text!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
-                "use its words (circle, red, striped, ...) or name your own pipeline with --model"
-            )
-    check_concepts(config.concept_names)
+        _check_words(backbone, "--concept", concept.name)
+        _check_words(backbone, "--erase-from", config.source_of(concept))
+        _check_words(backbone, "--map-to", config.goal_of(concept) or "")
+    check_concepts([concept.name for concept in config.concept])
+
+
+def _check_words(backbone: Backbone, option: str, text: str) -> None:
+    if unseen := backbone.unseen_words(text):
+        raise UserError(
+            f"{option} {text!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
+            "use its words (circle, red, striped, ...) or name your own pipeline with --model"
+        )
 
 
 def _open_tracker(config: EraseConfig) -> Callable[[dict[str, float], int], None]:
@@ -151,7 +158,7 @@ def main() -> None:
     result = erase(config)
     print(result_table(result))
     merge = f"python -m esd_peft.merge_adapter --adapter {config.output} --output MERGED"
-    print(f"\nThe adapter, result.json and before_after.png are in {config.output}. To make it permanent:\n  {merge}")
+    print(f"\nThe adapter, its pictures and result.json are in {config.output}. To make it permanent:\n  {merge}")
 
 
 if __name__ == "__main__":

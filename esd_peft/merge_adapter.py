@@ -9,7 +9,7 @@ import torch
 
 from esd_peft import __version__
 from esd_peft.backbones import Backbone, open_backbone
-from esd_peft.config import MergeConfig, parse
+from esd_peft.config import EraseConfig, MergeConfig, parse
 from esd_peft.errors import UserError, run_command
 from esd_peft.outputs import check_output, new_directory
 from esd_peft.randomness import generator
@@ -28,7 +28,7 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     Returns what `erased.json` holds. Raises `UserError` if the adapter does not fit the base, if a file is damaged,
     or if the merged denoiser differs from base + adapter by more than rounding.
     """
-    check_output(config.output, config.overwrite)
+    check_output(config.output, config.overwrite, [*config.adapter, *([Path(config.base)] if config.base else [])])
     adapters = [read_adapter(path) for path in config.adapter]
     first = adapters[0].base
     base = config.base if config.base is not None else first.get("model")
@@ -39,7 +39,7 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     hashes = {file.name: sha256(file) for file in files}
     same = all(adapter.base.get("denoiser_sha256") == hashes for adapter in adapters)
     record: dict[str, Any] = {
-        "concept": [concept for adapter in adapters for concept in adapter.config.get("concept", [])],
+        "concept": [name for adapter in adapters for name in _names(adapter)],
         "configs": [adapter.config for adapter in adapters],
         "base": {"class": backbone.pipeline_class.__name__, "denoiser_sha256": hashes, "trained_on_it": same},
         "version": __version__,
@@ -51,6 +51,12 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
             record["verification"] = verify(backbone, draft, adapters)
         (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
+
+
+def _names(adapter: Adapter) -> list[str]:
+    """The concepts that the adapter erases; none where another tool made it."""
+    fields: dict[str, Any] = {key: adapter.config.get(key) for key in ("concept", "erase_from")}
+    return EraseConfig(**fields).concept_names if fields["concept"] else []
 
 
 def copy_pipeline(backbone: Backbone, target: Path) -> None:
@@ -103,7 +109,8 @@ def verify(backbone: Backbone, merged: Path, adapters: list[Adapter]) -> dict[st
 
     Raises `UserError` if they differ by more than what rounding the merged weights explains.
     """
-    embeds = backbone.encode(["a picture"], torch.device("cpu"), torch.float32)
+    said = [name for adapter in adapters for name in _names(adapter)]  # where the adapter acts, and not on much else
+    embeds = backbone.encode([said[0] if said else "a picture"], torch.device("cpu"), torch.float32)
     denoiser = backbone.load_denoiser(torch.float32)
     noise = generator(0, "verify")
     latents = backbone.initial_latents(1, denoiser, noise)
@@ -131,7 +138,7 @@ def main() -> None:
     """The command line."""
     config = parse(MergeConfig, "merge_adapter")
     record = merge_adapter(config)
-    concepts = ", ".join(c if isinstance(c, str) else c["name"] for c in record["concept"]) or "the adapter"
+    concepts = ", ".join(record["concept"]) or "the adapter"
     print(f"merged {record['merged_tensors']} tensors: {concepts}")
     if not record["base"]["trained_on_it"]:
         print("note: the adapter was trained on other weights than these; check that the concept is gone")

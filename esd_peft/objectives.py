@@ -98,7 +98,7 @@ class GuidedTarget(Objective):
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         config, table = self.rollout.config, self.rollout.table
-        held = int(config.hold * self.batch_size)
+        held = max(int(config.hold * self.batch_size), min(1, self.batch_size - 1)) if config.hold else 0
         erasing = self.batch_size - held
         steps, trajectories, keep = config.steps_per_bank, config.bank_trajectories, None
         if steps is not None:
@@ -109,7 +109,7 @@ class GuidedTarget(Objective):
             with self.rollout.costs.phase("rollout"):
                 pairs = [*itertools.islice(erase, trajectories)]
                 if held:
-                    pairs += itertools.islice(preserve, config.preserve_trajectories)
+                    pairs += itertools.islice(preserve, config.preserve_trajectories or len(table.prompts) - table.erasing)
                 bank = self.rollout.fill(torch.tensor(pairs), generator, keep, progress=steps is None)
             erases = bank.pairs < table.erasing
             order = _shuffled(erases.nonzero().squeeze(1), generator)

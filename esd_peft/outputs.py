@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,8 +12,17 @@ from safetensors import SafetensorError
 from esd_peft.errors import UserError
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raise `UserError` now, before any work, if `path` could not be written as a new directory later."""
+def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise `UserError` now, before any work, if `path` could not be written as a new directory later.
+
+    Nor may it be or hold one of `inputs`, the working directory, or a mount point: it is replaced as a whole.
+    """
+    here = path.resolve()
+    for other in (Path.cwd(), *inputs):
+        if other.resolve().is_relative_to(here):
+            raise UserError(f"--output {path} is or holds {other}; name another directory")
+    if path.is_mount():
+        raise UserError(f"--output {path} is a mount point and cannot be replaced; name a directory in it")
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file; name a directory")
     if path.is_dir() and any(path.iterdir()) and not overwrite:

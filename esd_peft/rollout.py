@@ -18,6 +18,7 @@ from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
 from esd_peft.concepts import PromptPlan
 from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError
 from esd_peft.phases import Costs
 
 
@@ -131,6 +132,9 @@ class Rollout:
     ) -> Bank:
         scheduler = self.backbone.new_scheduler(self.config.num_inference_steps, self.device)
         inside = (scheduler.timesteps >= self.config.min_timestep) & (scheduler.timesteps <= self.config.max_timestep)
+        if not inside.any():
+            there = ", ".join(str(int(t)) for t in scheduler.timesteps)
+            raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
         kept = _choose(len(pairs), inside.cpu(), keep, generator)
         latents = noise.to(self.device) * scheduler.init_noise_sigma
         anticipating, pairs = anticipating.to(self.device), pairs.to(self.device)

@@ -124,12 +124,18 @@ class Backbone(ABC):
 
         Raises `UserError` for a scheduler without the noise schedule (ᾱ) of a diffusion model.
         """
+        kept = self.noise_schedule().to(timesteps.device)[timesteps.long()]
+        snr = kept / (1 - kept)
+        v_prediction = self.load_part("scheduler").config.prediction_type == "v_prediction"
+        return snr.clamp(max=gamma) / (snr + 1 if v_prediction else snr)
+
+    def noise_schedule(self) -> Tensor:
+        """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
         scheduler = self.load_part("scheduler")
         if not hasattr(scheduler, "alphas_cumprod"):
-            raise UserError(f"--snr-gamma needs a diffusion noise schedule, which this {type(scheduler).__name__} has not")
-        kept = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps.long()]
-        snr = kept / (1 - kept)
-        return snr.clamp(max=gamma) / (snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr)
+            name = type(scheduler).__name__
+            raise UserError(f"--snr-gamma and --objective contrastive need a diffusion noise schedule, which {name} has not")
+        return scheduler.alphas_cumprod.float()
 
     @abstractmethod
     def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:

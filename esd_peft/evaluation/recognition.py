@@ -26,7 +26,9 @@ def shown_prompts(concepts: list[str], prompts: list[str]) -> list[int]:
     named = [i for i, p in enumerate(prompts) if _concepts_in(p, concepts)]
     free = [i for i, p in enumerate(prompts) if not _concepts_in(p, concepts)]
     step = 29  # prime to the 144 full prompts: consecutive picks differ in shape, colour and texture
-    few = [named[(7 + k * step) % len(named)] for k in range(3)] + [free[(k * step) % len(free)] for k in range(6)]
+    few = [named[(7 + k * step) % len(named)] for k in range(3)] + [
+        free[(k * step) % len(free)] for k in range(6 if free else 0)
+    ]
     alone = [prompts.index(world.prompt(world.attributes_in(c), "a {}")) for c in concepts]
     return list(dict.fromkeys(alone + few))
 

@@ -12,8 +12,11 @@ def result_table(result: dict[str, Any]) -> str:
         lines += [_rates(name, rates, width) for name, rates in result["concepts"].items()]
         lines.append("-" * (max(width, 24) + 14))
         lines += [_rates(name, rates, width) for name, rates in result["others"].items()]
+    if result["others"]:
         means = {k: sum(r[k] for r in result["others"].values()) / len(result["others"]) for k in ("before", "after")}
-        lines += [_rates("everything else", means, width), ""]
+        lines.append(_rates("everything else", means, width))
+    if lines:
+        lines.append("")
     seconds, peaks = result["seconds"], result["peak_memory_bytes"]
     lines.append(f"{'phase':<12}{'seconds':>9}{'peak MiB':>10}")
     lines += [f"{name:<12}{seconds[name]:>9.1f}{peaks[name] / 2**20:>10.0f}" for name in seconds]

@@ -42,6 +42,24 @@ def test_concepts_the_embedded_pipeline_does_not_know(tmp_path, concept, says):
     refused_erase(says, tmp_path / "out", concept=concept)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"preserve": "a zebra"}, "--preserve 'a zebra'"),
+        ({"preserve": "a red circle"}, "names what is to be erased"),
+        ({"map_to": "zebra"}, "--map-to 'zebra'"),
+        ({"erase_from": "square"}, "is the same as"),
+        ({"map_to": "circle"}, "is the same as"),
+        ({"min_timestep": 990, "num_inference_steps": 4}, "--min-timestep"),
+        ({"trajectories": 1, "concept": ["circle", "red"]}, "--trajectories"),
+        ({"until": 0.0, "map_to": "square"}, "--until"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work(tmp_path, options, says):
+    refused_erase(says, tmp_path / "out", **options)
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_model_that_lacks_a_part(broken, tmp_path, part):
     shutil.rmtree(broken / part)
@@ -81,6 +99,17 @@ def test_outputs_in_the_way(tmp_path):
     (tmp_path / "file").write_text("precious")
     refused_erase("is a file", tmp_path / "file", overwrite=True)
     assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_outputs_that_would_replace_what_is_read(broken, tmp_path, monkeypatch):
+    monkeypatch.chdir(broken)
+    for output in (".", "..", tmp_path):
+        with pytest.raises(UserError, match=r"--output .* is or holds"):
+            erase(EraseConfig(concept="circle", output=output, overwrite=True, **QUICK))
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(UserError, match=r"--output .* is or holds"):
+        erase(EraseConfig(concept="circle", model=str(broken), output=broken, overwrite=True, **QUICK))
+    assert (broken / "model_index.json").is_file()
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="root may write everywhere")

@@ -61,6 +61,22 @@ def test_what_names_a_concept_is_not_protected(tmp_path):
     assert "a church" not in natural.protected and "a castle" in natural.protected
 
 
+def test_concepts_do_not_stand_beside_each_other():
+    """Else each would be taught to keep the other."""
+    made = plan(concept=["circle", {"name": "striped", "erase_from": "square"}, "red"])
+    assert Pair("a blue circle", "a blue shape") in made.erasing[0]
+    neutrals = {p.neutral for pairs in made.erasing for p in pairs}
+    assert not [p for p in [*neutrals, *made.protected] if {"circle", "red"} & set(p.split())]
+    assert not [p for p in made.protected if {"striped", "square"} <= set(p.split())]
+
+
+def test_articles_do_not_hide_a_concept():
+    assert "circle" not in plan(concept="a circle").protected
+    dogs = plan(concept="dog", model="sd")
+    assert "a dog" not in dogs.protected
+    assert not [p for p in dogs.erasing[0] if "dog" in p.neutral]
+
+
 def test_preserve_files_that_do_not_work(tmp_path):
     with pytest.raises(UserError, match=r"--preserve-file .* cannot be read"):
         plan(concept="circle", preserve_file=tmp_path / "nothing.txt")
