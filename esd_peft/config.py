@@ -299,8 +299,9 @@ def parse(config: type[Config], command: str, argv: list[str] | None = None) -> 
     show = "--print-config" in argv
     argv = [arg for arg in argv if arg != "--print-config"]
     values = read_yaml(Path(path), config) if path else {}
-    if any(re.match("--concept(=|$)", arg) for arg in argv):
-        values.pop("concept", None)  # named anew, not added to
+    for name, field in config.model_fields.items():
+        if get_origin(field.annotation) is list and any(re.match(f"--{name}(=|$)", arg) for arg in argv):
+            values.pop(name, None)  # named anew, not added to
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -22,9 +22,10 @@ def test_command_line_yaml_and_python_are_the_same(tmp_path):
 
 def test_the_command_line_overrides_the_file(tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("concept: [circle]\nrank: 4\nseed: 3\n")
-    config = erase("--config", str(file), "--rank", "16", "--concept", "square")
+    file.write_text("concept: [circle]\npreserve: [a star]\nrank: 4\nseed: 3\n")
+    config = erase("--config", str(file), "--rank", "16", "--concept", "square", "--preserve=a heart")
     assert (config.concept_names, config.rank, config.seed) == (["square"], 16, 3)
+    assert config.preserve == ["a heart"]
 
 
 def test_print_config_prints_what_config_reads(tmp_path, capsys):
