@@ -14,6 +14,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 
@@ -92,6 +94,8 @@ def run(job: tuple[str, dict, str, int], pictures: int) -> dict:
     from esd_peft.saved_adapters import read_adapter
 
     method, options, concept, seed = job
+    if "preserve" in options:
+        options = options | {"preserve": [p for p in options["preserve"] if concept not in p.split()]}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "erased"
         config = EraseConfig(**{"concept": concept} | options, seed=seed, output=output, eval_seeds=0, device="cpu")
@@ -229,7 +233,7 @@ def save(output: Path, suite: str, runs: list[dict]) -> str:
     by_method = {m: [r for r in runs if r["method"] == m] for m in SUITES[suite]}
     found = {m: summary(rows) for m, rows in by_method.items() if rows}
     options = {m: SUITES[suite][m] for m in found}
-    command = f"python benchmarks/erasure.py {suite} --output {output}"
+    command = shlex.join(["python", *sys.argv])
     result = {"command": command, "cpus": os.cpu_count(), "options": options, "summary": found, "runs": runs}
     draft = output.with_suffix(".tmp")
     draft.write_text(json.dumps(result, indent=1) + "\n")
