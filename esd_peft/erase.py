@@ -53,11 +53,12 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     gallery = Gallery(backbone, config, device, dtype)
 
     with costs.phase("encode"):
-        embeds = backbone.encode(plan.texts, device, dtype)
+        texts = plan.texts
+        embeds = backbone.encode(texts, device, dtype)
         table = make_table(plan, embeds)
         projection = None
         if config.null_space:
-            rows = torch.tensor([plan.texts.index(prompt) for prompt in plan.protected], device=device)
+            rows = torch.tensor([texts.index(prompt) for prompt in plan.protected], device=device)
             projection = null_space_projection(backbone.token_embeddings(pick(embeds, rows)), config.null_space)
     with costs.phase("load"):
         # the weights themselves learn in fp32; under an adapter they are only read
