@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from esd_peft import EraseConfig, erase
-from esd_peft.config import parse
+from esd_peft.command_line import parse
 from esd_peft.evaluation.table import result_table
 from esd_peft.shapes.train import make_scheduler, make_tokenizer
 

@@ -3,51 +3,30 @@
 The docstring under a field is its help text.
 """
 
-import contextlib
-import difflib
-import io
-import re
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from esd_peft.errors import UserError
+from esd_peft.command_line import CommandConfig
 
 Scope = Literal["esd-x", "esd-x-strict", "esd-u", "selfattn", "full"]
 Adapter = Literal["lora", "loha", "lokr", "none"]
 Optimizer = Literal["AdamW", "AdamW8bit", "PagedAdamW8bit"]
 SCOPES: tuple[str, ...] = get_args(Scope)
-Config = TypeVar("Config", bound="CommandConfig")
-
-
-class CommandConfig(BaseModel):
-    """What all commands' options share. Raises `UserError` for a value that does not fit its field."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise UserError(_sentence(error)) from None
-
-    def to_yaml(self) -> str:
-        """The fields as YAML that `--config` reads."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+_OF_TRAJECTORIES = (
+    "eta", "hold", "map_to", "min_timestep", "max_timestep", "snr_gamma", "until", "rollout", "trajectories",
+    "preserve_trajectories", "num_inference_steps", "guidance_scale", "anticipate", "refill_every",
+)  # fmt: skip
 
 
 class Concept(BaseModel):
@@ -91,7 +70,7 @@ _OnCommandLine: Any = tyro.constructors.PrimitiveConstructorSpec(
 class EraseConfig(CommandConfig):
     """Erase concepts from a text-to-image diffusion model."""
 
-    concept: Annotated[list[Annotated[Concept, _OnCommandLine]], tyro.conf.UseAppendAction] = []
+    concept: Annotated[list[Annotated[Concept, _OnCommandLine]], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """What to erase, as a prompt would name it; repeat the option for several. In YAML each may be a map with a name
     and its own eta, weight, erase_from and map_to."""
     erase_from: str | None = None
@@ -100,7 +79,7 @@ class EraseConfig(CommandConfig):
     """What the concept becomes; left out: what the model draws without naming it."""
     wordings: Literal["auto", "bare"] = "auto"
     """auto: train on the concept in several wordings and beside other things; bare: only as given (the paper)."""
-    preserve: Annotated[list[str], tyro.conf.UseAppendAction] = []
+    preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """A prompt that must stay as it is, held to the teacher on trajectories of its own; repeat for several."""
     preserve_file: Path | None = None
     """A text file of such prompts, one a line."""
@@ -223,11 +202,20 @@ class EraseConfig(CommandConfig):
             raise ValueError(f"--trajectories must be at least the number of concepts, {len(self.concept)}")
         if self.until is not None and any(self.goal_of(concept) for concept in self.concept):
             raise ValueError("--until does not work with --map-to; leave one of them out")
-        if self.until is not None and self.objective != "esd":
-            raise ValueError("--until works with --objective esd only; leave it out")
-        if self.reference is not None and self.objective != "contrastive":
+        if self.objective == "contrastive":
+            self._has_no_trajectories()
+        elif self.reference is not None:
             raise ValueError("--reference works with --objective contrastive only; leave it out")
         return self
+
+    def _has_no_trajectories(self) -> None:
+        fields = type(self).model_fields
+        given = [name for name in _OF_TRAJECTORIES if getattr(self, name) != fields[name].default]
+        given += [
+            n for n in ("eta", "map_to", "weight") for c in self.concept if getattr(c, n) != Concept.model_fields[n].default
+        ]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} works with --objective esd only; leave it out")
 
     @property
     def bank_trajectories(self) -> int:
@@ -261,7 +249,7 @@ class EraseConfig(CommandConfig):
 class MergeConfig(CommandConfig):
     """Merge an adapter into its base: a plain diffusers directory that needs neither peft nor this package."""
 
-    adapter: Annotated[list[Path], tyro.conf.UseAppendAction] = []
+    adapter: Annotated[list[Path], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """The directory that `python -m esd_peft.erase` wrote; repeat the option for several, which add up."""
     output: Path
     """Where the merged pipeline goes."""
@@ -285,102 +273,3 @@ class MergeConfig(CommandConfig):
         if len(set(value)) < len(value):
             raise ValueError("name each adapter once")
         return value
-
-
-def parse(config: type[Config], command: str, argv: list[str] | None = None) -> Config:
-    """The config from the command line; `--config FILE` gives defaults, `--print-config` prints YAML and exits.
-
-    Raises:
-        UserError: an option or a value that does not fit, in one sentence.
-        SystemExit: after `--help` or `--print-config`.
-    """
-    argv = [*(sys.argv[1:] if argv is None else argv)]
-    path = _take_option(argv, "--config")
-    show = "--print-config" in argv
-    argv = [arg for arg in argv if arg != "--print-config"]
-    values = read_yaml(Path(path), config) if path else {}
-    for name, field in config.model_fields.items():
-        if get_origin(field.annotation) is list and any(re.match(f"--{name}(=|$)", arg) for arg in argv):
-            values.pop(name, None)  # named anew, not added to
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed: Config = tyro.cli(  # type: ignore[assignment]
-                config,
-                args=argv,
-                prog=f"python -m esd_peft.{command}",
-                description=f"{config.__doc__} --config FILE reads a YAML file of these options; --print-config prints one.",
-                default=config.model_construct(**values) if values else None,
-            )
-    except SystemExit as stop:
-        if stop.code:
-            raise UserError(_unboxed(said.getvalue())) from None
-        raise
-    if show:
-        print(parsed.to_yaml(), end="")
-        raise SystemExit(0)
-    return parsed
-
-
-def read_yaml(path: Path, config: type[CommandConfig]) -> dict[str, Any]:
-    """The fields in a YAML file. Raises `UserError` if it cannot be read or names a field that is not there."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} must be a YAML map of options, as --print-config prints it")
-    for key in values:
-        if key not in config.model_fields:
-            near = difflib.get_close_matches(str(key), config.model_fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--print-config lists the options"
-            raise UserError(f"--config {path} has the unknown option {key}; {hint}")
-        try:
-            values[key] = _typed(config.model_fields[key].annotation, values[key])
-        except ValidationError as error:
-            raise UserError(f"--config {path}: {_sentence(error, key)}") from None
-    return values
-
-
-def _typed(annotation: Any, value: Any) -> Any:
-    if get_origin(annotation) is list and isinstance(value, str | dict):
-        value = [value]
-    return TypeAdapter(annotation).validate_python(value)
-
-
-def _take_option(argv: list[str], name: str) -> str | None:
-    for i, arg in enumerate(argv):
-        if arg == name:
-            if i + 1 == len(argv):
-                raise UserError(f"{name} needs a file")
-            value = argv[i + 1]
-            del argv[i : i + 2]
-            return value
-        if arg.startswith(name + "="):
-            del argv[i]
-            return arg.removeprefix(name + "=")
-    return None
-
-
-def _sentence(error: ValidationError, field: str | None = None) -> str:
-    """The first problem pydantic found, naming the option (of `field`, if given) as the command line does."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if field is None and not first["loc"]:
-        return message
-    option = "--" + str(field or first["loc"][0]).replace("_", "-")
-    if first["type"] == "extra_forbidden":
-        return f"{option} is not an option"
-    if first["type"] == "missing":
-        return f"{option} is missing"
-    message = message[0].lower() + message[1:]
-    return f"{option}: {message}" + ("" if first["input"] in ([], "", None) else f" (got {first['input']!r})")
-
-
-def _unboxed(text: str) -> str:
-    """The message in tyro's box, on one line."""
-    lines = [line.strip("│ ").strip() for line in text.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    return " ".join(lines[:rule] or text.split()).removesuffix(".") + "; see --help"

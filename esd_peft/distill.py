@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Callable
 
 import bitsandbytes
 import torch
@@ -14,6 +13,7 @@ from esd_peft.adapters import Student
 from esd_peft.errors import UserError
 from esd_peft.objectives import Objective
 from esd_peft.probe import EVERY, Probe
+from esd_peft.tracking import Report
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
 
@@ -30,7 +30,7 @@ def distill(
     objective: Objective,
     generator: torch.Generator,
     probe: Probe | None = None,
-    report: Callable[[dict[str, float], int], None] = lambda values, step: None,
+    report: Report = lambda values, step: None,
 ) -> list[float]:
     """Train the student in place; returns every ten steps' mean loss.
 

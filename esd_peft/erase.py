@@ -1,8 +1,6 @@
 """python -m esd_peft.erase: concept → prompt embeddings → guided pairs → adapter, and what it changed."""
 
-import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ from esd_peft import __version__
 from esd_peft.adapters import Student, make_student
 from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.backbones.backbone import pick
+from esd_peft.command_line import parse
 from esd_peft.concepts import plan_prompts
-from esd_peft.config import EraseConfig, parse
+from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.distill import distill
@@ -29,6 +28,7 @@ from esd_peft.probe import Probe
 from esd_peft.quantize import quantize_linears
 from esd_peft.randomness import generator
 from esd_peft.rollout import Rollout, make_table
+from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import component_files, sha256
 
 
@@ -39,7 +39,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
     check_output(config.output, config.overwrite, [] if config.model is None else [Path(config.model)])
-    report = _open_tracker(config)
+    check_tracker(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     backbone = open_backbone(config.model)
@@ -73,7 +73,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
     objective = _objective(rollout, generator(config.seed, "references"))
     probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
-    with costs.phase("distill"):
+    with costs.phase("distill"), tracker(config) as report:
         bank = generator(config.seed, "bank")
         losses = distill(student, objective, bank, probe, report)
     with costs.phase("save"):
@@ -138,19 +138,6 @@ def _check_words(backbone: Backbone, option: str, text: str) -> None:
             f"{option} {text!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
             "use its words (circle, red, striped, ...) or name your own pipeline with --model"
         )
-
-
-def _open_tracker(config: EraseConfig) -> Callable[[dict[str, float], int], None]:
-    if config.report_to == "none":
-        return lambda values, step: None
-    if importlib.util.find_spec(config.report_to) is None:
-        raise UserError(f"--report-to {config.report_to} is not installed; pip install {config.report_to}")
-    from accelerate import Accelerator
-
-    tracker = Accelerator(cpu=config.device == "cpu", log_with=config.report_to, project_dir="runs")
-    flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.model_dump(mode="json").items()}
-    tracker.init_trackers("esd_peft", config=flat)
-    return lambda values, step: tracker.log(values, step=step)
 
 
 def main() -> None:

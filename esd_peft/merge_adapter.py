@@ -9,7 +9,8 @@ import torch
 
 from esd_peft import __version__
 from esd_peft.backbones import Backbone, open_backbone
-from esd_peft.config import EraseConfig, MergeConfig, parse
+from esd_peft.command_line import parse
+from esd_peft.config import EraseConfig, MergeConfig
 from esd_peft.errors import UserError, run_command
 from esd_peft.outputs import check_output, new_directory
 from esd_peft.randomness import generator

@@ -130,13 +130,11 @@ class GuidedTarget(Objective):
 
     def _erase_in_turn(self, generator: torch.Generator) -> Iterator[int]:
         """Pairs, the concepts by turns; of each the plain wording first, then the others in random order, and again."""
-        wordings = [
-            itertools.cycle(
-                [pairs[0], *(pairs[1 + i] for i in torch.randperm(len(pairs) - 1, generator=generator).tolist())]
-            )
-            for pairs in self.rollout.table.concepts
-        ]
-        for concept in itertools.cycle(wordings):
+        turns = []
+        for plain, *others in self.rollout.table.concepts:
+            order = torch.randperm(len(others), generator=generator).tolist()
+            turns.append(itertools.cycle([plain, *(others[i] for i in order)]))
+        for concept in itertools.cycle(turns):
             yield next(concept)
 
     def _preserve_in_turn(self) -> Iterator[int]:

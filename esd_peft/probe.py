@@ -1,12 +1,13 @@
 """How much of the concept is left in the student's predictions: the measure behind `--until`."""
 
 import torch
+from torch import Tensor
 
 from esd_peft.backbones.backbone import pick
 from esd_peft.rollout import Bank, Rollout
 
 EVERY = 5  # optimizer steps between measurements
-TUPLES = 16  # a measurement costs as many forwards
+TUPLES = 16  # a measurement costs as many forwards, or one for each concept where there are more
 
 
 class Probe:
@@ -21,8 +22,9 @@ class Probe:
         pairs = torch.tensor([pairs[-1] for pairs in rollout.table.concepts])  # not the plain wording
         with self.rollout.costs.phase("rollout"):
             bank = self.rollout.fill(pairs, generator, progress=False)
-        spread = torch.linspace(0, len(bank) - 1, min(TUPLES, len(bank))).round().long()
-        self.bank: Bank = bank.take(spread, self.rollout.device)
+        each = max(1, TUPLES // len(pairs))
+        spread = [_spread((bank.pairs == pair).nonzero().squeeze(1), each) for pair in pairs]
+        self.bank: Bank = bank.take(torch.cat(spread), self.rollout.device)
         self.curve: list[tuple[int, float]] = []  # step, fraction
 
     def enough(self, step: int) -> bool:
@@ -43,3 +45,8 @@ class Probe:
         fraction = ((seen.float() - null) * direction).sum() / direction.square().sum()
         self.curve.append((step, fraction.item()))
         return self.curve[-1][1]
+
+
+def _spread(items: Tensor, count: int) -> Tensor:
+    """Up to `count` of the items, evenly spaced."""
+    return items[torch.linspace(0, len(items) - 1, min(count, len(items))).round().long()]

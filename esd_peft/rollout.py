@@ -153,7 +153,7 @@ class Rollout:
             if not kept[:, i + 1 :].any():
                 break
             if answer is None:
-                answer = self._predict(inputs, timestep, pairs)
+                answer = self._predict(inputs, timestep, pairs, anchored=False)  # only a teacher anticipates
             guided = self._guided(answer.float(), anticipating, pairs)
             latents = self.backbone.scheduler_step(scheduler, guided, timestep, latents, generator)
         return join(banks)
@@ -171,11 +171,11 @@ class Rollout:
         with self.teacher():
             return self._predict(inputs, timestep, pairs)
 
-    def _predict(self, inputs: Tensor, timestep: Tensor, pairs: Tensor) -> Tensor:
+    def _predict(self, inputs: Tensor, timestep: Tensor, pairs: Tensor, anchored: bool = True) -> Tensor:
         """e_null, e_concept and, where a pair has one, e_anchor, as one batch: `[2 or 3, M, ...]`."""
         table = self.table
         rows = [table.neutrals[pairs], table.prompts[pairs]]
-        if table.anchors is not None:
+        if table.anchors is not None and anchored:
             rows.append(table.anchors[pairs])
         repeated = inputs.to(self.dtype).repeat(len(rows), *[1] * (inputs.dim() - 1))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

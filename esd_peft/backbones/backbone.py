@@ -1,5 +1,6 @@
 """The interface of a pipeline family."""
 
+import functools
 import importlib
 import inspect
 from abc import ABC, abstractmethod
@@ -126,16 +127,20 @@ class Backbone(ABC):
         """
         kept = self.noise_schedule().to(timesteps.device)[timesteps.long()]
         snr = kept / (1 - kept)
-        v_prediction = self.load_part("scheduler").config.prediction_type == "v_prediction"
+        v_prediction = self._scheduler.config.prediction_type == "v_prediction"
         return snr.clamp(max=gamma) / (snr + 1 if v_prediction else snr)
 
     def noise_schedule(self) -> Tensor:
         """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
-        scheduler = self.load_part("scheduler")
-        if not hasattr(scheduler, "alphas_cumprod"):
-            name = type(scheduler).__name__
+        if not hasattr(self._scheduler, "alphas_cumprod"):
+            name = type(self._scheduler).__name__
             raise UserError(f"--snr-gamma and --objective contrastive need a diffusion noise schedule, which {name} has not")
-        return scheduler.alphas_cumprod.float()
+        return self._scheduler.alphas_cumprod.float()
+
+    @functools.cached_property
+    def _scheduler(self) -> SchedulerMixin:
+        """To read from; every trajectory gets a scheduler of its own."""
+        return self.load_part("scheduler")
 
     @abstractmethod
     def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from esd_peft.config import Concept, EraseConfig, MergeConfig, parse
+from esd_peft.command_line import parse
+from esd_peft.config import Concept, EraseConfig, MergeConfig
 from esd_peft.errors import UserError
 
 
@@ -57,6 +58,9 @@ def test_print_config_prints_what_config_reads(tmp_path, capsys):
         (["--concept", "circle", "--null-space", "1"], "--null-space"),
         (["--concept", "circle", "--min-timestep", "500", "--max-timestep", "400"], "--min-timestep"),
         (["--concept", "circle", "--until", "2"], "--until"),
+        (["--concept", "circle", "--objective", "contrastive", "--eta", "1"], "--eta works with --objective esd only"),
+        (["--concept", "circle", "--objective", "contrastive", "--hold", "0.5"], "--hold works with"),
+        (["--concept", "circle", "--reference", "here"], "--reference works with --objective contrastive only"),
         (["--concept", "circle", "--learning-rate", "0"], "--learning-rate"),
         (["--concept", "circle", "--optimizer", "SGD"], "--optimizer"),
         (["--concept", "circle", "--dtype", "float8"], "--dtype"),
@@ -82,9 +86,10 @@ def test_bad_options_name_the_option_in_one_sentence(argv, names):
         ("- circle\n", "map"),
         ("concept: [circle\n", "not YAML"),
         ("concept: 3\n", "--concept"),
-        ("concept: [{name: circle, etta: 2}]\n", "--concept"),
-        ("concept: [{eta: 2}]\n", "--concept"),
-        ("concept: [{name: circle, weight: -1}]\n", "--concept"),
+        ("concept: [{name: circle, etta: 2}]\n", "--concept etta is not an option"),
+        ("concept: [{eta: 2}]\n", "--concept name is missing"),
+        ("concept: [{name: circle, weight: -1}]\n", "--concept weight"),
+        ("concept: [{name: circle, weight: 2}]\nobjective: contrastive\n", "--weight works with --objective esd only"),
     ],
 )
 def test_bad_yaml(tmp_path, text, says):

@@ -57,7 +57,7 @@ def test_result_holds_costs_and_config(erased):
 
 def test_the_config_beside_the_adapter_makes_the_same_adapter_again(erased, small_sd, tmp_path):
     output, _ = erased
-    from esd_peft.config import parse
+    from esd_peft.command_line import parse
 
     config = parse(EraseConfig, "erase", ["--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")])
     erase(config)

@@ -198,3 +198,11 @@ def test_the_probe_reads_how_much_of_the_direction_is_left(model):
     table.prompts = table.neutrals  # a student that no longer hears the concept
     assert probe.measure(1) == pytest.approx(0.0, abs=1e-3)
     assert [step for step, _ in probe.curve] == [0, 1]
+
+
+def test_the_probe_asks_about_every_concept(model):
+    names = ["circle", "red", "striped", "star"]
+    probe = Probe(rollout(model, concept=names, until=0.0), noise())
+    concept_of = {pair: i for i, pairs in enumerate(probe.rollout.table.concepts) for pair in pairs}
+    asked = [concept_of[int(pair)] for pair in probe.bank.pairs]
+    assert [asked.count(i) for i in range(4)] == [4, 4, 4, 4]

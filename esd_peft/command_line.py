@@ -1,0 +1,133 @@
+"""From a class of options to a command line and a YAML file, and from mistakes to one sentence each."""
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from esd_peft.errors import UserError
+
+Config = TypeVar("Config", bound="CommandConfig")
+
+
+class CommandConfig(BaseModel):
+    """What all commands' options share. Raises `UserError` for a value that does not fit its field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_sentence(error)) from None
+
+    def to_yaml(self) -> str:
+        """The fields as YAML that `--config` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse(config: type[Config], command: str, argv: list[str] | None = None) -> Config:
+    """The config from the command line; `--config FILE` gives defaults, `--print-config` prints YAML and exits.
+
+    Raises:
+        UserError: an option or a value that does not fit, in one sentence.
+        SystemExit: after `--help` or `--print-config`.
+    """
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    path = _take_option(argv, "--config")
+    show = "--print-config" in argv
+    argv = [arg for arg in argv if arg != "--print-config"]
+    values = read_yaml(Path(path), config) if path else {}
+    for name, field in config.model_fields.items():
+        if get_origin(field.annotation) is list and any(re.match(f"--{name}(=|$)", arg) for arg in argv):
+            values.pop(name, None)  # named anew, not added to
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: Config = tyro.cli(  # type: ignore[assignment]
+                config,
+                args=argv,
+                prog=f"python -m esd_peft.{command}",
+                description=f"{config.__doc__} --config FILE reads a YAML file of these options; --print-config prints one.",
+                default=config.model_construct(**values) if values else None,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(_unboxed(said.getvalue())) from None
+        raise
+    if show:
+        print(parsed.to_yaml(), end="")
+        raise SystemExit(0)
+    return parsed
+
+
+def read_yaml(path: Path, config: type[CommandConfig]) -> dict[str, Any]:
+    """The fields in a YAML file. Raises `UserError` if it cannot be read or names a field that is not there."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must be a YAML map of options, as --print-config prints it")
+    for key in values:
+        if key not in config.model_fields:
+            near = difflib.get_close_matches(str(key), config.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--print-config lists the options"
+            raise UserError(f"--config {path} has the unknown option {key}; {hint}")
+        try:
+            values[key] = _typed(config.model_fields[key].annotation, values[key])
+        except ValidationError as error:
+            raise UserError(f"--config {path}: {_sentence(error, key)}") from None
+    return values
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    if get_origin(annotation) is list and isinstance(value, str | dict):
+        value = [value]
+    return TypeAdapter(annotation).validate_python(value)
+
+
+def _take_option(argv: list[str], name: str) -> str | None:
+    for i, arg in enumerate(argv):
+        if arg == name:
+            if i + 1 == len(argv):
+                raise UserError(f"{name} needs a file")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+            return value
+        if arg.startswith(name + "="):
+            del argv[i]
+            return arg.removeprefix(name + "=")
+    return None
+
+
+def _sentence(error: ValidationError, field: str | None = None) -> str:
+    """The first problem pydantic found, naming the option (of `field`, if given) as the command line does."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if field is None and not first["loc"]:
+        return message
+    where = [part for part in ([field] if field else []) + list(first["loc"]) if isinstance(part, str)]
+    option = " ".join(["--" + where[0].replace("_", "-"), *where[1:]])
+    if first["type"] == "extra_forbidden":
+        return f"{option} is not an option"
+    if first["type"] == "missing":
+        return f"{option} is missing"
+    message = message[0].lower() + message[1:]
+    return f"{option}: {message}" + ("" if first["input"] in ([], "", None) else f" (got {first['input']!r})")
+
+
+def _unboxed(text: str) -> str:
+    """The message in tyro's box, on one line."""
+    lines = [line.strip("│ ").strip() for line in text.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    return " ".join(lines[:rule] or text.split()).removesuffix(".") + "; see --help"
