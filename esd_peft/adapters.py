@@ -11,10 +11,12 @@ from pathlib import Path
 import peft
 import torch
 from diffusers import ModelMixin
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esd_peft.backbones import Backbone
+from esd_peft.closed_form import factors
 from esd_peft.config import SCOPES, EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.randomness import seed_for
@@ -51,6 +53,10 @@ class Student(ABC):
         """Within it, the denoiser is the frozen base."""
 
     @abstractmethod
+    def start_from(self, change: Tensor) -> None:
+        """Let each layer W that reads the prompt start as W + W D, `change` being D `[width, width]` (`closed_form`)."""
+
+    @abstractmethod
     def project(self) -> None:
         """Take out of what was learned all that acts on protected embeddings; to be called after each step."""
 
@@ -81,8 +87,9 @@ class _AdapterStudent(Student):
         projection: Tensor | None,
     ) -> None:
         self.backbone, self.denoiser = backbone, denoiser
-        alpha = config.rank if config.alpha is None else config.alpha
-        sizes = {"r": config.rank, "target_modules": targets}
+        rank = config.adapter_rank
+        alpha = rank if config.alpha is None else config.alpha
+        sizes = {"r": rank, "target_modules": targets}
         made: peft.PeftConfig = {
             "lora": lambda: peft.LoraConfig(lora_alpha=alpha, **sizes),
             "loha": lambda: peft.LoHaConfig(alpha=alpha, **sizes),
@@ -98,6 +105,18 @@ class _AdapterStudent(Student):
             for name, parameter in denoiser.named_parameters()
             if projection is not None and "lora_A" in name and backbone.reads_prompt(name)
         ]
+        self.project()
+
+    @torch.no_grad()
+    def start_from(self, change: Tensor) -> None:
+        for name, layer in self.denoiser.named_modules():
+            if isinstance(layer, LoraLayer) and self.backbone.reads_prompt(name):
+                base = layer.base_layer
+                rows = change.T.to(base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32)
+                product = (base(rows) - base(torch.zeros_like(rows))).T  # W D, in however few bits W is stored
+                up, down = factors(product.float() / layer.scaling["default"], layer.r["default"])
+                layer.lora_B["default"].weight.copy_(up)
+                layer.lora_A["default"].weight.copy_(down)
         self.project()
 
     @torch.no_grad()
@@ -123,7 +142,7 @@ class _WeightsStudent(Student):
     """`--adapter none`. The denoiser holds fp32 master weights; a copy of the scoped ones stands by as the teacher's."""
 
     def __init__(self, backbone: Backbone, denoiser: ModelMixin, names: list[str], projection: Tensor | None) -> None:
-        self.denoiser, self.names = denoiser, names
+        self.backbone, self.denoiser, self.names = backbone, denoiser, names
         everything = dict(denoiser.named_parameters())
         self.parameters = [everything[name].requires_grad_() for name in names]
         self._frozen = [p.detach().clone() for p in self.parameters]
@@ -132,6 +151,12 @@ class _WeightsStudent(Student):
             for name, parameter, frozen in zip(names, self.parameters, self._frozen, strict=True)
             if projection is not None and parameter.dim() == 2 and backbone.reads_prompt(name)
         ]
+
+    @torch.no_grad()
+    def start_from(self, change: Tensor) -> None:
+        for name, weight in zip(self.names, self.parameters, strict=True):
+            if weight.dim() == 2 and self.backbone.reads_prompt(name):
+                weight.add_(weight @ change)
 
     @torch.no_grad()
     def project(self) -> None:

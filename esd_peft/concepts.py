@@ -12,6 +12,7 @@ from esd_peft.errors import UserError
 from esd_peft.shapes import world
 
 TEMPLATES = ("{}", "a {}", "a picture of {}", "a photo of {}", "{} style", "in the style of {}")
+ATTRIBUTES = ("plain", "red", "blue", "black", "white", "small", "large", "old", "wooden", "colourful")
 SCENES = ("a city street at night", "a person by a window", "a mountain lake", "a table with flowers", "a dog on a beach")
 
 
@@ -28,6 +29,11 @@ class Pair:
     eta: float = 1.0
     weight: float = 1.0
 
+    @property
+    def goal(self) -> str:
+        """What is to be drawn instead, were η 0."""
+        return self.neutral if self.anchor is None else self.anchor
+
 
 @dataclass(frozen=True)
 class PromptPlan:
@@ -41,6 +47,12 @@ class PromptPlan:
     def pairs(self) -> list[Pair]:
         """The erasing ones, concept by concept, then the preserved ones."""
         return [pair for pairs in self.erasing for pair in pairs] + self.preserve
+
+    @property
+    def kept(self) -> list[str]:
+        """What the concept becomes, and all that stays."""
+        goals = [pair.goal for pairs in self.erasing for pair in pairs]
+        return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.protected]))
 
     @property
     def texts(self) -> list[str]:
@@ -57,10 +69,11 @@ def plan_prompts(config: EraseConfig) -> PromptPlan:
     """
     asked = _asked_to_preserve(config)
     for prompt in asked:
-        if _names_a_concept(prompt, config):
+        if _names_any(config.concept_names, prompt):
             raise UserError(f"--preserve {prompt!r} names what is to be erased; leave it out or reword it")
     erasing = [_pairs_of(concept, config) for concept in config.concept]
-    return PromptPlan(erasing, [Pair(prompt, "") for prompt in asked], _protected(config, asked))
+    held = dict.fromkeys([*asked, *_sources_otherwise(config)])
+    return PromptPlan(erasing, [Pair(prompt, "") for prompt in held], _protected(config, asked))
 
 
 def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
@@ -72,16 +85,16 @@ def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
         for say in _wordings([named, towards or ""], config)
     ]
     # what another concept stands beside must not be taught to stay
-    clean = [p for p in dict.fromkeys(pairs) if not _names_a_concept(p.neutral, config)]
+    clean = [p for p in dict.fromkeys(pairs) if not _names_any(config.concept_names, p.neutral)]
     if not clean or any(p.prompt in (p.neutral, p.anchor) for p in clean):
         raise UserError(f"--concept {named!r} is the same as what it is erased from or mapped to; name something else")
     return [Pair(p.prompt, p.neutral, p.anchor, eta, concept.weight) for p in clean]
 
 
-def _names_a_concept(prompt: str, config: EraseConfig) -> bool:
-    """Whether all content words of some concept stand in `prompt`."""
+def _names_any(names: list[str], prompt: str) -> bool:
+    """Whether all content words of one of `names` stand in `prompt`."""
     words = _content_words(prompt)
-    return any(_content_words(name) <= words for name in config.concept_names)
+    return any(_content_words(name) <= words for name in names)
 
 
 def _content_words(text: str) -> set[str]:
@@ -108,15 +121,22 @@ def _set_in(scene: str, text: str) -> str:
 def _protected(config: EraseConfig, asked: list[str]) -> list[str]:
     """The null prompt, the `--preserve` prompts, and a built-in list without the prompts that name a concept.
 
-    What is erased from something only stays elsewhere, so there the attribute and the thing are protected by themselves.
+    An attribute that is erased from something is protected beside everything else. That something is not: the words of
+    "striped circle" are those of "striped" and "circle", and with both protected nothing could be learned.
     """
     everyday = world.everyday() if config.model is None else _lines(files("esd_peft") / "everyday.txt")
-    apart: list[str] = []
-    for concept in config.concept:
-        if source := config.source_of(concept):
-            apart += [say(text) for say in _wordings([concept.name, source], config) for text in (concept.name, source)]
-    kept = [prompt for prompt in [*everyday, *apart] if not _names_a_concept(prompt, config)]
-    return list(dict.fromkeys(["", *asked, *kept]))
+    apart = [say(c.name) for c in config.concept if config.source_of(c) for say in _wordings([c.name], config)]
+    named = config.concept_names + config.sources
+    return list(dict.fromkeys(["", *(prompt for prompt in [*asked, *everyday, *apart] if not _names_any(named, prompt))]))
+
+
+def _sources_otherwise(config: EraseConfig) -> list[str]:
+    """What concepts are erased from, with other attributes: these the loss holds, as they cannot be protected."""
+    prompts: list[str] = []
+    for source in config.sources:
+        others = world.attributed(source) if config.model is None else [f"{word} {source}" for word in ATTRIBUTES]
+        prompts += [prompt for prompt in others if not _names_any(config.concept_names, prompt)]
+    return prompts
 
 
 def _asked_to_preserve(config: EraseConfig) -> list[str]:

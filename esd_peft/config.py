@@ -94,8 +94,11 @@ class EraseConfig(CommandConfig):
     """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or full."""
     adapter: Adapter = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
-    rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Rank of the adapter."""
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Rank of the adapter; left out: 8 for each concept, at most 64."""
+    closed_form: bool = True
+    """Start the layers that read the prompt from a closed form instead of from nothing (docs/objectives.md). Of
+    adapters lora and none, with --objective esd."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """The adapter's output is scaled by alpha / rank; left out: alpha = rank."""
 
@@ -106,11 +109,12 @@ class EraseConfig(CommandConfig):
     eta: Annotated[float, Field(ge=0, le=100)] | None = None
     """How far past nothing the target goes (the paper's negative guidance; the authors' current scripts call its 1
     2); left out: 1, or 0 with --map-to."""
-    hold: Annotated[float, Field(ge=0, lt=1)] = 0.125
-    """Share of each batch that holds the student to the teacher: without the concept, and on --preserve prompts."""
-    null_space: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    hold: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of each batch that holds the student to the teacher: without the concept, and on prompts to preserve; left
+    out: 0.125, or 0.25 with --erase-from."""
+    null_space: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
-    (--preserve and a built-in list); 0: off. Of adapters lora and none."""
+    (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, or 0.99 with --erase-from."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
     """Erase from this timestep on (0: the last, least noisy one)."""
     max_timestep: Annotated[int, Field(ge=0)] = 1000
@@ -123,7 +127,8 @@ class EraseConfig(CommandConfig):
     rollout: Literal["teacher", "student"] = "teacher"
     """Whose trajectories: the frozen teacher's, or the student's as it is now (the paper)."""
     trajectories: Annotated[int, Field(ge=1)] | None = None
-    """Denoising trajectories in the bank; left out: 12, and 6 more for each concept after the first."""
+    """Denoising trajectories in the bank; left out: 8, and 4 more for each concept after the first; three times that
+    with --erase-from or where not all that learns is under --null-space."""
     preserve_trajectories: Annotated[int, Field(ge=1)] | None = None
     """Trajectories of --preserve prompts in the bank; left out: one for each prompt."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
@@ -139,8 +144,8 @@ class EraseConfig(CommandConfig):
     authors' scripts (with the teacher's); left out: teacher rollouts are run once, student's every 25 steps."""
 
     max_train_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps; left out: 50 and 25 more for each concept after the first, four times that where not all that
-    learns is under --null-space (contrastive: 10 epochs)."""
+    """Optimizer steps; left out: 40, and 20 more for each concept after the first; eight times that with --erase-from or
+    where not all that learns is under --null-space (contrastive: 10 epochs)."""
     train_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples a step; left out: 8, or 32 with --objective contrastive."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -218,9 +223,19 @@ class EraseConfig(CommandConfig):
             raise ValueError(f"--{given[0].replace('_', '-')} works with --objective esd only; leave it out")
 
     @property
+    def sources(self) -> list[str]:
+        """From what concepts are erased, where something is named: the rest of these is to stay, and elsewhere they do."""
+        return [source for source in map(self.source_of, self.concept) if source]
+
+    @property
+    def adapter_rank(self) -> int:
+        """The inner dimension of the adapter."""
+        return self.rank or min(8 * len(self.concept), 64)
+
+    @property
     def bank_trajectories(self) -> int:
         """How many erasing trajectories fill the bank."""
-        return self.trajectories if self.trajectories is not None else 6 + 6 * len(self.concept)
+        return self.trajectories or (4 + 4 * len(self.concept)) * (1 if self.easy else 3)
 
     @property
     def steps_per_bank(self) -> int | None:
@@ -228,9 +243,24 @@ class EraseConfig(CommandConfig):
         return self.refill_every or (None if self.rollout == "teacher" else 25)
 
     @property
+    def held_share(self) -> float:
+        """Of each batch."""
+        return self.hold if self.hold is not None else 0.25 if self.sources else 0.125
+
+    @property
+    def protected_energy(self) -> float:
+        """The share of the energy of prompts to preserve that the adapter is kept off; 0: nothing is."""
+        return self.null_space if self.null_space is not None else 0.99 if self.sources else 0.999
+
+    @property
     def protected(self) -> bool:
         """Whether all that learns is kept off the prompts to preserve, so that it may learn fast."""
-        return self.null_space > 0 and self.scope == "esd-x-strict" and self.adapter == "lora"
+        return self.protected_energy > 0 and self.scope == "esd-x-strict" and self.adapter == "lora"
+
+    @property
+    def easy(self) -> bool:
+        """Whether few steps are enough: nothing else is in the way of what is to go."""
+        return self.protected and not self.sources
 
     @property
     def concept_names(self) -> list[str]:

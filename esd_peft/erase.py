@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from esd_peft import __version__
 from esd_peft.adapters import Student, make_student
-from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.backbones import Backbone, PromptEmbeds, open_backbone
 from esd_peft.backbones.backbone import pick
+from esd_peft.closed_form import solve
 from esd_peft.command_line import parse
-from esd_peft.concepts import plan_prompts
+from esd_peft.concepts import PromptPlan, plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import resolve_device, resolve_dtype
@@ -53,13 +55,9 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     gallery = Gallery(backbone, config, device, dtype)
 
     with costs.phase("encode"):
-        texts = plan.texts
-        embeds = backbone.encode(texts, device, dtype)
+        embeds = backbone.encode(plan.texts, device, dtype)
         table = make_table(plan, embeds)
-        projection = None
-        if config.null_space:
-            rows = torch.tensor([texts.index(prompt) for prompt in plan.protected], device=device)
-            projection = null_space_projection(backbone.token_embeddings(pick(embeds, rows)), config.null_space)
+        projection, change = _bounds_and_start(config, plan, backbone, embeds)
     with costs.phase("load"):
         # the weights themselves learn in fp32; under an adapter they are only read
         denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
@@ -67,6 +65,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
             quantize_linears(denoiser, config.quantize, dtype)
         denoiser.to(device)
         student = make_student(backbone, denoiser, config, projection)
+        if change is not None:
+            student.start_from(change)
     with costs.phase("evaluate"), student.teacher():
         before = gallery.take(denoiser, "before") if config.eval_seeds else None
 
@@ -103,6 +103,25 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     with new_file(config.output / "result.json") as draft:
         draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _bounds_and_start(
+    config: EraseConfig, plan: PromptPlan, backbone: Backbone, embeds: PromptEmbeds
+) -> tuple[Tensor | None, Tensor | None]:
+    """For the layers that read the prompt: what to keep off (`nullspace`), and what to start from (`closed_form`)."""
+    row = {text: i for i, text in enumerate(plan.texts)}
+
+    def words(prompts: list[str]) -> Tensor:
+        index = torch.tensor([row[prompt] for prompt in prompts], device=next(iter(embeds.values())).device)
+        return backbone.token_embeddings(pick(embeds, index))
+
+    projection = change = None
+    if config.protected_energy:
+        projection = null_space_projection(words(plan.protected), config.protected_energy)
+    if config.closed_form and config.objective == "esd":
+        pairs = [pair for pairs in plan.erasing for pair in pairs]
+        change = solve(words([p.prompt for p in pairs]), words([p.goal for p in pairs]), words(plan.kept), projection)
+    return projection, change
 
 
 def _objective(rollout: Rollout, draws: torch.Generator) -> Objective:

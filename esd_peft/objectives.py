@@ -92,13 +92,15 @@ class GuidedTarget(Objective):
 
     @property
     def steps(self) -> int:
-        """50, and 25 more for each concept after the first; four times that at the slower learning rates."""
-        steps = 25 + 25 * len(self.rollout.config.concept)
-        return steps if self.rollout.config.protected else 4 * steps
+        """40, and 20 more for each concept after the first; more at the slower learning rate, and to tell apart what
+        is to go from what shares its words."""
+        config = self.rollout.config
+        return (20 + 20 * len(config.concept)) * (1 if config.easy else 8)
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         config, table = self.rollout.config, self.rollout.table
-        held = max(int(config.hold * self.batch_size), min(1, self.batch_size - 1)) if config.hold else 0
+        share = config.held_share
+        held = max(int(share * self.batch_size), min(1, self.batch_size - 1)) if share else 0
         erasing = self.batch_size - held
         steps, trajectories, keep = config.steps_per_bank, config.bank_trajectories, None
         if steps is not None:

@@ -42,7 +42,7 @@ def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
     device = next(iter(embeds.values())).device
     numbers = iter(range(len(pairs)))
     concepts = [[*itertools.islice(numbers, len(erasing))] for erasing in plan.erasing]
-    anchors = [row[p.neutral if p.anchor is None else p.anchor] for p in pairs]
+    anchors = [row[p.goal] for p in pairs]
     return PairTable(
         embeds,
         torch.tensor([row[p.prompt] for p in pairs], device=device),

@@ -48,10 +48,8 @@ def wordings(texts: list[str]) -> list[Callable[[str], str]]:
 
     Each makes a prompt of what is to be named ("" for nothing): "circle" to "a circle", "a red circle", ...
     """
-    taken = {kind for text in texts for kind in attributes_in(text)}
     alone = [functools.partial(_say, {}, template) for template in ("{}", "a {}", "a picture of a {}")]
-    free = [{kind: value} for kind, values in ATTRIBUTES.items() if kind not in taken for value in values]
-    return [*alone, *(functools.partial(_say, beside, "a {}") for beside in free)]
+    return [*alone, *(functools.partial(_say, beside, "a {}") for beside in _free(texts))]
 
 
 def _say(beside: dict[str, str], template: str, text: str) -> str:
@@ -62,6 +60,17 @@ def everyday() -> list[str]:
     """Every attribute by itself, in a few wordings."""
     words = [{kind: value} for kind, values in ATTRIBUTES.items() for value in values]
     return [prompt(named, template) for template in ("{}", "a {}", "a picture of a {}") for named in words]
+
+
+def attributed(thing: str) -> list[str]:
+    """`thing` with each attribute of the kinds that it does not name: "circle" to "a red circle", "a striped circle", ..."""
+    return [prompt(attributes_in(thing) | beside) for beside in _free([thing])]
+
+
+def _free(texts: list[str]) -> list[dict[str, str]]:
+    """Every attribute of the kinds that none of `texts` names."""
+    taken = {kind for text in texts for kind in attributes_in(text)}
+    return [{kind: value} for kind, values in ATTRIBUTES.items() if kind not in taken for value in values]
 
 
 def attributes_in(text: str) -> dict[str, str]:

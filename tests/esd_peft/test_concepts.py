@@ -31,11 +31,21 @@ def test_erase_from_pairs_the_thing_with_and_without_the_attribute():
     made = plan(concept="striped", erase_from="circle")
     assert made.erasing[0][0] == Pair("striped circle", "circle")
     assert Pair("a striped red circle", "a red circle") in made.erasing[0]
-    assert {"striped", "circle", "a striped shape", "a red circle", "a striped red shape"} <= set(made.protected)
-    assert "a striped circle" not in made.protected
     assert plan(concept="striped", erase_from="shirt", model="sd", wordings="bare").erasing == [
         [Pair("striped shirt", "shirt")]
     ]
+
+
+def test_erase_from_protects_the_attribute_elsewhere_and_holds_the_thing_otherwise():
+    made = plan(concept="striped", erase_from="circle", preserve=["a circle on the left", "a square"])
+    assert {"striped", "a striped shape", "a striped red shape", "a striped square", "a square"} <= set(made.protected)
+    assert not [p for p in made.protected if "circle" in p.split()]
+    held = {p.prompt for p in made.preserve}
+    assert {"a circle on the left", "a red circle", "a dotted circle"} <= held and "a striped circle" not in held
+    natural = plan(concept="red", erase_from="shirt", model="sd")
+    assert {"plain shirt", "blue shirt"} <= {p.prompt for p in natural.preserve}
+    assert "red shirt" not in {p.prompt for p in natural.preserve}
+    assert "red, a mountain lake" in natural.protected and not [p for p in natural.protected if "shirt" in p.split()]
 
 
 def test_map_to_says_the_other_thing_in_the_same_place_and_needs_no_push():
