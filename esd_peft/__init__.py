@@ -7,6 +7,7 @@ Light to import: each name below loads its module, and so PyTorch, when it is fi
 """
 
 import importlib
+import logging
 import os
 import sys
 from types import ModuleType
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 if sys.argv[:1] == ["-m"]:  # as a command: its output is its own, without the libraries' notices about optional parts
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOME = {"EraseConfig": "config", "MergeConfig": "config", "UserError": "errors"}
 _JOBS = ("erase", "merge_adapter")  # a function and the module that is its command share the name
