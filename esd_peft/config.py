@@ -149,7 +149,7 @@ class EraseConfig(CommandConfig):
     train_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples a step; left out: 8, or 32 with --objective contrastive."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate; left out: 0.01 where all that learns is under --null-space, otherwise 0.001; 0.0001
+    """Peak learning rate; left out: 0.01 where all that learns is a LoRA under --null-space, otherwise 0.001; 0.0001
     with --objective contrastive."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """The learning rate's course."""
