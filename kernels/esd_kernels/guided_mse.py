@@ -4,7 +4,8 @@
     loss   = mean over the batch of  weight · mean (student − target)²
 
 Bytes moved for a sample of n elements: student, both teacher halves and the anchor are read once, the
-gradient is written once. The eager formula writes and reads the target and the difference besides.
+gradient is written once. The eager formula writes and reads the target and the difference besides. The backward pass
+scales the gradient in place, and touches it only if there is something to scale by: that is decided on the device.
 """
 
 import os
@@ -24,10 +25,11 @@ def _guided_mse_kernel(  # type: ignore[no-untyped-def]
     anchor_ptr,  # [B, n], read only if HAS_ANCHOR
     eta_ptr,  # [B] fp32, read only if HAS_ETA
     weight_ptr,  # [B] fp32, read only if HAS_WEIGHT
-    slope_ptr,  # [B, n], d loss / d student, times B * n
+    slope_ptr,  # [B, n], d loss / d student, divided by `unit`
     partial_ptr,  # [B * blocks] fp32, each program's share of the loss
     eta,  # fp32, for the whole batch unless HAS_ETA
     scale,  # 1 / (B * n)
+    unit,  # 1, or scale where the gradient's dtype could not hold it
     batch,
     n,
     blocks,
@@ -54,16 +56,25 @@ def _guided_mse_kernel(  # type: ignore[no-untyped-def]
     weighted = error
     if HAS_WEIGHT:
         weighted = error * tl.load(weight_ptr + row)
-    # the mean's 1 / (B * n) comes in the backward pass: here it would push fp16 gradients below their smallest number
-    tl.store(slope_ptr + here, (2.0 * weighted).to(slope_ptr.dtype.element_ty), mask=mask)
+    tl.store(slope_ptr + here, (2.0 * scale / unit * weighted).to(slope_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + program, scale * tl.sum(weighted * error, axis=0))
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    factor = tl.load(factor_ptr)  # [] fp32
+    if factor != 1.0:  # asked here, not on the host, which would have to wait for the device
+        here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = here < n
+        x = tl.load(x_ptr + here, mask=mask, other=0.0).to(tl.float32)
+        tl.store(x_ptr + here, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("esd_kernels::guided_mse", mutates_args=())
 def _forward(
     student: Tensor, teacher: Tensor, eta: float, etas: Tensor | None, anchor: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss `[]` fp32, and its gradient times `student.numel()`; every input dense, with the batch outermost."""
+    """Loss `[]` fp32, and its gradient divided by `_unit`; every input dense, with the batch outermost."""
     batch, n = len(student), student[0].numel()
     blocks = triton.cdiv(n, BLOCK)
     slope = torch.empty_like(student)
@@ -78,6 +89,7 @@ def _forward(
         partial,
         eta,
         1.0 / (batch * n),
+        _unit(student),
         batch,
         n,
         blocks,
@@ -96,14 +108,24 @@ def _forward_fake(
     return student.new_empty((), dtype=torch.float32), torch.empty_like(student)
 
 
+def _unit(student: Tensor) -> float:
+    """What the stored gradient is divided by: the mean's 1 / (B * n), where it would push it below the smallest number."""
+    return 1.0 / student.numel() if student.dtype == torch.float16 else 1.0
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output[1])
+    ctx.unit = _unit(inputs[0])
 
 
 def _backward(ctx, grad_loss: Tensor, _grad_of_slope: Tensor | None):  # type: ignore[no-untyped-def]
-    # always multiply: to ask whether grad_loss is 1 would wait for the device
-    slope = ctx.saved_tensors[0]
-    return slope * (grad_loss / slope.numel()), None, None, None, None, None
+    slope, factor = ctx.saved_tensors[0], grad_loss * ctx.unit
+    if type(slope) is Tensor:
+        _scale_kernel[(triton.cdiv(slope.numel(), BLOCK),)](slope, factor, slope.numel(), BLOCK=BLOCK)
+        torch.autograd.graph.increment_version(slope)  # a second backward pass must not scale it again: it is refused
+    else:  # traced by a compiler, which fuses this with what follows
+        slope = (slope * factor).to(slope.dtype)
+    return slope, None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)

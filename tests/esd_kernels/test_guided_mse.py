@@ -91,6 +91,15 @@ def test_the_chain_rule_holds_when_the_loss_is_scaled():
     torch.testing.assert_close(student.grad.double(), 2.5 * expected, rtol=1e-5, atol=1e-9)
 
 
+def test_a_second_backward_pass_is_refused():
+    """The first one scaled the gradient in place."""
+    student, teacher, *_ = inputs((3, 5, 7), torch.float32)
+    loss = guided_mse(student, teacher, 1.0) * 2.0
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_fp16_gradients_survive_a_large_batch():
     """The mean over 64 x 16384 elements puts them below fp16's smallest number, unless loss scaling reaches them."""
     student, teacher, eta, *_ = inputs((64, 16384), torch.float16)

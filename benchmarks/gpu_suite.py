@@ -1,0 +1,250 @@
+"""Every GPU check and benchmark of the project, in one command.
+
+    python benchmarks/gpu_suite.py --output benchmarks/results
+
+Writes OUTPUT/<device>/<section>.json, and OUTPUT/<device>/summary.md with the driver and library versions. Needs no
+network and no weights: models are built at their real size with random ones. Sections that need a GPU, or more of its
+memory than there is, are skipped and say so.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+import kernel_timings
+import peft
+from diffusers import DDIMScheduler
+from real_size import random_stable_diffusion
+
+from esd_kernels import guided_mse
+from esd_peft import EraseConfig, erase
+from esd_peft.adapters import scope_modules
+from esd_peft.backbones import open_backbone
+
+GIB = 2**30
+BATCH = 4  # of the step timings
+PEER_STEPS = 10  # of the authors' procedure, which are enough for its time a training tuple
+
+
+class Skip(Exception):
+    """Why a section did not run."""
+
+
+def needs_gpu(gib: float = 0) -> torch.device:
+    """The GPU, if it has that much memory. Raises `Skip`."""
+    if not torch.cuda.is_available():
+        raise Skip("no GPU")
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    if total < gib:
+        raise Skip(f"needs {gib} GiB of GPU memory, there are {total:.0f}")
+    return torch.device("cuda")
+
+
+def environment() -> dict:
+    """What the figures belong to."""
+    found = {name: version(name) for name in ("torch", "triton", "diffusers", "peft", "bitsandbytes")}
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found |= {"driver": subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]}
+        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def correctness() -> dict:
+    """The kernel against the formula in fp64: fresh inputs, odd sizes, layouts, and memory full of NaN to start with."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seed = int(time.time())
+    generator = torch.Generator(device).manual_seed(seed)
+    worst: dict[str, dict[str, float]] = {}
+    for name, dtype in kernel_timings.DTYPES.items():
+        for shape in ((1, 1), (3, 41, 5), (7, 4, 64, 64), (2, 16, 5, 13, 17), (65, 4, 33, 31)):
+            draw = {"generator": generator, "device": device}
+            student = torch.randn(*shape, **draw).to(dtype)
+            if len(shape) == 4:
+                student = student.contiguous(memory_format=torch.channels_last)
+            student.requires_grad_()
+            teacher = torch.randn(2 * shape[0], *shape[1:], **draw).to(dtype)
+            eta = torch.rand(shape[0], **draw) * 3
+            poison = torch.full((8 * student.numel(),), torch.nan, device=device)
+            del poison  # what the allocator hands out next holds NaN
+            loss = guided_mse(student, teacher, eta)
+            (grad,) = torch.autograd.grad(loss, student)
+            null, concept = teacher.double().chunk(2)
+            column = eta.double().view(-1, *[1] * (len(shape) - 1))
+            error = student.detach().double() - (null - column * (concept - null))
+            expected, slope = error.square().mean(), 2 * error / error.numel()
+            found = {
+                "loss": ((loss.double() - expected).abs() / expected).item(),
+                "gradient": ((grad.double() - slope).abs().max() / slope.abs().max()).item(),
+            }
+            worst[name] = {key: max(value, worst.get(name, {}).get(key, 0.0)) for key, value in found.items()}
+    allowed = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1.2e-2}  # the interpreter truncates where a GPU rounds
+    wrong = [name for name, found in worst.items() if not max(found.values()) <= allowed[name]]
+    if wrong:
+        raise AssertionError(f"guided_mse is wrong in {', '.join(wrong)}: {worst}")
+    return {"seed": seed, "device": device, "worst_relative_error": worst}
+
+
+def timings() -> dict:
+    """`benchmarks/kernel_timings.py` at a few sizes; the whole of it takes longer."""
+    needs_gpu()
+    shapes, batches, dtypes = ["SD 512", "video 480p"], [4, 64], ["bf16", "fp32"]
+    return {"rows": kernel_timings.benchmark(shapes, batches, dtypes)}
+
+
+def steps() -> dict:
+    """A rollout step and a training step of SD 1.5 at 512², against plain diffusers and peft."""
+    device = needs_gpu(12)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        random_stable_diffusion(model)
+        options = {"trajectories": BATCH, "num_inference_steps": 20, "train_batch_size": BATCH, "max_train_steps": 40}
+        _erase(model, options)  # the first run compiles and chooses algorithms
+        seconds = _erase(model, options)["seconds"]
+        plain_rollout, plain_training = _plain_steps(model, device)
+    ours = {"rollout_step_s": seconds["rollout"] / 20, "training_step_s": seconds["distill"] / 40}
+    plain = {"rollout_step_s": plain_rollout, "training_step_s": plain_training}
+    return {"ours": ours, "plain": plain, "times_as_fast": {key: plain[key] / ours[key] for key in ours}}
+
+
+def _plain_steps(model: Path, device: torch.device) -> tuple[float, float]:
+    """Seconds of the same two steps as one would write them with diffusers and peft."""
+    backbone = open_backbone(str(model))
+    unet = backbone.load_denoiser(torch.bfloat16).to(device)
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=scope_modules(backbone, unet, "esd-x-strict"))
+    embeds = torch.randn(2 * BATCH, 77, 768, device=device, dtype=torch.bfloat16)
+    latents = torch.randn(BATCH, 4, 64, 64, device=device, dtype=torch.bfloat16)
+    scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
+    scheduler.set_timesteps(20, device=device)
+
+    @torch.no_grad()
+    def rollout_step() -> None:
+        t = scheduler.timesteps[3]
+        null, concept = unet(torch.cat([latents] * 2), t, encoder_hidden_states=embeds).sample.chunk(2)
+        scheduler.step(null + 3 * (concept - null), t, latents)
+
+    rollout = _seconds(rollout_step)
+    unet = peft.get_peft_model(unet, config)
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def training_step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            prediction = unet(latents, torch.tensor(500, device=device), encoder_hidden_states=embeds[:BATCH]).sample
+            loss = (prediction.float() - latents.float()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return rollout, _seconds(training_step)
+
+
+def _seconds(step: Callable[[], None], count: int = 20) -> float:
+    """Of one step, after a few to warm up."""
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def erasure() -> dict:
+    """A whole default erasure of SD 1.5 at 512², against the authors' procedure, by time a training tuple."""
+    needs_gpu(20)
+    authors = {
+        "wordings": "bare", "hold": 0, "null_space": 0, "closed_form": False, "num_inference_steps": 50, "anticipate": 0,
+        "scope": "esd-x", "adapter": "none", "train_batch_size": 1, "max_train_steps": PEER_STEPS, "refill_every": 1,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        random_stable_diffusion(model)
+        ours, theirs = _erase(model, {}), _erase(model, authors)
+    found = {"ours": ours, "authors": theirs}
+    for result in found.values():
+        result["seconds_a_tuple"] = sum(result["seconds"][p] for p in ("rollout", "distill")) / result["training_tuples"]
+    return found | {"times_as_fast": theirs["seconds_a_tuple"] / ours["seconds_a_tuple"]}
+
+
+def memory() -> dict:
+    """A default erasure of each model with the process limited to 12 GiB."""
+    needs_gpu(12)
+    limit = 12 * GIB / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit)
+    found = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "model"
+            random_stable_diffusion(model)
+            options = {"trajectories": 4, "num_inference_steps": 4, "max_train_steps": 4, "gradient_checkpointing": True}
+            found["SD 1.5"] = _erase(model, options)["peak_memory_bytes"]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return {"limit_bytes": 12 * GIB, "peak_memory_bytes": found}
+
+
+def _erase(model: Path, options: dict) -> dict:
+    """The result of one erasure, without what differs from run to run by name only."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = {"concept": "circle", "model": str(model), "output": Path(folder) / "erased", "eval_seeds": 0}
+        result = erase(EraseConfig(**base | options))
+    return {k: result[k] for k in ("seconds", "peak_memory_bytes", "forward_equivalents", "training_tuples")}
+
+
+SECTIONS: dict[str, Callable[[], dict]] = {
+    "environment": environment,
+    "correctness": correctness,
+    "timings": timings,
+    "steps": steps,
+    "erasure": erasure,
+    "memory": memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="the directory of all results")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    args = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    folder = args.output / re.sub(r"\W+", "_", device).strip("_").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    if device == "cpu":
+        print("no GPU here: only what needs none runs")
+    lines, failed = [f"# {device}", ""], False
+    for name in args.sections:
+        start = time.perf_counter()
+        try:
+            result = SECTIONS[name]()
+            said = "done"
+            (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        except Skip as why:
+            said = f"skipped: {why}"
+        except Exception as error:  # one section must not cost the others' figures
+            traceback.print_exc()
+            said, failed = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", True
+        lines.append(f"- {name}: {said} ({time.perf_counter() - start:.0f} s)")
+        print(lines[-1], flush=True)
+        summary = [*lines, "", *(f"{key}: {value}  " for key, value in environment().items())]
+        (folder / "summary.md").write_text("\n".join(summary) + "\n")
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
