@@ -131,6 +131,7 @@ def run(job: tuple[str, dict, str, int], pictures: int) -> dict:
     lost = {name: r["before"] - r["after"] for name, r in others.items()}
     return {
         "method": method,
+        "options": job[1],
         "concept": concept,
         "seed": seed,
         "pictures": pictures,
@@ -236,6 +237,8 @@ def main() -> None:
     runs = (
         json.loads(args.output.with_suffix(".json").read_text())["runs"] if args.output.with_suffix(".json").exists() else []
     )
+    # what was run with other options under the same name, or judged on other pictures, is run anew
+    runs = [r for r in runs if r["options"] == suite[r["method"]] and r["pictures"] == args.pictures]
     done = {(r["method"], r["concept"], r["seed"]) for r in runs}
     jobs = [
         (m, suite[m], c, s)

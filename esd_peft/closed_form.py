@@ -12,6 +12,8 @@ denoiser. UCE (arXiv 2308.14761) edits the same layers in closed form; here it i
 import torch
 from torch import Tensor
 
+from esd_peft.nullspace import gram
+
 RIDGE = 1e-3  # λ as a share of the largest eigenvalue
 
 
@@ -20,10 +22,9 @@ def solve(concept: Tensor, target: Tensor, held: Tensor, projection: Tensor | No
     order, and `[m, width]` of what is to stay; without a projection P is the identity."""
     wide = torch.eye(concept.shape[1], dtype=torch.float64, device=concept.device)
     free = wide if projection is None else projection.double()
-    named, stays = concept.double() @ free, held.double() @ free
-    seen = named.T @ named + stays.T @ stays
+    seen = free @ (gram(concept, concept) + gram(held, held)) @ free
     ridge = RIDGE * torch.linalg.eigvalsh(seen)[-1]
-    wanted = (target.double() - concept.double()).T @ named
+    wanted = gram(target - concept, concept) @ free
     return (wanted @ torch.linalg.inv(seen + ridge * wide) @ free).float()
 
 

@@ -11,7 +11,10 @@ from esd_peft.config import Concept, EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.shapes import world
 
-TEMPLATES = ("{}", "a {}", "a picture of {}", "a photo of {}", "{} style", "in the style of {}")
+TEMPLATES = {  # and what they say of nothing
+    "{}": "", "a {}": "", "a picture of {}": "a picture", "a photo of {}": "a photo", "{} style": "style",
+    "a picture in the style of {}": "a picture",
+}  # fmt: skip
 ATTRIBUTES = ("plain", "red", "blue", "black", "white", "small", "large", "old", "wooden", "colourful")
 SCENES = ("a city street at night", "a person by a window", "a mountain lake", "a table with flowers", "a dog on a beach")
 
@@ -50,7 +53,7 @@ class PromptPlan:
 
     @property
     def kept(self) -> list[str]:
-        """What the concept becomes, and all that stays."""
+        """What the concepts become, and all that stays."""
         goals = [pair.goal for pairs in self.erasing for pair in pairs]
         return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.protected]))
 
@@ -71,14 +74,17 @@ def plan_prompts(config: EraseConfig) -> PromptPlan:
     for prompt in asked:
         if _names_any(config.concept_names, prompt):
             raise UserError(f"--preserve {prompt!r} names what is to be erased; leave it out or reword it")
+    if clash := [goal for goal in map(config.goal_of, config.concept) if goal and _names_any(config.concept_names, goal)]:
+        raise UserError(f"--map-to {clash[0]!r} names what is to be erased; map it to something that stays")
     erasing = [_pairs_of(concept, config) for concept in config.concept]
     held = dict.fromkeys([*asked, *_sources_otherwise(config)])
     return PromptPlan(erasing, [Pair(prompt, "") for prompt in held], _protected(config, asked))
 
 
 def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
+    if not _content_words(concept.name):
+        raise UserError(f"--concept {concept.name!r} names nothing; say what to erase, for example --concept circle")
     source, towards = config.source_of(concept), config.goal_of(concept)
-    eta = next((e for e in (concept.eta, config.eta) if e is not None), 0.0 if towards else 1.0)
     named = f"{concept.name} {source}".strip()
     pairs = [
         Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
@@ -88,7 +94,7 @@ def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
     clean = [p for p in dict.fromkeys(pairs) if not _names_any(config.concept_names, p.neutral)]
     if not clean or any(p.prompt in (p.neutral, p.anchor) for p in clean):
         raise UserError(f"--concept {named!r} is the same as what it is erased from or mapped to; name something else")
-    return [Pair(p.prompt, p.neutral, p.anchor, eta, concept.weight) for p in clean]
+    return [Pair(p.prompt, p.neutral, p.anchor, config.eta_of(concept), concept.weight) for p in clean]
 
 
 def _names_any(names: list[str], prompt: str) -> bool:
@@ -106,16 +112,13 @@ def _wordings(texts: list[str], config: EraseConfig) -> list[Callable[[str], str
         return [lambda text: text]
     if config.model is None:
         return world.wordings(texts)
-    alone = [functools.partial(_fill_in, template) for template in TEMPLATES]
-    return [*alone, *(functools.partial(_set_in, scene) for scene in SCENES)]
+    # the scene first: text encoders read from left to right, so its words are the same with and without the concept
+    templates = TEMPLATES | {f"{scene}, {{}}": scene for scene in SCENES}
+    return [functools.partial(_fill_in, template, nothing) for template, nothing in templates.items()]
 
 
-def _fill_in(template: str, text: str) -> str:
-    return template.format(text) if text else ""
-
-
-def _set_in(scene: str, text: str) -> str:
-    return f"{text}, {scene}" if text else scene
+def _fill_in(template: str, nothing: str, text: str) -> str:
+    return template.format(text) if text else nothing
 
 
 def _protected(config: EraseConfig, asked: list[str]) -> list[str]:

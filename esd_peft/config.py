@@ -116,9 +116,9 @@ class EraseConfig(CommandConfig):
     """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
     (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, or 0.99 with --erase-from."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
-    """Erase from this timestep on (0: the last, least noisy one)."""
+    """Train from this timestep on (0: the last, least noisy one)."""
     max_timestep: Annotated[int, Field(ge=0)] = 1000
-    """Erase up to this timestep."""
+    """Train up to this timestep. Keys and values know no timestep: what they learn, and the closed form, acts at all."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Weigh timesteps by min-SNR with this gamma (5 is usual); left out: all alike."""
     until: Annotated[float, Field(gt=-100, lt=1)] | None = None
@@ -128,7 +128,7 @@ class EraseConfig(CommandConfig):
     """Whose trajectories: the frozen teacher's, or the student's as it is now (the paper)."""
     trajectories: Annotated[int, Field(ge=1)] | None = None
     """Denoising trajectories in the bank; left out: 8, and 4 more for each concept after the first; three times that
-    with --erase-from or where not all that learns is under --null-space."""
+    with --erase-from or where not all that learns is a LoRA under --null-space."""
     preserve_trajectories: Annotated[int, Field(ge=1)] | None = None
     """Trajectories of --preserve prompts in the bank; left out: one for each prompt."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
@@ -145,7 +145,7 @@ class EraseConfig(CommandConfig):
 
     max_train_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; left out: 40, and 20 more for each concept after the first; eight times that with --erase-from or
-    where not all that learns is under --null-space (contrastive: 10 epochs)."""
+    where not all that learns is a LoRA under --null-space (contrastive: 10 epochs)."""
     train_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples a step; left out: 8, or 32 with --objective contrastive."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -172,7 +172,7 @@ class EraseConfig(CommandConfig):
     """The same seed and config give the same adapter."""
 
     eval_seeds: Annotated[int, Field(ge=0)] = 2
-    """Pictures a prompt for the before/after rates on the embedded pipeline; 0: no rates."""
+    """Pictures a prompt, before and after; on the embedded pipeline they are judged. 0: none."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Log the loss there too."""
 
@@ -186,15 +186,13 @@ class EraseConfig(CommandConfig):
     def _some_text(cls, value: Any) -> Any:
         if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
             raise ValueError("say what, or leave the option out")
-        return value
+        return value.strip() if isinstance(value, str) else value and [text.strip() for text in value]
 
     @field_validator("concept")
     @classmethod
     def _named_once(cls, value: list[Concept]) -> list[Concept]:
         if not value:
             raise ValueError("name what to erase, for example --concept circle")
-        if doubled := [c for i, c in enumerate(value) if c.name in [other.name for other in value[:i]]]:
-            raise ValueError(f"{doubled[0].name} is named twice; name each concept once")
         return value
 
     @model_validator(mode="after")
@@ -205,8 +203,23 @@ class EraseConfig(CommandConfig):
             raise ValueError("--min-timestep must be below --max-timestep")
         if self.trajectories is not None and self.trajectories < len(self.concept):
             raise ValueError(f"--trajectories must be at least the number of concepts, {len(self.concept)}")
+        names = self.concept_names
+        if doubled := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise ValueError(f"--concept: {doubled[0]} is named twice; name each concept once")
+        if self.null_space and (self.adapter in ("loha", "lokr") or self.scope in ("esd-u", "selfattn")):
+            raise ValueError("--null-space works with --adapter lora or none where keys and values learn; leave it out")
+        if self.preserve_trajectories is not None and not (self.preserve or self.preserve_file or self.sources):
+            raise ValueError("--preserve-trajectories needs something to preserve; add --preserve or leave it out")
+        if self.hold and self.train_batch_size == 1:
+            raise ValueError("--hold needs a --train-batch-size of at least 2; leave it out or raise the batch")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("--lr-warmup-steps needs another --lr-scheduler, for example constant_with_warmup")
         if self.until is not None and any(self.goal_of(concept) for concept in self.concept):
             raise ValueError("--until does not work with --map-to; leave one of them out")
+        if self.until is not None and self.until <= -max(map(self.eta_of, self.concept)):
+            raise ValueError("--until must be above -eta, which is where a finished student stands")
+        if self.reference is not None and len(self.concept) > 1:
+            raise ValueError("--reference shows one concept; name one --concept, or leave it out")
         if self.objective == "contrastive":
             self._has_no_trajectories()
         elif self.reference is not None:
@@ -254,7 +267,7 @@ class EraseConfig(CommandConfig):
 
     @property
     def protected(self) -> bool:
-        """Whether all that learns is kept off the prompts to preserve, so that it may learn fast."""
+        """Whether all that learns is a LoRA kept off the prompts to preserve, so that it may learn fast."""
         return self.protected_energy > 0 and self.scope == "esd-x-strict" and self.adapter == "lora"
 
     @property
@@ -270,6 +283,11 @@ class EraseConfig(CommandConfig):
     def source_of(self, concept: Concept) -> str:
         """What the concept is erased from; "" for everywhere."""
         return concept.erase_from or self.erase_from or ""
+
+    def eta_of(self, concept: Concept) -> float:
+        """How far past its goal the concept's target goes."""
+        given = [eta for eta in (concept.eta, self.eta) if eta is not None]
+        return given[0] if given else 0.0 if self.goal_of(concept) else 1.0
 
     def goal_of(self, concept: Concept) -> str | None:
         """What the concept becomes, where something is named."""

@@ -75,10 +75,11 @@ def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastiv
     Raises `UserError` if the folder holds no picture that can be read.
     """
     config, backbone = rollout.config, rollout.backbone
+    if not backbone.predicts_noise:
+        raise UserError("--objective contrastive compares with noise, which a v-prediction model does not predict; use esd")
     with rollout.costs.phase("references"):
         if config.reference is not None:
             made = read_pictures(config.reference, backbone.picture_size(rollout.denoiser)).unsqueeze(0)
-            made = made.expand(len(config.concept), *made.shape[1:])
         else:
             half = rollout.dtype != torch.float32
             with rollout.teacher(), torch.autocast(rollout.device.type, rollout.dtype, enabled=half):

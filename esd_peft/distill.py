@@ -49,6 +49,8 @@ def distill(
     passes = 4 if config.gradient_checkpointing else 3  # forward, backward (counted as two), and a second forward
     if config.gradient_checkpointing:
         student.denoiser.enable_gradient_checkpointing()
+    if probe is not None:
+        probe.measure(0)
     losses: list[float] = []
     running, since = torch.zeros((), device=device), 0
     with tqdm(total=steps, desc="distill") as bar:

@@ -40,7 +40,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     Returns what `result.json` holds: the rates before and after (embedded pipeline), losses, seconds and peak memory
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
-    check_output(config.output, config.overwrite, [] if config.model is None else [Path(config.model)])
+    inputs = [Path(p) for p in (config.model, config.preserve_file, config.reference) if p is not None]
+    check_output(config.output, config.overwrite, inputs)
     check_tracker(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -65,7 +66,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
             quantize_linears(denoiser, config.quantize, dtype)
         denoiser.to(device)
         student = make_student(backbone, denoiser, config, projection)
-        if change is not None:
+    if change is not None:
+        with costs.phase("distill"):
             student.start_from(change)
     with costs.phase("evaluate"), student.teacher():
         before = gallery.take(denoiser, "before") if config.eval_seeds else None

@@ -14,9 +14,14 @@ def null_space_projection(embeddings: Tensor, energy: float) -> Tensor:
 
     As many principal directions (uncentred, largest first) are removed as hold the share `energy` of the sum of squares.
     """
-    wide = embeddings.double()
-    values, directions = torch.linalg.eigh(wide.T @ wide)
+    values, directions = torch.linalg.eigh(gram(embeddings, embeddings))
     shares = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
     count = min(int((shares < energy).sum()) + 1, len(values) - 1)
     removed = directions.flip(1)[:, :count]
-    return (torch.eye(len(values), dtype=torch.float64, device=wide.device) - removed @ removed.T).float()
+    return (torch.eye(len(values), dtype=torch.float64, device=embeddings.device) - removed @ removed.T).float()
+
+
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right in fp64, of which only a part is held at a time: prompts to preserve may be many."""
+    parts = zip(left.split(4096), right.split(4096), strict=True)
+    return sum((a.double().T @ b.double() for a, b in parts), left.new_zeros((), dtype=torch.float64))

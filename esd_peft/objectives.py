@@ -106,16 +106,20 @@ class GuidedTarget(Objective):
         if steps is not None:
             trajectories = min(trajectories, erasing * steps)
             keep = math.ceil(erasing * steps / trajectories)
+        preserving = config.preserve_trajectories or len(table.prompts) - table.erasing
+        if steps is not None:
+            preserving = min(preserving, math.ceil(held * steps / 2))
         erase, preserve = self._erase_in_turn(generator), self._preserve_in_turn()
+        sides = itertools.cycle([False, True])
         while True:
             with self.rollout.costs.phase("rollout"):
                 pairs = [*itertools.islice(erase, trajectories)]
                 if held:
-                    pairs += itertools.islice(preserve, config.preserve_trajectories or len(table.prompts) - table.erasing)
+                    pairs += itertools.islice(preserve, preserving)
                 bank = self.rollout.fill(torch.tensor(pairs), generator, keep, progress=steps is None)
             erases = bank.pairs < table.erasing
             order = _shuffled(erases.nonzero().squeeze(1), generator)
-            holds = _held(erases, generator)
+            holds = _held(erases, sides, generator)
             for _ in itertools.count() if steps is None else range(steps):
                 asked = [*itertools.islice(holds, held)]
                 index = torch.tensor([*itertools.islice(order, erasing), *(i for i, _ in asked)])
@@ -171,12 +175,11 @@ def _shuffled(items: Tensor, generator: torch.Generator) -> Iterator[int]:
         yield from items[torch.randperm(len(items), generator=generator)].tolist()
 
 
-def _held(erases: Tensor, generator: torch.Generator) -> Iterator[tuple[int, bool]]:
-    """Tuples to hold and whether to ask for the neutral prompt: every other time where there are preserved ones."""
+def _held(erases: Tensor, sides: Iterator[bool], generator: torch.Generator) -> Iterator[tuple[int, bool]]:
+    """Tuples to hold and whether to ask for the neutral prompt: as `sides` says, where there are preserved ones."""
     without = _shuffled(erases.nonzero().squeeze(1), generator)
     if erases.all():
         yield from ((i, True) for i in without)
     preserved = _shuffled((~erases).nonzero().squeeze(1), generator)
-    while True:
-        yield next(preserved), False
-        yield next(without), True
+    for neutral in sides:
+        yield next(without if neutral else preserved), neutral

@@ -1,5 +1,7 @@
 """How much of the concept is left in the student's predictions: the measure behind `--until`."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,8 @@ class Probe:
     """
 
     def __init__(self, rollout: Rollout, generator: torch.Generator) -> None:
-        self.rollout = rollout
+        # all of the trajectories show the concept, however many there are
+        self.rollout = dataclasses.replace(rollout, config=rollout.config.model_copy(update={"anticipate": 0}))
         pairs = torch.tensor([pairs[-1] for pairs in rollout.table.concepts])  # not the plain wording
         with self.rollout.costs.phase("rollout"):
             bank = self.rollout.fill(pairs, generator, progress=False)

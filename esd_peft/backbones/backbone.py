@@ -127,8 +127,12 @@ class Backbone(ABC):
         """
         kept = self.noise_schedule().to(timesteps.device)[timesteps.long()]
         snr = kept / (1 - kept)
-        v_prediction = self._scheduler.config.prediction_type == "v_prediction"
-        return snr.clamp(max=gamma) / (snr + 1 if v_prediction else snr)
+        return snr.clamp(max=gamma) / (snr if self.predicts_noise else snr + 1)
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether the denoiser's prediction is ε, and not v."""
+        return bool(self._scheduler.config.prediction_type == "epsilon")
 
     def noise_schedule(self) -> Tensor:
         """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""

@@ -26,8 +26,10 @@ class StableDiffusion(Backbone):
         tokenizer, encoder = self.load_part("tokenizer"), self.load_part("text_encoder", dtype).to(device).eval()
         length = tokenizer.model_max_length
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        mask = tokens.attention_mask.to(device) if getattr(encoder.config, "use_attention_mask", False) else None
-        return {"encoder_hidden_states": encoder(tokens.input_ids.to(device), attention_mask=mask)[0]}
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        parts = zip(tokens.input_ids.to(device).split(64), tokens.attention_mask.to(device).split(64), strict=True)
+        made = [encoder(ids, attention_mask=mask if masked else None)[0] for ids, mask in parts]
+        return {"encoder_hidden_states": torch.cat(made)}
 
     def unseen_words(self, prompt: str) -> list[str]:
         tokenizer = self.load_part("tokenizer")
@@ -73,9 +75,12 @@ class StableDiffusion(Backbone):
         return torch.cat(latents)
 
     def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+        vae = self.load_part("vae", dtype)
+        if vae.config.sample_size > 256:
+            vae.enable_slicing()  # one picture at a time: at 512² each takes about a gigabyte
         pipe = self.pipeline_class(
             unet=denoiser,
-            vae=self.load_part("vae", dtype),
+            vae=vae,
             text_encoder=self.load_part("text_encoder", dtype),
             tokenizer=self.load_part("tokenizer"),
             scheduler=self.load_part("scheduler"),

@@ -49,7 +49,12 @@ def test_concepts_the_embedded_pipeline_does_not_know(tmp_path, concept, says):
         ({"preserve": "a red circle"}, "names what is to be erased"),
         ({"map_to": "zebra"}, "--map-to 'zebra'"),
         ({"erase_from": "square"}, "is the same as"),
-        ({"map_to": "circle"}, "is the same as"),
+        ({"map_to": "circle"}, "--map-to 'circle' names what is to be erased"),
+        (
+            {"concept": [{"name": "circle", "map_to": "a red shape"}, "red"], "trajectories": 2},
+            "--map-to 'a red shape' names",
+        ),
+        ({"concept": "the"}, "--concept 'the'"),
         ({"min_timestep": 990, "num_inference_steps": 4}, "--min-timestep"),
         ({"trajectories": 1, "concept": ["circle", "red"]}, "--trajectories"),
         ({"until": 0.0, "map_to": "square"}, "--until"),
@@ -110,6 +115,12 @@ def test_outputs_that_would_replace_what_is_read(broken, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--output .* is or holds"):
         erase(EraseConfig(concept="circle", model=str(broken), output=broken, overwrite=True, **QUICK))
     assert (broken / "model_index.json").is_file()
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "keep.txt").write_text("a square\n")
+    with pytest.raises(UserError, match=r"--output .* is or holds"):
+        erase(EraseConfig(concept="circle", preserve_file=out / "keep.txt", output=out, overwrite=True, **QUICK))
+    assert (out / "keep.txt").is_file()
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="root may write everywhere")

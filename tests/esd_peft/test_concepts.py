@@ -23,8 +23,8 @@ def test_wordings_pair_the_concept_in_context_with_the_context():
     assert Pair("a red circle", "a red shape") in pairs and Pair("a picture of a circle", "") in pairs
     assert not [p for p in pairs if "circle" in p.neutral]
     natural = plan(concept="Van Gogh", model="sd").erasing[0]
-    assert Pair("in the style of Van Gogh", "") in natural
-    assert Pair("Van Gogh, a mountain lake", "a mountain lake") in natural
+    assert Pair("a photo of Van Gogh", "a photo") in natural
+    assert Pair("a mountain lake, Van Gogh", "a mountain lake") in natural
 
 
 def test_erase_from_pairs_the_thing_with_and_without_the_attribute():
@@ -45,7 +45,7 @@ def test_erase_from_protects_the_attribute_elsewhere_and_holds_the_thing_otherwi
     natural = plan(concept="red", erase_from="shirt", model="sd")
     assert {"plain shirt", "blue shirt"} <= {p.prompt for p in natural.preserve}
     assert "red shirt" not in {p.prompt for p in natural.preserve}
-    assert "red, a mountain lake" in natural.protected and not [p for p in natural.protected if "shirt" in p.split()]
+    assert "a mountain lake, red" in natural.protected and not [p for p in natural.protected if "shirt" in p.split()]
 
 
 def test_map_to_says_the_other_thing_in_the_same_place_and_needs_no_push():

@@ -206,3 +206,10 @@ def test_the_probe_asks_about_every_concept(model):
     concept_of = {pair: i for i, pairs in enumerate(probe.rollout.table.concepts) for pair in pairs}
     asked = [concept_of[int(pair)] for pair in probe.bank.pairs]
     assert [asked.count(i) for i in range(4)] == [4, 4, 4, 4]
+
+
+def test_one_held_sample_a_refill_asks_for_both_sides(model):
+    """With a bank for every step, what is held must not be the preserved prompts alone."""
+    ours = rollout(model, concept=["circle"], preserve=["a square"], rollout="student", refill_every=1, train_batch_size=2)
+    supply = GuidedTarget(ours).batches(noise())
+    assert [next(supply).eta[1].item() for _ in range(4)] == [-1.0, 0.0, -1.0, 0.0]
