@@ -238,7 +238,7 @@ def main() -> None:
         json.loads(args.output.with_suffix(".json").read_text())["runs"] if args.output.with_suffix(".json").exists() else []
     )
     # what was run with other options under the same name, or judged on other pictures, is run anew
-    runs = [r for r in runs if r["options"] == suite[r["method"]] and r["pictures"] == args.pictures]
+    runs = [r for r in runs if r.get("options") == suite.get(r["method"]) and r["pictures"] == args.pictures]
     done = {(r["method"], r["concept"], r["seed"]) for r in runs}
     jobs = [
         (m, suite[m], c, s)
