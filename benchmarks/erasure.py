@@ -213,10 +213,10 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
     figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for name, s in found.items():
         for axes, x in ((kept, 100 * s["worst_lost"]), (cost, s["forward_equivalents"])):
-            axes.plot(x, 100 * s["after"], "o")
-            axes.annotate(name, (x, 100 * s["after"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.plot(x, 100 * s["after"], "o", label=name)
     kept.set(xlabel="worst other attribute loses (points, mean over runs)", ylabel="concept still recognised (%)")
     cost.set(xlabel="denoiser forward-equivalents", xscale="log")
+    figure.legend(*kept.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

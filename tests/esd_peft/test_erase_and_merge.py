@@ -125,7 +125,7 @@ def test_every_kind_of_student_trains_saves_and_merges(small_sd, tmp_path, optio
 def test_a_bank_of_one_tuple_costs_what_the_paper_costs(small_sd, tmp_path, driver):
     """R = 1 and batch 1: a trajectory to a random step, one teacher pair there, one training step."""
     options = {"rollout": driver, "refill_every": 1, "train_batch_size": 1, "max_train_steps": 6, "adapter": "none"}
-    result = run(small_sd, tmp_path / "erased", **options, learning_rate=1e-4)
+    result = run(small_sd, tmp_path / "erased", **options, hold=0, learning_rate=1e-4)
     assert result["training_tuples"] == 6
     assert 6 * (2 + 3) <= result["forward_equivalents"] <= 6 * (2 * 4 + 3)
 
