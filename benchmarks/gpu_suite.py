@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 import kernel_timings
 import peft
 from diffusers import DDIMScheduler
+from erasure import PROCEDURES
 from real_size import random_stable_diffusion
 
 from esd_kernels import guided_mse
@@ -168,10 +169,7 @@ def _seconds(step: Callable[[], None], count: int = 20) -> float:
 def erasure() -> dict:
     """A whole default erasure of SD 1.5 at 512², against the authors' procedure, by time a training tuple."""
     needs_gpu(20)
-    authors = {
-        "wordings": "bare", "hold": 0, "null_space": 0, "closed_form": False, "num_inference_steps": 50, "anticipate": 0,
-        "scope": "esd-x", "adapter": "none", "train_batch_size": 1, "max_train_steps": PEER_STEPS, "refill_every": 1,
-    }  # fmt: skip
+    authors = PROCEDURES["authors' scripts"] | {"max_train_steps": PEER_STEPS}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         random_stable_diffusion(model)

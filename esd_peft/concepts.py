@@ -47,14 +47,19 @@ class PromptPlan:
     protected: list[str]  # whose embeddings the adapter must not act on
 
     @property
+    def erasing_pairs(self) -> list[Pair]:
+        """Concept by concept."""
+        return [pair for pairs in self.erasing for pair in pairs]
+
+    @property
     def pairs(self) -> list[Pair]:
-        """The erasing ones, concept by concept, then the preserved ones."""
-        return [pair for pairs in self.erasing for pair in pairs] + self.preserve
+        """The erasing ones, then the preserved ones."""
+        return self.erasing_pairs + self.preserve
 
     @property
     def kept(self) -> list[str]:
         """What the concepts become, and all that stays."""
-        goals = [pair.goal for pairs in self.erasing for pair in pairs]
+        goals = [pair.goal for pair in self.erasing_pairs]
         return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.protected]))
 
     @property

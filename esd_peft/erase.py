@@ -121,7 +121,7 @@ def _bounds_and_start(
     if config.protected_energy:
         projection = null_space_projection(words(plan.protected), config.protected_energy)
     if config.closed_form and config.objective == "esd":
-        pairs = [pair for pairs in plan.erasing for pair in pairs]
+        pairs = plan.erasing_pairs
         change = solve(words([p.prompt for p in pairs]), words([p.goal for p in pairs]), words(plan.kept), projection)
     return projection, change
 
