@@ -19,6 +19,7 @@ from esd_peft.backbones import Backbone
 from esd_peft.closed_form import factors
 from esd_peft.config import SCOPES, EraseConfig
 from esd_peft.errors import UserError
+from esd_peft.prompt_maps import PromptMaps
 from esd_peft.randomness import seed_for
 
 WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter none: the new values under the denoiser's own names
@@ -53,8 +54,8 @@ class Student(ABC):
         """Within it, the denoiser is the frozen base."""
 
     @abstractmethod
-    def start_from(self, change: Tensor) -> None:
-        """Let each layer W that reads the prompt start as W + W D, `change` being D `[width, width]` (`closed_form`)."""
+    def start_from(self, changes: PromptMaps) -> None:
+        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`closed_form`)."""
 
     @abstractmethod
     def project(self) -> None:
@@ -65,16 +66,18 @@ class Student(ABC):
         """Write what was learned."""
 
 
-def make_student(backbone: Backbone, denoiser: ModelMixin, config: EraseConfig, projection: Tensor | None = None) -> Student:
+def make_student(
+    backbone: Backbone, denoiser: ModelMixin, config: EraseConfig, projections: PromptMaps | None = None
+) -> Student:
     """Make the config's scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing.
 
-    `projection` `[width, width]` keeps layers that read the prompt off the protected embeddings (`esd_peft.nullspace`):
-    their change is ΔW P. A LoRA's ΔW = B A takes it into A; LoHa and LoKr have no such factor and go without.
+    `projections` keep layers that read the prompt off the protected embeddings (`esd_peft.nullspace`): their change is
+    ΔW P. A LoRA's ΔW = B A takes it into A; LoHa and LoKr have no such factor and go without.
     """
     if config.adapter == "none":
         names = scope_parameters(backbone, denoiser, config.scope)
-        return _WeightsStudent(backbone, denoiser, names, projection)
-    return _AdapterStudent(backbone, denoiser, scope_modules(backbone, denoiser, config.scope), config, projection)
+        return _WeightsStudent(backbone, denoiser, names, projections or {})
+    return _AdapterStudent(backbone, denoiser, scope_modules(backbone, denoiser, config.scope), config, projections or {})
 
 
 class _AdapterStudent(Student):
@@ -84,7 +87,7 @@ class _AdapterStudent(Student):
         denoiser: ModelMixin,
         targets: list[str],
         config: EraseConfig,
-        projection: Tensor | None,
+        projections: PromptMaps,
     ) -> None:
         self.backbone, self.denoiser = backbone, denoiser
         rank = config.adapter_rank
@@ -101,18 +104,18 @@ class _AdapterStudent(Student):
         self.peft.peft_config["default"].base_model_name_or_path = config.model
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self._projected = [
-            (parameter, projection)
+            (parameter, projections[kind])
             for name, parameter in denoiser.named_parameters()
-            if projection is not None and "lora_A" in name and backbone.reads_prompt(name)
+            if "lora_A" in name and (kind := backbone.prompt_input(name)) in projections
         ]
         self.project()
 
     @torch.no_grad()
-    def start_from(self, change: Tensor) -> None:
+    def start_from(self, changes: PromptMaps) -> None:
         for name, layer in self.denoiser.named_modules():
-            if isinstance(layer, LoraLayer) and self.backbone.reads_prompt(name):
+            if isinstance(layer, LoraLayer) and (kind := self.backbone.prompt_input(name)) in changes:
                 base = layer.base_layer
-                rows = change.T.to(base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32)
+                rows = changes[kind].T.to(base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32)
                 product = (base(rows) - base(torch.zeros_like(rows))).T  # W D, in however few bits W is stored
                 up, down = factors(product.float() / layer.scaling["default"], layer.r["default"])
                 layer.lora_B["default"].weight.copy_(up)
@@ -141,22 +144,22 @@ class _AdapterStudent(Student):
 class _WeightsStudent(Student):
     """`--adapter none`. The denoiser holds fp32 master weights; a copy of the scoped ones stands by as the teacher's."""
 
-    def __init__(self, backbone: Backbone, denoiser: ModelMixin, names: list[str], projection: Tensor | None) -> None:
+    def __init__(self, backbone: Backbone, denoiser: ModelMixin, names: list[str], projections: PromptMaps) -> None:
         self.backbone, self.denoiser, self.names = backbone, denoiser, names
         everything = dict(denoiser.named_parameters())
         self.parameters = [everything[name].requires_grad_() for name in names]
         self._frozen = [p.detach().clone() for p in self.parameters]
         self._projected = [
-            (parameter, frozen, projection)
+            (parameter, frozen, projections[kind])
             for name, parameter, frozen in zip(names, self.parameters, self._frozen, strict=True)
-            if projection is not None and parameter.dim() == 2 and backbone.reads_prompt(name)
+            if parameter.dim() == 2 and (kind := backbone.prompt_input(name)) in projections
         ]
 
     @torch.no_grad()
-    def start_from(self, change: Tensor) -> None:
+    def start_from(self, changes: PromptMaps) -> None:
         for name, weight in zip(self.names, self.parameters, strict=True):
-            if weight.dim() == 2 and self.backbone.reads_prompt(name):
-                weight.add_(weight @ change)
+            if weight.dim() == 2 and (kind := self.backbone.prompt_input(name)) in changes:
+                weight.add_(weight @ changes[kind])
 
     @torch.no_grad()
     def project(self) -> None:

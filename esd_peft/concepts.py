@@ -63,10 +63,14 @@ class PromptPlan:
         return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.protected]))
 
     @property
+    def paired_texts(self) -> list[str]:
+        """Every prompt that the denoiser is asked, once."""
+        return list(dict.fromkeys(t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor) if t is not None))
+
+    @property
     def texts(self) -> list[str]:
-        """Every prompt, once."""
-        paired = [text for p in self.pairs for text in (p.neutral, p.prompt, p.anchor) if text is not None]
-        return list(dict.fromkeys(paired + self.protected))
+        """Every prompt, once, those of the pairs first."""
+        return list(dict.fromkeys(self.paired_texts + self.protected))
 
 
 def plan_prompts(config: EraseConfig) -> PromptPlan:

@@ -84,7 +84,8 @@ class EraseConfig(CommandConfig):
     preserve_file: Path | None = None
     """A text file of such prompts, one a line."""
     model: str | None = None
-    """A Stable Diffusion 1.x or 2.x pipeline directory in diffusers' layout; left out: the embedded shapes pipeline."""
+    """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, PixArt-Σ, Sana); left out: the
+    embedded shapes pipeline."""
     output: Path = Path("erased")
     """Where the adapter, the pictures and result.json go."""
     overwrite: bool = False
@@ -131,10 +132,10 @@ class EraseConfig(CommandConfig):
     with --erase-from or where not all that learns is a LoRA under --null-space."""
     preserve_trajectories: Annotated[int, Field(ge=1)] | None = None
     """Trajectories of --preserve prompts in the bank; left out: one for each prompt."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
-    """Denoising steps of a trajectory."""
-    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 3.0
-    """Classifier-free guidance of the trajectories."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Denoising steps of a trajectory; left out: 25, or 4 for few-step models."""
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Classifier-free guidance of the trajectories; left out: 3, or 1 (none) for models that are made to go without."""
     anticipate: Annotated[float, Field(ge=0, le=1)] = 0.5
     """With teacher rollouts: share of the trajectories driven by the guided target, to where the student will be."""
     rollout_batch_size: Annotated[int, Field(ge=1)] = 12
@@ -199,6 +200,8 @@ class EraseConfig(CommandConfig):
     def _fits_together(self) -> "EraseConfig":
         if self.quantize != "none" and self.adapter != "lora":
             raise ValueError(f"--quantize {self.quantize} works with --adapter lora only, not {self.adapter}")
+        if self.adapter == "none" and (self.rank, self.alpha) != (None, None):
+            raise ValueError("--rank and --alpha are an adapter's, and --adapter none has none; leave them out")
         if self.min_timestep >= self.max_timestep:
             raise ValueError("--min-timestep must be below --max-timestep")
         if self.trajectories is not None and self.trajectories < len(self.concept):

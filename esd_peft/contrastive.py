@@ -11,8 +11,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from esd_peft.backbones.backbone import pick
+from esd_peft.devices import autocast
 from esd_peft.errors import UserError
-from esd_peft.evaluation.pictures import PICTURE_STEPS, make_pictures
+from esd_peft.evaluation.pictures import EncodedPrompts, make_pictures
 from esd_peft.objectives import Batch, Objective
 from esd_peft.rollout import Rollout
 
@@ -81,12 +82,11 @@ def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastiv
         if config.reference is not None:
             made = read_pictures(config.reference, backbone.picture_size(rollout.denoiser)).unsqueeze(0)
         else:
-            half = rollout.dtype != torch.float32
-            with rollout.teacher(), torch.autocast(rollout.device.type, rollout.dtype, enabled=half):
+            prompts = EncodedPrompts(backbone, config.concept_names, rollout.device, rollout.dtype)
+            with rollout.teacher(), autocast(rollout.device, rollout.dtype):
                 pipe = backbone.pipeline(rollout.denoiser, rollout.device, rollout.dtype)
-                size = config.rollout_batch_size
-                made = make_pictures(pipe, config.concept_names, PICTURES, size, config.seed, "references")
-            rollout.costs.forward_equivalents += 2 * PICTURE_STEPS * made.shape[0] * made.shape[1]
+                made = make_pictures(pipe, prompts, PICTURES, config.rollout_batch_size, config.seed, "references")
+            rollout.costs.forward_equivalents += 2 * backbone.num_inference_steps * made.shape[0] * made.shape[1]
         latents = []
         for pictures in made:
             varied = torch.cat([augment(pictures, generator) for _ in range(EPOCHS)])

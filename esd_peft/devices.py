@@ -1,5 +1,7 @@
 """Where and in which number format a job computes."""
 
+import contextlib
+
 import torch
 
 from esd_peft.errors import UserError
@@ -33,3 +35,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and not native_bf16:
         raise UserError(f"--dtype bfloat16 is not there on {torch.cuda.get_device_name(device)}; use float16")
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Within it, matrix products and convolutions compute in `dtype`; fp32 leaves everything as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

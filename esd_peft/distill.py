@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from esd_peft.adapters import Student
+from esd_peft.devices import autocast
 from esd_peft.errors import UserError
 from esd_peft.objectives import Objective
 from esd_peft.probe import EVERY, Probe
@@ -56,7 +57,7 @@ def distill(
     with tqdm(total=steps, desc="distill") as bar:
         for step in range(1, steps + 1):
             batch = next(supply)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 inputs = batch.inputs.to(dtype)
                 prediction = rollout.backbone.predict(student.denoiser, inputs, batch.timesteps, batch.embeds)
             loss = objective.loss(prediction, batch)

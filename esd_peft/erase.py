@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from esd_peft import __version__
-from esd_peft.adapters import Student, make_student
-from esd_peft.backbones import Backbone, PromptEmbeds, open_backbone
-from esd_peft.backbones.backbone import pick
-from esd_peft.closed_form import solve
+from esd_peft.adapters import Student, make_student, scope_modules
+from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.command_line import parse
-from esd_peft.concepts import PromptPlan, plan_prompts
+from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import resolve_device, resolve_dtype
@@ -22,11 +19,11 @@ from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation.gallery import Gallery, Rates
 from esd_peft.evaluation.recognition import check_concepts
 from esd_peft.evaluation.table import result_table
-from esd_peft.nullspace import null_space_projection
 from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.outputs import check_output, new_directory, new_file
 from esd_peft.phases import Costs
 from esd_peft.probe import Probe
+from esd_peft.prompt_maps import prompt_maps
 from esd_peft.quantize import quantize_linears
 from esd_peft.randomness import generator
 from esd_peft.rollout import Rollout, make_table
@@ -53,22 +50,22 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         for pair in plan.preserve:
             _check_words(backbone, "--preserve", pair.prompt)
     costs = Costs(device)
-    gallery = Gallery(backbone, config, device, dtype)
 
     with costs.phase("encode"):
         embeds = backbone.encode(plan.texts, device, dtype)
         table = make_table(plan, embeds)
-        projection, change = _bounds_and_start(config, plan, backbone, embeds)
+        gallery = Gallery(backbone, config, device, dtype)
     with costs.phase("load"):
         # the weights themselves learn in fp32; under an adapter they are only read
         denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
         if config.quantize != "none":
             quantize_linears(denoiser, config.quantize, dtype)
         denoiser.to(device)
-        student = make_student(backbone, denoiser, config, projection)
-    if change is not None:
-        with costs.phase("distill"):
-            student.start_from(change)
+        learning = scope_modules(backbone, denoiser, config.scope)
+        projections, changes = prompt_maps(config, plan, backbone, denoiser, embeds, learning)
+        del embeds  # the table has those that the denoiser is asked
+        student = make_student(backbone, denoiser, config, projections)
+        student.start_from(changes)
     with costs.phase("evaluate"), student.teacher():
         before = gallery.take(denoiser, "before") if config.eval_seeds else None
 
@@ -105,25 +102,6 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     with new_file(config.output / "result.json") as draft:
         draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
-
-
-def _bounds_and_start(
-    config: EraseConfig, plan: PromptPlan, backbone: Backbone, embeds: PromptEmbeds
-) -> tuple[Tensor | None, Tensor | None]:
-    """For the layers that read the prompt: what to keep off (`nullspace`), and what to start from (`closed_form`)."""
-    row = {text: i for i, text in enumerate(plan.texts)}
-
-    def words(prompts: list[str]) -> Tensor:
-        index = torch.tensor([row[prompt] for prompt in prompts], device=next(iter(embeds.values())).device)
-        return backbone.token_embeddings(pick(embeds, index))
-
-    projection = change = None
-    if config.protected_energy:
-        projection = null_space_projection(words(plan.protected), config.protected_energy)
-    if config.closed_form and config.objective == "esd":
-        pairs = plan.erasing_pairs
-        change = solve(words([p.prompt for p in pairs]), words([p.goal for p in pairs]), words(plan.kept), projection)
-    return projection, change
 
 
 def _objective(rollout: Rollout, draws: torch.Generator) -> Objective:

@@ -18,6 +18,7 @@ from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
 from esd_peft.concepts import PromptPlan
 from esd_peft.config import EraseConfig
+from esd_peft.devices import autocast
 from esd_peft.errors import UserError
 from esd_peft.phases import Costs
 
@@ -44,7 +45,7 @@ def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
     concepts = [[*itertools.islice(numbers, len(erasing))] for erasing in plan.erasing]
     anchors = [row[p.goal] for p in pairs]
     return PairTable(
-        embeds,
+        {name: value[: len(plan.paired_texts)].clone() for name, value in embeds.items()},
         torch.tensor([row[p.prompt] for p in pairs], device=device),
         torch.tensor([row[p.neutral] for p in pairs], device=device),
         torch.tensor(anchors, device=device) if any(p.anchor is not None for p in pairs) else None,
@@ -109,6 +110,17 @@ class Rollout:
     dtype: torch.dtype
     costs: Costs
 
+    @property
+    def num_inference_steps(self) -> int:
+        """The config's, or else what the family takes."""
+        return self.config.num_inference_steps or self.backbone.num_inference_steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """The config's, or else what the family takes."""
+        given = self.config.guidance_scale
+        return self.backbone.guidance_scale if given is None else given
+
     def fill(self, pairs: Tensor, generator: torch.Generator, keep: int | None = None, progress: bool = True) -> Bank:
         """One trajectory for each of `pairs` `[M]` (of `table`).
 
@@ -123,24 +135,23 @@ class Rollout:
             some = torch.randperm(len(erasing), generator=generator)[: round(config.anticipate * len(erasing))]
             anticipating[erasing[some]] = True
         parts = zip(noise.split(size), anticipating.split(size), pairs.split(size), strict=True)
-        with tqdm(total=-(-count // size) * config.num_inference_steps, desc="rollout", disable=not progress) as bar:
+        with tqdm(total=-(-count // size) * self.num_inference_steps, desc="rollout", disable=not progress) as bar:
             return join([self._trajectories(n, a, p, generator, keep, bar) for n, a, p in parts])
 
     @torch.no_grad()
     def _trajectories(
         self, noise: Tensor, anticipating: Tensor, pairs: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm
     ) -> Bank:
-        scheduler = self.backbone.new_scheduler(self.config.num_inference_steps, self.device)
+        scheduler, latents = self.backbone.begin(noise.to(self.device), self.num_inference_steps)
         inside = (scheduler.timesteps >= self.config.min_timestep) & (scheduler.timesteps <= self.config.max_timestep)
         if not inside.any():
             there = ", ".join(str(int(t)) for t in scheduler.timesteps)
             raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
         kept = _choose(len(pairs), inside.cpu(), keep, generator)
-        latents = noise.to(self.device) * scheduler.init_noise_sigma
         anticipating, pairs = anticipating.to(self.device), pairs.to(self.device)
         banks = []
         for i, timestep in enumerate(scheduler.timesteps):
-            inputs = scheduler.scale_model_input(latents, timestep)
+            inputs = self.backbone.scale_input(scheduler, latents, timestep)
             answer = None
             if self.config.rollout == "teacher":
                 with self.teacher():
@@ -165,7 +176,7 @@ class Rollout:
         eta = self.table.etas[pairs].view(column)
         target = (answer[2] if len(answer) == 3 else null) - eta * (concept - null)
         towards = torch.where(anticipating.view(column), target, concept)
-        return null + self.config.guidance_scale * (towards - null)
+        return null + self.guidance_scale * (towards - null)
 
     def _ask_teacher(self, inputs: Tensor, timestep: Tensor, pairs: Tensor) -> Tensor:
         with self.teacher():
@@ -178,7 +189,7 @@ class Rollout:
         if table.anchors is not None and anchored:
             rows.append(table.anchors[pairs])
         repeated = inputs.to(self.dtype).repeat(len(rows), *[1] * (inputs.dim() - 1))
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             embeds = pick(table.embeds, torch.cat(rows))
             prediction = self.backbone.predict(self.denoiser, repeated, timestep.expand(len(repeated)), embeds)
         self.costs.forward_equivalents += len(repeated)

@@ -5,13 +5,20 @@ from importlib.resources import files
 from pathlib import Path
 
 from esd_peft.backbones.backbone import Backbone, PromptEmbeds
+from esd_peft.backbones.flux import Flux
+from esd_peft.backbones.pixart import PixArtSigma
+from esd_peft.backbones.sana import Sana
 from esd_peft.backbones.stable_diffusion import StableDiffusion
+from esd_peft.backbones.stable_diffusion_3 import StableDiffusion3
+from esd_peft.backbones.stable_diffusion_xl import StableDiffusionXL
 from esd_peft.errors import UserError
 
 __all__ = ["EMBEDDED", "Backbone", "PromptEmbeds", "open_backbone"]
 
 EMBEDDED = Path(str(files("esd_peft.shapes") / "pipeline"))
-FAMILIES: tuple[type[Backbone], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Backbone], ...] = (
+    StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana,
+)  # fmt: skip
 
 
 def open_backbone(model: str | None, option: str = "--model") -> Backbone:

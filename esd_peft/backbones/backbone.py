@@ -1,20 +1,26 @@
-"""The interface of a pipeline family."""
+"""The interface of a pipeline family, and what families have in common."""
 
 import functools
 import importlib
 import inspect
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
+from esd_peft.backbones import scopes
 from esd_peft.errors import UserError
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
+ENCODE_BATCH = 32  # prompts at a time
+TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
+MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
 
 class Backbone(ABC):
@@ -30,14 +36,22 @@ class Backbone(ABC):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    parts: ClassVar[tuple[str, ...]]
+    text_parts: ClassVar[tuple[str, ...]]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
     denoiser_part: ClassVar[str]
+    prompt_arguments: ClassVar[dict[str, str]]  # of the pipeline's call, for each of the prompt embeddings
+    guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
+    num_inference_steps: int = 25
 
     def __init__(self, path: Path, index: dict[str, Any], option: str = "--model") -> None:
         self.path, self.index, self.option = path, index, option
-        for part in self.parts:
-            if index.get(part) in (None, [None, None]) or not (path / part).is_dir():
+        for part in (*self.text_parts, self.denoiser_part, "vae", "scheduler"):
+            if not self.has(part) and part not in self.optional_parts:
                 raise UserError(f"{option} {path} lacks its {part}; restore that folder")
+
+    def has(self, part: str) -> bool:
+        """Whether the pipeline comes with that component."""
+        return self.index.get(part) not in (None, [None, None]) and (self.path / part).is_dir()
 
     def load_part(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
@@ -57,6 +71,10 @@ class Backbone(ABC):
         denoiser: ModelMixin = self.load_part(self.denoiser_part, dtype)
         return denoiser.requires_grad_(False).eval()
 
+    def load_config(self, part: str) -> dict[str, Any]:
+        """A component's config, as stored."""
+        return json.loads((self.path / part / "config.json").read_text(encoding="utf-8"))
+
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser's structure on the meta device, without weights."""
         library, name = self.index[self.denoiser_part]
@@ -64,11 +82,68 @@ class Backbone(ABC):
         with torch.device("meta"):
             return family.from_config(family.load_config(self.path, subfolder=self.denoiser_part))
 
-    def new_scheduler(self, num_inference_steps: int, device: torch.device) -> SchedulerMixin:
-        """The pipeline's own scheduler, set to a fresh trajectory of that many steps."""
+    def _assemble(self, parts: tuple[str, ...], dtype: torch.dtype, **given: Any) -> DiffusionPipeline:
+        """The family's diffusers pipeline with some of its parts only."""
+        takes = inspect.signature(self.pipeline_class.__init__).parameters
+        settings = {name: value for name, value in self.index.items() if name in takes and not isinstance(value, list)}
+        if "requires_safety_checker" in takes:
+            settings["requires_safety_checker"] = False
+        absent = {name: None for name in takes if isinstance(self.index.get(name), list)}
+        absent |= {name: None for name in ("safety_checker", "feature_extractor") if name in takes}
+        loaded = {part: self.load_part(part, dtype) for part in parts if self.has(part)}
+        pipe = self.pipeline_class(**settings | absent | loaded | given)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        """Text encoders in, embeddings out, text encoders freed. The null prompt is "".
+
+        Encoders are on a GPU one at a time, and the pipeline itself encodes: padding, masks and layers are its own.
+        """
+        pipe = self._assemble(self.text_parts, dtype)
+        if device.type == "cuda":
+            pipe.enable_model_cpu_offload(device=device)
+        parts = [
+            self.encode_prompts(pipe, prompts[i : i + ENCODE_BATCH], device) for i in range(0, len(prompts), ENCODE_BATCH)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @abstractmethod
+    def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
+        """What `pipe`, which has nothing but tokenizers and text encoders, makes of the prompts; of "" its null prompt."""
+
+    def unseen_words(self, prompt: str) -> list[str]:
+        """Words that the tokenizer has no token for as a whole."""
+        tokenizer = self.load_part("tokenizer")
+        return [word for word in prompt.split() if len(tokenizer.tokenize(word)) != 1]
+
+    def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        """Height and width of the latents the denoiser was made for."""
+        size = denoiser.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
+        """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
+        return torch.randn(count, denoiser.config.in_channels, *self.latent_size(denoiser), generator=generator)
+
+    def begin(self, noise: Tensor, num_inference_steps: int) -> tuple[SchedulerMixin, Tensor]:
+        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents."""
         scheduler = self.load_part("scheduler")
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        return scheduler
+        retrieve_timesteps(
+            scheduler, num_inference_steps, noise.device, **self.schedule(scheduler, noise, num_inference_steps)
+        )
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        return scheduler, noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+    def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
+        """What the pipeline tells its scheduler besides the number of steps."""
+        return {}
+
+    def scale_input(self, scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Latents as the denoiser is fed them. Flow-matching schedulers leave them as they are."""
+        return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
 
     def scheduler_step(
         self, scheduler: SchedulerMixin, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator
@@ -78,47 +153,51 @@ class Backbone(ABC):
         extra = {"generator": generator} if "generator" in takes else {}
         return scheduler.step(prediction, timestep, latents, **extra).prev_sample
 
-    def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write the denoiser's LoRA as the file that this family's `load_lora_weights` reads by default."""
-        part = self.denoiser_part
-        options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
-        self.pipeline_class.save_lora_weights(directory, **options)
-
-    @abstractmethod
-    def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
-        """Text encoders in, embeddings out, text encoders freed. The null prompt is ""."""
-
-    @abstractmethod
-    def unseen_words(self, prompt: str) -> list[str]:
-        """Words that the tokenizer has no token for as a whole."""
-
-    @abstractmethod
-    def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
-        """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
-
     @abstractmethod
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """The denoiser's prediction, in its own parameterisation, for scaled latents `[B, ...]` and timesteps `[B]`."""
 
-    @abstractmethod
     def in_scope(self, scope: str, name: str) -> bool:
         """Whether the denoiser's module or parameter `name` belongs to `scope`."""
+        return scopes.cross_attention(scope, name)
 
-    @abstractmethod
-    def reads_prompt(self, name: str) -> bool:
-        """Whether the denoiser's layer `name` is fed the prompt's token embeddings, as `token_embeddings` gives them."""
+    def prompt_input(self, name: str) -> str | None:
+        """Which of the prompt embeddings the denoiser's layer `name` is fed, and nothing else; none for most layers."""
+        return TOKENS if self.in_scope("esd-x-strict", name) else None
 
-    @abstractmethod
-    def token_embeddings(self, embeds: PromptEmbeds) -> Tensor:
-        """What the layers that read the prompt are fed: `[prompts * tokens, width]`."""
+    def prompt_rows(self, denoiser: ModelMixin, embeds: PromptEmbeds, kind: str) -> Tensor:
+        """The embeddings `kind` as the layers that read them are fed them: `[prompts, tokens, width]`."""
+        value = embeds[kind]
+        return value if value.dim() == 3 else value.unsqueeze(1)
 
-    @abstractmethod
+    def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write the denoiser's LoRA as the file that this family's `load_lora_weights` reads by default, if it has one."""
+        if not hasattr(self.pipeline_class, "save_lora_weights"):
+            return
+        part = self.denoiser_part
+        options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+        self.pipeline_class.save_lora_weights(directory, **options)
+
+    @functools.cached_property
+    def vae_factor(self) -> int:
+        """Pixels a latent, along each side."""
+        return 2 ** (len(self.load_config("vae")["block_out_channels"]) - 1)
+
     def picture_size(self, denoiser: ModelMixin) -> tuple[int, int]:
         """Height and width in pixels of the pictures the denoiser was made for."""
+        (height, width), factor = self.latent_size(denoiser), self.vae_factor
+        return height * factor, width * factor
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_pictures(self, pictures: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Latents of `[N, 3, H, W]` pictures in [0, 1], scaled as the denoiser knows them, fp32 on the CPU."""
+        """Latents of `[N, 3, H, W]` pictures in [0, 1], scaled as a diffusion denoiser knows them, fp32 on the CPU."""
+        vae = self.load_part("vae").to(device)
+        latents = []
+        for part in pictures.split(8):
+            posterior = vae.encode(part.to(device) * 2 - 1).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            latents.append((posterior.mean.cpu() + posterior.std.cpu() * noise) * vae.config.scaling_factor)
+        return torch.cat(latents)
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Loss weights `[B]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v.
@@ -131,14 +210,16 @@ class Backbone(ABC):
 
     @property
     def predicts_noise(self) -> bool:
-        """Whether the denoiser's prediction is ε, and not v."""
-        return bool(self._scheduler.config.prediction_type == "epsilon")
+        """Whether the denoiser's prediction is ε, and not v or a flow."""
+        return self._scheduler.config.get("prediction_type") == "epsilon"
 
     def noise_schedule(self) -> Tensor:
         """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
-        if not hasattr(self._scheduler, "alphas_cumprod"):
-            name = type(self._scheduler).__name__
-            raise UserError(f"--snr-gamma and --objective contrastive need a diffusion noise schedule, which {name} has not")
+        if not hasattr(self._scheduler, "alphas_cumprod") or self._scheduler.config.get("use_flow_sigmas"):
+            raise UserError(
+                "--snr-gamma and --objective contrastive need a diffusion model's noise schedule, "
+                f"which {self.path} with its {type(self._scheduler).__name__} has not; leave them out"
+            )
         return self._scheduler.alphas_cumprod.float()
 
     @functools.cached_property
@@ -146,9 +227,22 @@ class Backbone(ABC):
         """To read from; every trajectory gets a scheduler of its own."""
         return self.load_part("scheduler")
 
-    @abstractmethod
     def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-        """The family's diffusers pipeline around `denoiser`, to make pictures; its other parts in `dtype`."""
+        """The family's diffusers pipeline around `denoiser`, called with `pipeline_arguments`; VAE in `dtype`.
+
+        It has no text encoders: what encodes is freed before the denoiser is loaded, and FLUX's would not fit beside it.
+        """
+        vae = self.load_part("vae", dtype).to(device)
+        if vae.config.get("sample_size", 512) > 256 and hasattr(vae, "enable_slicing"):
+            vae.enable_slicing()  # one picture at a time: at 512² each takes about a gigabyte
+        return self._assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
+
+    def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
+        """What the pipeline is called with for prompts and as many null prompts, to make pictures of the usual kind."""
+        names = self.prompt_arguments
+        prompts = {names[key]: value for key, value in embeds.items()}
+        nulls = {f"negative_{names[key]}": value for key, value in null.items()}
+        return prompts | nulls | {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
 
 
 def pick(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:

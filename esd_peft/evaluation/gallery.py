@@ -10,8 +10,9 @@ from torch import Tensor
 
 from esd_peft.backbones import Backbone
 from esd_peft.config import EraseConfig
+from esd_peft.devices import autocast
 from esd_peft.evaluation import recognition
-from esd_peft.evaluation.pictures import before_after_grid, make_pictures
+from esd_peft.evaluation.pictures import EncodedPrompts, before_after_grid, make_pictures
 from esd_peft.shapes.classifier import load_classifier
 
 Rates = dict[str, dict[str, float]]  # name: before, after: share of pictures
@@ -21,7 +22,7 @@ UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in fro
 
 @dataclass
 class Gallery:
-    """Takes the same pictures of a denoiser each time it is asked.
+    """Takes the same pictures of a denoiser each time it is asked. Prompts are encoded when it is made.
 
     On the embedded pipeline they are of every prompt of the shapes world and are classified; otherwise
     they are of the concepts and a few unrelated prompts.
@@ -35,14 +36,16 @@ class Gallery:
     def __post_init__(self) -> None:
         self.judged, self.concepts = self.config.model is None, self.config.concept_names
         self.prompts = recognition.judged_prompts(self.concepts) if self.judged else [*self.concepts, *UNRELATED]
+        if self.config.eval_seeds:
+            self.encoded = EncodedPrompts(self.backbone, self.prompts, self.device, self.dtype)
 
     def take(self, denoiser: ModelMixin, label: str) -> Tensor:
         """`[prompts, seeds, 3, H, W]` fp32 in [0, 1]."""
         config = self.config
         pipe = self.backbone.pipeline(denoiser, self.device, self.dtype)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             batch_size = SMALL_BATCH if self.judged else config.rollout_batch_size
-            return make_pictures(pipe, self.prompts, config.eval_seeds, batch_size, config.seed, label)
+            return make_pictures(pipe, self.encoded, config.eval_seeds, batch_size, config.seed, label)
 
     def rates(self, before: Tensor, after: Tensor) -> tuple[Rates, Rates]:
         """`{name: {"before": rate, "after": rate}}` of the concepts and of everything else; empty if not judged."""

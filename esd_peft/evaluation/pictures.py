@@ -1,6 +1,7 @@
 """Pictures from a prompt and a seed, and grids of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -8,32 +9,44 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from esd_peft.backbones import Backbone
+from esd_peft.backbones.backbone import pick
 from esd_peft.randomness import generator
 
-PICTURE_STEPS, PICTURE_GUIDANCE = 25, 3.0
 _CAPTION, _GAP = 16, 4  # pixels
+
+
+class EncodedPrompts:
+    """Prompts, encoded once, to be drawn by `backbone.pipeline`, which has no text encoders."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        self.backbone, self.count = backbone, len(prompts)
+        self.embeds = backbone.encode([*prompts, ""], device, dtype)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def arguments(self, numbers: list[int]) -> dict[str, Any]:
+        """What the pipeline is called with for the prompts of these numbers."""
+        rows = torch.tensor(numbers, device=next(iter(self.embeds.values())).device)
+        return self.backbone.pipeline_arguments(pick(self.embeds, rows), pick(self.embeds, torch.full_like(rows, -1)))
 
 
 @torch.no_grad()
 def make_pictures(
-    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: int, batch_size: int, seed: int = 0, label: str = "pictures"
+    pipe: DiffusionPipeline, prompts: EncodedPrompts, seeds: int, batch_size: int, seed: int = 0, label: str = "pictures"
 ) -> Tensor:
     """`seeds` pictures of each prompt, `[prompts, seeds, 3, H, W]` fp32 in [0, 1], on the CPU.
 
     Picture k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
     the same noise.
     """
-    jobs = [(prompt, f"picture/{i}/{k}") for i, prompt in enumerate(prompts) for k in range(seeds)]
+    jobs = [(i, k) for i in range(len(prompts)) for k in range(seeds)]
     made = []
     for start in tqdm(range(0, len(jobs), batch_size), desc=label, leave=False):
         batch = jobs[start : start + batch_size]
-        output = pipe(
-            [prompt for prompt, _ in batch],
-            generator=[generator(seed, name) for _, name in batch],
-            num_inference_steps=PICTURE_STEPS,
-            guidance_scale=PICTURE_GUIDANCE,
-            output_type="pt",
-        )
+        noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
+        output = pipe(**prompts.arguments([i for i, _ in batch]), generator=noise, output_type="pt")
         made.append(output.images.float().cpu())
     return torch.cat(made).unflatten(0, (len(prompts), seeds))
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 from esd_peft.adapters import make_student, scope_modules, scope_parameters
 from esd_peft.backbones import open_backbone
-from esd_peft.config import EraseConfig
+from esd_peft.backbones.scopes import joint_attention
+from esd_peft.config import SCOPES, EraseConfig
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,42 @@ def test_scope_sizes_of_stable_diffusion_1(sd15, scope, millions):
     parameters = dict(sd15.named_parameters())
     names = scope_parameters(open_backbone(None), sd15, scope)
     assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+@pytest.mark.parametrize(("scope", "millions"), [("esd-x", 546), ("esd-x-strict", 341), ("full", 2567)])
+def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            use_linear_projection=True,
+        )
+    parameters = dict(unet.named_parameters())
+    names = scope_parameters(open_backbone(None), unet, scope)
+    assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_scopes_of_joint_attention():
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    names = [name for name, module in flux.named_modules() if isinstance(module, torch.nn.Linear)]
+    chosen = {scope: {n for n in names if joint_attention(scope, n)} for scope in SCOPES}
+    assert chosen["esd-x-strict"] == {"context_embedder", "time_text_embed.text_embedder.linear_1"}
+    block = "transformer_blocks.1.attn."
+    assert chosen["esd-x"] - chosen["esd-x-strict"] >= {
+        block + n for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    }
+    assert {block + "to_k", "single_transformer_blocks.0.attn.to_v"} < chosen["selfattn"] < chosen["esd-u"]
+    assert chosen["esd-x"] | chosen["esd-u"] == chosen["full"] == set(names)
+    assert not chosen["esd-x"] & chosen["esd-u"]
 
 
 def test_scopes_select_what_they_say(sd15):
@@ -45,7 +82,9 @@ def test_a_student_is_its_own_teacher(small_sd, adapter):
         return backbone.predict(denoiser, latents, torch.tensor([300]), embeds)
 
     base = predict()
-    student = make_student(backbone, denoiser, EraseConfig(concept="x", adapter=adapter, rank=2))
+    student = make_student(
+        backbone, denoiser, EraseConfig(concept="x", adapter=adapter, rank=None if adapter == "none" else 2)
+    )
     assert torch.equal(predict(), base), "an untrained adapter changes nothing"
     assert all(p.dtype == torch.float32 and p.requires_grad for p in student.parameters)
     with torch.no_grad():

@@ -56,6 +56,7 @@ def test_concepts_the_embedded_pipeline_does_not_know(tmp_path, concept, says):
         ),
         ({"concept": "the"}, "--concept 'the'"),
         ({"min_timestep": 990, "num_inference_steps": 4}, "--min-timestep"),
+        ({"adapter": "none"}, "--rank and --alpha"),
         ({"trajectories": 1, "concept": ["circle", "red"]}, "--trajectories"),
         ({"until": 0.0, "map_to": "square"}, "--until"),
     ],
@@ -75,8 +76,8 @@ def test_models_that_are_not_there_or_of_another_family(broken, tmp_path):
     refused_erase("no model_index.json", tmp_path / "out", model=str(tmp_path / "nothing"))
     index = broken / "model_index.json"
     values = json.loads(index.read_text())
-    index.write_text(json.dumps(values | {"_class_name": "FluxPipeline"}))
-    refused_erase("is a FluxPipeline", tmp_path / "out", model=str(broken))
+    index.write_text(json.dumps(values | {"_class_name": "KandinskyPipeline"}))
+    refused_erase("is a KandinskyPipeline", tmp_path / "out", model=str(broken))
     index.write_text("{")
     refused_erase("damaged", tmp_path / "out", model=str(broken))
 

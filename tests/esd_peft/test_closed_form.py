@@ -46,9 +46,11 @@ def test_factors_are_the_best_of_their_rank(rank):
     assert up.norm() == pytest.approx(down.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 4.0}, {"adapter": "none"}, {"quantize": "nf4"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 4.0}, {"adapter": "none"}, {"quantize": "nf4"}, {"quantize": "int8"}], ids=str
+)
 def test_students_start_from_it_and_teachers_do_not(small_sd, options):
-    config = EraseConfig(concept="x", scope="esd-x", rank=WIDTH, **options)
+    config = EraseConfig(concept="x", scope="esd-x", rank=None if "adapter" in options else WIDTH, **options)
     backbone = open_backbone(str(small_sd))
     denoiser = backbone.load_denoiser(torch.float32)
     if config.quantize != "none":
@@ -60,7 +62,7 @@ def test_students_start_from_it_and_teachers_do_not(small_sd, options):
     x, change = draw(3, WIDTH), 0.1 * draw(WIDTH, WIDTH, seed=1)
     with torch.no_grad():
         before, expected = layer(x), layer(x + x @ change.T)
-        student.start_from(change)
+        student.start_from({"encoder_hidden_states": change})
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-3)
         with student.teacher():
             torch.testing.assert_close(layer(x), before, atol=1e-6, rtol=1e-5)

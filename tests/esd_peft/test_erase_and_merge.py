@@ -105,7 +105,7 @@ def test_merged_pipeline_makes_the_pictures_of_base_plus_adapter(erased, small_s
         {"scope": "esd-x-strict", "adapter": "loha"},
         {"scope": "full", "adapter": "lokr"},
         {"scope": "selfattn", "rollout": "student", "refill_every": 2, "optimizer": "AdamW8bit"},
-        {"scope": "esd-u", "adapter": "none", "learning_rate": 1e-3, "optimizer": "PagedAdamW8bit"},
+        {"scope": "esd-u", "adapter": "none", "rank": None, "learning_rate": 1e-3, "optimizer": "PagedAdamW8bit"},
         {"scope": "esd-u", "gradient_checkpointing": True, "dtype": "bfloat16", "lr_scheduler": "cosine"},
         {"scope": "esd-x", "quantize": "nf4"},
         {"scope": "esd-x", "quantize": "int8"},
@@ -124,7 +124,14 @@ def test_every_kind_of_student_trains_saves_and_merges(small_sd, tmp_path, optio
 @pytest.mark.parametrize("driver", ["student", "teacher"])
 def test_a_bank_of_one_tuple_costs_what_the_paper_costs(small_sd, tmp_path, driver):
     """R = 1 and batch 1: a trajectory to a random step, one teacher pair there, one training step."""
-    options = {"rollout": driver, "refill_every": 1, "train_batch_size": 1, "max_train_steps": 6, "adapter": "none"}
+    options = {
+        "rollout": driver,
+        "refill_every": 1,
+        "train_batch_size": 1,
+        "max_train_steps": 6,
+        "adapter": "none",
+        "rank": None,
+    }
     result = run(small_sd, tmp_path / "erased", **options, hold=0, learning_rate=1e-4)
     assert result["training_tuples"] == 6
     assert 6 * (2 + 3) <= result["forward_equivalents"] <= 6 * (2 * 4 + 3)
@@ -182,7 +189,7 @@ def test_several_adapters_add_up(erased, small_sd, tmp_path):
 
 
 def test_whole_weights_do_not_add_up(erased, small_sd, tmp_path):
-    run(small_sd, tmp_path / "weights", adapter="none")
+    run(small_sd, tmp_path / "weights", adapter="none", rank=None)
     with pytest.raises(UserError, match="merge it first"):
         merge_adapter(MergeConfig(adapter=[erased[0], tmp_path / "weights"], output=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()

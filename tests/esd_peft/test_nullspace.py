@@ -40,8 +40,8 @@ def test_protected_prompts_get_the_same_prediction_after_any_training(small_sd, 
 
     before = predict(protected), predict(other)
     projection = null_space_projection(protected.flatten(0, 1), 0.999999)
-    config = EraseConfig(concept="x", adapter=adapter, rank=2, scope="esd-x-strict")
-    student = make_student(backbone, denoiser, config, projection)
+    config = EraseConfig(concept="x", adapter=adapter, scope="esd-x-strict")
+    student = make_student(backbone, denoiser, config, {"encoder_hidden_states": projection})
     with torch.no_grad():
         for p in student.parameters:
             p += 0.3 * torch.randn(p.shape, generator=generator)

@@ -63,7 +63,7 @@ def test_trajectories_are_those_of_the_diffusers_pipeline(model):
 def test_steps_and_target_against_the_formula(model, anticipate, scale):
     """DDIM with η = 0, and eq. 6 of the paper in ε, whatever the model predicts and wherever the trajectory goes."""
     ours = rollout(model, anticipate=anticipate)
-    v_prediction = ours.backbone.new_scheduler(STEPS, CPU).config.prediction_type == "v_prediction"
+    v_prediction = ours.backbone.load_part("scheduler").config.prediction_type == "v_prediction"
     bank = ours.fill(torch.tensor([0]), noise(), progress=False)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)
@@ -153,7 +153,7 @@ def test_weights_of_concepts_and_timesteps(model):
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)[bank.timesteps]
     snr = alphas / (1 - alphas)
-    v_prediction = ours.backbone.new_scheduler(STEPS, CPU).config.prediction_type == "v_prediction"
+    v_prediction = ours.backbone.load_part("scheduler").config.prediction_type == "v_prediction"
     weight = 3 * snr.clamp(max=5) / (snr + 1 if v_prediction else snr)
     null, concept = bank.teacher.double()
     expected = (weight * (null - (null - ETA * (concept - null))).square().flatten(1).mean(1)).mean()

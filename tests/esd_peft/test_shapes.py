@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from esd_peft.backbones import EMBEDDED, open_backbone
 from esd_peft.evaluation import recognition
-from esd_peft.evaluation.pictures import make_pictures
+from esd_peft.randomness import generator
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import load_classifier
 
@@ -36,7 +36,10 @@ def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
     pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts = world.full_prompts()[::3]
-    names = load_classifier().name(make_pictures(pipe, prompts, 1, batch_size=48).flatten(0, 1))
+    pictures = pipe(
+        prompts, num_inference_steps=25, guidance_scale=3.0, generator=generator(0, "plain"), output_type="pt"
+    ).images
+    names = load_classifier().name(pictures)
     for kind in world.ATTRIBUTES:
         right = [name[kind] == world.attributes_in(p)[kind] for name, p in zip(names, prompts, strict=True)]
         assert sum(right) / len(right) >= 0.9, kind

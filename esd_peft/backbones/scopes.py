@@ -1,0 +1,28 @@
+"""What a scope selects, by the names that diffusers gives the layers of a denoiser."""
+
+
+def cross_attention(scope: str, name: str) -> bool:
+    """For denoisers with cross-attention layers (`attn2`; `attn1` is self-attention). These are the paper's scopes."""
+    parts = name.split(".")
+    if scope == "esd-x-strict":
+        return "attn2" in parts and ("to_k" in parts or "to_v" in parts)
+    return {"esd-x": "attn2" in parts, "esd-u": "attn2" not in parts, "selfattn": "attn1" in parts, "full": True}[scope]
+
+
+_TEXT_PROJECTIONS = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+
+
+def joint_attention(scope: str, name: str) -> bool:
+    """For denoisers in which text and image attend to each other and to themselves in the same layers (MMDiT).
+
+    - `esd-x-strict`: the layers that see nothing but the prompt, through which it comes in: `context_embedder` (token
+      embeddings) and `text_embedder.linear_1` (pooled embedding). Keys and values of the text see the noise level
+      and, from the second layer on, the image too. UCE edits the same two layers of FLUX.
+    - `esd-x`: these, and the text's own projections in attention.
+    - `esd-u`: all else. `selfattn`: the image's projections in attention (in FLUX's single layers: those of both).
+    """
+    parts = set(name.split("."))
+    entrance = "context_embedder" in parts or {"text_embedder", "linear_1"} <= parts
+    text = entrance or bool(parts & _TEXT_PROJECTIONS)
+    attends = bool(parts & {"attn", "attn2"}) and not text
+    return {"esd-x-strict": entrance, "esd-x": text, "esd-u": not text, "selfattn": attends, "full": True}[scope]

@@ -1,0 +1,47 @@
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the picture's size as a condition."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionXLPipeline
+from torch import Tensor
+
+from esd_peft.backbones.backbone import TOKENS, PromptEmbeds
+from esd_peft.backbones.stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Scopes are those of the paper. The pooled embedding, which `add_embedding` reads together with the size, is in none
+    but `esd-u` and `full`, as in the authors' script.
+
+    The null prompt is what the pipeline guides by where no negative prompt is named: zeros, if the pipeline's
+    `force_zeros_for_empty_prompt` says so (SDXL base does), and not the embedding of "". Size conditions are the pipeline's
+    defaults: the denoiser's own size, not cropped.
+
+    SDXL-Turbo is known by its scheduler, and gets the 4 steps without guidance it was made for. Of other few-step models
+    (Lightning, Hyper, LCM) the files say nothing: give --num-inference-steps and --guidance-scale 1.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
+    text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+    prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        scheduler = self._scheduler
+        if "Ancestral" in type(scheduler).__name__ and scheduler.config.get("timestep_spacing") == "trailing":
+            self.guidance_scale, self.num_inference_steps = 1.0, 4
+
+    def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
+        """`encoder_hidden_states` `[prompts, 77, 2048]` and `text_embeds` `[prompts, 1280]`."""
+        tokens, _, pooled, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:
+            null = torch.tensor([not prompt for prompt in prompts], device=device)
+            tokens, pooled = tokens.masked_fill(null[:, None, None], 0), pooled.masked_fill(null[:, None], 0)
+        return {TOKENS: tokens, "text_embeds": pooled}
+
+    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        height, width = (side * self.vae_factor for side in latents.shape[-2:])
+        sizes = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
+        added = {"text_embeds": embeds["text_embeds"], "time_ids": sizes}
+        return denoiser(latents, timesteps, embeds[TOKENS], added_cond_kwargs=added).sample

@@ -1,0 +1,248 @@
+"""Small random pipelines of the transformer families and SDXL, from their real classes."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from esd_peft.shapes.train import CONTEXT, make_tokenizer
+
+WORDS = ["a", "an", "picture", "of", "circle", "red", "square", "shape", "style", "the", "in", "photo", "with", "and"]
+
+
+def clip(width: int, projects: bool = False, **more):
+    tokenizer = make_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=width,
+        **more,
+    )
+    return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+
+
+def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS), ("▁", -2.0)]
+    tokenizer = T5Tokenizer(vocab=vocab + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return tokenizer, T5EncoderModel(config)
+
+
+def vae(channels: int, levels: int = 2, **more) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8,) * (levels - 1) + (16,),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=channels,
+        norm_num_groups=8,
+        sample_size=32,
+        **more,
+    )
+
+
+def sdxl(scheduler: type = EulerDiscreteScheduler, **options) -> StableDiffusionXLPipeline:
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=40,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+    )
+    euler = scheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        **options,
+    )
+    tokens = {"tokenizer": make_tokenizer(), "tokenizer_2": make_tokenizer()}
+    texts = {"text_encoder": clip(16), "text_encoder_2": clip(24, projects=True)}
+    return StableDiffusionXLPipeline(vae=vae(4), unet=unet, scheduler=euler, add_watermarker=False, **tokens, **texts)
+
+
+def sd3(with_t5: bool = True, **scheduler) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=40,
+        out_channels=4,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    tokenizer, encoder = t5(48) if with_t5 else (None, None)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **scheduler),
+        vae=vae(4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(16, projects=True),
+        tokenizer=make_tokenizer(),
+        text_encoder_2=clip(24, projects=True),
+        tokenizer_2=make_tokenizer(),
+        text_encoder_3=encoder,
+        tokenizer_3=tokenizer,
+    )
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        pooled_projection_dim=24,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 8),
+    )
+    tokenizer, encoder = t5(48)
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=vae(4, levels=4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(24),
+        tokenizer=make_tokenizer(),
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+    )
+
+
+def pixart() -> PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=32,
+        sample_size=32,
+        patch_size=2,
+        caption_channels=48,
+        use_additional_conditions=False,
+    )
+    tokenizer, encoder = t5(48)
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++")
+    return PixArtSigmaPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae(4, levels=4), transformer=transformer, scheduler=scheduler
+    )
+
+
+def sana() -> SanaPipeline:
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=24,
+        sample_size=16,
+    )
+    coder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 6,
+        decoder_block_types=("ResBlock",) * 6,
+        encoder_block_out_channels=(8,) * 6,
+        decoder_block_out_channels=(8,) * 6,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        scaling_factor=0.41407,
+    )
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"▁{word}" for word in WORDS)]
+    tokenizer = GemmaTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
+    )
+    return SanaPipeline(
+        tokenizer=tokenizer, text_encoder=Gemma2Model(config), vae=coder, transformer=transformer, scheduler=scheduler
+    )
+
+
+MAKERS = {
+    "sdxl": sdxl,
+    "sdxl turbo": lambda: sdxl(EulerAncestralDiscreteScheduler, timestep_spacing="trailing"),
+    "sd3": sd3,
+    "sd3 without T5": lambda: sd3(with_t5=False),
+    "sd3, dynamic shift": lambda: sd3(use_dynamic_shifting=True),
+    "flux dev": flux,
+    "flux schnell": lambda: flux(guidance_embeds=False),
+    "pixart": pixart,
+    "sana": sana,
+}
+
+
+def save_family(name: str, path: Path) -> Path:
+    """The pipeline directory of a family, in fp32, with random weights (biases and gates too, or much would be zero)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = MAKERS[name]()
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        with torch.no_grad():
+            for parameter in denoiser.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape)
+    pipe.save_pretrained(path)
+    return path
