@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from esd_peft.command_line import CommandConfig
+from esd_peft.units import parse_bytes
 
 Scope = Literal["esd-x", "esd-x-strict", "esd-u", "selfattn", "full"]
 Adapter = Literal["lora", "loha", "lokr", "none"]
@@ -149,6 +150,8 @@ class EraseConfig(CommandConfig):
     where not all that learns is a LoRA under --null-space (contrastive: 10 epochs)."""
     train_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples a step; left out: 8, or 32 with --objective contrastive."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Samples of a step that are on the device at a time; left out: all, or as many as --memory-budget allows."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; left out: 0.01 where all that learns is a LoRA under --null-space, otherwise 0.001; 0.0001
     with --objective contrastive."""
@@ -169,6 +172,11 @@ class EraseConfig(CommandConfig):
     """What the denoiser computes in; auto: bfloat16 on a GPU, float32 on a CPU. Adapters always stay in float32."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Hold the frozen base's linear layers in 4 or 8 bits (bitsandbytes)."""
+    memory_budget: str = "auto"
+    """Device memory to stay within, 12GiB for example: batches are split, activations recomputed and the base quantized as
+    far as that takes. auto: what the GPU has free; no bound on a CPU."""
+    plan: bool = False
+    """Say what the run would take, memory by phase, forwards and the bank's size, without loading weights, and stop."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and config give the same adapter."""
 
@@ -181,6 +189,13 @@ class EraseConfig(CommandConfig):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict | Concept) else value
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _some_bytes(cls, value: str) -> str:
+        if value != "auto":
+            parse_bytes(value)
+        return value
 
     @field_validator("preserve", "erase_from", "map_to")
     @classmethod
@@ -252,6 +267,12 @@ class EraseConfig(CommandConfig):
     def bank_trajectories(self) -> int:
         """How many erasing trajectories fill the bank."""
         return self.trajectories or (4 + 4 * len(self.concept)) * (1 if self.easy else 3)
+
+    @property
+    def guided_steps(self) -> int:
+        """Optimizer steps with --objective esd: 40, and 20 more for each concept after the first; more at the slower
+        learning rate, and to tell apart what is to go from what shares its words."""
+        return (20 + 20 * len(self.concept)) * (1 if self.easy else 8)
 
     @property
     def steps_per_bank(self) -> int | None:

@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 
 
@@ -37,6 +38,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Within it, matrix products and convolutions compute in `dtype`; fp32 leaves everything as it is."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision where the weights themselves learn, in fp32, and the denoiser is to compute in `dtype`.
+
+    Under an adapter the denoiser is in `dtype` as a whole, normalisation included, as plain diffusers runs it; the adapter
+    in it is in fp32 and casts by itself.
+    """
+    return torch.autocast(device.type, dtype, enabled=config.adapter == "none" and dtype != torch.float32)

@@ -6,11 +6,10 @@ import warnings
 import bitsandbytes
 import torch
 from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from esd_peft.adapters import Student
-from esd_peft.devices import autocast
 from esd_peft.errors import UserError
 from esd_peft.objectives import Objective
 from esd_peft.probe import EVERY, Probe
@@ -57,16 +56,19 @@ def distill(
     with tqdm(total=steps, desc="distill") as bar:
         for step in range(1, steps + 1):
             batch = next(supply)
-            with autocast(device, dtype):
-                inputs = batch.inputs.to(dtype)
-                prediction = rollout.backbone.predict(student.denoiser, inputs, batch.timesteps, batch.embeds)
-            loss = objective.loss(prediction, batch)
-            _update(loss, student.parameters, optimizer, scaler, config.max_grad_norm)
+            for part in batch.split(config.micro_batch_size or len(batch)):
+                with rollout.autocast():
+                    inputs = part.inputs.to(dtype)
+                    prediction = rollout.backbone.predict(student.denoiser, inputs, part.timesteps, part.embeds)
+                loss = objective.loss(prediction, part) * (len(part) / len(batch))
+                scaler.scale(loss).backward()
+                running = running + loss.detach()
+            _update(student.parameters, optimizer, scaler, config.max_grad_norm)
             student.project()
             schedule.step()
             costs.forward_equivalents += passes * len(batch)
             costs.training_tuples += batch.erasing
-            running, since = running + loss.detach(), since + 1
+            since += 1
             bar.update()
             enough = probe is not None and step % EVERY == 0 and probe.enough(step)
             if step % LOSS_EVERY == 0 or step == steps or enough:
@@ -84,17 +86,15 @@ def distill(
 
 
 def _update(
-    loss: Tensor,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
 ) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # a skipped fp16 step is no mistake
         scaler.step(optimizer)
     scaler.update()
+    optimizer.zero_grad(set_to_none=True)

@@ -22,9 +22,10 @@ from esd_peft.evaluation.table import result_table
 from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.outputs import check_output, new_directory, new_file
 from esd_peft.phases import Costs
+from esd_peft.plan import make_plan, plan_table, within_budget
 from esd_peft.probe import Probe
 from esd_peft.prompt_maps import prompt_maps
-from esd_peft.quantize import quantize_linears
+from esd_peft.quantize import load_quantized
 from esd_peft.randomness import generator
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import check_tracker, tracker
@@ -43,6 +44,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     backbone = open_backbone(config.model)
+    if device.type == "cuda" or config.memory_budget != "auto":
+        config = within_budget(config, backbone)
     if config.model is None:
         _check_concepts(backbone, config)
     plan = plan_prompts(config)
@@ -57,10 +60,10 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         gallery = Gallery(backbone, config, device, dtype)
     with costs.phase("load"):
         # the weights themselves learn in fp32; under an adapter they are only read
-        denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
-        if config.quantize != "none":
-            quantize_linears(denoiser, config.quantize, dtype)
-        denoiser.to(device)
+        if config.quantize == "none":
+            denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype).to(device)
+        else:
+            denoiser = load_quantized(backbone, config.quantize, dtype, device)
         learning = scope_modules(backbone, denoiser, config.scope)
         projections, changes = prompt_maps(config, plan, backbone, denoiser, embeds, learning)
         del embeds  # the table has those that the denoiser is asked
@@ -142,6 +145,9 @@ def _check_words(backbone: Backbone, option: str, text: str) -> None:
 def main() -> None:
     """The command line."""
     config = parse(EraseConfig, "erase")
+    if config.plan:
+        print(plan_table(make_plan(config, open_backbone(config.model))))
+        return
     result = erase(config)
     print(result_table(result))
     merge = f"python -m esd_peft.merge_adapter --adapter {config.output} --output MERGED"

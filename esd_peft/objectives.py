@@ -18,6 +18,7 @@ from torch import Tensor
 from esd_kernels import guided_mse
 from esd_peft.backbones import PromptEmbeds
 from esd_peft.backbones.backbone import pick
+from esd_peft.config import EraseConfig
 from esd_peft.rollout import Bank, PairTable, Rollout
 
 
@@ -36,6 +37,21 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """The same samples, up to `size` at a time."""
+        sides = self.teacher.unflatten(0, (2, -1))
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Batch(
+                self.inputs[part],
+                self.timesteps[part],
+                {name: value[part] for name, value in self.embeds.items()},
+                sides[:, part].flatten(0, 1),
+                self.eta[part],
+                self.weight[part],
+                None if self.anchor is None else self.anchor[part],
+            )
 
 
 class Objective(ABC):
@@ -92,23 +108,15 @@ class GuidedTarget(Objective):
 
     @property
     def steps(self) -> int:
-        """40, and 20 more for each concept after the first; more at the slower learning rate, and to tell apart what
-        is to go from what shares its words."""
-        config = self.rollout.config
-        return (20 + 20 * len(config.concept)) * (1 if config.easy else 8)
+        """The config's."""
+        return self.rollout.config.guided_steps
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         config, table = self.rollout.config, self.rollout.table
-        share = config.held_share
-        held = max(int(share * self.batch_size), min(1, self.batch_size - 1)) if share else 0
+        held = held_samples(config, self.batch_size)
         erasing = self.batch_size - held
-        steps, trajectories, keep = config.steps_per_bank, config.bank_trajectories, None
-        if steps is not None:
-            trajectories = min(trajectories, erasing * steps)
-            keep = math.ceil(erasing * steps / trajectories)
-        preserving = config.preserve_trajectories or len(table.prompts) - table.erasing
-        if steps is not None:
-            preserving = min(preserving, math.ceil(held * steps / 2))
+        steps = config.steps_per_bank
+        trajectories, preserving, keep = bank_shape(config, erasing, held, len(table.prompts) - table.erasing)
         erase, preserve = self._erase_in_turn(generator), self._preserve_in_turn()
         sides = itertools.cycle([False, True])
         while True:
@@ -145,6 +153,26 @@ class GuidedTarget(Objective):
 
     def _preserve_in_turn(self) -> Iterator[int]:
         return itertools.cycle(range(self.rollout.table.erasing, len(self.rollout.table.prompts)))
+
+
+def held_samples(config: EraseConfig, batch_size: int) -> int:
+    """How many of a batch hold the student to the teacher."""
+    share = config.held_share
+    return max(int(share * batch_size), min(1, batch_size - 1)) if share else 0
+
+
+def bank_shape(config: EraseConfig, erasing: int, held: int, preserved: int) -> tuple[int, int, int | None]:
+    """Trajectories in the bank that erase and that preserve, and steps kept of each (none: all).
+
+    For batches of `erasing` + `held` samples and that many `preserved` prompts. A bank that is refilled holds no more than
+    is used up until then.
+    """
+    steps, trajectories = config.steps_per_bank, config.bank_trajectories
+    preserving = (config.preserve_trajectories or preserved) if held else 0
+    if steps is None:
+        return trajectories, preserving, None
+    trajectories = min(trajectories, erasing * steps)
+    return trajectories, min(preserving, math.ceil(held * steps / 2)), math.ceil(erasing * steps / trajectories)
 
 
 def ask(tuples: Bank, table: PairTable, erasing: int, neutral: list[bool]) -> Batch:

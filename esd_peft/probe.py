@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from esd_peft.backbones.backbone import pick
-from esd_peft.devices import autocast
 from esd_peft.rollout import Bank, Rollout
 
 EVERY = 5  # optimizer steps between measurements
@@ -40,7 +39,7 @@ class Probe:
     def measure(self, step: int) -> float:
         """The fraction now; also added to the curve."""
         rollout, bank = self.rollout, self.bank
-        with autocast(rollout.device, rollout.dtype):
+        with rollout.autocast():
             embeds = pick(rollout.table.embeds, rollout.table.prompts[bank.pairs])
             seen = rollout.backbone.predict(rollout.denoiser, bank.inputs.to(rollout.dtype), bank.timesteps, embeds)
         rollout.costs.forward_equivalents += len(bank)

@@ -1,24 +1,49 @@
 """The frozen base in 4 or 8 bits, through bitsandbytes' layers.
 
-diffusers' own loader refuses to quantize without a GPU; bitsandbytes itself does not, so its layers are put in here.
+diffusers' own loader refuses to quantize without a GPU; bitsandbytes itself does not, so its layers are put in here. Weights
+are read and quantized one at a time: a base never lies in host memory as a whole.
 """
 
 import bitsandbytes as bnb
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
+
+from esd_peft.backbones import Backbone
+from esd_peft.errors import UserError
+from esd_peft.weights import component_files, open_tensors
 
 
-def quantize_linears(denoiser: ModelMixin, how: str, dtype: torch.dtype) -> None:
-    """Replace every `nn.Linear` in place by bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`) layer.
+def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
+    """The frozen denoiser on `device`, each `nn.Linear` as bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`) layer.
 
-    The weights are quantized when the module is next moved to a device. `dtype` is what they compute in.
+    Whatever is not a linear layer's weight is in `dtype`, which is also what the layers compute in. Raises `UserError` if
+    the files do not hold all of the denoiser.
     """
-    for name, module in [(n, m) for n, m in denoiser.named_modules() if type(m) is nn.Linear]:
-        parent, _, child = name.rpartition(".")
-        setattr(denoiser.get_submodule(parent), child, _quantized(module, how, dtype))
+    denoiser = backbone.empty_part(backbone.denoiser_part, buffers=True)
+    for path in component_files(backbone.path / backbone.denoiser_part):
+        tensors = open_tensors(path)
+        with path.open("rb") as file:
+            for name in tensors.entries:
+                _place(denoiser, name, tensors.read(file, name), how, dtype, device)
+    if missing := [name for name, parameter in denoiser.named_parameters() if parameter.is_meta]:
+        raise UserError(f"{backbone.option} {backbone.path} lacks weights, {missing[0]} first; restore its files")
     # peft picks its layers by these marks, which transformers and diffusers set too
     setattr(denoiser, "is_loaded_in_4bit" if how == "nf4" else "is_loaded_in_8bit", True)
+    return denoiser.to(device).requires_grad_(False)  # its new layers in train mode: else bitsandbytes repacks them on a CPU
+
+
+def _place(denoiser: ModelMixin, name: str, value: Tensor, how: str, dtype: torch.dtype, device: torch.device) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = denoiser.get_submodule(parent)
+    if type(module) is nn.Linear and leaf == "weight":
+        module.weight = nn.Parameter(value, requires_grad=False)
+        above, _, child = parent.rpartition(".")
+        setattr(denoiser.get_submodule(above), child, _quantized(module, how, dtype).to(device))
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value.to(device)
+    else:
+        setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
 
 
 def _quantized(linear: nn.Linear, how: str, dtype: torch.dtype) -> nn.Module:

@@ -121,6 +121,10 @@ class Rollout:
         given = self.config.guidance_scale
         return self.backbone.guidance_scale if given is None else given
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """For each run of the denoiser."""
+        return autocast(self.config, self.device, self.dtype)
+
     def fill(self, pairs: Tensor, generator: torch.Generator, keep: int | None = None, progress: bool = True) -> Bank:
         """One trajectory for each of `pairs` `[M]` (of `table`).
 
@@ -189,7 +193,7 @@ class Rollout:
         if table.anchors is not None and anchored:
             rows.append(table.anchors[pairs])
         repeated = inputs.to(self.dtype).repeat(len(rows), *[1] * (inputs.dim() - 1))
-        with autocast(self.device, self.dtype):
+        with self.autocast():
             embeds = pick(table.embeds, torch.cat(rows))
             prediction = self.backbone.predict(self.denoiser, repeated, timestep.expand(len(repeated)), embeds)
         self.costs.forward_equivalents += len(repeated)

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from torch import Tensor
+from torch import Tensor, nn
 
 from esd_peft.backbones import scopes
 from esd_peft.errors import UserError
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
-ENCODE_BATCH = 32  # prompts at a time
+ENCODE_BATCH = 16  # prompts at a time
+TOGETHER = 10 * 2**30  # bytes up to which text encoders are on the device at once: a 12 GB card holds that and their work
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
@@ -77,20 +79,32 @@ class Backbone(ABC):
 
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser's structure on the meta device, without weights."""
-        library, name = self.index[self.denoiser_part]
-        family = getattr(importlib.import_module(library), name)
-        with torch.device("meta"):
-            return family.from_config(family.load_config(self.path, subfolder=self.denoiser_part))
+        return self.empty_part(self.denoiser_part)
 
-    def _assemble(self, parts: tuple[str, ...], dtype: torch.dtype, **given: Any) -> DiffusionPipeline:
-        """The family's diffusers pipeline with some of its parts only."""
+    def empty_part(self, part: str, dtype: torch.dtype = torch.float32, buffers: bool = False) -> Any:
+        """A component's structure on the meta device, without weights; buffers may be real, as no file has all of them."""
+        library, name = self.index[part]
+        family = getattr(importlib.import_module(library), name)
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+            if issubclass(family, ModelMixin):
+                made = family.from_config(family.load_config(self.path, subfolder=part))
+            else:
+                made = family(family.config_class.from_pretrained(self.path, subfolder=part))
+        return made.to(dtype).requires_grad_(False).eval()
+
+    def assemble(self, parts: tuple[str, ...], dtype: torch.dtype, empty: bool = False, **given: Any) -> DiffusionPipeline:
+        """The family's diffusers pipeline with some of its parts only; `empty` ones have no weights."""
+
+        def load(part: str, dtype: torch.dtype) -> Any:
+            return self.empty_part(part, dtype) if empty and "tokenizer" not in part else self.load_part(part, dtype)
+
         takes = inspect.signature(self.pipeline_class.__init__).parameters
         settings = {name: value for name, value in self.index.items() if name in takes and not isinstance(value, list)}
         if "requires_safety_checker" in takes:
             settings["requires_safety_checker"] = False
         absent = {name: None for name in takes if isinstance(self.index.get(name), list)}
         absent |= {name: None for name in ("safety_checker", "feature_extractor") if name in takes}
-        loaded = {part: self.load_part(part, dtype) for part in parts if self.has(part)}
+        loaded = {part: load(part, dtype) for part in parts if self.has(part)}
         pipe = self.pipeline_class(**settings | absent | loaded | given)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -99,15 +113,18 @@ class Backbone(ABC):
     def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         """Text encoders in, embeddings out, text encoders freed. The null prompt is "".
 
-        Encoders are on a GPU one at a time, and the pipeline itself encodes: padding, masks and layers are its own.
+        Encoders too large to be together are on a GPU in turns. The pipeline itself encodes: padding, masks and layers are
+        its own.
         """
-        pipe = self._assemble(self.text_parts, dtype)
-        if device.type == "cuda":
+        pipe = self.assemble(self.text_parts, dtype)
+        if device.type == "cuda" and encoder_bytes(pipe)[1] > TOGETHER:
             pipe.enable_model_cpu_offload(device=device)
-        parts = [
-            self.encode_prompts(pipe, prompts[i : i + ENCODE_BATCH], device) for i in range(0, len(prompts), ENCODE_BATCH)
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        else:
+            pipe.to(device)
+        batches = (prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH))
+        parts = [{k: v.cpu() for k, v in self.encode_prompts(pipe, batch, device).items()} for batch in batches]
+        del pipe
+        return {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
 
     @abstractmethod
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
@@ -183,6 +200,10 @@ class Backbone(ABC):
         """Pixels a latent, along each side."""
         return 2 ** (len(self.load_config("vae")["block_out_channels"]) - 1)
 
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents in the VAE's layout `[B, channels, height, width]`."""
+        return latents
+
     def picture_size(self, denoiser: ModelMixin) -> tuple[int, int]:
         """Height and width in pixels of the pictures the denoiser was made for."""
         (height, width), factor = self.latent_size(denoiser), self.vae_factor
@@ -235,14 +256,29 @@ class Backbone(ABC):
         vae = self.load_part("vae", dtype).to(device)
         if vae.config.get("sample_size", 512) > 256 and hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # one picture at a time: at 512² each takes about a gigabyte
-        return self._assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
+        return self.assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
         """What the pipeline is called with for prompts and as many null prompts, to make pictures of the usual kind."""
         names = self.prompt_arguments
         prompts = {names[key]: value for key, value in embeds.items()}
         nulls = {f"negative_{names[key]}": value for key, value in null.items()}
-        return prompts | nulls | {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        settings = {
+            "negative_prompt": None,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return prompts | nulls | settings
+
+
+def encoder_bytes(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Of the largest text encoder, and of all of them."""
+    sizes = [
+        sum(p.numel() * p.element_size() for p in part.parameters())
+        for part in pipe.components.values()
+        if isinstance(part, nn.Module)
+    ]
+    return max(sizes), sum(sizes)
 
 
 def pick(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:

@@ -12,6 +12,7 @@ from torch import Tensor
 from esd_peft.backbones.backbone import TOKENS, PromptEmbeds
 from esd_peft.backbones.joint_attention import POOLED, JointAttention, shift_of
 
+LATENT_SIZE = 128, 128  # the pipeline's default; the denoiser's config names none
 EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most pictures of FLUX.1 dev are made
 
 
@@ -44,13 +45,17 @@ class Flux(JointAttention):
         return {TOKENS: tokens, POOLED: pooled}
 
     def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
-        return 128, 128
+        return LATENT_SIZE
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         height, width = self.latent_size(denoiser)
         channels = denoiser.config.in_channels // 4
         noise = torch.randn(count, channels, height, width, generator=generator)
         return self.pipeline_class._pack_latents(noise, count, channels, height, width)
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        side = 2 * math.isqrt(latents.shape[1]) * self.vae_factor
+        return self.pipeline_class._unpack_latents(latents, side, side, self.vae_factor)
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         """Evenly spaced sigmas, shifted by the number of latent tokens."""
@@ -73,4 +78,6 @@ class Flux(JointAttention):
         ).sample
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
-        return super().pipeline_arguments(embeds, null) | {"guidance_scale": EMBEDDED_GUIDANCE}
+        height, width = (side * self.vae_factor for side in LATENT_SIZE)
+        sizes = {"height": height, "width": width, "guidance_scale": EMBEDDED_GUIDANCE}
+        return super().pipeline_arguments(embeds, null) | sizes

@@ -8,7 +8,7 @@ from esd_peft.backbones import open_backbone
 from esd_peft.closed_form import factors, solve
 from esd_peft.config import EraseConfig
 from esd_peft.nullspace import null_space_projection
-from esd_peft.quantize import quantize_linears
+from esd_peft.quantize import load_quantized
 
 WIDTH = 24
 
@@ -54,8 +54,7 @@ def test_students_start_from_it_and_teachers_do_not(small_sd, options):
     backbone = open_backbone(str(small_sd))
     denoiser = backbone.load_denoiser(torch.float32)
     if config.quantize != "none":
-        quantize_linears(denoiser, config.quantize, torch.float32)
-        denoiser.to("cpu")  # this is where bitsandbytes quantizes
+        denoiser = load_quantized(backbone, config.quantize, torch.float32, torch.device("cpu"))
     name = next(n for n, m in denoiser.named_modules() if n.endswith("attn2.to_v"))
     student = make_student(backbone, denoiser, config)
     layer = denoiser.get_submodule(name)
@@ -63,7 +62,7 @@ def test_students_start_from_it_and_teachers_do_not(small_sd, options):
     with torch.no_grad():
         before, expected = layer(x), layer(x + x @ change.T)
         student.start_from({"encoder_hidden_states": change})
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(layer(x), expected, atol=3e-2 if config.quantize == "int8" else 1e-5, rtol=1e-3)
         with student.teacher():
             torch.testing.assert_close(layer(x), before, atol=1e-6, rtol=1e-5)
     assert (expected - before).abs().max() > 1e-3

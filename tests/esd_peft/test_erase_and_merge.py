@@ -193,3 +193,10 @@ def test_whole_weights_do_not_add_up(erased, small_sd, tmp_path):
     with pytest.raises(UserError, match="merge it first"):
         merge_adapter(MergeConfig(adapter=[erased[0], tmp_path / "weights"], output=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_samples_may_pass_one_by_one(small_sd, tmp_path):
+    whole = run(small_sd, tmp_path / "whole", max_train_steps=10)
+    parts = run(small_sd, tmp_path / "parts", max_train_steps=10, micro_batch_size=3)
+    assert parts["loss"]["last"] == pytest.approx(whole["loss"]["last"], rel=1e-3)
+    assert parts["forward_equivalents"] == whole["forward_equivalents"]

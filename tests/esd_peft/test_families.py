@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
-from esd_peft.backbones import open_backbone
-from esd_peft.backbones.flux import EMBEDDED_GUIDANCE, Flux
+from esd_peft.backbones import flux, open_backbone
 from esd_peft.concepts import Pair, PromptPlan
 from esd_peft.phases import Costs
 from esd_peft.rollout import Rollout, make_table
@@ -25,7 +24,7 @@ def family(request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
     """FLUX's own default is 1024²: 4096 latent tokens, which are too many for a test."""
-    monkeypatch.setattr(Flux, "latent_size", lambda self, denoiser: (16, 16))
+    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
 
 
 def plain_pipeline(path):
@@ -75,7 +74,7 @@ def draw(pipe, denoiser, noise, generator, scale):
         options |= {
             "true_cfg_scale": scale,
             "negative_prompt": "",
-            "guidance_scale": EMBEDDED_GUIDANCE,
+            "guidance_scale": flux.EMBEDDED_GUIDANCE,
             "height": side,
             "width": side,
         }
@@ -143,3 +142,12 @@ def test_adapter_and_merged_weights_in_plain_diffusers(family, tmp_path, monkeyp
 
         peft.PeftModel.from_pretrained(denoiser, erased)
     torch.testing.assert_close(predict(denoiser), seen, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_half_precision_and_little_memory(family, tmp_path, quantize):
+    options = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 2, "eval_seeds": 1, "device": "cpu"}
+    options |= {"dtype": "bfloat16", "gradient_checkpointing": True, "quantize": quantize, "micro_batch_size": 3}
+    result = erase(EraseConfig(concept="circle", model=str(family), output=tmp_path / "erased", **options))
+    assert result["loss"]["last"] < 10
+    assert (tmp_path / "erased" / "before_after.png").is_file()

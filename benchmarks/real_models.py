@@ -1,0 +1,148 @@
+"""Pipelines of the real architectures at their real size, as directories: with random weights, or with none at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+
+from esd_peft.shapes.train import make_scheduler, make_tokenizer
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+EULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def _tokenizer():  # type: ignore[no-untyped-def]
+    tokenizer = make_tokenizer()  # a small one: no vocabulary ships
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def _clip(sizes: dict[str, int], projects: bool = False) -> nn.Module:
+    config = CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, projection_dim=sizes["hidden_size"], **sizes)
+    return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+
+
+def _vae(channels: int = 4, **options: object) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=channels,
+        sample_size=512,
+        **options,
+    )
+
+
+def _sd15() -> DiffusionPipeline:
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    parts = {"unet": unet, "vae": _vae(), "text_encoder": _clip(CLIP_L), "tokenizer": _tokenizer()}
+    return StableDiffusionPipeline(**parts, scheduler=make_scheduler(), **NO_CHECKER)
+
+
+def _sd21() -> DiffusionPipeline:
+    sizes = {"attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "upcast_attention": True}
+    unet = UNet2DConditionModel(sample_size=96, cross_attention_dim=1024, **sizes)
+    parts = {"unet": unet, "vae": _vae(), "text_encoder": _clip(CLIP_H), "tokenizer": _tokenizer()}
+    return StableDiffusionPipeline(**parts, scheduler=make_scheduler("v_prediction"), **NO_CHECKER)
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """SDXL base's denoiser, wherever PyTorch makes tensors."""
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+    )
+
+
+def _sdxl() -> DiffusionPipeline:
+    texts = {"text_encoder": _clip(CLIP_L), "text_encoder_2": _clip(CLIP_G, projects=True)}
+    tokens = {"tokenizer": _tokenizer(), "tokenizer_2": _tokenizer()}
+    with torch.device("cpu"):
+        scheduler = EulerDiscreteScheduler(**EULER)
+    vae = _vae(scaling_factor=0.13025)
+    return StableDiffusionXLPipeline(
+        unet=sdxl_unet(), vae=vae, scheduler=scheduler, add_watermarker=False, **texts, **tokens
+    )
+
+
+def _flux() -> DiffusionPipeline:
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz")]
+    t5 = T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    shift = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(guidance_embeds=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        vae=_vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=_clip(CLIP_L),
+        tokenizer=_tokenizer(),
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0),
+    )
+
+
+MODELS: dict[str, Callable[[], DiffusionPipeline]] = {"SD 1.5": _sd15, "SD 2.1": _sd21, "SDXL": _sdxl, "FLUX.1": _flux}
+
+
+def make_model(name: str, path: Path, weights: bool = True, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The pipeline directory of one of `MODELS`; without `weights` it has its configs and tokenizers only.
+
+    Weights are normal noise, small enough that activations stay finite.
+    """
+    with torch.device("meta"):
+        pipe = MODELS[name]()
+    pipe.save_config(path)
+    for part, module in pipe.components.items():
+        if not isinstance(module, nn.Module):
+            if module is not None:
+                module.save_pretrained(path / part)
+        elif weights:
+            module = _randomized(module.to(dtype))
+            module.save_pretrained(path / part, max_shard_size="4GB")
+        elif hasattr(module, "save_config"):
+            module.save_config(path / part)
+        else:
+            module.config.save_pretrained(path / part)
+    return path
+
+
+@torch.no_grad()
+def _randomized(module: nn.Module) -> nn.Module:
+    """With the same few million random numbers over and over: drawing each anew takes minutes for FLUX."""
+    module = module.to_empty(device="cpu")
+    noise = 0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(0))
+    for tensor in module.parameters():
+        flat = tensor.view(-1)
+        for start in range(0, len(flat), len(noise)):
+            flat[start : start + len(noise)] = noise[: len(flat) - start]
+    for key, buffer in module.named_buffers():
+        if "position_ids" in key:
+            buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+    return module

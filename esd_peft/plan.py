@@ -1,0 +1,234 @@
+"""What a run takes, before it is run: memory by phase, forwards, the bank's size; and settings that fit a budget."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from esd_peft.adapters import make_student
+from esd_peft.backbones import Backbone, PromptEmbeds
+from esd_peft.backbones.backbone import ENCODE_BATCH, TOGETHER, encoder_bytes
+from esd_peft.concepts import plan_prompts
+from esd_peft.config import EraseConfig
+from esd_peft.devices import resolve_device, resolve_dtype
+from esd_peft.errors import UserError
+from esd_peft.memory import metered, weight_bytes
+from esd_peft.objectives import GuidedTarget, bank_shape, held_samples
+from esd_peft.units import parse_bytes
+
+META = torch.device("meta")
+GIB = 2**30
+ROOM = 0.92  # of a budget is planned for: allocators round up and leave gaps
+
+
+@dataclass
+class Plan:
+    """What was predicted for the settings of `config`. Bytes of device memory, without the driver's own."""
+
+    config: EraseConfig
+    phases: dict[str, int]
+    bank_bytes: int  # in host memory
+    forward_equivalents: int
+
+    @property
+    def peak(self) -> int:
+        """The largest phase."""
+        return max(self.phases.values())
+
+
+def make_plan(config: EraseConfig, backbone: Backbone) -> Plan:
+    """The plan for `config` on the device it names, with the settings that fit its budget.
+
+    With `--device auto` on a machine without a GPU the plan is for a 12 GiB one. Raises `UserError` if nothing fits.
+    """
+    if config.objective != "esd":
+        raise UserError("--plan and --memory-budget work with --objective esd only; leave them out")
+    device = resolve_device(config.device)
+    imagined = device.type == "cpu" and config.device == "auto"
+    half = torch.bfloat16 if imagined and config.dtype == "auto" else resolve_dtype(config.dtype, device)
+    budget = parse_bytes(config.memory_budget) if config.memory_budget != "auto" else None
+    if budget is None and device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0]
+    elif budget is None and imagined:
+        budget = 12 * GIB
+    sizes = Sizes(config, backbone, half)
+    return sizes.plan(config) if budget is None else fit(sizes, config, budget)
+
+
+def within_budget(config: EraseConfig, backbone: Backbone) -> EraseConfig:
+    """The config with the settings that fit its budget; says which, where they are not those it came with."""
+    if config.objective != "esd" and config.memory_budget == "auto":
+        return config
+    planned = make_plan(config, backbone).config
+    if planned != config:
+        print(f"to stay within the memory budget: {describe(planned)}")
+    return planned
+
+
+class Sizes:
+    """All that plans of one model and one set of prompts are made up of, measured on the meta device."""
+
+    def __init__(self, config: EraseConfig, backbone: Backbone, dtype: torch.dtype) -> None:
+        self.backbone, self.dtype, self.prompts = backbone, dtype, plan_prompts(config)
+        self.encoders, embeds = self._encoding()
+        self.embeds = sum(value.numel() * value.element_size() for value in embeds.values()) * len(self.prompts.texts)
+        self.width = max(value.shape[-1] for value in embeds.values())
+        denoiser = backbone.empty_denoiser().to(torch.float32 if config.adapter == "none" else dtype)
+        self.bases = {how: weight_bytes(denoiser, how) for how in ("none", "int8", "nf4")}
+        noise = backbone.initial_latents(1, denoiser, torch.Generator())
+        self.latents = noise.numel()
+        self.drawing = self._decoding(backbone.vae_latents(noise))
+        student = make_student(backbone, denoiser, config)
+        learning = sum(p.numel() for p in student.parameters) * 4
+        # two moments, in 8 bits a quarter of their size; and the adapter, or the teacher's copy of the weights
+        self.learning = int(learning * (1 + (0.5 if "8bit" in config.optimizer else 2)))
+        self._work = functools.partial(_activations, backbone, denoiser, noise, embeds)
+        self.running = [self._work(count) for count in (1, 2)]
+
+    @functools.cache  # noqa: B019 (a `Sizes` lives as long as its planning)
+    def training(self, checkpointing: bool) -> list[int]:
+        """Bytes that a training step of one sample, and of two, needs besides weights."""
+        return [self._work(count, learns=True, checkpointing=checkpointing) for count in (1, 2)]
+
+    def _encoding(self) -> tuple[int, PromptEmbeds]:
+        """Bytes of the text encoders and what they need at work; the embeddings of one prompt."""
+        pipe = self.backbone.assemble(self.backbone.text_parts, self.dtype, empty=True)
+        encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        with metered(*encoders) as meter, torch.no_grad():
+            embeds = self.backbone.encode_prompts(pipe, ["a picture"] * min(ENCODE_BATCH, len(self.prompts.texts)), META)
+        largest, together = encoder_bytes(pipe)
+        return (together if together <= TOGETHER else largest) + meter.peak, {
+            name: value[:1].clone() for name, value in embeds.items()
+        }
+
+    def _decoding(self, latents: Tensor) -> int:
+        """Bytes of the VAE and what it needs to draw one picture."""
+        vae = self.backbone.empty_part("vae", self.dtype)
+        with metered(vae) as meter, torch.no_grad():
+            vae.decode(latents.to(META, self.dtype), return_dict=False)
+        return weight_bytes(vae) + meter.peak
+
+    def plan(self, config: EraseConfig) -> Plan:
+        """For a config that differs in settings only."""
+        rows = 3 if any(p.anchor is not None for p in self.prompts.pairs) else 2
+        batch = config.train_batch_size or GuidedTarget.train_batch_size
+        held = held_samples(config, batch)
+        trajectories, preserving, keep = bank_shape(config, batch - held, held, len(self.prompts.preserve))
+        steps = config.num_inference_steps or self.backbone.num_inference_steps
+        weights = self.bases[config.quantize]
+        working = weights + self.learning + self.embeds
+        together = rows * min(config.rollout_batch_size, trajectories + preserving)
+        training = self.training(config.gradient_checkpointing)
+        phases = {
+            "encode": self.encoders,
+            # null space and closed form: copies of the embeddings, and squares of their width in fp64
+            "load": weights + 3 * self.embeds + 6 * 8 * self.width**2,
+            "rollout": working + _line(self.running, together),
+            "distill": working + _line(training, config.micro_batch_size or batch),
+        }
+        if config.eval_seeds:
+            pictures = min(config.rollout_batch_size, config.eval_seeds * (len(config.concept) + 3))
+            phases["evaluate"] = working + max(self.drawing, _line(self.running, 2 * pictures))
+        train_steps = config.max_train_steps or config.guided_steps
+        fills = -(-train_steps // (config.steps_per_bank or train_steps))
+        kept = (trajectories + preserving) * min(steps, keep or steps)
+        forwards = fills * (trajectories + preserving) * steps * rows
+        forwards += train_steps * batch * (4 if config.gradient_checkpointing else 3)
+        return Plan(config, phases, kept * self.latents * (1 + rows) * self.dtype.itemsize, forwards)
+
+
+def fit(sizes: Sizes, config: EraseConfig, budget: int) -> Plan:
+    """The cheapest settings whose predicted peak is within `budget` bytes. Raises `UserError` if none is.
+
+    In this order: all of a batch at once, then fewer and fewer samples at a time, then that with activations recomputed,
+    then all of it again with the base in NF4. What the config sets itself stays.
+    """
+    plans = []
+    for settings in _settings(config):
+        plans.append(sizes.plan(config.model_copy(update=settings)))
+        if plans[-1].peak <= ROOM * budget:
+            return plans[-1]
+    best = min(plans, key=lambda plan: plan.peak)
+    phase = max(best.phases, key=lambda name: best.phases[name])
+    missing = best.peak / ROOM - budget
+    raise UserError(
+        f"--memory-budget {amount(budget)} is {amount(missing)} short: {phase} takes {amount(best.phases[phase])} "
+        f"even with {describe(best.config)}; give more, or take a smaller model"
+    )
+
+
+def _settings(config: EraseConfig) -> Iterator[dict[str, object]]:
+    quantized = ["none", "nf4"] if config.quantize == "none" and config.adapter == "lora" else [config.quantize]
+    batch = config.micro_batch_size or config.train_batch_size or GuidedTarget.train_batch_size
+    for quantize in quantized:
+        for checkpointing in sorted({config.gradient_checkpointing, True}):
+            for micro in [batch] if config.micro_batch_size else _halves(batch):
+                for side_by_side in _halves(config.rollout_batch_size):
+                    yield {
+                        "quantize": quantize,
+                        "gradient_checkpointing": checkpointing,
+                        "micro_batch_size": None if micro == batch else micro,
+                        "rollout_batch_size": side_by_side,
+                    }
+
+
+def _halves(count: int) -> list[int]:
+    made = [count]
+    while made[-1] > 1:
+        made.append(made[-1] // 2)
+    return made
+
+
+def describe(config: EraseConfig) -> str:
+    """The settings that a budget decides, in words."""
+    said = [f"the base in {config.quantize}"] if config.quantize != "none" else []
+    said += ["activations recomputed"] if config.gradient_checkpointing else []
+    said += [f"{config.micro_batch_size} of a batch's samples at a time"] if config.micro_batch_size else []
+    return ", ".join([*said, f"{config.rollout_batch_size} trajectories side by side"])
+
+
+def amount(size: float) -> str:
+    """Bytes, in the unit that fits."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def plan_table(plan: Plan) -> str:
+    """What `--plan` prints."""
+    lines = [f"predicted: {describe(plan.config)}", "", f"{'phase':<12}{'peak':>12}"]
+    lines += [f"{name:<12}{amount(size):>12}" for name, size in plan.phases.items()]
+    bank = f"the bank takes {amount(plan.bank_bytes)} of host memory"
+    lines += ["", f"{plan.forward_equivalents:,} forward-equivalents; {bank}"]
+    return "\n".join(lines)
+
+
+def _line(points: list[int], count: int) -> int:
+    """The value at `count` of the line through the values at 1 and 2."""
+    return points[0] + (count - 1) * (points[1] - points[0])
+
+
+def _activations(
+    backbone: Backbone,
+    denoiser: ModelMixin,
+    noise: Tensor,
+    embeds: PromptEmbeds,
+    count: int,
+    learns: bool = False,
+    checkpointing: bool = False,
+) -> int:
+    """Bytes that a forward pass of `count` samples needs besides the weights; with a backward pass if it learns."""
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    else:
+        denoiser.disable_gradient_checkpointing()
+    latents = noise.expand(count, *noise.shape[1:]).to(META, denoiser.dtype)
+    told = {name: value.expand(count, *value.shape[1:]) for name, value in embeds.items()}
+    with metered(denoiser) as meter, torch.set_grad_enabled(learns):
+        prediction = backbone.predict(denoiser, latents, torch.zeros(count, device=META), told)
+        if learns:
+            prediction.float().square().mean().backward()
+    for parameter in denoiser.parameters():
+        parameter.grad = None
+    return meter.peak
