@@ -1,8 +1,9 @@
-"""Where and in which number format a job computes."""
+"""Where and in which number format a job computes, and how tensors get there and back without waiting."""
 
 import contextlib
 
 import torch
+from torch import Tensor
 
 from esd_peft.errors import UserError
 
@@ -40,3 +41,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
     """Within it, matrix products and convolutions compute in `dtype`; fp32 leaves everything as it is."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, without waiting for what the device still has to do.
+
+    To a GPU it goes through pinned memory: a copy from ordinary memory would first let the GPU finish everything.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def fetch(x: Tensor) -> Tensor:
+    """`x` in host memory (pinned, if it comes from a GPU), without waiting: not to be read before `finish`."""
+    return x.to("cpu", non_blocking=True)
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
