@@ -169,6 +169,9 @@ class EraseConfig(CommandConfig):
     """What the denoiser computes in; auto: bfloat16 on a GPU, float32 on a CPU. Adapters always stay in float32."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Hold the frozen base's linear layers in 4 or 8 bits (bitsandbytes)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the denoiser's blocks (torch.compile) for rollouts and training, which takes a minute or more; auto: on a
+    GPU, from about 2000 calls of the denoiser on (a default run makes 65), a threshold that is not measured yet."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and config give the same adapter."""
 

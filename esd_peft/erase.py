@@ -10,6 +10,7 @@ from esd_peft import __version__
 from esd_peft.adapters import Student, make_student, scope_modules
 from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.command_line import parse
+from esd_peft.compilation import check_compiler, compiled
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
@@ -42,6 +43,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     check_tracker(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    check_compiler(config, device)
     backbone = open_backbone(config.model)
     if config.model is None:
         _check_concepts(backbone, config)
@@ -71,8 +73,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
 
     rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
     objective = _objective(rollout, generator(config.seed, "references"))
-    probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
-    with costs.phase("distill"), tracker(config) as report:
+    with costs.phase("distill"), compiled(denoiser, objective), tracker(config) as report:
+        probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
         losses = distill(student, objective, bank, probe, report)
     with costs.phase("save"):
