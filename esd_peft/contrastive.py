@@ -83,7 +83,7 @@ def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastiv
             made = read_pictures(config.reference, backbone.picture_size(rollout.denoiser)).unsqueeze(0)
         else:
             prompts = EncodedPrompts(backbone, config.concept_names, rollout.device, rollout.dtype)
-            with rollout.teacher(), autocast(rollout.device, rollout.dtype):
+            with rollout.teacher(), autocast(config, rollout.device, rollout.dtype):
                 pipe = backbone.pipeline(rollout.denoiser, rollout.device, rollout.dtype)
                 made = make_pictures(pipe, prompts, PICTURES, config.rollout_batch_size, config.seed, "references")
             rollout.costs.forward_equivalents += 2 * backbone.num_inference_steps * made.shape[0] * made.shape[1]

@@ -58,7 +58,7 @@ def distill(
     with tqdm(total=steps, desc="distill") as bar:
         for step in range(1, steps + 1):
             batch = next(supply)
-            with autocast(device, dtype):
+            with autocast(config, device, dtype):
                 inputs = batch.inputs.to(dtype)
                 prediction = rollout.backbone.predict(student.denoiser, inputs, batch.timesteps, batch.embeds)
             loss = objective.loss(prediction, batch)

@@ -14,7 +14,7 @@ from esd_peft.compilation import check_compiler, compiled
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
-from esd_peft.devices import resolve_device, resolve_dtype
+from esd_peft.devices import place, resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation.gallery import Gallery, Rates
@@ -62,7 +62,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
         if config.quantize != "none":
             quantize_linears(denoiser, config.quantize, dtype)
-        denoiser.to(device)
+        place(denoiser, device)
         learning = scope_modules(backbone, denoiser, config.scope)
         projections, changes = prompt_maps(config, plan, backbone, denoiser, embeds, learning)
         del embeds  # the table has those that the denoiser is asked

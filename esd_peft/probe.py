@@ -40,7 +40,7 @@ class Probe:
     def measure(self, step: int) -> float:
         """The fraction now; also added to the curve."""
         rollout, bank = self.rollout, self.bank
-        with autocast(rollout.device, rollout.dtype):
+        with autocast(rollout.config, rollout.device, rollout.dtype):
             embeds = pick(rollout.table.embeds, rollout.table.prompts[bank.pairs])
             seen = rollout.backbone.predict(rollout.denoiser, bank.inputs.to(rollout.dtype), bank.timesteps, embeds)
         rollout.costs.forward_equivalents += len(bank)

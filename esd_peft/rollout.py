@@ -197,7 +197,7 @@ class Rollout:
         if table.anchors is not None and anchored:
             rows.append(table.anchors[pairs])
         repeated = inputs.to(self.dtype).repeat(len(rows), *[1] * (inputs.dim() - 1))
-        with autocast(self.device, self.dtype):
+        with autocast(self.config, self.device, self.dtype):
             embeds = pick(table.embeds, torch.cat(rows))
             prediction = self.backbone.predict(self.denoiser, repeated, timestep.expand(len(repeated)), embeds)
         self.costs.forward_equivalents += len(repeated)

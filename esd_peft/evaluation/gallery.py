@@ -43,7 +43,7 @@ class Gallery:
         """`[prompts, seeds, 3, H, W]` fp32 in [0, 1]."""
         config = self.config
         pipe = self.backbone.pipeline(denoiser, self.device, self.dtype)
-        with autocast(self.device, self.dtype):
+        with autocast(config, self.device, self.dtype):
             batch_size = SMALL_BATCH if self.judged else config.rollout_batch_size
             return make_pictures(pipe, self.encoded, config.eval_seeds, batch_size, config.seed, label)
 
