@@ -5,6 +5,9 @@
 Writes OUTPUT/<device>/<section>.json, and OUTPUT/<device>/summary.md with the driver and library versions. Needs no
 network and no weights: models are built at their real size with random ones. Sections that need a GPU, or more of its
 memory than there is, are skipped and say so.
+
+All of it is meant to stay below 8 minutes on a data-centre GPU, a budget which no run has confirmed yet, in seconds:
+correctness 10, timings 90, synchronisation 10, profile 60, steps 130 (of which compiling 80), erasure 70, memory 90.
 """
 
 import argparse
@@ -26,14 +29,22 @@ if not torch.cuda.is_available():
 
 import kernel_timings
 import peft
+import profile_steps
 from diffusers import DDIMScheduler
 from erasure import PROCEDURES
 from real_size import random_stable_diffusion
 
 from esd_kernels import guided_mse
 from esd_peft import EraseConfig, erase
-from esd_peft.adapters import scope_modules
+from esd_peft.adapters import Student, make_student, scope_modules
 from esd_peft.backbones import open_backbone
+from esd_peft.compilation import compiled
+from esd_peft.concepts import plan_prompts
+from esd_peft.devices import place, resolve_device, resolve_dtype
+from esd_peft.distill import distill
+from esd_peft.objectives import GuidedTarget
+from esd_peft.phases import Costs
+from esd_peft.rollout import Rollout, make_table
 
 GIB = 2**30
 BATCH = 4  # of the step timings
@@ -107,22 +118,97 @@ def timings() -> dict:
 
 
 def steps() -> dict:
-    """A rollout step and a training step of SD 1.5 at 512², against plain diffusers and peft."""
-    device = needs_gpu(12)
+    """A rollout step and a training step of SD 1.5 at 512², eager and compiled, against plain diffusers and peft."""
+    device = needs_gpu(20)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         random_stable_diffusion(model)
         options = {"trajectories": BATCH, "num_inference_steps": 20, "train_batch_size": BATCH, "max_train_steps": 40}
-        _erase(model, options)  # the first run compiles and chooses algorithms
-        seconds = _erase(model, options)["seconds"]
-        plain_rollout, plain_training = _plain_steps(model, device)
-    ours = {"rollout_step_s": seconds["rollout"] / 20, "training_step_s": seconds["distill"] / 40}
-    plain = {"rollout_step_s": plain_rollout, "training_step_s": plain_training}
-    return {"ours": ours, "plain": plain, "times_as_fast": {key: plain[key] / ours[key] for key in ours}}
+        options["learning_rate"] = 1e-4  # random weights
+        ours = {how: _our_steps(str(model), options | {"compile": how}) for how in ("off", "on")}
+        plain = _plain_steps(model, device)
+    faster = {how: {key: plain[key] / found[key] for key in found} for how, found in ours.items()}
+    return {"ours, by --compile": ours, "plain": plain, "times_as_fast, by --compile": faster}
 
 
-def _plain_steps(model: Path, device: torch.device) -> tuple[float, float]:
-    """Seconds of the same two steps as one would write them with diffusers and peft."""
+def _our_steps(model: str | None, options: dict) -> dict[str, float]:
+    """Seconds of the two steps in our loops, after a whole run that compiles and chooses algorithms."""
+    student, objective = _job(model, options)
+    rollout = objective.rollout
+    with compiled(rollout.denoiser, objective):
+        distill(student, objective, torch.Generator())
+        rollout.costs = Costs(rollout.device)
+        with rollout.costs.phase("distill"):
+            distill(student, objective, torch.Generator())
+    seconds, config = rollout.costs.seconds, rollout.config
+    return {
+        "rollout_step_s": seconds["rollout"] / config.num_inference_steps,
+        "training_step_s": seconds["distill"] / (config.max_train_steps or objective.steps),
+    }
+
+
+def _job(model: str | None, options: dict) -> tuple[Student, GuidedTarget]:
+    """What `esd_peft.erase` trains and on what, ready to start."""
+    config = EraseConfig(concept="circle", model=model, **options)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    backbone, plan = open_backbone(model), plan_prompts(config)
+    table = make_table(plan, backbone.encode(plan.texts, device, dtype))
+    denoiser = backbone.load_denoiser(dtype)
+    place(denoiser, device)
+    student = make_student(backbone, denoiser, config)
+    rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, Costs(device))
+    return student, GuidedTarget(rollout)
+
+
+def synchronisation() -> dict:
+    """Rollouts and training with every wait of the host for the GPU an error, but for the readings of the loss."""
+    needs_gpu()
+    found = {}
+    for name, options in {"teacher": {}, "student": {"rollout": "student", "refill_every": 10}}.items():
+        for dtype in ("bfloat16", "float16"):
+            student, objective = _job(None, options | {"dtype": dtype, "snr_gamma": 5.0, "learning_rate": 1e-4})
+            distill(student, objective, torch.Generator())  # the first run compiles the kernel and chooses algorithms
+            with Readings() as seen:
+                losses = distill(student, objective, torch.Generator())
+            if seen.count != len(losses):
+                raise AssertionError(f"{name}, {dtype}: {seen.count} readings from the GPU for {len(losses)} losses")
+            found[f"{name}, {dtype}"] = {"steps": objective.steps, "readings": seen.count}
+    return found
+
+
+class Readings:
+    """Within it the host may wait for the GPU in calls of `.item()` alone, which are counted."""
+
+    def __enter__(self) -> "Readings":
+        self.count, self._item = 0, torch.Tensor.item
+
+        def item(tensor: torch.Tensor) -> float:
+            if not tensor.is_cuda:
+                return self._item(tensor)
+            self.count += 1
+            torch.cuda.set_sync_debug_mode("default")
+            value = self._item(tensor)
+            torch.cuda.set_sync_debug_mode("error")
+            return value
+
+        torch.Tensor.item = item
+        torch.cuda.set_sync_debug_mode("error")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.Tensor.item = self._item
+
+
+def profile() -> dict:
+    """`benchmarks/profile_steps.py`: counts and measured times by kind of operation, SD 1.5 and SDXL."""
+    needs_gpu(70)  # the activations of four SDXL samples
+    return profile_steps.profile_steps()
+
+
+def _plain_steps(model: Path, device: torch.device) -> dict[str, float]:
+    """Seconds of the same two steps as one would write them with diffusers and peft; and of the UNet as a CUDA graph."""
     backbone = open_backbone(str(model))
     unet = backbone.load_denoiser(torch.bfloat16).to(device)
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=scope_modules(backbone, unet, "esd-x-strict"))
@@ -130,6 +216,7 @@ def _plain_steps(model: Path, device: torch.device) -> tuple[float, float]:
     latents = torch.randn(BATCH, 4, 64, 64, device=device, dtype=torch.bfloat16)
     scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
     scheduler.set_timesteps(20, device=device)
+    times = torch.full((2 * BATCH,), 500, device=device)
 
     @torch.no_grad()
     def rollout_step() -> None:
@@ -137,7 +224,11 @@ def _plain_steps(model: Path, device: torch.device) -> tuple[float, float]:
         null, concept = unet(torch.cat([latents] * 2), t, encoder_hidden_states=embeds).sample.chunk(2)
         scheduler.step(null + 3 * (concept - null), t, latents)
 
-    rollout = _seconds(rollout_step)
+    @torch.no_grad()
+    def forward() -> None:
+        unet(torch.cat([latents] * 2), times, encoder_hidden_states=embeds)
+
+    rollout, graph = _seconds(rollout_step), _seconds(kernel_timings.graphed(forward))
     unet = peft.get_peft_model(unet, config)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -151,7 +242,7 @@ def _plain_steps(model: Path, device: torch.device) -> tuple[float, float]:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    return rollout, _seconds(training_step)
+    return {"rollout_step_s": rollout, "training_step_s": _seconds(training_step), "forward_as_cuda_graph_s": graph}
 
 
 def _seconds(step: Callable[[], None], count: int = 20) -> float:
@@ -209,6 +300,8 @@ SECTIONS: dict[str, Callable[[], dict]] = {
     "environment": environment,
     "correctness": correctness,
     "timings": timings,
+    "synchronisation": synchronisation,
+    "profile": profile,
     "steps": steps,
     "erasure": erasure,
     "memory": memory,
