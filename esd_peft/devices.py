@@ -40,7 +40,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def place(denoiser: nn.Module, device: torch.device) -> None:
     """Move it there in place; on a GPU convolutions become channels_last, the layout that tensor cores read.
 
-    Saved files do not show it. On a CPU it is not worth other bits: 1 to 5 % on the embedded pipeline.
+    Saved files do not show it. On a CPU it gains too little to be worth other bits.
     """
     denoiser.to(device)
     if device.type == "cuda":
@@ -52,7 +52,7 @@ def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> t
 
     Autocast where weights that learn in fp32 meet what the picture has become. An adapter on `esd-x-strict` meets nothing
     but the prompt, and the rest is in `dtype` already, as in a plain pipeline: there autocast would only copy the
-    picture's activations to fp32 and back around every normalisation (a quarter of a step; see kernels/README.md).
+    picture's activations to fp32 and back around every normalisation (what that costs: docs/speed.md).
     """
     prompt_only = config.scope == "esd-x-strict" and config.adapter != "none"
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not prompt_only)
