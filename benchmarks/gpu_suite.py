@@ -142,7 +142,7 @@ def _our_steps(model: str | None, options: dict) -> dict[str, float]:
             distill(student, objective, torch.Generator())
     seconds, config = rollout.costs.seconds, rollout.config
     return {
-        "rollout_step_s": seconds["rollout"] / config.num_inference_steps,
+        "rollout_step_s": seconds["rollout"] / rollout.num_inference_steps,
         "training_step_s": seconds["distill"] / (config.max_train_steps or objective.steps),
     }
 

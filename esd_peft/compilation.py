@@ -62,7 +62,7 @@ def denoiser_calls(objective: Objective) -> int:
     fills = math.ceil(steps / (config.steps_per_bank or steps))
     tuples = objective.batch_size * (config.steps_per_bank or math.inf)
     batches = math.ceil(min(config.bank_trajectories, tuples) / config.rollout_batch_size)
-    return steps + fills * batches * config.num_inference_steps * (1 if config.rollout == "teacher" else 2)
+    return steps + fills * batches * objective.rollout.num_inference_steps * (1 if config.rollout == "teacher" else 2)
 
 
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import esd_kernels
 from esd_peft.adapters import make_student
 from esd_peft.backbones import open_backbone
+from esd_peft.backbones.flux import Flux
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import Contrastive
@@ -20,6 +21,7 @@ from esd_peft.distill import distill
 from esd_peft.objectives import GuidedTarget
 from esd_peft.phases import Costs
 from esd_peft.rollout import Rollout, make_table
+from families import save_family
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -60,6 +62,7 @@ def on_meta(monkeypatch):
     def run(student, objective):
         with monkeypatch.context() as patch, Traffic() as traffic:
             patch.setattr(torch, "tensor", on_the_host)
+            patch.setattr(torch.Tensor, "new_tensor", on_the_host)  # fails: it would be on the device
             losses = distill(student, objective, torch.Generator())
         return losses, traffic
 
@@ -84,8 +87,10 @@ def setup(path, **options):
     plan = plan_prompts(config)
     embeds = {k: v.to(META) for k, v in backbone.encode(plan.texts, torch.device("cpu"), torch.float32).items()}
     denoiser = backbone.load_denoiser(torch.float32).to(META)
-    width = denoiser.config.cross_attention_dim
-    student = make_student(backbone, denoiser, config, torch.empty(width, width, device=META))
+    linear = [(name, layer) for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
+    widths = {kind: layer.in_features for name, layer in linear if (kind := backbone.prompt_input(name))}
+    projections = {kind: torch.empty(width, width, device=META) for kind, width in widths.items()}
+    student = make_student(backbone, denoiser, config, projections)
     table = make_table(plan, embeds)
     return Rollout(backbone, denoiser, table, student.teacher, config, META, torch.float32, Costs(META)), student
 
@@ -103,9 +108,17 @@ def test_the_host_reads_the_loss_and_nothing_else(small_sd, on_meta, options):
     assert 0 < traffic.fetched <= refills * 4 * 3  # four tensors of each of three denoising steps
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
+def test_in_every_family(tmp_path, on_meta, monkeypatch, name):
+    monkeypatch.setattr(Flux, "latent_size", lambda self, denoiser: (16, 16))
+    rollout, student = setup(save_family(name, tmp_path / "model"), snr_gamma=None)
+    losses, traffic = on_meta(student, GuidedTarget(rollout))
+    assert traffic.readings == len(losses)
+
+
 def test_contrastive_too(small_sd, on_meta):
     options = {"objective": "contrastive", "concept": "circle", "snr_gamma": None, "hold": None, "trajectories": None}
-    rollout, student = setup(small_sd, **options, num_inference_steps=25, preserve=[])
+    rollout, student = setup(small_sd, **options, num_inference_steps=None, preserve=[])
     latents = torch.zeros(1, 8, 4, 16, 16)
     losses, traffic = on_meta(student, Contrastive(rollout, latents))
     assert traffic.readings == len(losses) == 2 and traffic.fetched == 0
