@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -23,6 +24,29 @@ from esd_peft.shapes.train import make_scheduler, make_tokenizer
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+UNETS: dict[str, dict[str, Any]] = {
+    "SD 1.5": {"sample_size": 64, "cross_attention_dim": 768},
+    "SD 2.1": {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "SDXL": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    },
+}
 EULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
@@ -51,44 +75,25 @@ def _vae(channels: int = 4, **options: object) -> AutoencoderKL:
 
 
 def _sd15() -> DiffusionPipeline:
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    unet = UNet2DConditionModel(**UNETS["SD 1.5"])
     parts = {"unet": unet, "vae": _vae(), "text_encoder": _clip(CLIP_L), "tokenizer": _tokenizer()}
     return StableDiffusionPipeline(**parts, scheduler=make_scheduler(), **NO_CHECKER)
 
 
 def _sd21() -> DiffusionPipeline:
-    sizes = {"attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "upcast_attention": True}
-    unet = UNet2DConditionModel(sample_size=96, cross_attention_dim=1024, **sizes)
+    unet = UNet2DConditionModel(**UNETS["SD 2.1"])
     parts = {"unet": unet, "vae": _vae(), "text_encoder": _clip(CLIP_H), "tokenizer": _tokenizer()}
     return StableDiffusionPipeline(**parts, scheduler=make_scheduler("v_prediction"), **NO_CHECKER)
 
 
-def sdxl_unet() -> UNet2DConditionModel:
-    """SDXL base's denoiser, wherever PyTorch makes tensors."""
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-        use_linear_projection=True,
-    )
-
-
 def _sdxl() -> DiffusionPipeline:
+    unet = UNet2DConditionModel(**UNETS["SDXL"])
     texts = {"text_encoder": _clip(CLIP_L), "text_encoder_2": _clip(CLIP_G, projects=True)}
     tokens = {"tokenizer": _tokenizer(), "tokenizer_2": _tokenizer()}
     with torch.device("cpu"):
         scheduler = EulerDiscreteScheduler(**EULER)
     vae = _vae(scaling_factor=0.13025)
-    return StableDiffusionXLPipeline(
-        unet=sdxl_unet(), vae=vae, scheduler=scheduler, add_watermarker=False, **texts, **tokens
-    )
+    return StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, add_watermarker=False, **texts, **tokens)
 
 
 def _flux() -> DiffusionPipeline:

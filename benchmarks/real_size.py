@@ -12,41 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from real_models import make_model
 
 from esd_peft import EraseConfig, erase
 from esd_peft.command_line import parse
 from esd_peft.evaluation.table import result_table
-from esd_peft.shapes.train import make_scheduler, make_tokenizer
-
-
-def random_stable_diffusion(path: Path) -> None:
-    """SD 1.5's UNet, VAE and text encoder with random weights; the tokenizer is a small one (no vocabulary ships)."""
-    tokenizer = make_tokenizer()
-    tokenizer.model_max_length = 77
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
-    )
-    pipe = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.to(torch.float16).save_pretrained(path)
 
 
 def main() -> None:
@@ -55,7 +25,7 @@ def main() -> None:
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "sd15"
-        random_stable_diffusion(model)
+        make_model("SD 1.5", model, dtype=torch.float16)
         defaults = EraseConfig(
             concept="circle",
             model=str(model),

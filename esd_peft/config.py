@@ -177,6 +177,9 @@ class EraseConfig(CommandConfig):
     far as that takes. auto: what the GPU has free; no bound on a CPU."""
     plan: bool = False
     """Say what the run would take, memory by phase, forwards and the bank's size, without loading weights, and stop."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the denoiser's blocks (torch.compile) for rollouts and training, which takes a minute or more; auto: on a
+    GPU, from about 2000 calls of the denoiser on (a default run makes 65), a threshold that is not measured yet."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and config give the same adapter."""
 

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from esd_peft.backbones.backbone import pick
+from esd_peft.devices import send
 from esd_peft.errors import UserError
 from esd_peft.evaluation.pictures import EncodedPrompts, make_pictures
 from esd_peft.objectives import Batch, Objective
@@ -47,7 +48,7 @@ class Contrastive(Objective):
         rollout, size = self.rollout, self.batch_size
         kept = rollout.backbone.noise_schedule()
         flat = self.references.flatten(0, 1)
-        plain = torch.tensor([pairs[0] for pairs in rollout.table.concepts], device=rollout.device)
+        plain = send(torch.tensor([pairs[0] for pairs in rollout.table.concepts]), rollout.device)
         rows = rollout.table.prompts[plain].repeat_interleave(self.references.shape[1])
         while True:
             for chosen in torch.randperm(len(flat), generator=generator).split(size):
@@ -55,11 +56,11 @@ class Contrastive(Objective):
                 noise = torch.randn(latents.shape, generator=generator)
                 timesteps = torch.randint(len(kept), (len(chosen),), generator=generator)
                 share = kept[timesteps].view(-1, *[1] * (latents.dim() - 1))
-                noised = (share.sqrt() * latents + (1 - share).sqrt() * noise).to(rollout.device)
-                sides = torch.cat([noise, latents]).to(rollout.device)
-                embeds = pick(rollout.table.embeds, rows[chosen.to(rollout.device)])
+                noised = send(share.sqrt() * latents + (1 - share).sqrt() * noise, rollout.device)
+                sides = send(torch.cat([noise, latents]), rollout.device)
+                embeds = pick(rollout.table.embeds, rows[send(chosen, rollout.device)])
                 ones = torch.ones(len(chosen), device=rollout.device)
-                yield Batch(noised, timesteps.to(rollout.device), embeds, sides, ones, ones, erasing=len(chosen))
+                yield Batch(noised, send(timesteps, rollout.device), embeds, sides, ones, ones, erasing=len(chosen))
 
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         noise, reference = batch.teacher.float().flatten(1).chunk(2)

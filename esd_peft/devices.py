@@ -1,8 +1,7 @@
-"""Where and in which number format a job computes."""
-
-import contextlib
+"""Where and in which number format a job computes, and how tensors get there and back without waiting."""
 
 import torch
+from torch import Tensor, nn
 
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
@@ -38,10 +37,43 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
-def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Mixed precision where the weights themselves learn, in fp32, and the denoiser is to compute in `dtype`.
+def place(denoiser: nn.Module, device: torch.device) -> None:
+    """Move it there in place; on a GPU convolutions become channels_last, the layout that tensor cores read.
 
-    Under an adapter the denoiser is in `dtype` as a whole, normalisation included, as plain diffusers runs it; the adapter
-    in it is in fp32 and casts by itself.
+    Saved files do not show it. On a CPU it gains too little to be worth other bits.
     """
-    return torch.autocast(device.type, dtype, enabled=config.adapter == "none" and dtype != torch.float32)
+    denoiser.to(device)
+    if device.type == "cuda":
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The number format in which the denoiser runs, teacher and student alike.
+
+    Autocast where weights that learn in fp32 meet what the picture has become. An adapter on `esd-x-strict` meets nothing
+    but the prompt, and the rest is in `dtype` already, as in a plain pipeline: there autocast would only copy the
+    picture's activations to fp32 and back around every normalisation (what that costs: docs/speed.md).
+    """
+    prompt_only = config.scope == "esd-x-strict" and config.adapter != "none"
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not prompt_only)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, without waiting for what the device still has to do.
+
+    To a GPU it goes through pinned memory: a copy from ordinary memory would first let the GPU finish everything.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def fetch(x: Tensor) -> Tensor:
+    """`x` in host memory (pinned, if it comes from a GPU), without waiting: not to be read before `finish`."""
+    return x.to("cpu", non_blocking=True)
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -10,10 +10,11 @@ from esd_peft import __version__
 from esd_peft.adapters import Student, make_student, scope_modules
 from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.command_line import parse
+from esd_peft.compilation import check_compiler, compiled
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
-from esd_peft.devices import resolve_device, resolve_dtype
+from esd_peft.devices import place, resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation.gallery import Gallery, Rates
@@ -43,6 +44,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     check_tracker(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    check_compiler(config, device)
     backbone = open_backbone(config.model)
     if device.type == "cuda" or config.memory_budget != "auto":
         config = within_budget(config, backbone)
@@ -61,9 +63,10 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     with costs.phase("load"):
         # the weights themselves learn in fp32; under an adapter they are only read
         if config.quantize == "none":
-            denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype).to(device)
+            denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
         else:
             denoiser = load_quantized(backbone, config.quantize, dtype, device)
+        place(denoiser, device)
         learning = scope_modules(backbone, denoiser, config.scope)
         projections, changes = prompt_maps(config, plan, backbone, denoiser, embeds, learning)
         del embeds  # the table has those that the denoiser is asked
@@ -74,8 +77,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
 
     rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
     objective = _objective(rollout, generator(config.seed, "references"))
-    probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
-    with costs.phase("distill"), tracker(config) as report:
+    with costs.phase("distill"), compiled(denoiser, objective), tracker(config) as report:
+        probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
         losses = distill(student, objective, bank, probe, report)
     with costs.phase("save"):

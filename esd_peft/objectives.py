@@ -5,6 +5,7 @@ add up to one. Velocity and flow predictions are linear in ε for a given x_t, s
 stands, as long as the student is compared in the same parameterisation.
 """
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from esd_kernels import guided_mse
 from esd_peft.backbones import PromptEmbeds
 from esd_peft.backbones.backbone import pick
 from esd_peft.config import EraseConfig
+from esd_peft.devices import send
 from esd_peft.rollout import Bank, PairTable, Rollout
 
 
@@ -138,9 +140,16 @@ class GuidedTarget(Objective):
         return guided_mse(prediction, batch.teacher, batch.eta, batch.anchor, batch.weight * self._snr_weights(batch))
 
     def _snr_weights(self, batch: Batch) -> Tensor | float:
-        if self.rollout.config.snr_gamma is None:
-            return 1.0
-        return self.rollout.backbone.min_snr_weights(batch.timesteps, self.rollout.config.snr_gamma)
+        return 1.0 if self._snr_table is None else self._snr_table[batch.timesteps.long()]
+
+    @functools.cached_property
+    def _snr_table(self) -> Tensor | None:
+        """The weight of every timestep, on the training device."""
+        gamma, backbone = self.rollout.config.snr_gamma, self.rollout.backbone
+        if gamma is None:
+            return None
+        every = torch.arange(len(backbone.noise_schedule()))
+        return send(backbone.min_snr_weights(every, gamma), self.rollout.device)
 
     def _erase_in_turn(self, generator: torch.Generator) -> Iterator[int]:
         """Pairs, the concepts by turns; of each the plain wording first, then the others in random order, and again."""
@@ -182,11 +191,10 @@ def ask(tuples: Bank, table: PairTable, erasing: int, neutral: list[bool]) -> Ba
     with its prompt, the target being e_concept (η = −1). Without any the prediction without the concept moves along with
     the one that names it, and classifier-free guidance, which amplifies their difference, undoes part of the erasure.
     """
-    device = tuples.pairs.device
     rows, etas, weights = table.prompts[tuples.pairs], table.etas[tuples.pairs], table.weights[tuples.pairs]
     anchor = None if table.anchors is None else tuples.teacher[2]
     if neutral:
-        asks_neutral = torch.tensor(neutral, device=device)
+        asks_neutral = send(torch.tensor(neutral), tuples.pairs.device)
         rows[erasing:] = torch.where(asks_neutral, table.neutrals[tuples.pairs][erasing:], rows[erasing:])
         etas[erasing:] = asks_neutral.float() - 1.0
         weights[erasing:] = 1.0

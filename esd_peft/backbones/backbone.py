@@ -1,6 +1,7 @@
 """The interface of a pipeline family, and what families have in common."""
 
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -124,6 +125,9 @@ class Backbone(ABC):
         batches = (prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH))
         parts = [{k: v.cpu() for k, v in self.encode_prompts(pipe, batch, device).items()} for batch in batches]
         del pipe
+        gc.collect()  # offloading leaves references in circles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
 
     @abstractmethod

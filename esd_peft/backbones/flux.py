@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esd_peft.backbones.backbone import TOKENS, PromptEmbeds
 from esd_peft.backbones.joint_attention import POOLED, JointAttention, shift_of
+from esd_peft.devices import send
 
 LATENT_SIZE = 128, 128  # the pipeline's default; the denoiser's config names none
 EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most pictures of FLUX.1 dev are made
@@ -67,13 +68,13 @@ class Flux(JointAttention):
         batch, tokens = latents.shape[:2]
         side = math.isqrt(tokens)
         told = torch.full((batch,), EMBEDDED_GUIDANCE, device=latents.device) if denoiser.config.guidance_embeds else None
-        places = self.pipeline_class._prepare_latent_image_ids(batch, side, side, latents.device, latents.dtype)
+        places = self.pipeline_class._prepare_latent_image_ids(batch, side, side, torch.device("cpu"), latents.dtype)
         return denoiser(
             latents,
             timestep=timesteps / 1000,
             guidance=told,
             txt_ids=torch.zeros(embeds[TOKENS].shape[1], 3, device=latents.device, dtype=latents.dtype),
-            img_ids=places,
+            img_ids=send(places, latents.device),
             **embeds,
         ).sample
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from esd_peft.backbones.backbone import TOKENS, PromptEmbeds
 from esd_peft.backbones.stable_diffusion import StableDiffusion
+from esd_peft.devices import send
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -42,6 +43,6 @@ class StableDiffusionXL(StableDiffusion):
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         height, width = (side * self.vae_factor for side in latents.shape[-2:])
-        sizes = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
-        added = {"text_embeds": embeds["text_embeds"], "time_ids": sizes}
+        sizes = send(torch.tensor([height, width, 0, 0, height, width], dtype=latents.dtype), latents.device)
+        added = {"text_embeds": embeds["text_embeds"], "time_ids": sizes.expand(len(latents), -1)}
         return denoiser(latents, timesteps, embeds[TOKENS], added_cond_kwargs=added).sample

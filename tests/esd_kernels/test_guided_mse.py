@@ -140,6 +140,23 @@ def test_registered_as_a_torch_op():
     torch.library.opcheck(torch.ops.esd_kernels.guided_mse.default, args)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiles_into_one_graph_with_its_gradient(backend, layout):
+    student, teacher, eta, anchor, weight = inputs((2, 4, 9, 11), torch.float32)
+    student = student.detach().contiguous(memory_format=layout).requires_grad_()
+
+    def scaled(student):
+        return 2.5 * guided_mse(student * 3.0, teacher, eta, anchor, weight)  # with something before it and after it
+
+    torch.compiler.reset()
+    loss = torch.compile(scaled, fullgraph=True, backend=backend)(student)
+    (grad,) = torch.autograd.grad(loss, student)
+    expected, slope = formula(student.detach() * 3.0, teacher, eta, anchor, weight)
+    torch.testing.assert_close(loss.double(), 2.5 * expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad.double(), 7.5 * slope, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     "change",
     [
