@@ -180,6 +180,10 @@ class EraseConfig(CommandConfig):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the denoiser's blocks (torch.compile) for rollouts and training, which takes a minute or more; auto: on a
     GPU, from about 2000 calls of the denoiser on (a default run makes 65), a threshold that is not measured yet."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 25
+    """Optimizer steps between checkpoints in OUTPUT.checkpoint, which go when the run is done; also written on Ctrl-C."""
+    resume: bool = False
+    """Go on from the checkpoint of a run that was interrupted: the adapter becomes the same, bit for bit."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and config give the same adapter."""
 

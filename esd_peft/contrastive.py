@@ -1,5 +1,6 @@
 """The contrastive mode that some summaries of the paper describe. The paper contains none of it; see docs/objectives.md."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from esd_peft.backbones.backbone import pick
 from esd_peft.devices import send
 from esd_peft.errors import UserError
 from esd_peft.evaluation.pictures import EncodedPrompts, make_pictures
-from esd_peft.objectives import Batch, Objective
+from esd_peft.objectives import Batch, Objective, Supply
 from esd_peft.rollout import Rollout
 
 TEMPERATURE, NEGATIVE_WEIGHT, EPOCHS = 0.07, 0.5, 10
@@ -44,7 +45,10 @@ class Contrastive(Objective):
         """Each variation once."""
         return math.ceil(self.references.shape[0] * self.references.shape[1] / self.batch_size)
 
-    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(self, generator: torch.Generator, resume: Supply | None = None) -> Iterator[Batch]:
+        return itertools.islice(self._batches(generator), resume.taken if resume else 0, None)
+
+    def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
         rollout, size = self.rollout, self.batch_size
         kept = rollout.backbone.noise_schedule()
         flat = self.references.flatten(0, 1)

@@ -1,17 +1,23 @@
 """The training loop: batches in, a trained student out."""
 
+import contextlib
 import math
+import signal
 import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 import bitsandbytes
 import torch
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from esd_peft.adapters import Student
+from esd_peft.checkpoint import Checkpoints
 from esd_peft.errors import UserError
-from esd_peft.objectives import Objective
+from esd_peft.objectives import Batch, Objective, Supply
 from esd_peft.probe import EVERY, Probe
 from esd_peft.tracking import Report
 
@@ -32,70 +38,156 @@ def distill(
     generator: torch.Generator,
     probe: Probe | None = None,
     report: Report = lambda values, step: None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[float]:
     """Train the student in place; returns every ten steps' mean loss.
 
-    For as many steps as the config or else the objective says, or until the probe says enough.
+    For as many steps as the config or else the objective says, or until the probe says enough. Goes on from a checkpoint
+    where the config says so, and leaves one on Ctrl-C or a SIGTERM, which end it after the step at hand.
 
-    Raises `UserError` if the loss is no longer a number.
+    Raises `UserError` if the loss is no longer a number, `KeyboardInterrupt` if it was interrupted.
     """
-    rollout = objective.rollout
-    config, device, dtype, costs = rollout.config, rollout.device, rollout.dtype, rollout.costs
-    supply = objective.batches(generator)
-    steps, lr = config.max_train_steps or objective.steps, config.learning_rate or objective.learning_rate
-    optimizer = make_optimizer(config.optimizer, student.parameters, lr, objective.weight_decay)
-    courses = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
-    schedule = get_scheduler(config.lr_scheduler, optimizer, **courses)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    passes = 4 if config.gradient_checkpointing else 3  # forward, backward (counted as two), and a second forward
-    if config.gradient_checkpointing:
-        student.denoiser.enable_gradient_checkpointing()
-    if probe is not None:
+    config = objective.rollout.config
+    training = _Training(student, objective, probe)
+    supply = None
+    if checkpoints is not None and config.resume:
+        supply = training.restore(*checkpoints.load())
+    elif probe is not None:
         probe.measure(0)
-    losses: list[float] = []
-    running, since = torch.zeros((), device=device), 0
-    with tqdm(total=steps, desc="distill") as bar:
-        for step in range(1, steps + 1):
-            batch = next(supply)
-            for part in batch.split(config.micro_batch_size or len(batch)):
-                with rollout.autocast():
-                    inputs = part.inputs.to(dtype)
-                    prediction = rollout.backbone.predict(student.denoiser, inputs, part.timesteps, part.embeds)
-                loss = objective.loss(prediction, part) * (len(part) / len(batch))
-                scaler.scale(loss).backward()
-                running = running + loss.detach()
-            _update(student.parameters, optimizer, scaler, config.max_grad_norm)
-            student.project()
-            schedule.step()
-            costs.forward_equivalents += passes * len(batch)
-            costs.training_tuples += batch.erasing
-            since += 1
+    batches = objective.batches(generator, supply)
+    with tqdm(total=training.steps, initial=training.step, desc="distill") as bar, _interrupts() as interrupted:
+        while training.step < training.steps:
+            training.take(next(batches))
+            enough = probe is not None and training.step % EVERY == 0 and probe.enough(training.step)
+            done = enough or training.step == training.steps
+            if training.step % LOSS_EVERY == 0 or done:
+                report(training.read_loss(), training.step)
+                bar.set_postfix(loss=f"{training.losses[-1]:.5f}", refresh=False)
             bar.update()
-            enough = probe is not None and step % EVERY == 0 and probe.enough(step)
-            if step % LOSS_EVERY == 0 or step == steps or enough:
-                losses.append(running.item() / since)
-                running, since = torch.zeros((), device=device), 0
-                if not math.isfinite(losses[-1]):
-                    raise UserError(f"the loss is no longer a number at step {step}; lower --learning-rate")
-                bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
-                report({"loss": losses[-1], "learning_rate": schedule.get_last_lr()[0]}, step)
-            if enough:
+            if done:
                 break
+            if checkpoints is not None and (interrupted or training.step % checkpoints.every == 0):
+                checkpoints.save(training.step, *training.state())
+            if interrupted:
+                raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
     if config.gradient_checkpointing:
         student.denoiser.disable_gradient_checkpointing()
-    return losses
+    return training.losses
 
 
-def _update(
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    max_grad_norm: float,
-) -> None:
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # a skipped fp16 step is no mistake
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+class _Training:
+    """Everything that changes from step to step."""
+
+    def __init__(self, student: Student, objective: Objective, probe: Probe | None) -> None:
+        self.student, self.objective, self.probe = student, objective, probe
+        rollout = self.rollout = objective.rollout
+        config = rollout.config
+        self.steps = config.max_train_steps or objective.steps
+        self.optimizer = make_optimizer(
+            config.optimizer, student.parameters, config.learning_rate or objective.learning_rate, objective.weight_decay
+        )
+        courses = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": self.steps}
+        self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, **courses)
+        self.scaler = torch.amp.GradScaler(rollout.device.type, enabled=rollout.dtype == torch.float16)
+        # forward, backward (counted as two), and a second forward
+        self.passes = 4 if config.gradient_checkpointing else 3
+        if config.gradient_checkpointing:
+            student.denoiser.enable_gradient_checkpointing()
+        self.step = 0
+        self.losses: list[float] = []
+        self.unread: list[tuple[Tensor, Tensor]] = []  # each step's loss and timesteps since the last reading
+
+    def take(self, batch: Batch) -> None:
+        """One optimizer step."""
+        config, rollout = self.rollout.config, self.rollout
+        total = torch.zeros((), device=rollout.device)
+        for part in batch.split(config.micro_batch_size or len(batch)):
+            with rollout.autocast():
+                inputs = part.inputs.to(rollout.dtype)
+                prediction = rollout.backbone.predict(self.student.denoiser, inputs, part.timesteps, part.embeds)
+            loss = self.objective.loss(prediction, part) * (len(part) / len(batch))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.student.parameters, config.max_grad_norm)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # a skipped fp16 step is no mistake
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.student.project()
+        self.schedule.step()
+        self.unread.append((total, batch.timesteps))
+        rollout.costs.forward_equivalents += self.passes * len(batch)
+        rollout.costs.training_tuples += batch.erasing
+        self.step += 1
+
+    def read_loss(self) -> dict[str, float]:
+        """The mean since the last reading, added to `losses`. Raises `UserError` if one is not a number."""
+        values = torch.stack([loss for loss, _ in self.unread]).tolist()
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                timesteps = ", ".join(f"{t:g}" for t in self.unread[i][1].tolist())
+                raise UserError(
+                    f"the loss is no longer a number at step {self.step - len(values) + i + 1} (timesteps {timesteps}); "
+                    "lower --learning-rate or --max-grad-norm, or use --dtype float32"
+                )
+        self.losses.append(sum(values) / len(values))
+        self.unread = []
+        return {"loss": self.losses[-1], "learning_rate": self.schedule.get_last_lr()[0]}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+        """What a checkpoint holds, and the bank."""
+        supply, costs = self.objective.supply(self.step), self.rollout.costs
+        values = {
+            "step": self.step,
+            "parameters": [p.detach() for p in self.student.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "losses": self.losses,
+            "unread": self.unread,
+            "before": supply.before,
+            "curve": self.probe.curve if self.probe else [],
+            "forwards": costs.forward_equivalents,
+            "tuples": costs.training_tuples,
+        }
+        return values, supply.bank
+
+    def restore(self, values: dict[str, Any], bank: dict[str, Tensor] | None) -> Supply:
+        """Become what `state` was taken of; returns where the batches go on."""
+        with torch.no_grad():
+            for parameter, value in zip(self.student.parameters, values["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(values["optimizer"])
+        self.schedule.load_state_dict(values["schedule"])
+        self.scaler.load_state_dict(values["scaler"])
+        device = self.rollout.device
+        self.step, self.losses = values["step"], values["losses"]
+        self.unread = [(loss.to(device), timesteps) for loss, timesteps in values["unread"]]
+        if self.probe is not None:
+            self.probe.curve = [(step, fraction) for step, fraction in values["curve"]]
+        self.rollout.costs.forward_equivalents = values["forwards"]
+        self.rollout.costs.training_tuples = values["tuples"]
+        return Supply(self.step, values["before"], bank)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as a list that fills, for the loop to look at; a second one ends it at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there handles them
+        before = {}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,9 +9,10 @@ import torch
 from esd_peft import __version__
 from esd_peft.adapters import Student, make_student, scope_modules
 from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.checkpoint import Checkpoints
 from esd_peft.command_line import parse
 from esd_peft.compilation import check_compiler, compiled
-from esd_peft.concepts import plan_prompts
+from esd_peft.concepts import PromptPlan, plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import place, resolve_device, resolve_dtype
@@ -40,7 +41,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
     inputs = [Path(p) for p in (config.model, config.preserve_file, config.reference) if p is not None]
-    check_output(config.output, config.overwrite, inputs)
+    check_output(config.output, config.overwrite or config.resume, inputs)
     check_tracker(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -54,8 +55,21 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     if config.model is None:
         for pair in plan.preserve:
             _check_words(backbone, "--preserve", pair.prompt)
-    costs = Costs(device)
+    files = component_files(backbone.path / backbone.denoiser_part)
+    hashes = {file.name: sha256(file) for file in files}
+    with Checkpoints(config, hashes) as checkpoints:
+        return _run(config, backbone, plan, device, dtype, checkpoints)
 
+
+def _run(
+    config: EraseConfig,
+    backbone: Backbone,
+    plan: PromptPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    costs = Costs(device)
     with costs.phase("encode"):
         embeds = backbone.encode(plan.texts, device, dtype)
         table = make_table(plan, embeds)
@@ -80,9 +94,9 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     with costs.phase("distill"), compiled(denoiser, objective), tracker(config) as report:
         probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
-        losses = distill(student, objective, bank, probe, report)
+        losses = distill(student, objective, bank, probe, report, checkpoints)
     with costs.phase("save"):
-        save_adapter(student, backbone, config)
+        save_adapter(student, backbone, config, checkpoints.base)
 
     concepts: Rates = {}
     others: Rates = {}
@@ -114,16 +128,15 @@ def _objective(rollout: Rollout, draws: torch.Generator) -> Objective:
     return GuidedTarget(rollout) if rollout.config.objective == "esd" else make_contrastive(rollout, draws)
 
 
-def save_adapter(student: Student, backbone: Backbone, config: EraseConfig) -> None:
+def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hashes: dict[str, str]) -> None:
     """The adapter directory: what was learned, the config that made it, and which base it fits."""
-    files = component_files(backbone.path / backbone.denoiser_part)
     base = {
         "model": config.model,
         "class": backbone.pipeline_class.__name__,
-        "denoiser_sha256": {file.name: sha256(file) for file in files},
+        "denoiser_sha256": hashes,
         "version": __version__,
     }
-    with new_directory(config.output, config.overwrite) as draft:
+    with new_directory(config.output, config.overwrite or config.resume) as draft:
         student.save(draft)
         (draft / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The one exception for what a user can mend: its text is one sentence that names the option and the fix."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -13,11 +14,12 @@ class UserError(Exception):
 def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written goes away then too
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing unfinished was kept", file=sys.stderr)
+    except KeyboardInterrupt as why:
+        print(f"interrupted {why}" if why.args else "interrupted: nothing unfinished was kept", file=sys.stderr)
         sys.exit(130)

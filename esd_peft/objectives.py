@@ -56,6 +56,15 @@ class Batch:
             )
 
 
+@dataclass
+class Supply:
+    """Where an objective's batches stand."""
+
+    taken: int
+    before: Tensor | None = None  # the generator's state before the bank was filled
+    bank: dict[str, Tensor] | None = None  # the bank, and the generator's state after it; none: to be filled again
+
+
 class Objective(ABC):
     """An endless supply of batches, and a loss. Knows no pipeline family.
 
@@ -82,8 +91,12 @@ class Objective(ABC):
         return self.rollout.config.train_batch_size or self.train_batch_size
 
     @abstractmethod
-    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Training batches without end."""
+    def batches(self, generator: torch.Generator, resume: Supply | None = None) -> Iterator[Batch]:
+        """Training batches without end. `generator` is as new, also where they go on from where others stopped."""
+
+    def supply(self, taken: int) -> Supply:
+        """Where the batches stand after `taken` of them, to go on from there."""
+        return Supply(taken)
 
     @abstractmethod
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
@@ -113,7 +126,7 @@ class GuidedTarget(Objective):
         """The config's."""
         return self.rollout.config.guided_steps
 
-    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(self, generator: torch.Generator, resume: Supply | None = None) -> Iterator[Batch]:
         config, table = self.rollout.config, self.rollout.table
         held = held_samples(config, self.batch_size)
         erasing = self.batch_size - held
@@ -121,19 +134,42 @@ class GuidedTarget(Objective):
         trajectories, preserving, keep = bank_shape(config, erasing, held, len(table.prompts) - table.erasing)
         erase, preserve = self._erase_in_turn(generator), self._preserve_in_turn()
         sides = itertools.cycle([False, True])
+        skip = 0
+        if resume is not None and resume.taken:
+            filled = (resume.taken - 1) // steps if steps else 0  # banks before the one at hand
+            skip = resume.taken - filled * (steps or 0)
+            for turns, count in ((erase, trajectories), (preserve, preserving), (sides, held * (steps or 0))):
+                _advance(turns, filled * count)
         while True:
             with self.rollout.costs.phase("rollout"):
-                pairs = [*itertools.islice(erase, trajectories)]
-                if held:
-                    pairs += itertools.islice(preserve, preserving)
-                bank = self.rollout.fill(torch.tensor(pairs), generator, keep, progress=steps is None)
+                pairs = [*itertools.islice(erase, trajectories), *itertools.islice(preserve, preserving)]
+                bank = self._filled(torch.tensor(pairs), generator, keep, resume if skip else None)
             erases = bank.pairs < table.erasing
             order = _shuffled(erases.nonzero().squeeze(1), generator)
             holds = _held(erases, sides, generator)
             for _ in itertools.count() if steps is None else range(steps):
                 asked = [*itertools.islice(holds, held)]
                 index = torch.tensor([*itertools.islice(order, erasing), *(i for i, _ in asked)])
+                if skip:
+                    skip -= 1
+                    continue
                 yield ask(bank.take(index, self.rollout.device), table, erasing, [neutral for _, neutral in asked])
+
+    def _filled(self, pairs: Tensor, generator: torch.Generator, keep: int | None, resume: Supply | None) -> Bank:
+        if resume is not None and resume.before is not None:
+            generator.set_state(resume.before)
+        self._before = generator.get_state()
+        if resume is not None and resume.bank is not None:
+            parts = dict(resume.bank)
+            generator.set_state(parts.pop("after"))
+            bank = Bank(**parts)
+        else:
+            bank = self.rollout.fill(pairs, generator, keep, progress=self.rollout.config.steps_per_bank is None)
+        self._bank = {**vars(bank), "after": generator.get_state()}
+        return bank
+
+    def supply(self, taken: int) -> Supply:
+        return Supply(taken, self._before, self._bank)
 
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         """Mean squared error to the guided target."""
@@ -203,6 +239,11 @@ def ask(tuples: Bank, table: PairTable, erasing: int, neutral: list[bool]) -> Ba
     embeds = pick(table.embeds, rows)
     pair = tuples.teacher[:2].flatten(0, 1)
     return Batch(tuples.inputs, tuples.timesteps, embeds, pair, etas, weights, anchor, erasing)
+
+
+def _advance(turns: Iterator[object], count: int) -> None:
+    """Take so many, for nothing."""
+    next(itertools.islice(turns, count, count), None)
 
 
 def _shuffled(items: Tensor, generator: torch.Generator) -> Iterator[int]:
