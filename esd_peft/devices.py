@@ -1,5 +1,7 @@
 """Where and in which number format a job computes, and how tensors get there and back without waiting."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -42,20 +44,20 @@ def place(denoiser: nn.Module, device: torch.device) -> None:
 
     Saved files do not show it. On a CPU it gains too little to be worth other bits.
     """
-    denoiser.to(device)
     if device.type == "cuda":
-        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        denoiser.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    else:
+        denoiser.to(device)
 
 
-def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The number format in which the denoiser runs, teacher and student alike.
+def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision where the weights themselves learn, in fp32, and the denoiser is to compute in `dtype`.
 
-    Autocast where weights that learn in fp32 meet what the picture has become. An adapter on `esd-x-strict` meets nothing
-    but the prompt, and the rest is in `dtype` already, as in a plain pipeline: there autocast would only copy the
-    picture's activations to fp32 and back around every normalisation (what that costs: docs/speed.md).
+    Under an adapter the denoiser is in `dtype` as a whole, normalisation included, as plain diffusers runs it; the adapter
+    in it is in fp32 and casts by itself.
+    Autocast would copy activations to fp32 and back around every normalisation (what that costs: docs/speed.md).
     """
-    prompt_only = config.scope == "esd-x-strict" and config.adapter != "none"
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not prompt_only)
+    return torch.autocast(device.type, dtype, enabled=config.adapter == "none" and dtype != torch.float32)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

@@ -124,15 +124,16 @@ class _Training:
 
     def read_loss(self) -> dict[str, float]:
         """The mean since the last reading, added to `losses`. Raises `UserError` if one is not a number."""
-        values = torch.stack([loss for loss, _ in self.unread]).tolist()
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                timesteps = ", ".join(f"{t:g}" for t in self.unread[i][1].tolist())
-                raise UserError(
-                    f"the loss is no longer a number at step {self.step - len(values) + i + 1} (timesteps {timesteps}); "
-                    "lower --learning-rate or --max-grad-norm, or use --dtype float32"
-                )
-        self.losses.append(sum(values) / len(values))
+        losses = torch.stack([loss for loss, _ in self.unread])
+        mean = losses.mean().item()
+        if not math.isfinite(mean):
+            first = next(i for i, value in enumerate(losses.tolist()) if not math.isfinite(value))
+            timesteps = ", ".join(f"{t:g}" for t in self.unread[first][1].tolist())
+            raise UserError(
+                f"the loss is no longer a number at step {self.step - len(losses) + first + 1} (timesteps {timesteps}); "
+                "lower --learning-rate or --max-grad-norm, or use --dtype float32"
+            )
+        self.losses.append(mean)
         self.unread = []
         return {"loss": self.losses[-1], "learning_rate": self.schedule.get_last_lr()[0]}
 
