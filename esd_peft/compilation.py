@@ -35,7 +35,7 @@ def compiled(denoiser: ModelMixin, objective: Objective) -> Iterator[None]:
     """
     config, device = objective.rollout.config, objective.rollout.device
     wanted = config.compile == "on"
-    if config.compile == "auto" and device.type == "cuda" and denoiser_calls(objective) >= AUTO_CALLS:
+    if config.compile == "auto" and not config.offload and device.type == "cuda" and denoiser_calls(objective) >= AUTO_CALLS:
         obstacle = _obstacle(device)
         wanted = obstacle is None
         if obstacle:

@@ -172,9 +172,12 @@ class EraseConfig(CommandConfig):
     """What the denoiser computes in; auto: bfloat16 on a GPU, float32 on a CPU. Adapters always stay in float32."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Hold the frozen base's linear layers in 4 or 8 bits (bitsandbytes)."""
+    offload: bool = False
+    """Keep the frozen base in host memory and bring its layers to the device one by one: little memory, and slow. Needs
+    --gradient-checkpointing."""
     memory_budget: str = "auto"
-    """Device memory to stay within, 12GiB for example: batches are split, activations recomputed and the base quantized as
-    far as that takes. auto: what the GPU has free; no bound on a CPU."""
+    """Device memory to stay within, 12GiB for example: batches are split, activations recomputed, the base quantized or
+    offloaded as far as that takes. auto: what the GPU has free; no bound on a CPU."""
     plan: bool = False
     """Say what the run would take, memory by phase, forwards and the bank's size, without loading weights, and stop."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -222,6 +225,12 @@ class EraseConfig(CommandConfig):
     def _fits_together(self) -> "EraseConfig":
         if self.quantize != "none" and self.adapter != "lora":
             raise ValueError(f"--quantize {self.quantize} works with --adapter lora only, not {self.adapter}")
+        if self.offload and (self.adapter == "none" or self.quantize != "none" or self.compile == "on"):
+            raise ValueError(
+                "--offload does not work with --adapter none, --quantize or --compile on; leave one of them out"
+            )
+        if self.offload and not self.gradient_checkpointing:
+            raise ValueError("--offload needs --gradient-checkpointing; add it")
         if self.adapter == "none" and (self.rank, self.alpha) != (None, None):
             raise ValueError("--rank and --alpha are an adapter's, and --adapter none has none; leave them out")
         if self.min_timestep >= self.max_timestep:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from esd_peft import __version__
 from esd_peft.adapters import Student, make_student, scope_modules
-from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.backbones import Backbone, PromptEmbeds, open_backbone
 from esd_peft.checkpoint import Checkpoints
 from esd_peft.command_line import parse
 from esd_peft.compilation import check_compiler, compiled
@@ -22,6 +23,7 @@ from esd_peft.evaluation.gallery import Gallery, Rates
 from esd_peft.evaluation.recognition import check_concepts
 from esd_peft.evaluation.table import result_table
 from esd_peft.objectives import GuidedTarget, Objective
+from esd_peft.offload import offload_base
 from esd_peft.outputs import check_output, new_directory, new_file
 from esd_peft.phases import Costs
 from esd_peft.plan import make_plan, plan_table, within_budget
@@ -80,12 +82,8 @@ def _run(
             denoiser = backbone.load_denoiser(torch.float32 if config.adapter == "none" else dtype)
         else:
             denoiser = load_quantized(backbone, config.quantize, dtype, device)
-        place(denoiser, device)
-        learning = scope_modules(backbone, denoiser, config.scope)
-        projections, changes = prompt_maps(config, plan, backbone, denoiser, embeds, learning)
+        student = _student(config, plan, backbone, denoiser, embeds, device)
         del embeds  # the table has those that the denoiser is asked
-        student = make_student(backbone, denoiser, config, projections)
-        student.start_from(changes)
     with costs.phase("evaluate"), student.teacher():
         before = gallery.take(denoiser, "before") if config.eval_seeds else None
 
@@ -122,6 +120,28 @@ def _run(
     with new_file(config.output / "result.json") as draft:
         draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _student(
+    config: EraseConfig,
+    plan: PromptPlan,
+    backbone: Backbone,
+    denoiser: ModelMixin,
+    embeds: PromptEmbeds,
+    device: torch.device,
+) -> Student:
+    """What learns, in a denoiser that is on the device now, and what it starts from."""
+    if not config.offload:
+        place(denoiser, device)
+    learning = scope_modules(backbone, denoiser, config.scope)
+    here = {name: value.to(denoiser.device) for name, value in embeds.items()}
+    maps = prompt_maps(config, plan, backbone, denoiser, here, learning)
+    projections, changes = ({kind: value.to(device) for kind, value in found.items()} for found in maps)
+    student = make_student(backbone, denoiser, config, projections)
+    if config.offload:
+        offload_base(denoiser, device)
+    student.start_from(changes)
+    return student
 
 
 def _objective(rollout: Rollout, draws: torch.Generator) -> Objective:

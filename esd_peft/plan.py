@@ -11,6 +11,7 @@ from torch import Tensor
 from esd_peft.adapters import make_student
 from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import ENCODE_BATCH, TOGETHER, encoder_bytes
+from esd_peft.compilation import repeated_blocks
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.devices import resolve_device, resolve_dtype
@@ -78,6 +79,7 @@ class Sizes:
         self.width = max(value.shape[-1] for value in embeds.values())
         denoiser = backbone.empty_denoiser().to(torch.float32 if config.adapter == "none" else dtype)
         self.bases = {how: weight_bytes(denoiser, how) for how in ("none", "int8", "nf4")}
+        self.block = max(map(weight_bytes, repeated_blocks(denoiser)))
         noise = backbone.initial_latents(1, denoiser, torch.Generator())
         self.latents = noise.numel()
         self.drawing = self._decoding(backbone.vae_latents(noise))
@@ -118,7 +120,7 @@ class Sizes:
         held = held_samples(config, batch)
         trajectories, preserving, keep = bank_shape(config, batch - held, held, len(self.prompts.preserve))
         steps = config.num_inference_steps or self.backbone.num_inference_steps
-        weights = self.bases[config.quantize]
+        weights = self.block if config.offload else self.bases[config.quantize]
         working = weights + self.learning + self.embeds
         together = rows * min(config.rollout_batch_size, trajectories + preserving)
         training = self.training(config.gradient_checkpointing)
@@ -144,7 +146,7 @@ def fit(sizes: Sizes, config: EraseConfig, budget: int) -> Plan:
     """The cheapest settings whose predicted peak is within `budget` bytes. Raises `UserError` if none is.
 
     In this order: all of a batch at once, then fewer and fewer samples at a time, then that with activations recomputed,
-    then all of it again with the base in NF4. What the config sets itself stays.
+    then all of it again with the base in NF4, and at last with the base in host memory. What the config sets itself stays.
     """
     plans = []
     for settings in _settings(config):
@@ -161,18 +163,20 @@ def fit(sizes: Sizes, config: EraseConfig, budget: int) -> Plan:
 
 
 def _settings(config: EraseConfig) -> Iterator[dict[str, object]]:
-    quantized = ["none", "nf4"] if config.quantize == "none" and config.adapter == "lora" else [config.quantize]
+    bases: list[dict[str, object]] = [{}]
+    if config.quantize == "none" and not config.offload:
+        bases += [{"quantize": "nf4"}] if config.adapter == "lora" else []
+        bases += [{"offload": True, "gradient_checkpointing": True}] if config.adapter != "none" else []
     batch = config.micro_batch_size or config.train_batch_size or GuidedTarget.train_batch_size
-    for quantize in quantized:
+    for base in bases:
         for checkpointing in sorted({config.gradient_checkpointing, True}):
             for micro in [batch] if config.micro_batch_size else _halves(batch):
                 for side_by_side in _halves(config.rollout_batch_size):
                     yield {
-                        "quantize": quantize,
                         "gradient_checkpointing": checkpointing,
                         "micro_batch_size": None if micro == batch else micro,
                         "rollout_batch_size": side_by_side,
-                    }
+                    } | base
 
 
 def _halves(count: int) -> list[int]:
@@ -185,6 +189,7 @@ def _halves(count: int) -> list[int]:
 def describe(config: EraseConfig) -> str:
     """The settings that a budget decides, in words."""
     said = [f"the base in {config.quantize}"] if config.quantize != "none" else []
+    said += ["the base in host memory"] if config.offload else []
     said += ["activations recomputed"] if config.gradient_checkpointing else []
     said += [f"{config.micro_batch_size} of a batch's samples at a time"] if config.micro_batch_size else []
     return ", ".join([*said, f"{config.rollout_batch_size} trajectories side by side"])

@@ -195,6 +195,14 @@ def test_whole_weights_do_not_add_up(erased, small_sd, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_offloaded_base_gives_the_same_adapter(small_sd, tmp_path):
+    for name, options in (("here", {}), ("offloaded", {"offload": True})):
+        run(small_sd, tmp_path / name, gradient_checkpointing=True, scope="esd-x", eval_seeds=1, **options)
+    here, offloaded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("here", "offloaded"))
+    assert all(torch.equal(here[name], offloaded[name]) for name in here)
+    assert (tmp_path / "offloaded" / "before_after.png").is_file()
+
+
 def test_samples_may_pass_one_by_one(small_sd, tmp_path):
     whole = run(small_sd, tmp_path / "whole", max_train_steps=10)
     parts = run(small_sd, tmp_path / "parts", max_train_steps=10, micro_batch_size=3)

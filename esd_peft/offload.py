@@ -1,0 +1,23 @@
+"""The frozen base in host memory, each layer on the device only while it computes: slow, and the last resort."""
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import nn
+
+
+def offload_base(denoiser: nn.Module, device: torch.device) -> None:
+    """Move `denoiser` to `device` in place, but for the frozen weights, which accelerate brings there layer by layer.
+
+    A layer's weights stay until the backward pass has used them; with gradient checkpointing that is one block at a time.
+    The very first layer stays: by it pipelines tell which device they are on.
+    """
+    first = next(denoiser.parameters())
+    for module in denoiser.modules():
+        own = [*module.parameters(recurse=False)]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+        if any(parameter.requires_grad or parameter is first for parameter in own):
+            for parameter in own:
+                parameter.data = parameter.data.to(device)
+        elif own:
+            add_hook_to_module(module, AlignDevicesHook(execution_device=device, offload=True), append=True)
