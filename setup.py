@@ -15,6 +15,7 @@ setup(
     packages=[*find_packages(include=["esd_peft", "esd_peft.*"]), "esd_kernels"],
     package_data={
         "esd_peft": ["everyday.txt"],
+        "esd_peft.study": ["page.html"],
         "esd_peft.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
     },
     install_requires=[
@@ -28,6 +29,7 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "pydantic>=2.10",
+        "numpy>=1.26",
         "tyro>=1.0.3",
         "pyyaml>=6.0",
         "pillow>=10.0",
@@ -35,7 +37,16 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "types-tqdm", "types-psutil", "tensorboard>=2.15"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "types-tqdm",
+            "types-psutil",
+            "tensorboard>=2.15",
+            "selenium>=4.20",
+        ],
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
     },

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from esd_peft.backbones.backbone import pick
 from esd_peft.devices import send
 from esd_peft.errors import UserError
+from esd_peft.evaluation.picture_files import open_picture, picture_files
 from esd_peft.evaluation.pictures import EncodedPrompts, make_pictures
 from esd_peft.objectives import Batch, Objective, Supply
 from esd_peft.rollout import Rollout
 
 TEMPERATURE, NEGATIVE_WEIGHT, EPOCHS = 0.07, 0.5, 10
 PICTURES = 64  # of a concept, where the teacher makes them
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass
@@ -120,15 +119,9 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 def read_pictures(folder: Path, size: tuple[int, int]) -> Tensor:
     """The pictures in `folder`, resized to `size` (height, width): `[N, 3, H, W]` in [0, 1]. Raises `UserError`."""
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    if not paths:
-        raise UserError(f"--reference {folder} is no folder with pictures; name one with {', '.join(SUFFIXES)} files")
     made = []
-    for path in paths:
-        try:
-            picture = Image.open(path).convert("RGB").resize(size[::-1])
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"--reference {path} cannot be read as a picture ({error}); remove it") from None
+    for path in picture_files(folder, "--reference"):
+        picture = open_picture(path, "--reference").resize(size[::-1])
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         made.append(pixels.reshape(*size, 3).permute(2, 0, 1) / 255)
     return torch.stack(made)

@@ -1,0 +1,41 @@
+"""python -m esd_peft.study make|analyse: a blinded rating page for people, and what their answers say."""
+
+import sys
+
+from esd_peft.command_line import parse
+from esd_peft.errors import UserError, run_command
+from esd_peft.study.analyse import analyse_study, study_table
+from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
+from esd_peft.study.make import KEY, PAGE, make_study
+
+USAGE = """usage: python -m esd_peft.study make     write a blinded rating page (--help lists the options)
+       python -m esd_peft.study analyse  what the answers say (--help lists the options)"""
+
+
+def _make(argv: list[str]) -> None:
+    config = parse(MakeStudyConfig, "study make", argv)
+    record = make_study(config)
+    print(f"{len(record['items'])} pictures of {len(config.condition)} conditions")
+    print(f"{config.output / PAGE} goes to the raters; keep {config.output / KEY} to yourself. When they have sent answers:")
+    print(f"  python -m esd_peft.study analyse --key {config.output / KEY} --answers FILE.csv --answers FILE.csv ...")
+
+
+def _analyse(argv: list[str]) -> None:
+    print(study_table(analyse_study(parse(AnalyseStudyConfig, "study analyse", argv))))
+
+
+def main() -> None:
+    """The command line."""
+    job = sys.argv[1] if len(sys.argv) > 1 else None
+    if job in ("--help", "-h"):
+        print(USAGE)
+    elif job == "make":
+        _make(sys.argv[2:])
+    elif job == "analyse":
+        _analyse(sys.argv[2:])
+    else:
+        raise UserError("say make or analyse: python -m esd_peft.study make --help lists the options")
+
+
+if __name__ == "__main__":
+    run_command(main)

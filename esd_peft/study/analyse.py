@@ -1,0 +1,143 @@
+"""From raters' answers and the key to means, intervals and agreement."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esd_peft.errors import UserError
+from esd_peft.evaluation.intervals import percentiles, resample
+from esd_peft.outputs import new_file
+from esd_peft.study.agreement import krippendorff_alpha
+from esd_peft.study.config import AnalyseStudyConfig
+
+SCALE = (1, 2, 3, 4, 5)
+COLUMNS = ("study", "rater", "item", "rating")
+
+
+def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
+    """Means of each condition, their differences from the first one, and the raters' agreement.
+
+    Intervals come from resampling raters and pictures, independently of each other and both with replacement (the
+    pigeonhole bootstrap: Owen 2007, "The pigeonhole bootstrap"), because each of them would be others in another study.
+
+    Raises `UserError` for answers that do not belong to the key, or are no ratings from 1 to 5.
+    """
+    key = _read_key(config.key)
+    ratings: dict[str, dict[str, int]] = {}  # rater: picture: rating
+    for path in config.answers:
+        for rater, given in _read_answers(path, key).items():
+            if rater in ratings:
+                raise UserError(f"--answers {path}: another file holds answers of {rater}; leave one of them out")
+            ratings[rater] = given
+    items = list(key["items"])
+    table = np.array([[given.get(item, np.nan) for item in items] for given in ratings.values()])
+    conditions = np.array([key["items"][item]["condition"] for item in items])
+    random = np.random.default_rng(config.seed)
+    raters = resample(len(table), random)
+    means, draws = {}, {}
+    for name in key["conditions"]:
+        here = table[:, conditions == name]
+        if np.isnan(here).all():
+            raise UserError(f"--answers: nobody rated a picture of {name}; wait for more answers")
+        draws[name] = _resampled_means(here, raters, random)
+        means[name] = float(np.nanmean(here))
+    first, *rest = key["conditions"]
+    result = {
+        "study": key["study"],
+        "question": key["question"],
+        "raters": len(table),
+        "ratings": int((~np.isnan(table)).sum()),
+        "conditions": {
+            name: {
+                "mean": means[name],
+                "interval": percentiles(draws[name]),
+                "pictures": int((conditions == name).sum()),
+                "ratings": [int((table[:, conditions == name] == value).sum()) for value in SCALE],
+            }
+            for name in key["conditions"]
+        },
+        "differences": {
+            f"{name} - {first}": {
+                "mean": means[name] - means[first],
+                "interval": percentiles(draws[name] - draws[first]),
+            }
+            for name in rest
+        },
+        "krippendorff_alpha": {"ordinal": krippendorff_alpha(table), "interval": krippendorff_alpha(table, "interval")},
+    }
+    if config.output is not None:
+        with new_file(config.output) as draft:
+            draft.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def _resampled_means(ratings: np.ndarray, raters: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Means of `[raters, pictures]` under how often each rater `[draws, raters]` and each picture is drawn: `[draws]`."""
+    pictures = resample(ratings.shape[1], random)
+    total = (raters @ np.nan_to_num(ratings) * pictures).sum(1)
+    count = (raters @ ~np.isnan(ratings) * pictures).sum(1)
+    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+
+
+def _read_key(path: Path) -> dict[str, Any]:
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        used = {item["condition"] for item in key["items"].values()}
+        if not key["study"] or not key["question"] or used != {*key["conditions"]}:
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"--key {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--key {path} is no key of a study; name the key.json that was written with the page") from None
+    return key
+
+
+def _read_answers(path: Path, key: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Rater: picture: rating. Raises `UserError` unless all of them are of this study."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--answers {path} cannot be read: {error}") from None
+    if missing:
+        raise UserError(f"--answers {path} has no column {missing[0]}; name a CSV file that the page saved")
+    if not rows:
+        raise UserError(f"--answers {path} holds no answer; leave it out")
+    found: dict[str, dict[str, int]] = {}
+    for line, row in enumerate(rows, 2):
+        if row["study"] != key["study"] or row["item"] not in key["items"]:
+            raise UserError(f"--answers {path}, line {line}: this is an answer to another study than --key's")
+        if row["rating"] not in map(str, SCALE):
+            raise UserError(f"--answers {path}, line {line}: the rating {row['rating']!r} is not one of 1 to 5; mend it")
+        given = found.setdefault(row["rater"], {})
+        if row["item"] in given:
+            raise UserError(
+                f"--answers {path}, line {line}: {row['rater']} rated {row['item']} twice; leave one of them out"
+            )
+        given[row["item"]] = int(row["rating"])
+    return found
+
+
+def study_table(result: dict[str, Any]) -> str:
+    """What `analyse_study` returns, for people."""
+    width = max(map(len, [*result["conditions"], *result["differences"], "condition"])) + 2
+    lines = [result["question"], "", f"{'condition':<{width}} mean   95 % interval   ratings of 1, 2, 3, 4, 5"]
+    for name, found in result["conditions"].items():
+        counts = ", ".join(map(str, found["ratings"]))
+        lines.append(f"{name:<{width}}{found['mean']:>5.2f}   {_interval(found):<15} {counts}")
+    lines += [
+        f"{name:<{width}}{found['mean']:>+5.2f}   {_interval(found, '+')}" for name, found in result["differences"].items()
+    ]
+    alpha = ", ".join(f"{'not defined' if a is None else f'{a:.3f}'} ({k})" for k, a in result["krippendorff_alpha"].items())
+    lines += ["", f"{result['raters']} raters, {result['ratings']} ratings; Krippendorff's alpha {alpha}"]
+    return "\n".join(lines)
+
+
+def _interval(found: dict[str, Any], sign: str = "") -> str:
+    low, high = found["interval"]
+    return f"{low:{sign}.2f} to {high:{sign}.2f}"

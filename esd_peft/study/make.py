@@ -1,0 +1,92 @@
+"""From folders of pictures to a blinded rating page and its key."""
+
+import base64
+import hashlib
+import io
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from esd_peft.evaluation.picture_files import open_picture, picture_files
+from esd_peft.outputs import check_output, new_directory
+from esd_peft.study.config import MakeStudyConfig
+
+PAGE, KEY = "study.html", "key.json"
+_REFERENCE_SIZE = 384  # pixels
+_QUALITY = 90
+
+
+def make_study(config: MakeStudyConfig) -> dict[str, Any]:
+    """Write `study.html`, which says nothing about conditions, and `key.json`, which says it all.
+
+    Pictures are scaled and encoded anew, so that neither a file's name, size, format nor metadata tells conditions
+    apart. Each rater sees them in an order of their own.
+
+    Returns what the key holds. Raises `UserError` for folders without pictures and for files that are none.
+    """
+    inputs = [*config.condition, *([config.reference] if config.reference else [])]
+    check_output(config.output, config.overwrite, inputs)
+    chosen = _choose(config)
+    order = np.random.default_rng(config.seed).permutation(len(chosen))
+    study = _name_of(config, chosen)
+    items: list[dict[str, str]] = []
+    key: dict[str, dict[str, str]] = {}
+    for place in order:
+        condition, path = chosen[place]
+        name = hashlib.sha256(f"{study}/{len(items)}".encode()).hexdigest()[:10]
+        items.append({"id": name, "picture": _data_uri(path, config.max_size, "--condition")})
+        key[name] = {"condition": condition, "file": path.name}
+    shown = picture_files(config.reference, "--reference") if config.reference else []
+    page = {
+        "study": study,
+        "question": config.question,
+        "low": config.low,
+        "high": config.high,
+        "reference": [_data_uri(path, _REFERENCE_SIZE, "--reference") for path in shown],
+        "items": items,
+    }
+    conditions = [folder.resolve().name for folder in config.condition]
+    record = {"study": study, "question": config.question, "conditions": conditions, "items": key}
+    with new_directory(config.output, config.overwrite) as draft:
+        (draft / PAGE).write_text(_render(page), encoding="utf-8")
+        (draft / KEY).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return record
+
+
+def _choose(config: MakeStudyConfig) -> list[tuple[str, Path]]:
+    """Condition and file of each picture in the study."""
+    random = np.random.default_rng(config.seed)
+    chosen = []
+    for folder in config.condition:
+        paths = picture_files(folder, "--condition")
+        count = min(config.per_condition or len(paths), len(paths))
+        picked = sorted(random.choice(len(paths), count, replace=False))
+        chosen += [(folder.resolve().name, paths[i]) for i in picked]
+    return chosen
+
+
+def _name_of(config: MakeStudyConfig, chosen: list[tuple[str, Path]]) -> str:
+    """The same for the same study, so that answers are matched with their key, and the ids in it cannot be guessed."""
+    said = [config.question, config.low, config.high, str(config.seed), str(config.max_size)]
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for _, path in chosen:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def _data_uri(path: Path, size: int, option: str) -> str:
+    picture = open_picture(path, option)
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    picture.save(encoded, "WEBP", quality=_QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
+def _render(page: dict[str, Any]) -> str:
+    """The page with its data as JSON that no text in it can break out of; the script shows texts as text only."""
+    data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
+    return (files("esd_peft.study") / "page.html").read_text(encoding="utf-8").replace("STUDY_DATA", data, 1)
