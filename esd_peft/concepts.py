@@ -106,10 +106,13 @@ def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
     return [Pair(p.prompt, p.neutral, p.anchor, config.eta_of(concept), concept.weight) for p in clean]
 
 
-def _names_any(names: list[str], prompt: str) -> bool:
-    """Whether all content words of one of `names` stand in `prompt`."""
-    words = _content_words(prompt)
-    return any(_content_words(name) <= words for name in names)
+def names(concept: str, prompt: str) -> bool:
+    """Whether all content words of `concept` stand in `prompt`."""
+    return _content_words(concept) <= _content_words(prompt)
+
+
+def _names_any(concepts: list[str], prompt: str) -> bool:
+    return any(names(concept, prompt) for concept in concepts)
 
 
 def _content_words(text: str) -> set[str]:
@@ -136,10 +139,15 @@ def _protected(config: EraseConfig, asked: list[str]) -> list[str]:
     An attribute that is erased from something is protected beside everything else. That something is not: the words of
     "striped circle" are those of "striped" and "circle", and with both protected nothing could be learned.
     """
-    everyday = world.everyday() if config.model is None else _lines(files("esd_peft") / "everyday.txt")
+    everyday = world.everyday() if config.model is None else everyday_prompts()
     apart = [say(c.name) for c in config.concept if config.source_of(c) for say in _wordings([c.name], config)]
     named = config.concept_names + config.sources
     return list(dict.fromkeys(["", *(prompt for prompt in [*asked, *everyday, *apart] if not _names_any(named, prompt))]))
+
+
+def everyday_prompts() -> list[str]:
+    """The built-in list: common subjects, styles and words of prompts."""
+    return _lines(files("esd_peft") / "everyday.txt")
 
 
 def _sources_otherwise(config: EraseConfig) -> list[str]:

@@ -19,8 +19,7 @@ from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import place, resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.errors import UserError, run_command
-from esd_peft.evaluation.gallery import Gallery, Rates
-from esd_peft.evaluation.recognition import check_concepts
+from esd_peft.evaluation.gallery import Gallery, Rates, check_concepts
 from esd_peft.evaluation.table import result_table
 from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.offload import offload_base

@@ -1,6 +1,5 @@
-"""The pictures of a model before and after, and what is read off them."""
+"""The pictures that the erase command takes before and after, and what is read off them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +10,24 @@ from torch import Tensor
 from esd_peft.backbones import Backbone
 from esd_peft.config import EraseConfig
 from esd_peft.devices import autocast
-from esd_peft.evaluation import recognition
+from esd_peft.errors import UserError
 from esd_peft.evaluation.pictures import EncodedPrompts, before_after_grid, make_pictures
+from esd_peft.evaluation.rates import Change, accuracies
+from esd_peft.evaluation.suites import Prompt, assign_roles, load_suite, world_prompts
+from esd_peft.shapes import world
 from esd_peft.shapes.classifier import load_classifier
 
 Rates = dict[str, dict[str, float]]  # name: before, after: share of pictures
 SMALL_BATCH = 48  # pictures side by side on the embedded pipeline
 UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")
+
+
+def check_concepts(concepts: list[str]) -> None:
+    """Raise `UserError` for a concept that names no shape, colour or texture: its erasure could not be seen."""
+    for concept in concepts:
+        if not world.attributes_in(concept):
+            known = ", ".join(word for values in world.ATTRIBUTES.values() for word in values)
+            raise UserError(f"--concept {concept!r} names nothing the embedded pipeline draws; it draws {known}")
 
 
 @dataclass
@@ -35,9 +45,12 @@ class Gallery:
 
     def __post_init__(self) -> None:
         self.judged, self.concepts = self.config.model is None, self.config.concept_names
-        self.prompts = recognition.judged_prompts(self.concepts) if self.judged else [*self.concepts, *UNRELATED]
+        plain = [Prompt(text) for text in (*self.concepts, *UNRELATED)]
+        self.prompts = world_prompts(self.concepts) if self.judged else plain
+        self.roles = assign_roles(load_suite("shapes" if self.judged else "concept"), self.prompts, self.concepts)
         if self.config.eval_seeds:
-            self.encoded = EncodedPrompts(self.backbone, self.prompts, self.device, self.dtype)
+            texts = [prompt.text for prompt in self.prompts]
+            self.encoded = EncodedPrompts(self.backbone, texts, self.device, self.dtype)
 
     def take(self, denoiser: ModelMixin, label: str) -> Tensor:
         """`[prompts, seeds, 3, H, W]` fp32 in [0, 1]."""
@@ -52,17 +65,28 @@ class Gallery:
         if not self.judged:
             return {}, {}
         judge = load_classifier()
-        halves = [recognition.recognition(judge, self.prompts, half, self.concepts) for half in (before, after)]
-        concepts, others = (
-            {name: {"before": was, "after": after_rates[name]} for name, was in before_rates.items()}
-            for before_rates, after_rates in zip(*halves, strict=True)
-        )
-        return concepts, others
+        found = accuracies(self.prompts, self.roles, *([judge.name(row) for row in half] for half in (before, after)))
+        others = {label: change for kind in world.ATTRIBUTES for label, change in found.others.get(kind, {}).items()}
+        return _shares(found.targets), _shares(others)
 
     def grid(self, before: Tensor, after: Tensor) -> Image.Image:
         """A sheet of a few prompts, before above after."""
-        shown: Sequence[int] = range(len(self.prompts))
-        if self.judged:
-            shown = recognition.shown_prompts(self.concepts, self.prompts)
+        shown = self.shown()
         rows = torch.tensor(shown)
-        return before_after_grid([self.prompts[i] for i in shown], before[rows][:, :2], after[rows][:, :2])
+        return before_after_grid([self.prompts[i].text for i in shown], before[rows][:, :2], after[rows][:, :2])
+
+    def shown(self) -> list[int]:
+        """Which prompts go into the grid: each concept alone, in a few full prompts, and a few that do not name it."""
+        if not self.judged:
+            return list(range(len(self.prompts)))
+        texts, free = [prompt.text for prompt in self.prompts], self.roles.kept
+        named = [i for i in range(len(texts)) if i not in free]
+        alone = [texts.index(world.prompt(world.attributes_in(concept), "a {}")) for concept in self.concepts]
+        step = 29  # prime to the 144 full prompts: consecutive picks differ in shape, colour and texture
+        few = [named[(7 + k * step) % len(named)] for k in range(3)]
+        few += [free[(k * step) % len(free)] for k in range(6 if free else 0)]
+        return list(dict.fromkeys(alone + few))
+
+
+def _shares(changes: dict[str, Change]) -> Rates:
+    return {name: {"before": c.before.share, "after": c.after.share} for name, c in changes.items()}

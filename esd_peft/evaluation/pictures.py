@@ -1,6 +1,6 @@
 """Pictures from a prompt and a seed, and grids of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,40 +14,54 @@ from esd_peft.backbones.backbone import pick
 from esd_peft.randomness import generator
 
 _CAPTION, _GAP = 16, 4  # pixels
+Place = tuple[int, int]  # which prompt, which of its pictures
 
 
 class EncodedPrompts:
-    """Prompts, encoded once, to be drawn by `backbone.pipeline`, which has no text encoders."""
+    """Prompts, encoded once, to be drawn by `backbone.pipeline`, which has no text encoders.
+
+    The embeddings wait in host memory: FLUX.1's take 4 MiB a prompt.
+    """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        self.backbone, self.count = backbone, len(prompts)
-        self.embeds = backbone.encode([*prompts, ""], device, dtype)
+        self.backbone, self.device, self.count = backbone, device, len(prompts)
+        self.embeds = {name: value.cpu() for name, value in backbone.encode([*prompts, ""], device, dtype).items()}
 
     def __len__(self) -> int:
         return self.count
 
     def arguments(self, numbers: list[int]) -> dict[str, Any]:
         """What the pipeline is called with for the prompts of these numbers."""
-        rows = torch.tensor(numbers, device=next(iter(self.embeds.values())).device)
-        return self.backbone.pipeline_arguments(pick(self.embeds, rows), pick(self.embeds, torch.full_like(rows, -1)))
+        prompts, null = (
+            {name: value.to(self.device) for name, value in pick(self.embeds, torch.tensor(rows)).items()}
+            for rows in (numbers, [-1] * len(numbers))
+        )
+        return self.backbone.pipeline_arguments(prompts, null)
 
 
 @torch.no_grad()
+def picture_batches(
+    pipe: DiffusionPipeline, prompts: EncodedPrompts, places: Sequence[Place], batch_size: int, seed: int = 0,
+    label: str = "pictures", first: int = 0, **settings: Any,
+) -> Iterator[tuple[Sequence[Place], Tensor]]:  # fmt: skip
+    """Batches of places and their pictures `[B, 3, H, W]` fp32 in [0, 1] on the CPU.
+
+    Picture k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
+    the same noise. `prompts` are those from number `first` on; `settings` replace what the family calls its pipeline with.
+    """
+    for start in tqdm(range(0, len(places), batch_size), desc=label, leave=False):
+        batch = places[start : start + batch_size]
+        noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
+        arguments = prompts.arguments([i - first for i, _ in batch]) | settings
+        yield batch, pipe(**arguments, generator=noise, output_type="pt").images.float().cpu()
+
+
 def make_pictures(
     pipe: DiffusionPipeline, prompts: EncodedPrompts, seeds: int, batch_size: int, seed: int = 0, label: str = "pictures"
 ) -> Tensor:
-    """`seeds` pictures of each prompt, `[prompts, seeds, 3, H, W]` fp32 in [0, 1], on the CPU.
-
-    Picture k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
-    the same noise.
-    """
-    jobs = [(i, k) for i in range(len(prompts)) for k in range(seeds)]
-    made = []
-    for start in tqdm(range(0, len(jobs), batch_size), desc=label, leave=False):
-        batch = jobs[start : start + batch_size]
-        noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
-        output = pipe(**prompts.arguments([i for i, _ in batch]), generator=noise, output_type="pt")
-        made.append(output.images.float().cpu())
+    """`seeds` pictures of each prompt, `[prompts, seeds, 3, H, W]` fp32 in [0, 1], on the CPU; see `picture_batches`."""
+    places = [(i, k) for i in range(len(prompts)) for k in range(seeds)]
+    made = [pictures for _, pictures in picture_batches(pipe, prompts, places, batch_size, seed, label)]
     return torch.cat(made).unflatten(0, (len(prompts), seeds))
 
 
@@ -68,12 +82,13 @@ def before_after_grid(prompts: Sequence[str], before: Tensor, after: Tensor, hei
         for half, pictures in enumerate((before, after)):
             top = _CAPTION + half * (block + _GAP)
             for k in range(seeds):
-                tile = _image(pictures[column, k]).resize((width, height), Image.Resampling.LANCZOS)
+                tile = to_image(pictures[column, k]).resize((width, height), Image.Resampling.LANCZOS)
                 sheet.paste(tile, (x, top + k * (height + _GAP)))
     return sheet
 
 
-def _image(pixels: Tensor) -> Image.Image:
+def to_image(pixels: Tensor) -> Image.Image:
+    """`[3, H, W]` in [0, 1]."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 

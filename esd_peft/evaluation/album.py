@@ -1,0 +1,68 @@
+"""Pictures on disk, which a later run goes on with."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from esd_peft.errors import UserError
+from esd_peft.evaluation.pictures import Place, to_image
+from esd_peft.outputs import new_file
+
+
+@dataclass
+class Album:
+    """A folder of one model's pictures, `PROMPT_SEED.png`.
+
+    `made_with` is all that the pictures depend on; it stands beside them, so that others are not taken for them.
+    """
+
+    folder: Path
+    made_with: dict[str, Any]
+
+    def open(self, overwrite: bool) -> None:
+        """Start, or go on. Raises `UserError` if the folder holds other pictures and `overwrite` is not given."""
+        record = self.folder / "made_with.json"
+        try:
+            same = json.loads(record.read_text(encoding="utf-8")) == json.loads(json.dumps(self.made_with))
+        except (OSError, ValueError):
+            same = False
+        if self.folder.exists() and not same:
+            if not overwrite:
+                raise UserError(
+                    f"--output holds {self.folder}, made by another model or with other options; "
+                    "name another directory or add --overwrite"
+                )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with new_file(record) as draft:
+            draft.write_text(json.dumps(self.made_with, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def path(self, place: Place) -> Path:
+        return self.folder / f"{place[0]:05d}_{place[1]:03d}.png"
+
+    def missing(self, places: Sequence[Place]) -> list[Place]:
+        """Those whose pictures are still to be made."""
+        return [place for place in places if not self.path(place).is_file()]
+
+    def add(self, place: Place, pixels: Tensor) -> None:
+        """Write one picture `[3, H, W]` in [0, 1]."""
+        with new_file(self.path(place)) as draft:
+            to_image(pixels).save(draft)
+
+    def read(self, place: Place) -> Image.Image:
+        """One picture. Raises `UserError` if it is damaged."""
+        try:
+            return Image.open(self.path(place)).convert("RGB")
+        except OSError as error:
+            raise UserError(f"--output holds {self.path(place)}, which cannot be read ({error}); remove it") from None
+
+    def batches(self, places: Sequence[Place], batch_size: int) -> Iterator[list[Image.Image]]:
+        """The pictures in order, so many at a time."""
+        for start in range(0, len(places), batch_size):
+            yield [self.read(place) for place in places[start : start + batch_size]]

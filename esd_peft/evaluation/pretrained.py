@@ -1,0 +1,23 @@
+"""Models from the hub or a folder."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from esd_peft.errors import UserError
+
+
+def load_pretrained(kind: Any, model: str, option: str, **options: Any) -> Any:
+    """`kind.from_pretrained(model)`, by hub id or folder. Raises `UserError` naming `option` if that does not work."""
+    try:
+        return kind.from_pretrained(model, **options)
+    except Exception as error:  # transformers and the hub raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        fix = "restore the folder" if Path(model).is_dir() else "name a local folder, or a hub id while online"
+        raise UserError(f"{option} {model} cannot be loaded ({reason}); {fix}") from None
+
+
+def describe_version(model: Any) -> str:
+    """The library's version, and the hub's commit where the model came from there."""
+    commit: str | None = getattr(model.config, "_commit_hash", None)
+    return f"transformers {version('transformers')}" + (f", {commit[:12]}" if commit else "")

@@ -1,0 +1,110 @@
+"""How often pictures show what was asked for: the target, the same domain, the other domains (UA, IRA, CRA)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from esd_peft.evaluation.intervals import wilson
+from esd_peft.evaluation.suites import Prompt, Roles
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So many of so many pictures."""
+
+    hits: int
+    count: int
+
+    @property
+    def share(self) -> float:
+        return self.hits / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95 % (Wilson)."""
+        return wilson(self.hits, self.count)
+
+    def __add__(self, other: "Rate") -> "Rate":
+        return Rate(self.hits + other.hits, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class Change:
+    """The same rate before and after, on the same prompts and seeds."""
+
+    before: Rate
+    after: Rate
+
+    @property
+    def lost(self) -> float:
+        return self.before.share - self.after.share
+
+    def __add__(self, other: "Change") -> "Change":
+        return Change(self.before + other.before, self.after + other.after)
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """After UnlearnCanvas (arXiv 2402.11846): UA = 1 − accuracy on the target, IRA in its domain, CRA in the others.
+
+    There, CRA also counts the prompts that ask for the target; here these stand apart, as `beside`.
+    """
+
+    targets: dict[str, Change]  # concept: shows all of it, where it is asked for
+    others: dict[str, dict[str, Change]]  # domain: label: shows it, where no concept is asked for
+    beside: Change | None  # shows what else such a prompt asks for, where a concept is asked for
+    target_domains: frozenset[str]
+
+    @property
+    def same_domain(self) -> Change | None:
+        return _sum([c for domain, labels in self.others.items() for c in labels.values() if domain in self.target_domains])
+
+    @property
+    def cross_domain(self) -> Change | None:
+        return _sum(
+            [c for domain, labels in self.others.items() for c in labels.values() if domain not in self.target_domains]
+        )
+
+    @property
+    def kept(self) -> Change | None:
+        """Both domains together."""
+        return _sum([c for labels in self.others.values() for c in labels.values()])
+
+
+Seen = Sequence[Sequence[dict[str, str]]]  # [prompts][seeds]: what a picture shows, by domain
+
+
+def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -> Accuracies:
+    """What a detector saw in the pictures of each prompt, before and after, as rates."""
+
+    def change(wanted: dict[str, str], rows: list[int]) -> Change:
+        return Change(*(_rate(wanted, [picture for i in rows for picture in half[i]]) for half in (before, after)))
+
+    targets = {concept: change(roles.wanted[concept], rows) for concept, rows in roles.asking.items()}
+    others: dict[str, dict[str, Change]] = {}
+    labels = dict.fromkeys(pair for prompt in prompts for pair in prompt.labels.items())
+    for domain, label in labels:
+        rows = [i for i in roles.kept if prompts[i].labels.get(domain) == label]
+        if rows:
+            others.setdefault(domain, {})[label] = change({domain: label}, rows)
+    rest = [
+        change({domain: label}, [i])
+        for concept, rows in roles.asking.items()
+        for i in rows
+        for domain, label in prompts[i].labels.items()
+        if domain not in roles.wanted[concept]
+    ]
+    domains = frozenset(domain for wanted in roles.wanted.values() for domain in wanted)
+    return Accuracies(targets, others, _sum(rest), domains)
+
+
+def _rate(wanted: dict[str, str], pictures: list[dict[str, str]]) -> Rate:
+    return Rate(sum(wanted.items() <= seen.items() for seen in pictures), len(pictures))
+
+
+def _sum(changes: list[Change]) -> Change | None:
+    if not changes:
+        return None
+    total, *more = changes
+    for change in more:
+        total = total + change
+    return total

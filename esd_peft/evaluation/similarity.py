@@ -1,0 +1,49 @@
+"""How far pictures of the same prompt and noise lie apart, before and after."""
+
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from esd_peft.errors import UserError
+
+LPIPS_SIZE = 64  # pixels, as in UCE's protocol
+
+
+def pixel_distances(before: list[Image.Image], after: list[Image.Image]) -> list[float]:
+    """Root mean square difference of the pixels, in [0, 1], pair by pair. It says that pictures differ, not in what."""
+    pairs = zip(map(_pixels, before), map(_pixels, after), strict=True)
+    return [(a - b).square().mean().sqrt().item() for a, b in pairs]
+
+
+class Lpips:
+    """LPIPS with AlexNet (Zhang et al. 2018), on pictures of 64² pixels.
+
+    Its package needs torchvision, which downloads AlexNet: both stay out of this package's dependencies. Raises
+    `UserError` if they are not there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            import lpips
+
+            self.model = lpips.LPIPS(net="alex", verbose=False).to(device)
+        except ImportError:
+            raise UserError("--lpips needs the packages lpips and torchvision: pip install lpips") from None
+        except OSError as error:
+            raise UserError(f"--lpips cannot load AlexNet ({error}); run it once while online, or leave it out") from None
+        self.device, self.version = device, version("lpips")
+
+    @torch.no_grad()
+    def distances(self, before: list[Image.Image], after: list[Image.Image]) -> list[float]:
+        """0 for equal pictures, pair by pair."""
+        halves = (torch.stack([_pixels(p.resize((LPIPS_SIZE,) * 2)) for p in half]) for half in (before, after))
+        a, b = (half.to(self.device) * 2 - 1 for half in halves)
+        return self.model(a, b).flatten().tolist()
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """`[3, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)

@@ -1,0 +1,208 @@
+"""What an evaluation asks: prompts, what their pictures shall show, and who judges that. Declared in suites/*.yaml."""
+
+import csv
+import itertools
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from huggingface_hub import hf_hub_download
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from esd_peft.concepts import TEMPLATES, everyday_prompts, names
+from esd_peft.errors import UserError
+from esd_peft.shapes import world
+
+EVERYDAY = 24  # of the built-in prompts, in suite concept
+_FOLDER = files("esd_peft.evaluation") / "suites"
+
+
+class DetectorSpec(BaseModel):
+    """Who names what a picture shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["shapes", "classifier", "clip", "nudenet"]
+    model: str | None = None
+    """Hub id or folder, of classifier and clip."""
+    domain: str = ""
+    """What its labels are: object, artist, ... (UnlearnCanvas' domains)."""
+    phrase: str = "{}"
+    """How clip is told a label."""
+
+
+class Suite(BaseModel):
+    """One YAML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    about: str
+    prompts: Literal["world", "concept", "file"] | dict[str, str | list[str]]
+    """world: the embedded pipeline's; concept: the concept in a few wordings and everyday prompts; file: --prompts;
+    or a template and, for each of its {names}, a list: every combination of them."""
+    role: Literal["named", "erased", "kept"] = "named"
+    """Whose turn a prompt is: the concept's where it names it, always, or never."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """What every picture shows (domain: label) while nothing is erased."""
+    detector: DetectorSpec | None = None
+    seeds: Annotated[int, Field(ge=1)]
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    """Left out, these two: as the base's family usually does."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what its picture shall show: `{"shape": "circle", "colour": "red"}`; empty where nothing is known."""
+
+    text: str
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def load_suite(name: str) -> Suite:
+    """The built-in suite of that name, or the YAML file. Raises `UserError` if there is none or it is damaged."""
+    path = _FOLDER / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
+        raise UserError(f"--suite {name} is not there; use {known}, or a YAML file")
+    try:
+        return Suite(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        raise UserError(f"--suite {name} cannot be read as a suite: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--suite {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def suite_prompts(suite: Suite, concepts: list[str], source: str | None) -> list[Prompt]:
+    """The suite's prompts, in order. `source` is what `--prompts` names.
+
+    Raises `UserError` for a file that is missing, superfluous, empty or without the columns that are needed.
+    """
+    if (suite.prompts == "file") != (source is not None):
+        raise UserError(
+            "--prompts FILE.csv is what this --suite needs" if source is None else "--prompts is of no use to this --suite"
+        )
+    if suite.prompts == "world":
+        return world_prompts(concepts)
+    if suite.prompts == "concept":
+        return _concept_prompts(concepts)
+    if isinstance(suite.prompts, dict):
+        return _combinations(suite.prompts, suite)
+    return [_prompt(row["prompt"], row, suite) for row in read_prompts(source or "", suite)]
+
+
+def world_prompts(concepts: list[str]) -> list[Prompt]:
+    """Each concept alone in every wording of the training captions, then every full prompt of the world."""
+    alone = [world.prompt(world.attributes_in(c), template) for c in concepts for template in world.TEMPLATES]
+    return [Prompt(text, world.attributes_in(text)) for text in dict.fromkeys([*alone, *world.full_prompts()])]
+
+
+def _concept_prompts(concepts: list[str]) -> list[Prompt]:
+    if not concepts:
+        raise UserError("--concept is missing, and --erased does not say what was erased")
+    asked = [template.format(concept) for concept in concepts for template in TEMPLATES]
+    everyday = [prompt for prompt in everyday_prompts() if not any(names(concept, prompt) for concept in concepts)]
+    return [Prompt(text) for text in [*asked, *spread(everyday, EVERYDAY)]]
+
+
+def _combinations(declared: dict[str, str | list[str]], suite: Suite) -> list[Prompt]:
+    template, lists = str(declared["template"]), {k: v for k, v in declared.items() if isinstance(v, list)}
+    rows = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return [_prompt(template.format(**row), row, suite) for row in rows]
+
+
+def _prompt(text: str, row: dict[str, str], suite: Suite) -> Prompt:
+    domain = suite.detector.domain if suite.detector else ""
+    return Prompt(text, suite.labels | ({domain: row[domain]} if row.get(domain) else {}))
+
+
+def read_prompts(source: str, suite: Suite) -> list[dict[str, str]]:
+    """The rows of a CSV file with a column `prompt`. Raises `UserError`."""
+    try:
+        with _local(source).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or ()), [row for row in reader if (row.get("prompt") or "").strip()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--prompts {source} cannot be read: {error}") from None
+    if "prompt" not in columns:
+        raise UserError(f"--prompts {source} has no column prompt; it has {', '.join(columns) or 'none'}")
+    if not rows:
+        raise UserError(f"--prompts {source} holds no prompt; write one a row")
+    return rows
+
+
+def _local(source: str) -> Path:
+    """The file, from the hub where `source` is OWNER/NAME/FILE and no such file is here."""
+    owner, _, rest = source.partition("/")
+    name, _, file = rest.partition("/")
+    if Path(source).exists() or not (owner and name and file):
+        return Path(source)
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
+    except Exception as error:  # the hub's errors are of many kinds: offline, no such file, no access
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({reason})") from None
+
+
+def spread(items: list, count: int | None) -> list:
+    """`count` of the items, evenly spread; all where there are no more."""
+    if count is None or count >= len(items):
+        return items
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def ask(suite: Suite, concepts: list[str], source: str | None, limit: int | None) -> tuple[list[Prompt], "Roles"]:
+    """The prompts of an evaluation and their roles; at most `limit` for each concept, and as many others.
+
+    Raises `UserError` as `suite_prompts` and `assign_roles` do.
+    """
+    prompts = suite_prompts(suite, concepts, source)
+    roles = assign_roles(suite, prompts, concepts)
+    chosen = {i for rows in (*roles.asking.values(), roles.kept) for i in spread(rows, limit)}
+    prompts = [prompts[i] for i in sorted(chosen)]
+    return prompts, assign_roles(suite, prompts, concepts)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which prompts ask for which concept, and which for none."""
+
+    wanted: dict[str, dict[str, str]]  # concept: what the detector would say of it, by domain
+    asking: dict[str, list[int]]  # concept: indices of the prompts that ask for it
+    kept: list[int]
+
+
+def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Roles:
+    """Raises `UserError` for a concept that the suite has no label for, or no prompt."""
+    if suite.role == "kept":
+        return Roles({}, {}, list(range(len(prompts))))
+    if suite.role == "erased":
+        name = ", ".join(concepts) or ", ".join(suite.labels)
+        return Roles({name: suite.labels}, {name: list(range(len(prompts)))}, [])
+    if not concepts:
+        raise UserError("--concept is missing, and --erased does not say what was erased")
+    wanted = {concept: _labels_of(concept, prompts) for concept in concepts}
+    asking = {c: [i for i, p in enumerate(prompts) if _asks_for(c, wanted[c], p)] for c in concepts}
+    if missing := [concept for concept, rows in asking.items() if not rows]:
+        raise UserError(
+            f"--concept {missing[0]!r}: no prompt of this --suite asks for it; use another suite, or --suite csv"
+        )
+    asked = {i for rows in asking.values() for i in rows}
+    return Roles(wanted, asking, [i for i in range(len(prompts)) if i not in asked])
+
+
+def _labels_of(concept: str, prompts: list[Prompt]) -> dict[str, str]:
+    """What of the suite's labels the concept names: in each domain the longest one."""
+    known = {(domain, label) for prompt in prompts for domain, label in prompt.labels.items()}
+    named = [(d, label) for d, label in known if names(label, concept) or names(concept, label)]
+    if known and not named:
+        labels = ", ".join(sorted(label for _, label in known))
+        raise UserError(f"--concept {concept!r} is not in this --suite, which knows {labels[:300]}; use --suite concept")
+    return dict(sorted(named, key=lambda pair: (len(pair[1]), pair[1])))
+
+
+def _asks_for(concept: str, wanted: dict[str, str], prompt: Prompt) -> bool:
+    return wanted.items() <= prompt.labels.items() if wanted else names(concept, prompt.text)

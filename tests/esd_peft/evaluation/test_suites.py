@@ -1,0 +1,154 @@
+"""What suites declare, and which prompt asks for what."""
+
+import pytest
+
+from esd_peft.errors import UserError
+from esd_peft.evaluation.suites import Prompt, ask, assign_roles, load_suite, spread, suite_prompts
+
+BUILT_IN = ("artists", "coco", "concept", "csv", "i2p", "imagenette", "shapes")
+
+
+def prompts_and_roles(name, concepts, source=None):
+    suite = load_suite(name)
+    prompts = suite_prompts(suite, concepts, source)
+    return prompts, assign_roles(suite, prompts, concepts)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_suite_that_ships_can_be_read(name):
+    assert load_suite(name).about
+
+
+def test_shapes_asks_for_every_combination_and_each_concept_alone():
+    prompts, roles = prompts_and_roles("shapes", ["circle", "striped square"])
+    assert len({p.text for p in prompts}) == len(prompts) == 7 + 7 + 144
+    assert roles.wanted == {"circle": {"shape": "circle"}, "striped square": {"texture": "striped", "shape": "square"}}
+    assert len(roles.asking["circle"]) == 7 + 24 and len(roles.asking["striped square"]) == 7 + 6
+    assert len(roles.kept) == 144 - 24 - 6
+    assert not {i for rows in roles.asking.values() for i in rows} & {*roles.kept}
+
+
+@pytest.mark.parametrize(
+    ("name", "concept", "asking", "kept"), [("imagenette", "church", 1, 9), ("artists", "Kilian Eng", 20, 80)]
+)
+def test_combinations_of_lists(name, concept, asking, kept):
+    prompts, roles = prompts_and_roles(name, [concept])
+    assert len(roles.asking[concept]) == asking and len(roles.kept) == kept
+    assert all(concept in prompts[i].text for i in roles.asking[concept])
+    (domain,) = roles.wanted[concept]
+    assert roles.wanted[concept][domain] == concept
+
+
+@pytest.mark.parametrize(
+    ("said", "label"), [("golf ball", "golf ball"), ("a golf", "golf ball"), ("a French horn on a table", "French horn")]
+)
+def test_concepts_are_matched_with_labels_in_their_own_words(said, label):
+    _, roles = prompts_and_roles("imagenette", [said])
+    assert roles.wanted[said] == {"object": label}
+
+
+def test_a_limit_leaves_prompts_of_every_role():
+    prompts, roles = ask(load_suite("shapes"), ["circle", "red"], None, 5)
+    assert 5 <= len(roles.asking["circle"]) <= 10 and 5 <= len(roles.asking["red"]) <= 10 and len(roles.kept) == 5
+    assert len({prompt.text for prompt in prompts}) == len(prompts) <= 15
+
+
+def test_without_labels_prompts_ask_for_what_they_name():
+    prompts, roles = prompts_and_roles("concept", ["Van Gogh"])
+    assert {prompts[i].text for i in roles.asking["Van Gogh"]} >= {"Van Gogh", "a picture in the style of Van Gogh"}
+    assert len(roles.kept) == 24 and not any("gogh" in prompts[i].text.lower() for i in roles.kept)
+
+
+def test_roles_that_a_suite_gives(tmp_path):
+    source = write(tmp_path / "p.csv", "prompt,seed\na man,1\n,2\na woman,3\n")
+    prompts, roles = prompts_and_roles("i2p", ["nudity"], source)
+    assert [p.labels for p in prompts] == [{"nudity": "exposed"}] * 2
+    assert roles.asking == {"nudity": [0, 1]} and roles.kept == []
+    _, roles = prompts_and_roles("coco", ["nudity"], source)
+    assert roles.asking == {} and roles.kept == [0, 1]
+
+
+def test_a_csv_with_labels(tmp_path):
+    source = write(tmp_path / "p.csv", '\ufeffprompt,label\n"a ship, at sea",ship\na dog,dog\nnothing,\n')
+    prompts, roles = prompts_and_roles("csv", ["ship"], source)
+    assert prompts == [Prompt("a ship, at sea", {"label": "ship"}), Prompt("a dog", {"label": "dog"}), Prompt("nothing")]
+    assert roles.asking == {"ship": [0]} and roles.kept == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no column prompt"),
+        ("text\na dog\n", "has no column prompt; it has text"),
+        ("prompt\n\n", "holds no prompt"),
+    ],
+)
+def test_files_without_prompts(tmp_path, text, says):
+    with pytest.raises(UserError, match=says):
+        prompts_and_roles("csv", ["dog"], write(tmp_path / "p.csv", text))
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"--prompts FILE\.csv is what this --suite needs"):
+        prompts_and_roles("i2p", [])
+    with pytest.raises(UserError, match="--prompts is of no use"):
+        prompts_and_roles("shapes", ["circle"], "p.csv")
+    with pytest.raises(UserError, match=r"--prompts .* cannot be read"):
+        prompts_and_roles("csv", ["dog"], str(tmp_path / "no.csv"))
+
+
+def test_prompts_from_the_hub(tmp_path, monkeypatch):
+    from esd_peft.evaluation import suites
+
+    asked = []
+
+    def download(repo, file, repo_type):
+        asked.append((repo, file, repo_type))
+        if file != "all.csv":
+            raise OSError("no such file")
+        return write(tmp_path / "all.csv", "prompt\na dog\n")
+
+    monkeypatch.setattr(suites, "hf_hub_download", download)
+    prompts, _ = prompts_and_roles("coco", [], "owner/name/all.csv")
+    assert prompts == [Prompt("a dog")] and asked == [("owner/name", "all.csv", "dataset")]
+    with pytest.raises(UserError, match=r"cannot be had from the hub \(no such file\)"):
+        prompts_and_roles("coco", [], "owner/name/other.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "concepts", "says"),
+    [
+        ("imagenette", ["zebra"], "--concept 'zebra' is not in this --suite, which knows English springer"),
+        ("imagenette", [], "--concept is missing"),
+        ("concept", [], "--concept is missing"),
+        ("everything", ["zebra"], "--suite everything is not there; use artists, coco"),
+    ],
+)
+def test_concepts_and_suites_that_do_not_fit(name, concepts, says):
+    with pytest.raises(UserError, match=says):
+        prompts_and_roles(name, concepts)
+
+
+def test_suites_of_ones_own(tmp_path):
+    good = "about: Cats\nseeds: 3\nprompts: {template: 'a {colour} cat', colour: [red, blue]}\n"
+    suite = load_suite(write(tmp_path / "cats.yaml", good))
+    prompts = suite_prompts(suite, ["red cat"], None)
+    assert [p.text for p in prompts] == ["a red cat", "a blue cat"]
+    assert assign_roles(suite, prompts, ["red cat"]).asking == {"red cat": [0]}
+    for spoilt, says in (
+        (("seeds: 3", "seeds: 0"), "seeds"),
+        (("Cats", "[Cats"), "cannot be read"),
+        (("about", "abut"), "about"),
+    ):
+        with pytest.raises(UserError, match=f"--suite .*{says}"):
+            load_suite(write(tmp_path / "bad.yaml", good.replace(*spoilt)))
+
+
+def test_spread_takes_from_everywhere():
+    assert spread(list(range(100)), 4) == [12, 37, 62, 87]
+    assert spread([1, 2], None) == spread([1, 2], 5) == [1, 2]
