@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from esd_peft.config import EraseConfig as EraseConfig
     from esd_peft.config import MergeConfig as MergeConfig
     from esd_peft.erase import erase as erase
+    from esd_peft.evaluate import evaluate as evaluate
+    from esd_peft.evaluation.config import EvaluateConfig as EvaluateConfig
     from esd_peft.merge_adapter import merge_adapter as merge_adapter
 
 __version__ = "0.1.0"
@@ -25,8 +27,8 @@ if sys.argv[:1] == ["-m"]:  # as a command: its output is its own, without the l
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_HOME = {"EraseConfig": "config", "MergeConfig": "config", "UserError": "errors"}
-_JOBS = ("erase", "merge_adapter")  # a function and the module that is its command share the name
+_HOME = {"EraseConfig": "config", "MergeConfig": "config", "EvaluateConfig": "evaluation.config", "UserError": "errors"}
+_JOBS = ("erase", "evaluate", "merge_adapter")  # a function and the module that is its command share the name
 
 
 class _Package(ModuleType):

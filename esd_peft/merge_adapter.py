@@ -40,7 +40,7 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     hashes = {file.name: sha256(file) for file in files}
     same = all(adapter.base.get("denoiser_sha256") == hashes for adapter in adapters)
     record: dict[str, Any] = {
-        "concept": [name for adapter in adapters for name in _names(adapter)],
+        "concept": [name for adapter in adapters for name in erased_concepts(adapter)],
         "configs": [adapter.config for adapter in adapters],
         "base": {"class": backbone.pipeline_class.__name__, "denoiser_sha256": hashes, "trained_on_it": same},
         "version": __version__,
@@ -54,7 +54,7 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     return record
 
 
-def _names(adapter: Adapter) -> list[str]:
+def erased_concepts(adapter: Adapter) -> list[str]:
     """The concepts that the adapter erases; none where another tool made it."""
     fields: dict[str, Any] = {key: adapter.config.get(key) for key in ("concept", "erase_from")}
     return EraseConfig(**fields).concept_names if fields["concept"] else []
@@ -110,7 +110,9 @@ def verify(backbone: Backbone, merged: Path, adapters: list[Adapter]) -> dict[st
 
     Raises `UserError` if they differ by more than what rounding the merged weights explains.
     """
-    said = [name for adapter in adapters for name in _names(adapter)]  # where the adapter acts, and not on much else
+    said = [
+        name for adapter in adapters for name in erased_concepts(adapter)
+    ]  # where the adapter acts, and not on much else
     embeds = backbone.encode([said[0] if said else "a picture"], torch.device("cpu"), torch.float32)
     denoiser = backbone.load_denoiser(torch.float32)
     noise = generator(0, "verify")

@@ -1,0 +1,108 @@
+"""The two models that an evaluation compares."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from esd_peft.backbones import EMBEDDED, Backbone, open_backbone
+from esd_peft.errors import UserError
+from esd_peft.evaluation.config import EvaluateConfig
+from esd_peft.merge_adapter import RECORD, erased_concepts
+from esd_peft.saved_adapters import Adapter, read_adapter
+from esd_peft.weights import sha256
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline directory, with an adapter on its denoiser or without."""
+
+    backbone: Backbone
+    adapter: Adapter | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether this is the pipeline that ships with the package."""
+        return self.backbone.path == EMBEDDED
+
+    def pipeline(self, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+        """The diffusers pipeline, loaded. Adapters stay in fp32: run it under autocast where `dtype` is another."""
+        denoiser = self.backbone.load_denoiser(dtype)
+        if self.adapter is not None:
+            denoiser = self.adapter.apply(denoiser)
+        return self.backbone.pipeline(denoiser.to(device), device, dtype)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of all weights that pictures depend on, and of the scheduler."""
+        parts = [self.backbone.path / name for name, part in self.backbone.index.items() if isinstance(part, list)]
+        files = [path for part in parts for path in sorted(part.glob("*.safetensors")) + sorted(part.glob("*.json"))]
+        if self.adapter is not None:
+            files += sorted(self.adapter.path.glob("*.safetensors"))
+        return {f"{path.parent.name}/{path.name}": sha256(path) for path in files}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Before and after, and what was erased in between."""
+
+    base: Model
+    erased: Model
+    concepts: list[str]
+    notes: list[str]
+
+
+def open_models(config: EvaluateConfig) -> Comparison:
+    """The models that `--base` and `--erased` name. Loads no denoiser. Raises `UserError` if one cannot be opened."""
+    if (config.erased / "model_index.json").is_file():
+        record = _read_record(config.erased / RECORD)
+        base = config.base if config.base is not None else _trained_on(record.get("configs", []))
+        if base is None and not record:
+            raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was made from")
+        erased, notes = Model(open_backbone(str(config.erased), "--erased")), []
+        concepts = record.get("concept", [])
+        before = open_backbone(base, "--base")
+    else:
+        adapter = _read_adapter(config.erased)
+        base = config.base if config.base is not None else adapter.base.get("model")
+        if base is None and not adapter.base:
+            raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was trained on")
+        before = open_backbone(base, "--base")
+        erased, notes = Model(before, adapter), _notes(before, adapter)
+        concepts = erased_concepts(adapter)
+    if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
+        raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
+    return Comparison(Model(before), erased, config.concept or concepts, notes)
+
+
+def _read_adapter(path: Path) -> Adapter:
+    try:
+        return read_adapter(path)
+    except UserError as error:
+        raise UserError(str(error).replace("--adapter", "--erased", 1)) from None
+
+
+def _notes(backbone: Backbone, adapter: Adapter) -> list[str]:
+    trained = adapter.base.get("denoiser_sha256")
+    files = (backbone.path / backbone.denoiser_part).glob("*.safetensors")
+    if trained is None or trained.items() <= {file.name: sha256(file) for file in files}.items():
+        return []
+    return ["The adapter was trained on other weights than these."]
+
+
+def _trained_on(configs: list[dict[str, Any]]) -> str | None:
+    return configs[0].get("model") if configs else None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError
+    except (OSError, ValueError):
+        raise UserError(f"--erased: {path} is damaged; restore it, or remove it and name --base and --concept") from None
+    return record

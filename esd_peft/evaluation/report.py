@@ -1,0 +1,77 @@
+"""Write what an evaluation found: report.html (with its pictures, one file), report.md and result.json."""
+
+import base64
+import io
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from esd_peft.evaluation.album import Album
+from esd_peft.evaluation.plots import attack_success, erased_against_kept
+from esd_peft.evaluation.result import Evaluation
+from esd_peft.evaluation.suites import Prompt, Roles
+from esd_peft.evaluation.tables import tables
+from esd_peft.evaluation.text import MARKS, as_markdown
+from esd_peft.outputs import new_file
+from esd_peft.randomness import generator
+
+SHOWN, SHOWN_SEEDS = 6, 2  # prompts of each kind, and pictures of each
+_SIZE = 256  # pixels
+Figure = dict[str, Any]  # a prompt, and its pictures before and after
+
+
+def write_report(output: Path, result: Evaluation, prompts: list[Prompt], roles: Roles, before: Album, after: Album) -> None:
+    """Three files in `output`. The HTML needs no network; Jinja escapes every text in it."""
+    seed = result.config["seed"]
+    figures = {
+        f"Asked for: {concept}": _figures(rows, prompts, result.seeds, before, after, seed)
+        for concept, rows in roles.asking.items()
+    }
+    figures["Asked for something else"] = _figures(roles.kept, prompts, result.seeds, before, after, seed)
+    with new_file(output / "result.json") as draft:
+        draft.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with new_file(output / "report.md") as draft:
+        draft.write_text(as_markdown(result), encoding="utf-8")
+    with new_file(output / "report.html") as draft:
+        draft.write_text(render(result, figures), encoding="utf-8")
+
+
+def render(result: Evaluation, figures: dict[str, list[Figure]]) -> str:
+    """The HTML page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("esd_peft.evaluation") / "report.html").read_text(encoding="utf-8"))
+    return template.render(
+        result=result,
+        tables=tables(result),
+        figures={title: shown for title, shown in figures.items() if shown},
+        plot=erased_against_kept(result.accuracies) if result.accuracies else None,
+        attack_plot=attack_success(result.attacks) if result.attacks else None,
+        marks=MARKS,
+        config=yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _figures(rows: list[int], prompts: list[Prompt], seeds: int, before: Album, after: Album, seed: int) -> list[Figure]:
+    """A few prompts, drawn at random and not chosen by what they show."""
+    drawn = torch.randperm(len(rows), generator=generator(seed, "shown"))[:SHOWN].sort().values.tolist()
+    return [
+        {
+            "prompt": prompts[rows[n]].text or "(nothing)",
+            "before": [_data_uri(before.read((rows[n], k))) for k in range(min(seeds, SHOWN_SEEDS))],
+            "after": [_data_uri(after.read((rows[n], k))) for k in range(min(seeds, SHOWN_SEEDS))],
+        }
+        for n in drawn
+    ]
+
+
+def _data_uri(picture: Image.Image) -> str:
+    picture.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    picture.save(encoded, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()

@@ -1,0 +1,107 @@
+"""What an evaluation found, as tables, for the terminal, Markdown and HTML alike."""
+
+from dataclasses import dataclass
+
+from esd_peft.evaluation.detectors import About
+from esd_peft.evaluation.rates import Accuracies, Change, Rate
+from esd_peft.evaluation.result import Attack, Evaluation, Measure, Score, percent, points
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain text throughout; the first column names, the others are figures."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def tables(result: Evaluation) -> list[Table]:
+    """In the order of the questions: gone, intact, how far apart, brought back, at what cost."""
+    made = []
+    if result.accuracies and result.detector:
+        made += _rates(result.accuracies, result.detector)
+    if any(result.counts.values()):
+        made.append(_counts(result))
+    made += [_measure(measure) for measure in result.measures]
+    made += [_attack(attack) for attack in result.attacks]
+    seconds = [[phase, f"{value:.1f}"] for phase, value in result.seconds.items()]
+    return [*made, Table("Cost", f"{result.prompts} prompts, {result.seeds} pictures each", ["phase", "seconds"], seconds)]
+
+
+def said(judge: About) -> str:
+    """Which judge, which version, decided how."""
+    return f"{judge.name} ({judge.version}): {judge.decides}"
+
+
+def _rates(found: Accuracies, detector: About) -> list[Table]:
+    made = []
+    if found.targets:
+        rows = [_change(name, change) for name, change in found.targets.items()]
+        made.append(Table("Is it gone?", f"Recognised where it is asked for, by {said(detector)}", _HEADER, rows))
+    summary = [
+        ("same domain (IRA)", found.same_domain),
+        ("other domains (CRA)", found.cross_domain),
+        ("beside what was erased", found.beside),
+    ]
+    rows = [_change(name, change) for name, change in summary if change]
+    if rows:
+        note = (
+            "Recognised where no erased concept is asked for, in its domain and in others; and what else is asked for "
+            "beside an erased concept"
+        )
+        made.append(Table("Is the rest intact?", note, _HEADER, rows))
+    rows = [_change(label, change) for labels in found.others.values() for label, change in labels.items()]
+    if rows:
+        made.append(Table("One by one", "Each label, where no erased concept is asked for", _HEADER, rows))
+    return made
+
+
+_HEADER = ["", "before", "after", "points", "95 %", "pictures"]
+
+
+def _change(name: str, change: Change) -> list[str]:
+    after = change.after
+    return [
+        name,
+        percent(change.before.share),
+        percent(after.share),
+        points(-change.lost),
+        _interval(after),
+        str(after.count),
+    ]
+
+
+def _interval(rate: Rate) -> str:
+    low, high = rate.interval
+    return f"{100 * low:.1f}–{100 * high:.1f}"
+
+
+def _counts(result: Evaluation) -> Table:
+    before, after = result.counts["before"], result.counts["after"]
+    rows = [[name, str(before.get(name, 0)), str(after.get(name, 0))] for name in sorted(before | after)]
+    note = f"Detections in all pictures, by {said(result.detector)}" if result.detector else ""
+    return Table("Detections by class", note, ["class", "before", "after"], rows)
+
+
+def _measure(measure: Measure) -> Table:
+    columns = list(next(iter(measure.scores.values())))
+    rows = [[group, *(_score(scores[name]) for name in columns)] for group, scores in measure.scores.items()]
+    return Table(measure.judge.name, f"{measure.judge.version}: {measure.judge.decides}", ["", *columns], rows)
+
+
+def _score(score: Score) -> str:
+    if score.interval is None:
+        return f"{score.mean:.4g}"
+    low, high = score.interval
+    return f"{score.mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _attack(attack: Attack) -> Table:
+    rows = [
+        [f"{budget} {attack.unit}", percent(change.before.share), percent(change.after.share), _interval(change.after)]
+        for budget, change in attack.curve
+    ]
+    header = ["budget", "on the base", "on the erased model", "95 %"]
+    return Table(f"{attack.name}: {attack.concept}", "Recognised after the attack", header, rows)

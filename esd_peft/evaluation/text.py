@@ -1,0 +1,43 @@
+"""The report as plain text and as Markdown."""
+
+from esd_peft.evaluation.result import Evaluation
+from esd_peft.evaluation.tables import Table, tables
+
+MARKS = {"good": "✓", "partial": "~", "bad": "✗", "unknown": "?"}
+
+
+def as_text(result: Evaluation) -> str:
+    """For the terminal: the verdict and the tables, without the one of every label."""
+    verdicts = [f"{MARKS[verdict.level]} {verdict.text}" for verdict in result.verdicts]
+    shown = [_aligned(table) for table in tables(result) if table.title != "One by one"]
+    return "\n\n".join(["\n".join([*verdicts, *result.notes]), *shown])
+
+
+def _aligned(table: Table) -> str:
+    rows = [[table.title, *table.header[1:]], *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_markdown(result: Evaluation) -> str:
+    """The same as the HTML report, without its pictures."""
+    lines = [f"# What is left of {_escaped(', '.join(result.concepts) or 'it')}", ""]
+    lines += [f"- {MARKS[verdict.level]} {_escaped(verdict.text)}" for verdict in result.verdicts]
+    lines += [f"- {_escaped(note)}" for note in result.notes]
+    lines += ["", f"Suite {_escaped(result.suite)}: {_escaped(result.about)}."]
+    for table in tables(result):
+        lines += ["", f"## {_escaped(table.title)}", "", _escaped(table.note), ""]
+        lines += [_row(table.header), _row(["---"] + ["---:"] * (len(table.header) - 1)), *map(_row, table.rows)]
+    return "\n".join([*lines, "", "## Command", "", f"    {result.command}", "", f"esd_peft {result.version}", ""])
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    """Prompts and labels are shown as they are: no tags, no table cells, on one line."""
+    return " ".join(text.splitlines()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

@@ -1,0 +1,197 @@
+"""The evaluation from end to end: on the embedded pipeline, and on a small random one with small random detectors."""
+
+import csv
+import dataclasses
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import esd_peft
+from detectors import small_classifier, small_clip
+from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
+from esd_peft.command_line import parse
+from esd_peft.evaluate import command_of
+
+QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
+FAST = {"num_inference_steps": 2, "seeds": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def adapter(small_sd, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "erased"
+    erase(EraseConfig(concept="circle", model=str(small_sd), output=output, learning_rate=0.3, **QUICK))
+    return output
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return small_classifier(root / "resnet", ["circle, disc", "star"]), small_clip(root / "clip")
+
+
+def prompts_file(
+    path, rows=(("a red circle", "circle"), ("a circle", "circle"), ("a star", "star"), ("a blue star", "star"))
+):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "label"), *rows])
+    return str(path)
+
+
+def times(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+
+
+def test_every_part_on_a_pipeline_of_ones_own(adapter, models, tmp_path):
+    (tmp_path / "real").mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (90 * i, 10, 10)).save(tmp_path / "real" / f"{i}.png")
+    config = EvaluateConfig(
+        erased=adapter, suite="csv", prompts=prompts_file(tmp_path / "p.csv"), output=tmp_path / "out", batch_size=3,
+        detector=str(models[0]), clip=str(models[1]), features=str(models[1]), reference=tmp_path / "real", **FAST,
+    )  # fmt: skip
+    result = evaluate(config)
+    assert result.concepts == ["circle"] and result.detector.name == str(models[0])
+    assert result.accuracies.targets["circle"].after.count == 4
+    assert result.accuracies.others["label"]["star"].before.count == 4
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found == json.loads(json.dumps(result.to_dict()))
+    assert set(found["measures"]) == {"CLIP score", "Pixel distance", "FID and KID"}
+    assert set(found["measures"]["FID and KID"]["scores"]) == {"FID", "KID"}
+    distances = found["measures"]["Pixel distance"]["scores"]
+    assert distances["prompts that ask for it"]["distance"]["mean"] > 0.001
+    assert set(distances) == {"prompts that ask for it", "other prompts"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "a blue star" in page and page.count("data:image/webp") == 4 * 2 * 2
+    assert len(times(tmp_path / "out")) == 2 * 8
+
+    before = times(tmp_path / "out")
+    again = evaluate(config)
+    assert times(tmp_path / "out") == before
+    assert dataclasses.replace(again, seconds={}) == dataclasses.replace(result, seconds={})
+    (tmp_path / "out" / "pictures" / "after" / "00002_001.png").unlink()
+    evaluate(config)
+    changed = {path.name for path, time in times(tmp_path / "out").items() if before[path] != time}
+    assert changed == {"00002_001.png"}
+    with pytest.raises(UserError, match=r"--output holds .*--overwrite"):
+        evaluate(config.model_copy(update={"seed": 1}))
+    assert times(tmp_path / "out").keys() == before.keys()
+
+
+def test_a_merged_pipeline_says_what_was_erased_and_shows_what_the_adapter_shows(adapter, small_sd, tmp_path):
+    merge_adapter(MergeConfig(adapter=adapter, output=tmp_path / "merged"))
+    source = prompts_file(tmp_path / "p.csv")
+    options = {"suite": "csv", "prompts": source, **FAST}
+    merged = evaluate(EvaluateConfig(erased=tmp_path / "merged", output=tmp_path / "a", **options))
+    with_adapter = evaluate(EvaluateConfig(erased=adapter, output=tmp_path / "b", **options))
+    assert merged.concepts == with_adapter.concepts == ["circle"] and merged.accuracies is None
+    for path in sorted((tmp_path / "a" / "pictures").rglob("*.png")):
+        one, other = Image.open(path), Image.open(tmp_path / "b" / path.relative_to(tmp_path / "a"))
+        assert max(abs(x - y) for x, y in zip(one.tobytes(), other.tobytes(), strict=True)) <= 3  # rounding to fp16
+
+
+def test_the_suite_of_the_concept_itself(adapter, tmp_path):
+    result = evaluate(EvaluateConfig(erased=adapter, output=tmp_path / "out", limit=3, **FAST | {"seeds": 1}))
+    assert result.suite == "concept" and result.prompts == 6 and result.detector is None
+    assert [verdict.level for verdict in result.verdicts] == ["unknown", "unknown"]
+    assert "look at them" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_embedded_pipeline(tmp_path):
+    """Few prompts and few steps: what the default erasure reaches is tested in test_promise.py."""
+    options = QUICK | {"num_inference_steps": 10, "trajectories": 8, "max_train_steps": 20, "rank": 8}
+    erase(EraseConfig(concept="circle", output=tmp_path / "erased", **options))
+    config = EvaluateConfig(
+        erased=tmp_path / "erased", output=tmp_path / "out", limit=18, seeds=1, num_inference_steps=12, device="cpu"
+    )
+    result = evaluate(config)
+    assert result.suite == "shapes"
+    target, kept = result.accuracies.targets["circle"], result.accuracies.kept
+    assert target.before.share >= 0.8 and target.after.share <= 0.4
+    assert kept.before.share >= 0.9 and kept.lost <= 0.05
+    assert result.accuracies.target_domains == {"shape"} and result.accuracies.cross_domain.after.count > 0
+    assert "circle" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_command_that_is_recorded_asks_for_the_same(tmp_path):
+    config = EvaluateConfig(erased="a b", concept=["x", "y"], lpips=True, seeds=3, suite="concept", output=tmp_path)
+    words = shlex.split(command_of(config))
+    assert words[:3] == ["python", "-m", "esd_peft.evaluate"]
+    assert parse(EvaluateConfig, "evaluate", words[3:]) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"erased": "/nowhere"}, "--erased /nowhere is not an adapter directory"),
+        ({"suite": "everything"}, "--suite everything"),
+        ({"suite": "csv"}, "--prompts"),
+        ({"suite": "concept", "concept": " "}, "--concept"),
+        ({"suite": "concept", "detector": "x"}, "--detector is of no use"),
+        ({"reference": "/nowhere"}, "--reference and --features need each other"),
+        ({"reference": "/nowhere", "features": "{clip}"}, "--reference /nowhere is no folder"),
+        ({"clip": "/no/such/model"}, "--clip /no/such/model cannot be loaded"),
+        ({"suite": "imagenette", "concept": "tench", "detector": "/no/such/model"}, "--detector /no/such/model"),
+        ({"base": "/nowhere"}, "--base /nowhere"),
+        ({"output": "{adapter}"}, "--output .* is or holds"),
+    ],
+    ids=str,
+)
+def test_input_that_cannot_work(adapter, models, tmp_path, options, says):
+    names = {"clip": models[1], "adapter": adapter}
+    options = {k: v.format(**names) for k, v in options.items()}
+    values = {"erased": adapter, "output": tmp_path / "out", "limit": 1, **FAST} | options
+    with pytest.raises(UserError, match=says) as error:
+        evaluate(EvaluateConfig(**values))
+    assert "\n" not in str(error.value)
+    assert (adapter / "adapter_config.json").is_file()
+
+
+def test_the_embedded_classifier_is_not_asked_about_other_pipelines(adapter, small_sd, tmp_path):
+    base = shutil.copytree(small_sd, tmp_path / "base")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 8}))
+    with pytest.raises(UserError, match=r"--suite shapes is for the embedded pipeline, not for .*base"):
+        evaluate(EvaluateConfig(erased=adapter, base=str(base), suite="shapes", output=tmp_path / "out", **FAST))
+
+
+def test_models_that_do_not_say_what_they_are(adapter, small_sd, tmp_path):
+    with pytest.raises(UserError, match="--base is missing"):
+        evaluate(EvaluateConfig(erased=small_sd, concept="circle", output=tmp_path / "out", **FAST))
+    with pytest.raises(UserError, match="same directory"):
+        evaluate(EvaluateConfig(erased=small_sd, base=str(small_sd), concept="circle", output=tmp_path / "out", **FAST))
+    other = shutil.copytree(adapter, tmp_path / "adapter")
+    (other / "base.json").unlink()
+    (other / "config.yaml").unlink()
+    with pytest.raises(UserError, match="--base is missing"):
+        evaluate(EvaluateConfig(erased=other, concept="circle", output=tmp_path / "out", **FAST))
+    with pytest.raises(UserError, match="--concept is missing"):
+        evaluate(EvaluateConfig(erased=other, base=str(small_sd), output=tmp_path / "out", **FAST))
+    (adapter / "adapter_model.safetensors").stat()
+    (other / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="safetensors"):
+        evaluate(EvaluateConfig(erased=other, base=str(small_sd), concept="circle", output=tmp_path / "out", **FAST))
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "esd_peft.evaluate",
+        "--erased",
+        str(tmp_path / "no"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: --erased") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_a_function_of_the_package():
+    assert callable(esd_peft.evaluate)
