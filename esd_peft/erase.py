@@ -19,7 +19,8 @@ from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import place, resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.errors import UserError, run_command
-from esd_peft.evaluation.gallery import Gallery, Rates, check_concepts
+from esd_peft.evaluation.gallery import Gallery, check_concepts
+from esd_peft.evaluation.rates import Shares
 from esd_peft.evaluation.table import result_table
 from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.offload import offload_base
@@ -95,8 +96,8 @@ def _run(
     with costs.phase("save"):
         save_adapter(student, backbone, config, checkpoints.base)
 
-    concepts: Rates = {}
-    others: Rates = {}
+    concepts: Shares = {}
+    others: Shares = {}
     if before is not None:
         with costs.phase("evaluate"):
             after = gallery.take(denoiser, "after")

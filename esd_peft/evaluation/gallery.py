@@ -12,12 +12,11 @@ from esd_peft.config import EraseConfig
 from esd_peft.devices import autocast
 from esd_peft.errors import UserError
 from esd_peft.evaluation.pictures import EncodedPrompts, before_after_grid, make_pictures
-from esd_peft.evaluation.rates import Change, accuracies
+from esd_peft.evaluation.rates import Shares, accuracies
 from esd_peft.evaluation.suites import Prompt, assign_roles, load_suite, world_prompts
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import load_classifier
 
-Rates = dict[str, dict[str, float]]  # name: before, after: share of pictures
 SMALL_BATCH = 48  # pictures side by side on the embedded pipeline
 UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")
 
@@ -60,14 +59,13 @@ class Gallery:
             batch_size = SMALL_BATCH if self.judged else config.rollout_batch_size
             return make_pictures(pipe, self.encoded, config.eval_seeds, batch_size, config.seed, label)
 
-    def rates(self, before: Tensor, after: Tensor) -> tuple[Rates, Rates]:
+    def rates(self, before: Tensor, after: Tensor) -> tuple[Shares, Shares]:
         """`{name: {"before": rate, "after": rate}}` of the concepts and of everything else; empty if not judged."""
         if not self.judged:
             return {}, {}
         judge = load_classifier()
         found = accuracies(self.prompts, self.roles, *([judge.name(row) for row in half] for half in (before, after)))
-        others = {label: change for kind in world.ATTRIBUTES for label, change in found.others.get(kind, {}).items()}
-        return _shares(found.targets), _shares(others)
+        return found.shares
 
     def grid(self, before: Tensor, after: Tensor) -> Image.Image:
         """A sheet of a few prompts, before above after."""
@@ -86,7 +84,3 @@ class Gallery:
         few = [named[(7 + k * step) % len(named)] for k in range(3)]
         few += [free[(k * step) % len(free)] for k in range(6 if free else 0)]
         return list(dict.fromkeys(alone + few))
-
-
-def _shares(changes: dict[str, Change]) -> Rates:
-    return {name: {"before": c.before.share, "after": c.after.share} for name, c in changes.items()}

@@ -42,6 +42,9 @@ class Change:
         return Change(self.before + other.before, self.after + other.after)
 
 
+Shares = dict[str, dict[str, float]]  # name: before, after: share of pictures
+
+
 @dataclass(frozen=True)
 class Accuracies:
     """After UnlearnCanvas (arXiv 2402.11846): UA = 1 − accuracy on the target, IRA in its domain, CRA in the others.
@@ -50,7 +53,7 @@ class Accuracies:
     """
 
     targets: dict[str, Change]  # concept: shows all of it, where it is asked for
-    others: dict[str, dict[str, Change]]  # domain: label: shows it, where no concept is asked for
+    others: dict[str, dict[str, Change]]  # domain (the target's first): label: shows it, where no concept is asked for
     beside: Change | None  # shows what else such a prompt asks for, where a concept is asked for
     target_domains: frozenset[str]
 
@@ -68,6 +71,16 @@ class Accuracies:
     def kept(self) -> Change | None:
         """Both domains together."""
         return _sum([c for labels in self.others.values() for c in labels.values()])
+
+    @property
+    def shares(self) -> tuple[Shares, Shares]:
+        """Of the concepts, and of everything else, as the erase command's result.json holds them."""
+        others = [(label, change) for labels in self.others.values() for label, change in labels.items()]
+        concepts, rest = (
+            {name: {"before": c.before.share, "after": c.after.share} for name, c in changes}
+            for changes in (self.targets.items(), others)
+        )
+        return concepts, rest
 
 
 Seen = Sequence[Sequence[dict[str, str]]]  # [prompts][seeds]: what a picture shows, by domain
@@ -94,6 +107,7 @@ def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -
         if domain not in roles.wanted[concept]
     ]
     domains = frozenset(domain for wanted in roles.wanted.values() for domain in wanted)
+    others = {domain: others[domain] for domain in sorted(others, key=lambda domain: domain not in domains)}
     return Accuracies(targets, others, _sum(rest), domains)
 
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 from esd_peft.evaluation.detectors import About
 from esd_peft.evaluation.rates import Accuracies, Change, Rate
 
-GONE = 0.05  # recognised in at most this share of the pictures that ask for it,
-GONE_SURELY = 0.1  # of which 95 % confidence reaches no further than this
-KNOWN = 0.5  # a detector that recognised less of it before cannot say that it is gone
+GONE = 0.05  # gone: of the share of pictures that showed it before, at most this much is left,
+GONE_SURELY = 0.1  # and no more than this by the 95 % interval
+KNOWN = 0.05  # a detector that recognised less than this before cannot say
 INTACT, INTACT_WORST = 0.01, 0.05  # others lose on average, and the one that loses most
 
 
@@ -138,9 +138,9 @@ def _gone(name: str, change: Change) -> Verdict:
     )
     if before.share < KNOWN:
         return Verdict("unknown", f"{name}: the detector hardly knew it before, so it cannot say: {figures}")
-    if after.share <= GONE and high <= GONE_SURELY:
+    if after.share <= GONE * before.share and high <= GONE_SURELY * before.share:
         return Verdict("good", f"{name} is gone: {figures}")
-    if after.share <= GONE:
+    if after.share <= GONE * before.share:
         return Verdict("partial", f"{name} seems gone, but the pictures are too few to be sure: {figures}")
     if after.share <= before.share / 2:
         return Verdict("partial", f"{name} is partly gone: {figures}")

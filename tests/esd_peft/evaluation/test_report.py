@@ -49,7 +49,9 @@ def levels(result):
         (change(100, 4, 100), "good", "circle is gone"),
         (change(50, 10), "partial", "partly gone"),
         (change(50, 40), "bad", "still there"),
-        (change(10, 0), "unknown", "hardly knew it before"),
+        (change(796, 30, 4703), "good", "circle is gone"),
+        (change(796, 134, 4703), "partial", "partly gone"),
+        (change(2, 0), "unknown", "hardly knew it before"),
     ],
 )
 def test_whether_it_is_gone(target, level, says):
