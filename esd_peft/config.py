@@ -192,6 +192,9 @@ class EraseConfig(CommandConfig):
 
     eval_seeds: Annotated[int, Field(ge=0)] = 2
     """Pictures a prompt, before and after; on the embedded pipeline they are judged. 0: none."""
+    evaluate: bool = False
+    """Take and judge them by python -m esd_peft.evaluate once the adapter is there; its report goes to evaluation/ in
+    the output directory (docs/evaluation.md)."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Log the loss there too."""
 
@@ -252,6 +255,8 @@ class EraseConfig(CommandConfig):
             raise ValueError("--until does not work with --map-to; leave one of them out")
         if self.until is not None and self.until <= -max(map(self.eta_of, self.concept)):
             raise ValueError("--until must be above -eta, which is where a finished student stands")
+        if self.evaluate and not self.eval_seeds:
+            raise ValueError("--evaluate needs pictures; leave --eval-seeds 0 out")
         if self.reference is not None and len(self.concept) > 1:
             raise ValueError("--reference shows one concept; name one --concept, or leave it out")
         if self.objective == "contrastive":
@@ -314,6 +319,11 @@ class EraseConfig(CommandConfig):
     def easy(self) -> bool:
         """Whether few steps are enough: nothing else is in the way of what is to go."""
         return self.protected and not self.sources
+
+    @property
+    def looks(self) -> bool:
+        """Whether pictures are taken beside training; otherwise there are none, or the evaluation takes them."""
+        return self.eval_seeds > 0 and not self.evaluate
 
     @property
     def concept_names(self) -> list[str]:

@@ -19,6 +19,8 @@ from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import place, resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.errors import UserError, run_command
+from esd_peft.evaluate import evaluate
+from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
 from esd_peft.evaluation.rates import Shares
 from esd_peft.evaluation.table import result_table
@@ -42,6 +44,17 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     Returns what `result.json` holds: the rates before and after (embedded pipeline), losses, seconds and peak memory
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
+    result = _erase(config)
+    if config.evaluate:  # what training held is free again
+        found = evaluate(_evaluation(config))
+        if found.accuracies is not None:
+            result["concepts"], result["others"] = found.accuracies.shares
+        result["evaluation"] = found.to_dict()
+        _write(config, result)
+    return result
+
+
+def _erase(config: EraseConfig) -> dict[str, Any]:
     inputs = [Path(p) for p in (config.model, config.preserve_file, config.reference) if p is not None]
     check_output(config.output, config.overwrite or config.resume, inputs)
     check_tracker(config)
@@ -85,7 +98,7 @@ def _run(
         student = _student(config, plan, backbone, denoiser, embeds, device)
         del embeds  # the table has those that the denoiser is asked
     with costs.phase("evaluate"), student.teacher():
-        before = gallery.take(denoiser, "before") if config.eval_seeds else None
+        before = gallery.take(denoiser, "before") if config.looks else None
 
     rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
     objective = _objective(rollout, generator(config.seed, "references"))
@@ -117,9 +130,18 @@ def _run(
         "config": config.model_dump(mode="json"),
         "version": __version__,
     }
+    _write(config, result)
+    return result
+
+
+def _write(config: EraseConfig, result: dict[str, Any]) -> None:
     with new_file(config.output / "result.json") as draft:
         draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+
+
+def _evaluation(config: EraseConfig) -> EvaluateConfig:
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("device", "dtype", "seed")}
+    return EvaluateConfig(erased=config.output, output=config.output / "evaluation", seeds=config.eval_seeds, **options)
 
 
 def _student(

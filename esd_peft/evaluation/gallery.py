@@ -47,7 +47,7 @@ class Gallery:
         plain = [Prompt(text) for text in (*self.concepts, *UNRELATED)]
         self.prompts = world_prompts(self.concepts) if self.judged else plain
         self.roles = assign_roles(load_suite("shapes" if self.judged else "concept"), self.prompts, self.concepts)
-        if self.config.eval_seeds:
+        if self.config.looks:
             texts = [prompt.text for prompt in self.prompts]
             self.encoded = EncodedPrompts(self.backbone, texts, self.device, self.dtype)
 

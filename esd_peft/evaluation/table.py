@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from esd_peft.evaluation.text import MARKS
+
 
 def result_table(result: dict[str, Any]) -> str:
     """What `result.json` holds, for people: rates where there are any, then losses and costs."""
-    lines: list[str] = []
+    verdicts = result.get("evaluation", {}).get("verdict", [])
+    lines = [*(f"{MARKS[verdict['level']]} {verdict['text']}" for verdict in verdicts), *([""] if verdicts else [])]
     if result["concepts"]:
         width = max(map(len, [*result["concepts"], *result["others"], "everything else"])) + 2
         lines.append(f"{'recognised in pictures':<{max(width, 24)}}before   after")
@@ -15,7 +18,7 @@ def result_table(result: dict[str, Any]) -> str:
     if result["others"]:
         means = {k: sum(r[k] for r in result["others"].values()) / len(result["others"]) for k in ("before", "after")}
         lines.append(_rates("everything else", means, width))
-    if lines:
+    if result["concepts"]:
         lines.append("")
     seconds, peaks = result["seconds"], result["peak_memory_bytes"]
     lines.append(f"{'phase':<12}{'seconds':>9}{'peak MiB':>10}")

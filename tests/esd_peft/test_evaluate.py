@@ -16,6 +16,7 @@ from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
 from esd_peft.command_line import parse
 from esd_peft.evaluate import command_of
+from esd_peft.evaluation.table import result_table
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
 FAST = {"num_inference_steps": 2, "seeds": 2, "device": "cpu"}
@@ -99,6 +100,20 @@ def test_the_suite_of_the_concept_itself(adapter, tmp_path):
     assert result.suite == "concept" and result.prompts == 6 and result.detector is None
     assert [verdict.level for verdict in result.verdicts] == ["unknown", "unknown"]
     assert "look at them" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_erase_evaluates_at_the_end(small_sd, tmp_path):
+    config = EraseConfig(
+        concept="circle", model=str(small_sd), output=tmp_path / "out", evaluate=True, **QUICK | {"eval_seeds": 1}
+    )
+    result = erase(config)
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["evaluation"]["suite"] == "concept" and result["concepts"] == {}
+    assert (tmp_path / "out" / "evaluation" / "report.html").is_file()
+    assert not (tmp_path / "out" / "before_after.png").exists()  # the report has the pictures
+    assert "look at them" in result_table(result)
+    with pytest.raises(UserError, match="--evaluate needs pictures"):
+        EraseConfig(concept="circle", evaluate=True, eval_seeds=0)
 
 
 def test_the_embedded_pipeline(tmp_path):
