@@ -59,11 +59,12 @@ def open_models(config: EvaluateConfig) -> Comparison:
     if (config.erased / "model_index.json").is_file():
         record = _read_record(config.erased / RECORD)
         base = config.base if config.base is not None else _trained_on(record.get("configs", []))
-        if base is None and not record:
+        if base is None and not any(record.get("configs", [])):  # the embedded pipeline's name is none, too
             raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was made from")
         erased, notes = Model(open_backbone(str(config.erased), "--erased")), []
         concepts = record.get("concept", [])
         before = open_backbone(base, "--base")
+        _check_alike(before, erased.backbone)
     else:
         adapter = _read_adapter(config.erased)
         base = config.base if config.base is not None else adapter.base.get("model")
@@ -75,6 +76,12 @@ def open_models(config: EvaluateConfig) -> Comparison:
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
         raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
     return Comparison(Model(before), erased, config.concept or concepts, notes)
+
+
+def _check_alike(before: Backbone, after: Backbone) -> None:
+    sizes = [backbone.picture_size(backbone.empty_denoiser()) for backbone in (before, after)]
+    if before.pipeline_class is not after.pipeline_class or sizes[0] != sizes[1]:
+        raise UserError(f"--base {before.path} and --erased {after.path} draw pictures of other kinds; name the same model")
 
 
 def _read_adapter(path: Path) -> Adapter:

@@ -109,9 +109,17 @@ def _concept_prompts(concepts: list[str]) -> list[Prompt]:
 
 
 def _combinations(declared: dict[str, str | list[str]], suite: Suite) -> list[Prompt]:
-    template, lists = str(declared["template"]), {k: v for k, v in declared.items() if isinstance(v, list)}
+    template, lists = str(declared.get("template", "")), {k: v for k, v in declared.items() if isinstance(v, list)}
     rows = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    return [_prompt(template.format(**row), row, suite) for row in rows]
+    try:
+        prompts = [_prompt(template.format(**row), row, suite) for row in rows]
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"--suite: its template {template!r} does not fit its lists ({error}); mend the file") from None
+    if not template or len({prompt.text for prompt in prompts}) < len(prompts):
+        raise UserError(
+            f"--suite: its template {template!r} does not name each of its lists, {', '.join(lists)}; mend the file"
+        )
+    return prompts
 
 
 def _prompt(text: str, row: dict[str, str], suite: Suite) -> Prompt:
@@ -184,6 +192,8 @@ def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Ro
         return Roles({name: suite.labels}, {name: list(range(len(prompts)))}, [])
     if not concepts:
         raise UserError("--concept is missing, and --erased does not say what was erased")
+    if blank := [concept for concept in concepts if names(concept, "")]:
+        raise UserError(f"--concept {blank[0]!r} names nothing; say what was erased")
     wanted = {concept: _labels_of(concept, prompts) for concept in concepts}
     asking = {c: [i for i, p in enumerate(prompts) if _asks_for(c, wanted[c], p)] for c in concepts}
     if missing := [concept for concept, rows in asking.items() if not rows]:

@@ -177,6 +177,11 @@ def test_the_embedded_classifier_is_not_asked_about_other_pipelines(adapter, sma
 def test_models_that_do_not_say_what_they_are(adapter, small_sd, tmp_path):
     with pytest.raises(UserError, match="--base is missing"):
         evaluate(EvaluateConfig(erased=small_sd, concept="circle", output=tmp_path / "out", **FAST))
+    small = shutil.copytree(small_sd, tmp_path / "small")
+    config = json.loads((small / "unet" / "config.json").read_text())
+    (small / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 8}))
+    with pytest.raises(UserError, match="draw pictures of other kinds"):
+        evaluate(EvaluateConfig(erased=small, base=str(small_sd), concept="circle", output=tmp_path / "out", **FAST))
     with pytest.raises(UserError, match="same directory"):
         evaluate(EvaluateConfig(erased=small_sd, base=str(small_sd), concept="circle", output=tmp_path / "out", **FAST))
     other = shutil.copytree(adapter, tmp_path / "adapter")

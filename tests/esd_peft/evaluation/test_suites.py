@@ -125,6 +125,7 @@ def test_prompts_from_the_hub(tmp_path, monkeypatch):
     [
         ("imagenette", ["zebra"], "--concept 'zebra' is not in this --suite, which knows English springer"),
         ("imagenette", [], "--concept is missing"),
+        ("imagenette", ["the"], "--concept 'the' names nothing"),
         ("concept", [], "--concept is missing"),
         ("everything", ["zebra"], "--suite everything is not there; use artists, coco"),
     ],
