@@ -46,7 +46,7 @@ class EvaluateConfig(CommandConfig):
     clip: str | None = None
     """A CLIP model, by hub id or folder, for CLIP scores; left out: none are computed."""
     lpips: bool = False
-    """LPIPS between pictures before and after (needs the packages lpips and torchvision)."""
+    """LPIPS between pictures before and after (needs the packages lpips and torchvision, whose weights are pickles)."""
     reference: Path | None = None
     """A folder of pictures that FID and KID compare with; needs --features."""
     features: str | None = None

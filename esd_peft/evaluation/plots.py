@@ -7,99 +7,98 @@ from markupsafe import Markup
 from esd_peft.evaluation.rates import Accuracies, Change, Rate
 from esd_peft.evaluation.result import Attack
 
-WIDTH, LABEL, RIGHT = 460, 130, 20  # units; the page scales them
-ROW, TOP = 22, 40
+WIDTH, LEFT, RIGHT = 460, 130, 20  # units, which the page scales; margins
+ROW, TOP, CURVE = 22, 40, 110
 BEFORE, AFTER, GONE = "#8a8a86", "#1b62c4", "#b3341d"
+LONGEST = 17  # letters of a label
 
 
 def erased_against_kept(found: Accuracies) -> Markup:
     """A row for each concept and each label: where it stood before (hollow), where it stands (filled, with its interval)."""
-    rows = [("erased", GONE, list(found.targets.items()))]
-    rows += [(f"kept: {domain}", AFTER, list(labels.items())) for domain, labels in found.others.items()]
-    y, parts = TOP, [_legend()]
-    for title, colour, changes in rows:
+    groups = [("erased", GONE, found.targets)]
+    groups += [(f"kept: {domain}", AFTER, labels) for domain, labels in found.others.items()]
+    y, parts = TOP, _legend("before", "after, with 95 % interval")
+    for title, colour, changes in groups:
         if changes:
-            parts.append(Markup('<text x="0" y="{}" class="title">{}</text>').format(y + 6, title))
+            parts.append(_text(0, y + 4, title, "start", "title"))
             y += ROW
-        for name, change in changes:
+        for name, change in changes.items():
             parts.append(_dumbbell(name, change, colour, y))
             y += ROW
         y += 6
+    axis = []
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x = _x(share)
-        parts.insert(0, Markup('<path d="M{0} {1}V{2}" class="grid"/>').format(x, TOP - 8, y - 10))
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{} %</text>').format(x, y + 6, round(100 * share)))
-    return _svg(parts, y + 14, "How often each is recognised before and after, in percent of the pictures that ask for it")
+        axis += [_grid(f"M{_x(share)} {TOP - 8}V{y - 10}"), _text(_x(share), y + 6, f"{100 * share:.0f} %")]
+    title = "How often each is recognised before and after, in percent of the pictures that ask for it"
+    return _svg(axis + parts, y + 14, title)
 
 
 def attack_success(attacks: Sequence[Attack]) -> Markup:
     """For each attack a curve over its budget, on the base and on the erased model."""
-    parts, y = [_legend()], TOP
-    for attack in attacks:
-        parts.append(_curve(attack, y))
-        y += 170
-    return _svg(parts, y, "How often the erased concept is recognised after an attack, by budget")
+    parts = _legend("on the base", "on the erased model")
+    for i, attack in enumerate(attacks):
+        parts += _curve(attack, TOP + i * (CURVE + 60))
+    height = TOP + len(attacks) * (CURVE + 60)
+    return _svg(parts, height, "How often the erased concept is recognised after an attack, by budget")
 
 
-def _curve(attack: Attack, top: int) -> Markup:
-    left, height = 40, 110
+def _curve(attack: Attack, top: int) -> list[Markup]:
+    left, base = 52, top + 20 + CURVE
     step = (WIDTH - left - RIGHT) / max(len(attack.curve) - 1, 1)
-    base = top + 20 + height
-    parts = [Markup('<text x="0" y="{}" class="title">{}: {}</text>').format(top + 6, attack.name, attack.concept)]
+    parts = [_text(0, top + 4, f"{attack.name}: {attack.concept}", "start", "title")]
     for share in (0, 0.5, 1):
-        y = base - height * share
-        parts.append(Markup('<path d="M{} {}H{}" class="grid"/>').format(left, y, WIDTH - RIGHT))
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{} %</text>').format(left - 6, y + 4, round(100 * share)))
+        y = base - CURVE * share
+        parts += [_grid(f"M{left} {y}H{WIDTH - RIGHT}"), _text(left - 6, y + 4, f"{100 * share:.0f} %", "end")]
     for colour, rates in ((BEFORE, [c.before for _, c in attack.curve]), (GONE, [c.after for _, c in attack.curve])):
-        points = " ".join(f"{left + k * step:.1f},{base - height * rate.share:.1f}" for k, rate in enumerate(rates))
-        parts.append(Markup('<polyline points="{}" fill="none" stroke="{}" stroke-width="2"/>').format(points, colour))
-        parts += [
-            _dot(left + k * step, base - height * rate.share, colour, filled=colour != BEFORE)
-            for k, rate in enumerate(rates)
-        ]
-    for k, (budget, _) in enumerate(attack.curve):
-        x = left + k * step
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(round(x, 1), base + 18, budget))
-    parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(WIDTH - RIGHT, base + 32, attack.unit))
-    return Markup("").join(parts)
+        points = [(round(left + k * step, 1), round(base - CURVE * rate.share, 1)) for k, rate in enumerate(rates)]
+        line = Markup('<polyline points="{}" fill="none" stroke="{}" stroke-width="2"/>')
+        parts += [line.format(" ".join(f"{x},{y}" for x, y in points), colour), *(_dot(x, y, colour) for x, y in points)]
+    parts += [_text(round(left + k * step, 1), base + 18, str(budget)) for k, (budget, _) in enumerate(attack.curve)]
+    return [*parts, _text(WIDTH - RIGHT, base + 32, attack.unit, "end")]
 
 
 def _dumbbell(name: str, change: Change, colour: str, y: int) -> Markup:
     low, high = change.after.interval
-    line = '<path d="M{} {}H{}" stroke="{}" stroke-width="{}" opacity="{}"/>'
-    shown = name if len(name) <= 20 else name[:19] + "…"
-    return Markup("").join(
-        [
-            Markup("<g><title>{}: {} before, {} after</title>").format(name, _said(change.before), _said(change.after)),
-            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LABEL - 12, y + 4, shown),
-            Markup(line).format(_x(low), y, _x(high), colour, 6, 0.3),
-            Markup(line).format(_x(change.before.share), y, _x(change.after.share), BEFORE, 1, 1),
-            _dot(_x(change.before.share), y, BEFORE, filled=False),
-            _dot(_x(change.after.share), y, colour),
-            Markup("</g>"),
-        ]
-    )
+    line = Markup('<path d="M{} {}H{}" stroke="{}" stroke-width="{}" opacity="{}"/>')
+    parts = [
+        _text(LEFT - 12, y + 4, name if len(name) <= LONGEST else name[: LONGEST - 1] + "…", "end"),
+        line.format(_x(low), y, _x(high), colour, 6, 0.3),
+        line.format(_x(change.before.share), y, _x(change.after.share), BEFORE, 1, 1),
+        _dot(_x(change.before.share), y, BEFORE),
+        _dot(_x(change.after.share), y, colour),
+    ]
+    told = f"{name}: {_said(change.before)} before, {_said(change.after)} after"
+    return Markup("<g><title>{}</title>{}</g>").format(told, Markup("").join(parts))
 
 
 def _said(rate: Rate) -> str:
     return f"{rate.hits} of {rate.count}"
 
 
-def _dot(x: float, y: float, colour: str, filled: bool = True) -> Markup:
-    fill, radius = (colour, 4) if filled else ("none", 6)
+def _legend(before: str, after: str) -> list[Markup]:
+    second = LEFT + 110
+    dots = [_dot(LEFT, 10, BEFORE), _dot(second, 10, GONE)]
+    return [*dots, _text(LEFT + 12, 14, before, "start"), _text(second + 12, 14, after, "start")]
+
+
+def _x(share: float) -> float:
+    return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+
+def _dot(x: float, y: float, colour: str) -> Markup:
+    """Hollow for before, filled for after: told apart without colour."""
+    fill, radius = ("none", 6) if colour == BEFORE else (colour, 4)
     return Markup('<circle cx="{}" cy="{}" r="{}" fill="{}" stroke="{}" stroke-width="1.5"/>').format(
         x, y, radius, fill, colour
     )
 
 
-def _legend() -> Markup:
-    text = Markup('<text x="{}" y="14">{}</text>')
-    shown = [_dot(LABEL, 10, BEFORE, filled=False), text.format(LABEL + 12, "before"), _dot(LABEL + 80, 10, GONE)]
-    return Markup("").join([*shown, _dot(LABEL + 92, 10, AFTER), text.format(LABEL + 104, "after, with 95 % interval")])
+def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "") -> Markup:
+    return Markup('<text x="{}" y="{}" text-anchor="{}" class="{}">{}</text>').format(x, y, anchor, kind, text)
 
 
-def _x(share: float) -> float:
-    return round(LABEL + share * (WIDTH - LABEL - RIGHT), 1)
+def _grid(path: str) -> Markup:
+    return Markup('<path d="{}" class="grid"/>').format(path)
 
 
 def _svg(parts: list[Markup], height: int, title: str) -> Markup:

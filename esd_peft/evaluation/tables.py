@@ -58,7 +58,7 @@ def _rates(found: Accuracies, detector: About) -> list[Table]:
     return made
 
 
-_HEADER = ["", "before", "after", "points", "95 %", "pictures"]
+_HEADER = ["", "before", "after", "points", "95 %", "n"]
 
 
 def _change(name: str, change: Change) -> list[str]:
@@ -93,9 +93,9 @@ def _measure(measure: Measure) -> Table:
 
 def _score(score: Score) -> str:
     if score.interval is None:
-        return f"{score.mean:.4g}"
+        return f"{score.mean:.3g}"
     low, high = score.interval
-    return f"{score.mean:.3f} ({low:.3f} to {high:.3f})"
+    return f"{score.mean:.3g} ({low:.3g}–{high:.3g})"
 
 
 def _attack(attack: Attack) -> Table:
@@ -103,5 +103,5 @@ def _attack(attack: Attack) -> Table:
         [f"{budget} {attack.unit}", percent(change.before.share), percent(change.after.share), _interval(change.after)]
         for budget, change in attack.curve
     ]
-    header = ["budget", "on the base", "on the erased model", "95 %"]
+    header = ["budget", "base", "erased", "95 %"]
     return Table(f"{attack.name}: {attack.concept}", "Recognised after the attack", header, rows)

@@ -102,7 +102,7 @@ def test_the_same_figures_in_every_form():
     assert figures["same_domain"]["after"]["hits"] == 99 and figures["cross_domain"]["after"]["hits"] == 50
     page, markdown, text = render(result, {}), as_markdown(result), as_text(result)
     for form in (page, markdown, text):
-        assert "circle is gone" in form and "20.000 (19.000 to 21.000)" in form and "2.0\u00a0%" in form
+        assert "circle is gone" in form and "20 (19–21)" in form and "2.0\u00a0%" in form
     assert "| FEET | 0 | 1 |" in markdown and "| circle | 100.0\u00a0% | 2.0\u00a0% | −98.0 | 0.6–7.0 | 100 |" in markdown
     assert result.command in page and result.command in markdown
 
