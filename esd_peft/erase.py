@@ -46,7 +46,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     """
     result = _erase(config)
     if config.evaluate:  # what training held is free again
-        found = evaluate(_evaluation(config))
+        found = evaluate(_evaluation(config, result["config"]))
         if found.accuracies is not None:
             result["concepts"], result["others"] = found.accuracies.shares
         result["evaluation"] = found.to_dict()
@@ -139,9 +139,11 @@ def _write(config: EraseConfig, result: dict[str, Any]) -> None:
         draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _evaluation(config: EraseConfig) -> EvaluateConfig:
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("device", "dtype", "seed")}
-    return EvaluateConfig(erased=config.output, output=config.output / "evaluation", seeds=config.eval_seeds, **options)
+def _evaluation(config: EraseConfig, used: dict[str, Any]) -> EvaluateConfig:
+    """With as much memory as training `used`, which may be less than `config` says."""
+    options = {name: used[name] for name in ("device", "dtype", "quantize", "seed")}
+    options |= {"seeds": config.eval_seeds, "batch_size": used["rollout_batch_size"]}
+    return EvaluateConfig(erased=config.output, output=config.output / "evaluation", **options)
 
 
 def _student(

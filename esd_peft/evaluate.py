@@ -103,7 +103,8 @@ def _take(
     texts = [prompt.text for prompt in prompts]
     settings = {"num_inference_steps": suite.num_inference_steps, "guidance_scale": suite.guidance_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
-    made_with = {"weights": model.fingerprint(), "prompts": texts, "seed": config.seed, "dtype": str(dtype), **settings}
+    precision = {"dtype": str(dtype), "quantize": config.quantize}
+    made_with = {"weights": model.fingerprint(), "prompts": texts, "seed": config.seed, **precision, **settings}
     album = Album(config.output / "pictures" / label, made_with)
     album.open(config.overwrite)
     for first in range(0, len(texts), PROMPTS_AT_A_TIME):
@@ -111,7 +112,7 @@ def _take(
         missing = album.missing([place for place in places if place[0] in here])
         if missing:
             encoded = EncodedPrompts(model.backbone, [texts[i] for i in here], device, dtype)
-            pipe = model.pipeline(device, dtype)
+            pipe = model.pipeline(device, dtype, config.quantize)
             made = picture_batches(pipe, encoded, missing, config.batch_size, config.seed, label, first, **settings)
             for batch, pictures in made:
                 for place, picture in zip(batch, pictures, strict=True):

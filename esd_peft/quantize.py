@@ -33,6 +33,13 @@ def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: tor
     return denoiser.to(device).requires_grad_(False)  # its new layers in train mode: else bitsandbytes repacks them on a CPU
 
 
+def stay_packed(denoiser: nn.Module) -> None:
+    """After an adapter was put on: keep bitsandbytes from repacking layers on a CPU, which it does in eval mode only."""
+    for layer in denoiser.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.train()
+
+
 def _place(denoiser: ModelMixin, name: str, value: Tensor, how: str, dtype: torch.dtype, device: torch.device) -> None:
     parent, _, leaf = name.rpartition(".")
     module = denoiser.get_submodule(parent)

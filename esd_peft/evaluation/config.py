@@ -56,6 +56,8 @@ class EvaluateConfig(CommandConfig):
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """What the denoiser computes in; auto: bfloat16 on a GPU, float32 on a CPU."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Hold the linear layers of both denoisers in 4 or 8 bits (bitsandbytes), where they would not fit otherwise."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and options make the same pictures and figures."""
 

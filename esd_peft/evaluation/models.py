@@ -12,6 +12,7 @@ from esd_peft.backbones import EMBEDDED, Backbone, open_backbone
 from esd_peft.errors import UserError
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.merge_adapter import RECORD, erased_concepts
+from esd_peft.quantize import load_quantized, stay_packed
 from esd_peft.saved_adapters import Adapter, read_adapter
 from esd_peft.weights import sha256
 
@@ -28,11 +29,22 @@ class Model:
         """Whether this is the pipeline that ships with the package."""
         return self.backbone.path == EMBEDDED
 
-    def pipeline(self, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-        """The diffusers pipeline, loaded. Adapters stay in fp32: run it under autocast where `dtype` is another."""
-        denoiser = self.backbone.load_denoiser(dtype)
+    def pipeline(self, device: torch.device, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
+        """The diffusers pipeline, loaded; an adapter in it stays in fp32 and casts by itself.
+
+        Raises `UserError` for whole weights (`--adapter none`) on a quantized base.
+        """
+        if quantize == "none":
+            denoiser = self.backbone.load_denoiser(dtype)
+        elif self.adapter is not None and not self.adapter.adds:
+            raise UserError(
+                f"--quantize {quantize} does not work with the whole weights in {self.adapter.path}; merge them first"
+            )
+        else:
+            denoiser = load_quantized(self.backbone, quantize, dtype, device)
         if self.adapter is not None:
             denoiser = self.adapter.apply(denoiser)
+            stay_packed(denoiser)
         return self.backbone.pipeline(denoiser.to(device), device, dtype)
 
     def fingerprint(self) -> dict[str, str]:

@@ -14,9 +14,12 @@ from PIL import Image
 import esd_peft
 from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
+from esd_peft.backbones import flux
 from esd_peft.command_line import parse
 from esd_peft.evaluate import command_of
+from esd_peft.evaluation import suites
 from esd_peft.evaluation.table import result_table
+from families import save_family
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
 FAST = {"num_inference_steps": 2, "seeds": 2, "device": "cpu"}
@@ -96,13 +99,41 @@ def test_a_merged_pipeline_says_what_was_erased_and_shows_what_the_adapter_shows
 
 
 def test_the_suite_of_the_concept_itself(adapter, tmp_path):
-    result = evaluate(EvaluateConfig(erased=adapter, output=tmp_path / "out", limit=3, **FAST | {"seeds": 1}))
+    result = evaluate(
+        EvaluateConfig(erased=adapter, output=tmp_path / "out", limit=3, dtype="bfloat16", **FAST | {"seeds": 1})
+    )
     assert result.suite == "concept" and result.prompts == 6 and result.detector is None
     assert [verdict.level for verdict in result.verdicts] == ["unknown", "unknown"]
     assert "look at them" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_erase_evaluates_at_the_end(small_sd, tmp_path):
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
+def test_every_family(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
+    model = save_family(family, tmp_path / "model")
+    erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "erased", learning_rate=0.3, **QUICK))
+    source = prompts_file(tmp_path / "p.csv", [("a circle", ""), ("a square", "")])
+    options = FAST | {"seeds": 1}
+    result = evaluate(
+        EvaluateConfig(erased=tmp_path / "erased", suite="csv", prompts=source, output=tmp_path / "out", **options)
+    )
+    (measure,) = result.measures
+    assert all(0 < scores["distance"].mean < 1 for scores in measure.scores.values())
+
+
+def test_quantized_models(small_sd, adapter, tmp_path):
+    source = prompts_file(tmp_path / "p.csv")
+    options = {"erased": adapter, "suite": "csv", "prompts": source, "quantize": "nf4", **FAST}
+    result = evaluate(EvaluateConfig(output=tmp_path / "out", **options))
+    assert result.measures[0].scores["prompts that ask for it"]["distance"].mean > 0
+    weights = tmp_path / "weights"
+    erase(EraseConfig(concept="circle", model=str(small_sd), output=weights, adapter="none", **QUICK | {"rank": None}))
+    with pytest.raises(UserError, match=r"--quantize nf4 does not work with the whole weights"):
+        evaluate(EvaluateConfig(output=tmp_path / "other", **options | {"erased": weights}))
+
+
+def test_erase_evaluates_at_the_end(small_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "EVERYDAY", 2)
     config = EraseConfig(
         concept="circle", model=str(small_sd), output=tmp_path / "out", evaluate=True, **QUICK | {"eval_seeds": 1}
     )
