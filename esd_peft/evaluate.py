@@ -12,7 +12,7 @@ from esd_peft.evaluation import judging
 from esd_peft.evaluation.album import Album
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.models import Model, open_models
-from esd_peft.evaluation.pictures import EncodedPrompts, Place, picture_batches
+from esd_peft.evaluation.pictures import EncodedPrompts, picture_batches
 from esd_peft.evaluation.report import write_report
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Prompt, Suite, ask, load_suite
@@ -41,13 +41,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     check_output(config.output, True, inputs)
     costs = Costs(device)
     with costs.phase("load"):
-        judges = judging.load_judges(config, suite, prompts, device)
-    places = [(i, k) for i in range(len(prompts)) for k in range(suite.seeds)]
+        judges = judging.load_judges(config, suite, prompts)
     with costs.phase("before"):
-        before = _take("before", models.base, config, suite, prompts, places, device, dtype)
+        before = _take("before", models.base, config, suite, prompts, device, dtype)
     with costs.phase("after"):
-        after = _take("after", models.erased, config, suite, prompts, places, device, dtype)
+        after = _take("after", models.erased, config, suite, prompts, device, dtype)
     with costs.phase("judge"):
+        judges.to(device)
+        places = [(i, k) for i in range(len(prompts)) for k in range(suite.seeds)]
         found = judging.look(judges, prompts, before, after, places, config.batch_size)
         accuracies = judging.rates(found, prompts, roles, suite.seeds) if judges.detector else None
         measures = judging.measures(judges, found, roles, places, config.seed)
@@ -96,8 +97,8 @@ def _check_size(suite: Suite, base: Model) -> None:
 
 
 def _take(
-    label: str, model: Model, config: EvaluateConfig, suite: Suite, prompts: list[Prompt], places: list[Place],
-    device: torch.device, dtype: torch.dtype,
+    label: str, model: Model, config: EvaluateConfig, suite: Suite, prompts: list[Prompt], device: torch.device,
+    dtype: torch.dtype,
 ) -> Album:  # fmt: skip
     """The album of the model's pictures; makes what is missing in it."""
     texts = [prompt.text for prompt in prompts]
@@ -109,14 +110,15 @@ def _take(
     album.open(config.overwrite)
     for first in range(0, len(texts), PROMPTS_AT_A_TIME):
         here = range(first, min(first + PROMPTS_AT_A_TIME, len(texts)))
-        missing = album.missing([place for place in places if place[0] in here])
-        if missing:
-            encoded = EncodedPrompts(model.backbone, [texts[i] for i in here], device, dtype)
+        if missing := album.missing([(i, k) for i in here for k in range(suite.seeds)]):
+            encoded = EncodedPrompts(model.backbone, texts[first : here.stop], device, dtype)
             pipe = model.pipeline(device, dtype, config.quantize)
-            made = picture_batches(pipe, encoded, missing, config.batch_size, config.seed, label, first, **settings)
-            for batch, pictures in made:
+            for batch, pictures in picture_batches(
+                pipe, encoded, missing, config.batch_size, config.seed, label, first, **settings
+            ):
                 for place, picture in zip(batch, pictures, strict=True):
                     album.add(place, picture)
+            del pipe  # before the text encoders come again
     return album
 
 

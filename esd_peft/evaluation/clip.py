@@ -11,10 +11,14 @@ from esd_peft.evaluation.pretrained import load_pretrained
 class Clip:
     """A CLIP model by hub id or folder. Raises `UserError` naming `option` if it cannot be loaded."""
 
-    def __init__(self, model: str, device: torch.device, option: str = "--clip") -> None:
+    def __init__(self, model: str, option: str = "--clip") -> None:
         self.name = model
-        self.model = load_pretrained(CLIPModel, model, option, use_safetensors=True).to(device).eval()
+        self.model = load_pretrained(CLIPModel, model, option, use_safetensors=True).eval()
         self.processor = load_pretrained(AutoProcessor, model, option)
+
+    def to(self, device: torch.device) -> None:
+        """Move it there."""
+        self.model.to(device)
 
     @torch.no_grad()
     def image_features(self, pictures: list[Image.Image]) -> Tensor:

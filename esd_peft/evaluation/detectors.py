@@ -37,11 +37,11 @@ class Detector(ABC):
     def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
         """What each RGB picture shows."""
 
-    def check(self, labels: set[str]) -> None:  # noqa: B027 - most know every label they are given
-        """Raise `UserError` if the detector does not know one of `labels`."""
+    def to(self, device: torch.device) -> None:  # noqa: B027 - some stay on the CPU
+        """Move what is a network there."""
 
 
-def load_detector(spec: DetectorSpec, labels: list[str], device: torch.device, threshold: float) -> Detector:
+def load_detector(spec: DetectorSpec, labels: list[str], threshold: float) -> Detector:
     """The detector that a suite declares, for the labels it asks for.
 
     Raises `UserError` if its model or package is not there, or if it does not know one of the labels.
@@ -53,10 +53,8 @@ def load_detector(spec: DetectorSpec, labels: list[str], device: torch.device, t
     if spec.model is None:
         raise UserError("--detector is missing: the suite names no model")
     if spec.kind == "clip":
-        return ZeroShot(spec.model, spec.domain, labels, spec.phrase, device)
-    detector = ImageClassifier(spec.model, spec.domain, device)
-    detector.check(set(labels))
-    return detector
+        return ZeroShot(spec.model, spec.domain, labels, spec.phrase)
+    return ImageClassifier(spec.model, spec.domain, labels)
 
 
 class ShapesDetector(Detector):
@@ -76,18 +74,20 @@ class ShapesDetector(Detector):
 class ImageClassifier(Detector):
     """A transformers image classifier, ResNet-50 for example; a label of synonyms goes by the first one."""
 
-    def __init__(self, model: str, domain: str, device: torch.device) -> None:
-        self.domain, self.name = domain, model
+    def __init__(self, model: str, domain: str, labels: list[str]) -> None:
+        self.domain = domain
         self.processor = load_pretrained(AutoImageProcessor, model, "--detector")
         self.model = load_pretrained(AutoModelForImageClassification, model, "--detector", use_safetensors=True)
-        self.model = self.model.to(device).eval()
+        self.model.eval()
         self.labels = [_first(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
         self.about = About(model, describe_version(self.model), f"the most likely of {len(self.labels)} labels")
 
-    def check(self, labels: set[str]) -> None:
-        self.spelling = {_first(label): label for label in labels}
+        self.spelling = {_first(label): label for label in labels}  # the suite's
         if unknown := sorted(label for first, label in self.spelling.items() if first not in self.labels):
-            raise UserError(f"--detector {self.name} does not know the label {unknown[0]!r}; name another model")
+            raise UserError(f"--detector {model} does not know the label {unknown[0]!r}; name another model")
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
 
     @torch.no_grad()
     def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
@@ -99,11 +99,14 @@ class ImageClassifier(Detector):
 class ZeroShot(Detector):
     """CLIP, which says which of the suite's labels is closest."""
 
-    def __init__(self, model: str, domain: str, labels: list[str], phrase: str, device: torch.device) -> None:
-        self.clip = Clip(model, device, "--detector")
+    def __init__(self, model: str, domain: str, labels: list[str], phrase: str) -> None:
+        self.clip = Clip(model, "--detector")
         self.domain, self.labels = domain, labels
         self.texts = self.clip.text_features([phrase.format(label) for label in labels])
         self.about = About(model, describe_version(self.clip.model), f"the closest of {len(labels)}: {phrase!r}")
+
+    def to(self, device: torch.device) -> None:
+        self.clip.to(device)
 
     def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
         closest = (self.clip.image_features(pictures) @ self.texts.T).argmax(1).tolist()

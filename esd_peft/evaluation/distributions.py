@@ -11,11 +11,15 @@ from esd_peft.evaluation.pretrained import describe_version, load_pretrained
 class Features:
     """Pooled features of a transformers vision model. Published FIDs use Inception v3: compare only with your own."""
 
-    def __init__(self, model: str, device: torch.device) -> None:
+    def __init__(self, model: str) -> None:
         self.name = model
-        self.model = load_pretrained(AutoModel, model, "--features", use_safetensors=True).to(device).eval()
+        self.model = load_pretrained(AutoModel, model, "--features", use_safetensors=True).eval()
         self.processor = load_pretrained(AutoImageProcessor, model, "--features")
         self.version = describe_version(self.model)
+
+    def to(self, device: torch.device) -> None:
+        """Move it there."""
+        self.model.to(device)
 
     @torch.no_grad()
     def of(self, pictures: list[Image.Image]) -> Tensor:

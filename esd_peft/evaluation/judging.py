@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -30,13 +31,22 @@ HALVES = ("before", "after")
 
 @dataclass
 class Judges:
-    """Whoever looks at the pictures: loaded before they are made, so that one that is missing costs nothing."""
+    """Whoever looks at the pictures.
+
+    Loaded before these are made, so that one that is missing costs nothing, but not on the device, where they are made.
+    """
 
     detector: Detector | None
     clip: Clip | None
     lpips: Lpips | None
     features: Features | None
-    reference: Tensor | None  # features of the reference pictures
+    reference: list[Path]  # pictures to compare features with
+
+    def to(self, device: torch.device) -> None:
+        """Move all that is a network."""
+        for judge in (self.detector, self.clip, self.lpips, self.features):
+            if judge is not None:
+                judge.to(device)
 
 
 @dataclass
@@ -51,26 +61,19 @@ class Findings:
     lpips: list[float] = field(default_factory=list)
 
 
-def load_judges(config: EvaluateConfig, suite: Suite, prompts: list[Prompt], device: torch.device) -> Judges:
+def load_judges(config: EvaluateConfig, suite: Suite, prompts: list[Prompt]) -> Judges:
     """Raises `UserError` if a model, a package or the reference pictures are not there."""
     labels = list(dict.fromkeys(label for prompt in prompts for label in prompt.labels.values()))
-    features = Features(config.features, device) if config.features else None
-    return Judges(
-        load_detector(suite.detector, labels, device, config.threshold) if suite.detector else None,
-        Clip(config.clip, device) if config.clip else None,
-        Lpips(device) if config.lpips else None,
-        features,
-        _reference(config, features) if features else None,
-    )
-
-
-def _reference(config: EvaluateConfig, features: Features) -> Tensor:
-    assert config.reference is not None  # the config holds both or none
-    paths = picture_files(config.reference, "--reference")
-    if len(paths) < 2:
+    reference = picture_files(config.reference, "--reference") if config.reference else []
+    if len(reference) == 1:
         raise UserError(f"--reference {config.reference} holds one picture; FID and KID need a set")
-    pictures = (open_picture(path, "--reference") for path in paths)
-    return torch.cat([features.of([picture]) for picture in pictures])
+    return Judges(
+        load_detector(suite.detector, labels, config.threshold) if suite.detector else None,
+        Clip(config.clip) if config.clip else None,
+        Lpips() if config.lpips else None,
+        Features(config.features) if config.features else None,
+        reference,
+    )
 
 
 def look(
@@ -133,12 +136,13 @@ def measures(judges: Judges, found: Findings, roles: Roles, places: list[Place],
         made.append(Measure(about, grouped({"distance": found.lpips})))
     about = About("Pixel distance", f"esd_peft {__version__}", "same seed, root mean square, 0 to 1")
     made.append(Measure(about, grouped({"distance": found.pixels})))
-    if judges.features and judges.reference is not None:
+    if judges.features:
         made.append(_distribution(judges.features, judges.reference, found))
     return made
 
 
-def _distribution(features: Features, reference: Tensor, found: Findings) -> Measure:
+def _distribution(features: Features, paths: list[Path], found: Findings) -> Measure:
+    reference = torch.cat([features.of([open_picture(path, "--reference")]) for path in paths])  # of any sizes
     halves = {half: torch.cat(parts) for half, parts in found.features.items()}
     kinds: dict[str, Callable[[Tensor, Tensor], float]] = {"FID": fid, "KID": kid}
     about = About(

@@ -97,7 +97,7 @@ class Evaluation:
             "beside": _change(found.beside) if found and found.beside else None,
             "counts": self.counts,
             "measures": {
-                f"{m.judge.name}": {
+                m.judge.name: {
                     "judge": vars(m.judge),
                     "scores": {k: {n: vars(s) for n, s in scores.items()} for k, scores in m.scores.items()},
                 }

@@ -25,16 +25,21 @@ class Lpips:
     `UserError` if they are not there.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         try:
             import lpips
 
-            self.model = lpips.LPIPS(net="alex", verbose=False).to(device)
+            self.model = lpips.LPIPS(net="alex", verbose=False)
         except ImportError:
             raise UserError("--lpips needs the packages lpips and torchvision: pip install lpips") from None
         except OSError as error:
             raise UserError(f"--lpips cannot load AlexNet ({error}); run it once while online, or leave it out") from None
-        self.device, self.version = device, version("lpips")
+        self.device, self.version = torch.device("cpu"), version("lpips")
+
+    def to(self, device: torch.device) -> None:
+        """Move it there."""
+        self.device = device
+        self.model.to(device)
 
     @torch.no_grad()
     def distances(self, before: list[Image.Image], after: list[Image.Image]) -> list[float]:

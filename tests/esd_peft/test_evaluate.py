@@ -98,6 +98,16 @@ def test_a_merged_pipeline_says_what_was_erased_and_shows_what_the_adapter_shows
         assert max(abs(x - y) for x, y in zip(one.tobytes(), other.tobytes(), strict=True)) <= 3  # rounding to fp16
 
 
+def test_pictures_do_not_depend_on_how_many_prompts_are_encoded_together(adapter, tmp_path, monkeypatch):
+    options = {"erased": adapter, "suite": "csv", "prompts": prompts_file(tmp_path / "p.csv"), **FAST}
+    evaluate(EvaluateConfig(output=tmp_path / "a", **options))
+    monkeypatch.setattr(sys.modules["esd_peft.evaluate"], "PROMPTS_AT_A_TIME", 3)
+    evaluate(EvaluateConfig(output=tmp_path / "b", **options))
+    for path in sorted((tmp_path / "a" / "pictures").rglob("*.png")):
+        one, other = Image.open(path), Image.open(tmp_path / "b" / path.relative_to(tmp_path / "a"))
+        assert max(abs(x - y) for x, y in zip(one.tobytes(), other.tobytes(), strict=True)) <= 1
+
+
 def test_the_suite_of_the_concept_itself(adapter, tmp_path):
     result = evaluate(
         EvaluateConfig(erased=adapter, output=tmp_path / "out", limit=3, dtype="bfloat16", **FAST | {"seeds": 1})

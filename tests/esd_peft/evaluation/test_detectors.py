@@ -16,11 +16,9 @@ from esd_peft.evaluation.detectors import load_detector
 from esd_peft.evaluation.suites import DetectorSpec
 from esd_peft.shapes import world
 
-CPU = torch.device("cpu")
-
 
 def load(spec, labels, threshold=0.6):
-    return load_detector(DetectorSpec(**spec), labels, CPU, threshold)
+    return load_detector(DetectorSpec(**spec), labels, threshold)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +75,7 @@ def test_clip_scores_are_a_hundred_cosines(clip, pictures):
     inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True)
     with torch.no_grad():
         cosines = model(**inputs).logits_per_image.diag() / model.logit_scale.exp()
-    scores = Clip(str(clip), CPU).scores(pictures, texts)
+    scores = Clip(str(clip)).scores(pictures, texts)
     assert scores == pytest.approx((100 * cosines.clamp(min=0)).tolist(), abs=1e-3)
     assert any(scores)
 

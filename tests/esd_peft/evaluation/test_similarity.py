@@ -15,8 +15,6 @@ from esd_peft.errors import UserError
 from esd_peft.evaluation import similarity
 from esd_peft.evaluation.distributions import Features, fid, kid
 
-CPU = torch.device("cpu")
-
 
 def test_pixel_distance():
     black, grey, white = (Image.new("RGB", (8, 6), (level,) * 3) for level in (0, 51, 255))
@@ -44,11 +42,11 @@ def test_lpips_is_asked_as_its_package_wants_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", module)
     monkeypatch.setattr(similarity, "version", lambda package: "0.1.4")
     black, white = Image.new("RGB", (100, 100)), Image.new("RGB", (100, 100), "white")
-    assert similarity.Lpips(CPU).distances([black, black], [black, white]) == pytest.approx([0, 2])
+    assert similarity.Lpips().distances([black, black], [black, white]) == pytest.approx([0, 2])
     assert given[0][0].shape == (2, 3, 64, 64) and given[0][0].min() == -1 and given[0][1].max() == 1
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match="--lpips needs the packages lpips and torchvision"):
-        similarity.Lpips(CPU)
+        similarity.Lpips()
 
 
 def test_fid_of_known_gaussians():
@@ -102,8 +100,8 @@ def test_features_are_the_models_own(tmp_path):
             .eval()
             .get_image_features(**AutoImageProcessor.from_pretrained(clip)(pictures, return_tensors="pt"))
         )
-    assert torch.allclose(Features(str(resnet), CPU).of(pictures), pooled.double())
-    found = Features(str(clip), CPU).of(pictures)
+    assert torch.allclose(Features(str(resnet)).of(pictures), pooled.double())
+    found = Features(str(clip)).of(pictures)
     assert torch.allclose(found, getattr(projected, "pooler_output", projected).double())
     with pytest.raises(UserError, match=r"--features .* cannot be loaded"):
-        Features(str(tmp_path / "no" / "thing"), CPU)
+        Features(str(tmp_path / "no" / "thing"))
