@@ -1,5 +1,6 @@
 """python -m esd_peft.erase: concept → prompt embeddings → guided pairs → adapter, and what it changed."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation.gallery import Gallery, Rates
 from esd_peft.evaluation.recognition import check_concepts
 from esd_peft.evaluation.table import result_table
+from esd_peft.export import own_metadata, write_kohya_lora
+from esd_peft.model_source import commit_of
 from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.outputs import check_output, new_directory, new_file
 from esd_peft.phases import Costs
@@ -30,7 +33,7 @@ from esd_peft.quantize import load_quantized
 from esd_peft.randomness import generator
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import check_tracker, tracker
-from esd_peft.weights import component_files, sha256
+from esd_peft.weights import add_metadata, sha256
 
 
 def erase(config: EraseConfig) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)
-    backbone = open_backbone(config.model)
+    backbone = open_backbone(config.model, options=config)
     if device.type == "cuda" or config.memory_budget != "auto":
         config = within_budget(config, backbone)
     if config.model is None:
@@ -116,16 +119,25 @@ def _objective(rollout: Rollout, draws: torch.Generator) -> Objective:
 
 def save_adapter(student: Student, backbone: Backbone, config: EraseConfig) -> None:
     """The adapter directory: what was learned, the config that made it, and which base it fits."""
-    files = component_files(backbone.path / backbone.denoiser_part)
     base = {
         "model": config.model,
+        "revision": commit_of(config.model, backbone.path),
+        "variant": config.variant,
+        "checkpoint_config": config.checkpoint_config,
+        "name": backbone.name,
         "class": backbone.pipeline_class.__name__,
-        "denoiser_sha256": {file.name: sha256(file) for file in files},
+        "denoiser_sha256": {file.name: sha256(file) for file in backbone.denoiser_files()},
         "version": __version__,
     }
+    text = config.to_yaml()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    metadata = own_metadata(config.concept_names, [config.scope], base, [digest])
     with new_directory(config.output, config.overwrite) as draft:
         student.save(draft)
-        (draft / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        for file in draft.glob("*.safetensors"):
+            add_metadata(file, metadata)
+        write_kohya_lora(draft, backbone, config, metadata)
+        (draft / "config.yaml").write_text(text, encoding="utf-8")
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
@@ -149,7 +161,7 @@ def main() -> None:
     """The command line."""
     config = parse(EraseConfig, "erase")
     if config.plan:
-        print(plan_table(make_plan(config, open_backbone(config.model))))
+        print(plan_table(make_plan(config, open_backbone(config.model, options=config, weights=False))))
         return
     result = erase(config)
     print(result_table(result))
