@@ -27,6 +27,7 @@ setup(
         "peft>=0.18",
         "bitsandbytes>=0.48",
         "accelerate>=1.10",
+        "huggingface_hub>=1.0",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "pydantic>=2.10",

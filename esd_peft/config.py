@@ -68,7 +68,21 @@ _OnCommandLine: Any = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
-class EraseConfig(CommandConfig):
+class ModelOptions(CommandConfig):
+    """How to read a model that is not simply a directory."""
+
+    revision: str | None = None
+    """Of a hub repository: a branch, tag or commit; left out: main."""
+    variant: str | None = None
+    """Of the weight files, "fp16" for example; left out: the plain ones."""
+    checkpoint_config: str | None = None
+    """For a single-file checkpoint: a diffusers directory or hub id with the configs and tokenizers that fit it; left
+    out: the original model's, from the hub or its cache."""
+    allow_pickle: bool = False
+    """Read .ckpt and .bin files too. A pickle can run code: only from someone you trust."""
+
+
+class EraseConfig(ModelOptions):
     """Erase concepts from a text-to-image diffusion model."""
 
     concept: Annotated[list[Annotated[Concept, _OnCommandLine]], tyro.conf.UseAppendAction] = Field(default_factory=list)
@@ -85,8 +99,8 @@ class EraseConfig(CommandConfig):
     preserve_file: Path | None = None
     """A text file of such prompts, one a line."""
     model: str | None = None
-    """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, PixArt-Σ, Sana); left out: the
-    embedded shapes pipeline."""
+    """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, PixArt-Σ, Sana), the hub id of
+    one, or a single-file checkpoint; left out: the embedded shapes pipeline."""
     output: Path = Path("erased")
     """Where the adapter, the pictures and result.json go."""
     overwrite: bool = False
@@ -344,24 +358,29 @@ class EraseConfig(CommandConfig):
         return concept.map_to or self.map_to
 
 
-class MergeConfig(CommandConfig):
-    """Merge an adapter into its base: a plain diffusers directory that needs neither peft nor this package."""
+class MergeConfig(ModelOptions):
+    """Merge an adapter into its base: a plain pipeline that needs neither peft nor this package."""
 
     adapter: Annotated[list[Path], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """The directory that `python -m esd_peft.erase` wrote; repeat the option for several, which add up."""
     output: Path
-    """Where the merged pipeline goes."""
+    """Where the merged pipeline goes: a diffusers directory, or with a name that ends in .safetensors one checkpoint
+    file (Stable Diffusion 1.x, 2.x, XL)."""
     base: str | None = None
-    """The pipeline directory to merge into; left out: the one the adapter was trained on."""
+    """What to merge into: a directory, a hub id, a single-file checkpoint; left out: what the adapter was trained on."""
+    scale: Annotated[list[Annotated[float, Field(gt=0, le=10)]], tyro.conf.UseAppendAction] = Field(default_factory=list)
+    """How much of the adapter is merged; left out: all of it, 1. Once for all adapters, or once for each."""
     overwrite: bool = False
-    """Replace what is in the output directory."""
+    """Replace what is at the output."""
     verify: bool = True
-    """Compare a forward pass of the merged denoiser with one of base + adapter."""
+    """Compare each merged layer, as it is on disk, with base + adapter."""
+    unmerge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = Field(default=False, exclude=True)
+    """Refused: it would undo an erasure."""
 
-    @field_validator("adapter", mode="before")
+    @field_validator("adapter", "scale", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | Path) else value
+        return [value] if isinstance(value, str | Path | float | int) else value
 
     @field_validator("adapter")
     @classmethod
@@ -371,3 +390,21 @@ class MergeConfig(CommandConfig):
         if len(set(value)) < len(value):
             raise ValueError("name each adapter once")
         return value
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> "MergeConfig":
+        if self.unmerge:
+            raise ValueError("--unmerge would bring the concept back; the base was left as it is, go on from there")
+        if len(self.scale) not in (0, 1, len(self.adapter)):
+            raise ValueError(f"--scale: give it once, or once for each of the {len(self.adapter)} adapters")
+        return self
+
+    @property
+    def scales(self) -> list[float]:
+        """One for each adapter."""
+        return self.scale * len(self.adapter) if len(self.scale) == 1 else self.scale or [1.0] * len(self.adapter)
+
+    @property
+    def single_file(self) -> bool:
+        """Whether the output is one checkpoint file."""
+        return self.output.suffix == ".safetensors"

@@ -1,5 +1,6 @@
 """python -m esd_peft.erase: concept → prompt embeddings → guided pairs → adapter, and what it changed."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
 from esd_peft.evaluation.rates import Shares
 from esd_peft.evaluation.table import result_table
+from esd_peft.export import own_metadata, write_kohya_lora
+from esd_peft.model_source import commit_of
 from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.offload import offload_base
 from esd_peft.outputs import check_output, new_directory, new_file
@@ -35,7 +38,7 @@ from esd_peft.quantize import load_quantized
 from esd_peft.randomness import generator
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import check_tracker, tracker
-from esd_peft.weights import component_files, sha256
+from esd_peft.weights import add_metadata, sha256
 
 
 def erase(config: EraseConfig) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)
-    backbone = open_backbone(config.model)
+    backbone = open_backbone(config.model, options=config)
     if device.type == "cuda" or config.memory_budget != "auto":
         config = within_budget(config, backbone)
     if config.model is None:
@@ -70,8 +73,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     if config.model is None:
         for pair in plan.preserve:
             _check_words(backbone, "--preserve", pair.prompt)
-    files = component_files(backbone.path / backbone.denoiser_part)
-    hashes = {file.name: sha256(file) for file in files}
+    hashes = {file.name: sha256(file) for file in backbone.denoiser_files()}
     with Checkpoints(config, hashes) as checkpoints:
         return _run(config, backbone, plan, device, dtype, checkpoints)
 
@@ -176,13 +178,23 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hash
     """The adapter directory: what was learned, the config that made it, and which base it fits."""
     base = {
         "model": config.model,
+        "revision": commit_of(config.model, backbone.path),
+        "variant": config.variant,
+        "checkpoint_config": config.checkpoint_config,
+        "name": backbone.name,
         "class": backbone.pipeline_class.__name__,
         "denoiser_sha256": hashes,
         "version": __version__,
     }
+    text = config.to_yaml()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    metadata = own_metadata(config.concept_names, [config.scope], base, [digest])
     with new_directory(config.output, config.overwrite or config.resume) as draft:
         student.save(draft)
-        (draft / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        for file in draft.glob("*.safetensors"):
+            add_metadata(file, metadata)
+        write_kohya_lora(draft, backbone, config, metadata)
+        (draft / "config.yaml").write_text(text, encoding="utf-8")
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
@@ -206,7 +218,7 @@ def main() -> None:
     """The command line."""
     config = parse(EraseConfig, "erase")
     if config.plan:
-        print(plan_table(make_plan(config, open_backbone(config.model))))
+        print(plan_table(make_plan(config, open_backbone(config.model, options=config, weights=False))))
         return
     result = erase(config)
     print(result_table(result))

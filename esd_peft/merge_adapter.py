@@ -1,57 +1,142 @@
-"""python -m esd_peft.merge_adapter: base weights + adapter → a plain diffusers directory without the concept."""
+"""python -m esd_peft.merge_adapter: base weights + adapter → a plain pipeline without the concept."""
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from esd_peft import __version__
 from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.command_line import parse
-from esd_peft.config import EraseConfig, MergeConfig
+from esd_peft.config import EraseConfig, MergeConfig, ModelOptions
 from esd_peft.errors import UserError, run_command
-from esd_peft.outputs import check_output, new_directory
-from esd_peft.randomness import generator
+from esd_peft.export import check_single_file, modelspec, own_metadata, read_checkpoint_denoiser, write_checkpoint
+from esd_peft.model_card import base_licence, model_card, public_config
+from esd_peft.model_source import is_snapshot
+from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
 from esd_peft.saved_adapters import Adapter, Change, read_adapter
-from esd_peft.weights import NAME, component_files, file_dtypes, open_tensors, sha256
+from esd_peft.verify import Verification
+from esd_peft.weights import copy_with_sha256, find_weights, open_tensors, sha256
 
 RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
+Changes = dict[str, list[Change]]  # of each weight that changes
 
 
 def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     """Merge `config.adapter` into the weights of `config.base` and write the pipeline to `config.output`.
 
-    Weights are read, merged in fp32 and rounded once to the dtype they are stored in, one tensor at a time. With
-    `config.verify` (which loads the denoiser) the result is compared with base + adapter before it gets its name.
+    Weights are read, merged in fp32 and rounded once to the dtype they are stored in, one tensor at a time: the memory
+    that this takes does not grow with the model. With `config.verify` each layer is compared with base + adapter, as
+    it is on disk, before the output gets its name.
 
     Returns what `erased.json` holds. Raises `UserError` if the adapter does not fit the base, if a file is damaged,
-    or if the merged denoiser differs from base + adapter by more than rounding.
+    or if a merged layer differs from base + adapter by more than rounding.
     """
-    check_output(config.output, config.overwrite, [*config.adapter, *([Path(config.base)] if config.base else [])])
-    adapters = [read_adapter(path) for path in config.adapter]
+    inputs = [*config.adapter, *([Path(config.base)] if config.base else [])]
+    (check_new_file if config.single_file else check_output)(config.output, config.overwrite, inputs)
+    adapters = [read_adapter(path, scale) for path, scale in zip(config.adapter, config.scales, strict=True)]
+    backbone = _open_base(config, adapters)
+    changes = _changes(backbone, adapters)
+    verification = Verification() if config.verify else None
+    if config.single_file:
+        return _merge_into_file(config, backbone, adapters, changes, verification)
+    with new_directory(config.output, config.overwrite) as draft:
+        hashes = {}
+        for file, digest, copy in copy_pipeline(backbone, draft):
+            merge_in_place(copy, changes, verification)  # while the page cache still has it
+            hashes[file] = digest
+        record = _record(backbone, adapters, changes, hashes, verification)
+        (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (draft / "README.md").write_text(model_card(record, backbone, adapters, config.output.name), encoding="utf-8")
+    return record
+
+
+def _merge_into_file(
+    config: MergeConfig, backbone: Backbone, adapters: list[Adapter], changes: Changes, verification: Verification | None
+) -> dict[str, Any]:
+    layout = check_single_file(backbone, config.output)
+    hashes = {file.name: sha256(file) for file in backbone.denoiser_files()}
+    record = _record(backbone, adapters, changes, hashes, None)
+    scopes = [adapter.config.get("scope", "") for adapter in adapters]
+    metadata = modelspec(backbone, layout, config.output.stem, record["concept"], lora=False)
+    metadata |= own_metadata(record["concept"], scopes, record["base"], [adapter.config_sha256 for adapter in adapters])
+    licence = base_licence(backbone.path).get("license")
+    with new_file(config.output) as draft:
+        write_checkpoint(
+            draft,
+            backbone,
+            lambda name, weight: merge_weight(weight, changes.get(name, []))[0],
+            metadata | ({"modelspec.license": licence} if licence else {}),
+        )
+        if verification:
+            written = read_checkpoint_denoiser(draft, backbone)
+            for name, base in _base_weights(backbone, changes):
+                effect = merge_weight(base, changes[name], verification.inputs(name, base, changes[name]))[1]
+                verification.check(name, base, written[name], changes[name], effect)
+            record["verification"] = vars(verification)
+    return record
+
+
+def _open_base(config: MergeConfig, adapters: list[Adapter]) -> Backbone:
+    """The backbone to merge into. Raises `UserError` if an adapter was trained on another family."""
     first = adapters[0].base
-    base = config.base if config.base is not None else first.get("model")
-    if base is None and not first:
+    if config.base is None and not first:
         raise UserError(f"--base is missing, and --adapter {config.adapter[0]} does not say what it was trained on")
-    backbone = open_backbone(base, "--base")
-    files = component_files(backbone.path / backbone.denoiser_part)
-    hashes = {file.name: sha256(file) for file in files}
-    same = all(adapter.base.get("denoiser_sha256") == hashes for adapter in adapters)
-    record: dict[str, Any] = {
+    given = {name: getattr(config, name) for name in ModelOptions.model_fields}
+    if config.base is None:
+        given = {name: value or first.get(name) for name, value in given.items() if name != "allow_pickle"}
+        given["allow_pickle"] = config.allow_pickle  # never on an adapter's word
+    backbone = open_backbone(config.base or first.get("model"), "--base", ModelOptions(**given))
+    family = backbone.pipeline_class.__name__
+    for adapter in adapters:
+        if adapter.base.get("class", family) != family:
+            raise UserError(
+                f"--adapter {adapter.path} was trained on a {adapter.base['class']}; --base {backbone.path} is a {family}"
+            )
+    return backbone
+
+
+def _changes(backbone: Backbone, adapters: list[Adapter]) -> Changes:
+    """What happens to which weight. Raises `UserError` if the adapters do not fit the base, or each other."""
+    changes: Changes = {}
+    for adapter in adapters:
+        for name, change in adapter.changes(backbone.empty_denoiser()).items():
+            if name in changes and not adapter.adds:
+                raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
+            changes.setdefault(name, []).append(change)
+    stored = {name for file in backbone.denoiser_files() for name in open_tensors(file).entries}
+    if missing := sorted(changes.keys() - stored):
+        raise UserError(f"--adapter {adapters[0].path} does not fit the base: it has no weight {missing[0]}")
+    return changes
+
+
+def _record(
+    backbone: Backbone,
+    adapters: list[Adapter],
+    changes: Changes,
+    hashes: dict[str, str],
+    verification: Verification | None,
+) -> dict[str, Any]:
+    return {
         "concept": [name for adapter in adapters for name in erased_concepts(adapter)],
-        "configs": [adapter.config for adapter in adapters],
-        "base": {"class": backbone.pipeline_class.__name__, "denoiser_sha256": hashes, "trained_on_it": same},
+        "configs": [public_config(adapter.config) for adapter in adapters],
+        "scales": [adapter.scale for adapter in adapters],
+        "base": {
+            "name": backbone.name,
+            "revision": backbone.path.name if is_snapshot(backbone.path) else None,
+            "class": backbone.pipeline_class.__name__,
+            "denoiser_sha256": hashes,
+            "trained_on_it": all(adapter.base.get("denoiser_sha256") == hashes for adapter in adapters),
+        },
+        "merged_tensors": len(changes),
+        **({"verification": vars(verification)} if verification else {}),
         "version": __version__,
     }
-    with new_directory(config.output, config.overwrite) as draft:
-        copy_pipeline(backbone, draft)
-        record["merged_tensors"] = merge_into(backbone, draft / backbone.denoiser_part, adapters)
-        if config.verify:
-            record["verification"] = verify(backbone, draft, adapters)
-        (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return record
 
 
 def erased_concepts(adapter: Adapter) -> list[str]:
@@ -60,81 +145,69 @@ def erased_concepts(adapter: Adapter) -> list[str]:
     return EraseConfig(**fields).concept_names if fields["concept"] else []
 
 
-def copy_pipeline(backbone: Backbone, target: Path) -> None:
-    """Copy what `from_pretrained` reads by default.
+def copy_pipeline(backbone: Backbone, target: Path) -> Iterator[tuple[str, str, Path]]:
+    """Copy what `from_pretrained` reads, under its plain names.
 
-    Other variants of the denoiser's weights, and single-file checkpoints in the root, still hold the concept: they
-    stay behind.
+    Yields each file of the denoiser as soon as it is there: the base's name for it, the hash of the base's, the copy. Other
+    variants of the weights, and single-file checkpoints in the root, still hold the concept: they stay behind.
     """
     shutil.copyfile(backbone.path / "model_index.json", target / "model_index.json")
     for licence in backbone.path.glob("LICENSE*"):
         shutil.copyfile(licence, target / licence.name)
     folders = [name for name, part in backbone.index.items() if isinstance(part, list) and part[0] is not None]
     for name in folders:
-        source = backbone.path / name
-        if name == backbone.denoiser_part:
-            (target / name).mkdir()
-            extra = [p for p in (source / "config.json", source / f"{NAME}.index.json") if p.is_file()]
-            for file in [*extra, *component_files(source)]:
-                shutil.copyfile(file, target / name / file.name)
-        elif source.is_dir():
-            shutil.copytree(source, target / name, copy_function=shutil.copyfile)
+        source, copy = backbone.path / name, target / name
+        if not any(source.glob("*.safetensors")):  # a tokenizer or scheduler; a safety checker may hold what it likes
+            if source.is_dir():
+                shutil.copytree(source, copy, copy_function=shutil.copyfile)
+            continue
+        shutil.copytree(source, copy, copy_function=shutil.copyfile, ignore=_weights_in)
+        weights = find_weights(source, backbone.variant)
+        for file in weights.files:
+            digest = copy_with_sha256(file, copy / weights.plain_name(file))
+            if name == backbone.denoiser_part:
+                yield file.name, digest, copy / weights.plain_name(file)
+        if weights.index:
+            shards = json.loads(weights.index.read_text(encoding="utf-8"))
+            shards["weight_map"] = {key: weights.plain_name(Path(file)) for key, file in shards["weight_map"].items()}
+            text = json.dumps(shards, indent=2) + "\n"
+            (copy / weights.plain_name(weights.index)).write_text(text, encoding="utf-8")
 
 
-def merge_into(backbone: Backbone, folder: Path, adapters: list[Adapter]) -> int:
-    """Overwrite the tensors that the adapters change in the files of `folder`; returns how many there were."""
-    changes: dict[str, list[Change]] = {}
-    for adapter in adapters:
-        for name, change in adapter.changes(backbone.empty_denoiser()).items():
-            if name in changes and not adapter.adds:
-                raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
-            changes.setdefault(name, []).append(change)
-    count = len(changes)
-    for path in component_files(folder):
-        tensors = open_tensors(path)
-        here = [name for name in changes if name in tensors]
-        with path.open("r+b") as file:
-            for name in here:
-                merged = tensors.read(file, name)
-                for change in changes.pop(name):  # in fp32 from the first on
-                    merged = change(merged)
-                tensors.write(file, name, merged)
-    if changes:
-        raise UserError(f"--adapter {adapters[0].path} does not fit the base: it has no weight {next(iter(changes))}")
-    return count
+def _weights_in(_folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith(WEIGHTS) or ".index." in name]
 
 
 @torch.no_grad()
-def verify(backbone: Backbone, merged: Path, adapters: list[Adapter]) -> dict[str, float]:
-    """One fp32 forward pass of base + adapter and of the merged denoiser: the largest differences.
+def merge_weight(weight: Tensor, changes: list[Change], inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A base weight with all its changes, fp32 from the first on, and what these add to the outputs for `inputs`."""
+    effect = torch.zeros(())
+    for change in changes:
+        adapted = change.on(weight)
+        if inputs is not None:
+            effect = effect + adapted.effect(inputs)
+        weight = adapted.merge()
+    return weight, effect
 
-    Raises `UserError` if they differ by more than what rounding the merged weights explains.
-    """
-    said = [
-        name for adapter in adapters for name in erased_concepts(adapter)
-    ]  # where the adapter acts, and not on much else
-    embeds = backbone.encode([said[0] if said else "a picture"], torch.device("cpu"), torch.float32)
-    denoiser = backbone.load_denoiser(torch.float32)
-    noise = generator(0, "verify")
-    latents = backbone.initial_latents(1, denoiser, noise)
-    timestep = torch.tensor([500])
-    plain = backbone.predict(denoiser, latents, timestep, embeds)
-    for adapter in adapters:
-        denoiser = adapter.apply(denoiser)
-    adapted = backbone.predict(denoiser, latents, timestep, embeds)
-    del denoiser
-    result = open_backbone(str(merged), "--output")
-    seen = result.predict(result.load_denoiser(torch.float32), latents, timestep, embeds)
-    difference, size = (seen - adapted).abs().max().item(), adapted.abs().max().item()
-    stored = max(file_dtypes(merged / backbone.denoiser_part), key=lambda dtype: torch.finfo(dtype).eps)
-    # a weight is rounded by at most eps / 2; fp32 sums in another order differ by more than fp32's eps
-    bound = max(4 * torch.finfo(stored).eps, 1e-4) * size
-    if not difference <= bound:
-        raise UserError(
-            f"--adapter {adapters[-1].path}: the merged denoiser differs from base + adapter by {difference:.3g}, more than "
-            f"rounding to {stored} explains ({bound:.3g}); nothing was written"
-        )
-    return {"adapter_changes": (adapted - plain).abs().max().item(), "largest_difference": difference, "bound": bound}
+
+def merge_in_place(path: Path, changes: Changes, verification: Verification | None) -> None:
+    """Overwrite the tensors that change in the file, and read each back to be verified."""
+    tensors = open_tensors(path)
+    with path.open("r+b") as file:
+        for name in [name for name in changes if name in tensors]:
+            base = tensors.read(file, name)
+            inputs = verification.inputs(name, base, changes[name]) if verification else None
+            merged, effect = merge_weight(base, changes[name], inputs)
+            tensors.write(file, name, merged)
+            if verification:
+                verification.check(name, base, tensors.read(file, name), changes[name], effect)
+
+
+def _base_weights(backbone: Backbone, changes: Changes) -> Iterator[tuple[str, Tensor]]:
+    for path in backbone.denoiser_files():
+        tensors = open_tensors(path)
+        with path.open("rb") as file:
+            yield from ((name, tensors.read(file, name)) for name in changes if name in tensors)
 
 
 def main() -> None:
@@ -148,10 +221,10 @@ def main() -> None:
     if "verification" in record:
         found = record["verification"]
         print(
-            f"verified: the adapter changes a prediction by up to {found['adapter_changes']:.3g}; merged and "
-            f"base + adapter differ by at most {found['largest_difference']:.2g} (rounding allows {found['bound']:.2g})"
+            f"verified layer by layer: the adapter changes outputs by up to {found['adapter_changes']:.2%}, merged and "
+            f"base + adapter differ by at most {found['largest_difference']:.2%} (rounding allows {found['bound']:.2%})"
         )
-    print(f"{config.output} is a plain diffusers pipeline")
+    print(f"{config.output} is a plain {'checkpoint file' if config.single_file else 'diffusers pipeline'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esd_peft.backbones import Backbone
 from esd_peft.errors import UserError
-from esd_peft.weights import component_files, open_tensors
+from esd_peft.weights import open_tensors
 
 
 def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
@@ -21,7 +21,7 @@ def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: tor
     the files do not hold all of the denoiser.
     """
     denoiser = backbone.empty_part(backbone.denoiser_part, buffers=True)
-    for path in component_files(backbone.path / backbone.denoiser_part):
+    for path in backbone.denoiser_files():
         tensors = open_tensors(path)
         with path.open("rb") as file:
             for name in tensors.entries:

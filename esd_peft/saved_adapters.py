@@ -1,24 +1,47 @@
 """Adapter directories, read back to be merged: how each changes the base weights."""
 
 import copy
-import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
+import torch
 import yaml
 from diffusers import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from esd_peft.adapters import WEIGHTS_FILE
 from esd_peft.errors import UserError
-from esd_peft.weights import open_tensors, read_tensors
+from esd_peft.weights import TensorFile, open_tensors, read_tensors, sha256
 
 _PEFT_PREFIX = "base_model.model."
-Change = Callable[[Tensor], Tensor]  # from a base weight, as stored, to the merged one in fp32
+
+
+class Adapted(ABC):
+    """One base weight with an adapter on it."""
+
+    @abstractmethod
+    def effect(self, inputs: Tensor) -> Tensor:
+        """What the adapter adds to the layer's output for `inputs`, fp32; without a layer: to the weight."""
+
+    @abstractmethod
+    def merge(self) -> Tensor:
+        """The merged weight, fp32. There is no adapter afterwards."""
+
+
+class Change(ABC):
+    """What an adapter does to one base weight."""
+
+    layer: nn.Module | None  # that the weight belongs to, of the base's sizes; none: the weight is looked at by itself
+
+    @abstractmethod
+    def on(self, weight: Tensor) -> Adapted:
+        """The adapter on that weight, which stays as it is."""
 
 
 class Adapter(ABC):
@@ -26,14 +49,20 @@ class Adapter(ABC):
 
     adds: ClassVar[bool]  # to whatever weight is there; otherwise it replaces the weight
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, scale: float = 1.0) -> None:
+        self.path, self.scale = path, scale
         self.base = _read_map(path / "base.json", json.loads)
         self.config = _read_map(path / "config.yaml", yaml.safe_load)
+        self.result = _read_map(path / "result.json", json.loads)
+
+    @property
+    def config_sha256(self) -> str:
+        """The hash of the config that made it; empty where another tool did."""
+        return sha256(self.path / "config.yaml") if self.config else ""
 
     @abstractmethod
     def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
-        """For each weight of `denoiser` (which may be on the meta device) that changes, how. One is worked out at a time.
+        """For each weight of `denoiser` (which may be on the meta device) that changes, how.
 
         Raises `UserError` if the adapter does not fit.
         """
@@ -43,12 +72,15 @@ class Adapter(ABC):
         """The adapter on top of a loaded fp32 `denoiser`; an adapter that is there already is merged by PEFT first."""
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Open what `Student.save`, or PEFT, wrote. Raises `UserError` if it is not there or damaged."""
+def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
+    """Open what `Student.save`, or PEFT, wrote, to act `scale` times as much as trained.
+
+    Raises `UserError` if it is not there or damaged.
+    """
     if (path / WEIGHTS_FILE).is_file():
-        return _SavedWeights(path)
+        return _SavedWeights(path, scale)
     if (path / peft.utils.CONFIG_NAME).is_file():
-        return _SavedPeft(path)
+        return _SavedPeft(path, scale)
     raise UserError(f"--adapter {path} is not an adapter directory: it has no {peft.utils.CONFIG_NAME}")
 
 
@@ -57,8 +89,8 @@ class _SavedPeft(Adapter):
 
     adds: ClassVar[bool] = True
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, scale: float = 1.0) -> None:
+        super().__init__(path, scale)
         try:
             self.peft = peft.PeftConfig.from_pretrained(path)
         except (ValueError, TypeError, KeyError) as error:
@@ -75,36 +107,56 @@ class _SavedPeft(Adapter):
             if not name:
                 raise UserError(f"--adapter {self.path} does not fit the base, which has no layer for {key}")
             groups.setdefault(name, {})[key] = value
-        return {
-            f"{name}.weight": functools.partial(self._merged, name, modules[name], tensors)
-            for name, tensors in groups.items()
-        }
+        return {f"{name}.weight": _LayerChange(self, name, modules[name], tensors) for name, tensors in groups.items()}
 
-    def _merged(self, name: str, layer: nn.Module, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
-        layer = copy.deepcopy(layer).to_empty(device="cpu").float()
-        layer.register_parameter("weight", nn.Parameter(weight.float()))
+    def apply(self, denoiser: ModelMixin) -> ModelMixin:
+        model = peft.PeftModel.from_pretrained(_plain(denoiser), self.path)
+        _scale(model, self.scale)
+        return model
+
+
+@dataclass(frozen=True)
+class _LayerChange(Change):
+    adapter: _SavedPeft
+    name: str
+    layer: nn.Module
+    tensors: dict[str, Tensor]
+
+    def on(self, weight: Tensor) -> Adapted:
+        """PEFT's layer around one of the base's kind with that weight, in fp32 and without a bias, which none changes."""
+        layer = copy.deepcopy(self.layer).to_empty(device="cpu").float()
+        layer.register_parameter("weight", nn.Parameter(weight.to(torch.float32, copy=True)))
+        layer.register_parameter("bias", None)
         root = nn.Module()
         parent = root
-        *path, last = name.split(".")
+        *path, last = self.name.split(".")
         for part in path:  # the same name as in the model: the config's rules may depend on it
             parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(last, layer)
-        config = copy.deepcopy(self.peft)
-        config.target_modules = [name]
+        config = copy.deepcopy(self.adapter.peft)
+        config.target_modules = [self.name]
         config.base_model_name_or_path = None
         try:
             wrapped = peft.get_peft_model(root, config)
-            peft.set_peft_model_state_dict(wrapped, tensors)
-            merged: Any = root.get_submodule(name)
-            merged.merge()
+            peft.set_peft_model_state_dict(wrapped, self.tensors)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--adapter {self.path} does not fit the base at {name} ({reason})") from None
-        return merged.base_layer.weight.detach()
+            raise UserError(f"--adapter {self.adapter.path} does not fit the base at {self.name} ({reason})") from None
+        _scale(wrapped, self.adapter.scale)
+        return _AdaptedLayer(root.get_submodule(self.name))
 
-    def apply(self, denoiser: ModelMixin) -> ModelMixin:
-        return peft.PeftModel.from_pretrained(_plain(denoiser), self.path)
+
+@dataclass(frozen=True)
+class _AdaptedLayer(Adapted):
+    layer: Any  # of PEFT
+
+    def effect(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs) - self.layer.base_layer(inputs)
+
+    def merge(self) -> Tensor:
+        self.layer.merge()
+        return self.layer.base_layer.weight.detach()
 
 
 class _SavedWeights(Adapter):
@@ -119,16 +171,46 @@ class _SavedWeights(Adapter):
             if shapes.get(name) != entry["shape"]:
                 raise UserError(f"--adapter {self.path} does not fit the base at {name}")
 
-        def replaced(name: str, _weight: Tensor) -> Tensor:
-            with saved.path.open("rb") as file:
-                return saved.read(file, name)
-
-        return {name: functools.partial(replaced, name) for name in saved.entries}
+        return {name: _WeightChange(self, name, saved) for name in saved.entries}
 
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
         denoiser = _plain(denoiser)
-        denoiser.load_state_dict(read_tensors(self.path / WEIGHTS_FILE), strict=False)
+        weights = dict(denoiser.named_parameters())
+        with torch.no_grad():
+            for name, change in self.changes(denoiser).items():
+                weights[name].copy_(change.on(weights[name].data).merge())
         return denoiser
+
+
+@dataclass(frozen=True)
+class _WeightChange(Change):
+    adapter: _SavedWeights
+    name: str
+    saved: TensorFile
+    layer: None = None
+
+    def on(self, weight: Tensor) -> Adapted:
+        with self.saved.path.open("rb") as file:
+            return _AdaptedWeight(weight.float(), self.saved.read(file, self.name).float(), self.adapter.scale)
+
+
+@dataclass(frozen=True)
+class _AdaptedWeight(Adapted):
+    weight: Tensor
+    learned: Tensor
+    scale: float
+
+    def effect(self, inputs: Tensor) -> Tensor:
+        return self.scale * (self.learned - self.weight)
+
+    def merge(self) -> Tensor:
+        return self.learned if self.scale == 1 else torch.lerp(self.weight, self.learned, self.scale)
+
+
+def _scale(model: nn.Module, scale: float) -> None:
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.scaling["default"] *= scale
 
 
 def _plain(denoiser: nn.Module) -> nn.Module:

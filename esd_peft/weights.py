@@ -4,6 +4,9 @@ import hashlib
 import json
 import math
 import struct
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,20 +17,44 @@ from torch import Tensor
 
 from esd_peft.errors import UserError
 
-NAME = "diffusion_pytorch_model.safetensors"  # what diffusers calls a denoiser's weights
+STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+NAME = f"{STEMS[0]}.safetensors"
+CHUNK = 2**18  # bytes; 1 MiB took nearly three times the processor time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def component_files(folder: Path) -> list[Path]:
-    """The files that `from_pretrained` reads the component in `folder` from: one, or the shards its index names.
+@dataclass(frozen=True)
+class StoredWeights:
+    """The files that hold one component's weights."""
 
-    Raises `UserError` if there are none, or if the index names a file outside the folder.
+    files: list[Path]
+    index: Path | None  # names the file of each tensor, where there are several
+    variant: str | None  # in the files' names
+
+    def plain_name(self, file: Path) -> str:
+        """The file's name without the variant: what `from_pretrained` reads by default."""
+        return file.name.replace(f".{self.variant}", "", 1) if self.variant else file.name
+
+
+def find_weights(folder: Path, variant: str | None = None) -> StoredWeights:
+    """What `from_pretrained(variant=variant)` reads the component in `folder` from: one file, or those its index names.
+
+    A component without that variant is read from its plain files, as pipelines do. Raises `UserError` if there are
+    none, or if the index names a file outside the folder.
     """
-    index = folder / f"{NAME}.index.json"
-    if (folder / NAME).is_file():
-        return [folder / NAME]
-    if not index.is_file():
-        raise UserError(f"{folder} has no {NAME}; save the model with safe_serialization=True")
+    for given in [variant, None] if variant else [None]:
+        mark = f".{given}" if given else ""
+        for stem in STEMS:
+            file, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
+            if file.is_file():
+                return StoredWeights([file], None, given)
+            if index.is_file():
+                return StoredWeights(_shards(index), index, given)
+    raise UserError(f"{folder} has no {NAME}; save the model with safe_serialization=True, or add --allow-pickle")
+
+
+def _shards(index: Path) -> list[Path]:
+    folder = index.parent
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -42,6 +69,22 @@ def sha256(path: Path) -> str:
     """The file's hash, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_with_sha256(source: Path, target: Path) -> str:
+    """Copy a file and return its hash, in hex: one read for both, hashed beside the copying."""
+    digest = hashlib.sha256()
+    buffers = deque(memoryview(bytearray(CHUNK)) for _ in range(4))
+    hashing: deque[Future[None]] = deque()
+    with source.open("rb", buffering=0) as old, target.open("wb") as new, ThreadPoolExecutor(1) as hasher:
+        while count := old.readinto(buffers[0]):
+            part = buffers[0][:count]
+            hashing.append(hasher.submit(digest.update, part))
+            new.write(part)
+            buffers.rotate(-1)
+            if len(hashing) == len(buffers):  # the next buffer is still being hashed
+                hashing.popleft().result()
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -67,11 +110,17 @@ class TensorFile:
     def read(self, file: BinaryIO, name: str) -> Tensor:
         """The tensor `name`, as stored."""
         entry = self.entries[name]
-        file.seek(self.start + entry["data_offsets"][0])
-        count = math.prod(entry["shape"])
+        if entry["dtype"] not in DTYPES:
+            kind = entry["dtype"]
+            raise UserError(f"{self.path} stores {name} as {kind}, too coarse to merge into; use the 16- or 32-bit weights")
         dtype = DTYPES[entry["dtype"]]
-        data = bytearray(file.read(count * dtype.itemsize))
-        return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
+        return torch.frombuffer(self.read_bytes(file, name), dtype=dtype).reshape(entry["shape"])
+
+    def read_bytes(self, file: BinaryIO, name: str) -> bytearray:
+        """The bytes of the tensor `name`, whatever its dtype."""
+        first, end = self.entries[name]["data_offsets"]
+        file.seek(self.start + first)
+        return bytearray(file.read(end - first))
 
     def write(self, file: BinaryIO, name: str, value: Tensor) -> None:
         """Put `value` `[same shape]` in the place of `name`, rounded once to the dtype that is there."""
@@ -80,7 +129,12 @@ class TensorFile:
         if list(stored.shape) != entry["shape"]:
             raise ValueError(f"{name} is {entry['shape']}, not {[*stored.shape]}")
         file.seek(self.start + entry["data_offsets"][0])
-        file.write(stored.reshape(-1).view(torch.uint8).numpy().tobytes())
+        file.write(as_bytes(stored))
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """A contiguous tensor as safetensors stores it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -97,7 +151,48 @@ def open_tensors(path: Path) -> TensorFile:
     return TensorFile(path, header, 8 + length)
 
 
-def file_dtypes(folder: Path) -> set[torch.dtype]:
-    """The floating-point dtypes that a component's weights are stored in."""
-    entries = [entry for path in component_files(folder) for entry in open_tensors(path).entries.values()]
-    return {DTYPES[entry["dtype"]] for entry in entries if entry["dtype"] in DTYPES}
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor that is to be written, and where its bytes come from."""
+
+    name: str
+    dtype: str  # as safetensors names it
+    shape: list[int]
+    size: int  # bytes
+    read: Callable[[], bytes | bytearray]
+
+
+def write_tensors(path: Path, tensors: list[NewTensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file one tensor at a time; `modelspec.hash_sha256` of the data is added to the metadata."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, "modelspec.hash_sha256": "0x" + 64 * "0"}}
+    end = 0
+    # wide numbers first, as the library does: every tensor starts where its dtype may
+    tensors = sorted(tensors, key=lambda t: (-t.size // max(1, math.prod(t.shape)), t.name))
+    for tensor in tensors:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.size]}
+        end += tensor.size
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(_header(header))
+        for tensor in tensors:
+            data = tensor.read()
+            digest.update(data)
+            file.write(data)
+        header["__metadata__"]["modelspec.hash_sha256"] = "0x" + digest.hexdigest()
+        file.seek(0)
+        file.write(_header(header))  # of the same length
+
+
+def add_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """Add to the header of a small safetensors file; its tensors stay as they are."""
+    tensors = open_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        known = file.metadata() or {}
+    data = path.read_bytes()[tensors.start :]
+    path.write_bytes(_header({"__metadata__": {**known, **metadata}, **tensors.entries}) + data)
+
+
+def _header(values: dict[str, Any]) -> bytes:
+    text = json.dumps(values, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

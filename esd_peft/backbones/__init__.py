@@ -1,6 +1,5 @@
 """What differs between pipeline families, one file each. The rest of the package knows `Backbone` only."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from esd_peft.backbones.sana import Sana
 from esd_peft.backbones.stable_diffusion import StableDiffusion
 from esd_peft.backbones.stable_diffusion_3 import StableDiffusion3
 from esd_peft.backbones.stable_diffusion_xl import StableDiffusionXL
-from esd_peft.errors import UserError
+from esd_peft.config import ModelOptions
+from esd_peft.model_source import local_pipeline
 
 __all__ = ["EMBEDDED", "Backbone", "PromptEmbeds", "open_backbone"]
 
@@ -21,22 +21,19 @@ FAMILIES: tuple[type[Backbone], ...] = (
 )  # fmt: skip
 
 
-def open_backbone(model: str | None, option: str = "--model") -> Backbone:
-    """The backbone for a pipeline directory (none: the embedded one), by the class its `model_index.json` names.
+def open_backbone(
+    model: str | None, option: str = "--model", options: ModelOptions | None = None, weights: bool = True
+) -> Backbone:
+    """The backbone for a pipeline (none: the embedded one), by the class its `model_index.json` names.
 
-    Loads no weights. Raises `UserError` if the directory is missing, lacks a part, or is of a family not known here.
+    `model` is what `esd_peft.model_source` takes: a directory, a hub id, a single-file checkpoint. Loads no weights, and
+    without `weights` does not download them either. Raises `UserError` if it is not there, lacks a part, or is of a family
+    not known here.
     """
-    path = EMBEDDED if model is None else Path(model)
-    index_file = path / "model_index.json"
-    if not index_file.is_file():
-        raise UserError(f"{option} {path} is not a diffusers pipeline directory: it has no model_index.json")
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        name = index["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(f"{option} {path}: model_index.json is damaged; restore it") from None
-    for family in FAMILIES:
-        if name == family.pipeline_class.__name__:
-            return family(path, index, option)
-    known = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
-    raise UserError(f"{option} {path} is a {name}; the families known here are {known}")
+    options = options or ModelOptions()
+    families = {family.pipeline_class.__name__: family for family in FAMILIES}
+    path, index = local_pipeline(str(EMBEDDED) if model is None else model, options, option, families, weights)
+    backbone = families[index["_class_name"]](path, index, option, options.variant)
+    if model is None:
+        backbone.name = "the embedded shapes pipeline"
+    return backbone

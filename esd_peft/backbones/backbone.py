@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from esd_peft.backbones import scopes
 from esd_peft.errors import UserError
+from esd_peft.model_source import hub_id
+from esd_peft.weights import find_weights
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
@@ -33,6 +35,7 @@ class Backbone(ABC):
         path: the directory.
         index: its parsed `model_index.json`.
         option: the option that named it, for messages.
+        variant: of the weight files ("fp16"), where a part has it.
 
     Raises:
         UserError: a part that the family needs is missing.
@@ -46,8 +49,9 @@ class Backbone(ABC):
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
 
-    def __init__(self, path: Path, index: dict[str, Any], option: str = "--model") -> None:
-        self.path, self.index, self.option = path, index, option
+    def __init__(self, path: Path, index: dict[str, Any], option: str = "--model", variant: str | None = None) -> None:
+        self.path, self.index, self.option, self.variant = path, index, option, variant
+        self.name = hub_id(path) or path.resolve().name  # to be published: without a path of this machine
         for part in (*self.text_parts, self.denoiser_part, "vae", "scheduler"):
             if not self.has(part) and part not in self.optional_parts:
                 raise UserError(f"{option} {path} lacks its {part}; restore that folder")
@@ -60,14 +64,19 @@ class Backbone(ABC):
         """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
         library, name = self.index[part]
         module = importlib.import_module(library)
-        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-        if "Tokenizer" in name or "Scheduler" in name:
-            options = {}
+        options: dict[str, Any] = {}
+        if not ("Tokenizer" in name or "Scheduler" in name):
+            variant = find_weights(self.path / part, self.variant).variant
+            options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
         try:
             return getattr(module, name).from_pretrained(self.path, subfolder=part, local_files_only=True, **options)
         except Exception as error:  # the libraries raise many kinds for a damaged or missing file
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{self.option} {self.path}: its {part} cannot be loaded ({reason})") from None
+
+    def denoiser_files(self) -> list[Path]:
+        """The files that hold the denoiser's weights."""
+        return find_weights(self.path / self.denoiser_part, self.variant).files
 
     def load_denoiser(self, dtype: torch.dtype) -> ModelMixin:
         """The network that is trained and merged, frozen, in eval mode."""

@@ -1,0 +1,231 @@
+"""Where a model comes from: a diffusers directory, a hub id, a single-file checkpoint. It ends as a directory on disk.
+
+What is not a diffusers directory of safetensors files (single-file checkpoints, pickles) is converted to one, once, in
+the `esd_peft` folder of the hub's home (`HF_HOME`); that folder may be deleted at any time.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+
+from esd_peft.config import ModelOptions
+from esd_peft.errors import UserError
+from esd_peft.outputs import new_directory
+
+INDEX = "model_index.json"
+CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
+CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
+PAPERS = ["README.md", "LICENSE*"]  # what a merged model passes on
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def local_pipeline(
+    model: str, options: ModelOptions, option: str, known: Collection[str], weights: bool = True
+) -> tuple[Path, dict[str, Any]]:
+    """The directory of the pipeline that `model` names, and its parsed `model_index.json`.
+
+    Without `weights`, a hub id's configs and tokenizers are enough. Only pipelines of the classes `known` are downloaded or
+    converted. Nothing is unpickled without `options.allow_pickle`, and no code of a repository is run. Raises `UserError`
+    for what is not there or not safe.
+    """
+    path = Path(model)
+    is_file = path.is_file() or path.suffix in CHECKPOINTS
+    on_hub = not is_file and not path.exists() and _HUB_ID.fullmatch(model) is not None
+    _refuse_idle_options(options, on_hub, is_file)
+    if is_file:
+        return _from_checkpoint(path, options, option, known)
+    folder = _index_on_hub(model, options, option).parent if on_hub else path
+    index = read_index(folder, option, known)
+    if on_hub:
+        folder = _download(model, options, option, weights)
+    check_links(folder, index, option)
+    if weights and options.variant and not [*folder.glob(f"*/*.{options.variant}[.-]*")]:
+        raise UserError(f"--variant {options.variant}: {option} {model} has no weights of that name; leave it out")
+    if options.allow_pickle:
+        folder = _without_pickles(folder, index, options)
+    return folder, index
+
+
+def commit_of(model: str | None, path: Path) -> str | None:
+    """The commit of which the hub id `model` gave the snapshot `path`; none for what is named by its place here."""
+    return path.name if is_snapshot(path) and model is not None and not Path(model).exists() else None
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether `path` is models--OWNER--NAME/snapshots/COMMIT, as the hub's cache is laid out."""
+    return path.parent.name == "snapshots" and path.parents[1].name.startswith("models--")
+
+
+def hub_id(path: Path) -> str | None:
+    """OWNER/NAME of a snapshot."""
+    return path.parents[1].name.removeprefix("models--").replace("--", "/") if is_snapshot(path) else None
+
+
+def read_index(path: Path, option: str, known: Collection[str]) -> dict[str, Any]:
+    """The `model_index.json` in `path`. Raises `UserError` if it is not there, damaged, or of a class not `known`."""
+    if not (path / INDEX).is_file():
+        raise UserError(f"{option} {path} is not a diffusers pipeline directory: it has no {INDEX}")
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        name = index["_class_name"]
+    except (ValueError, KeyError, TypeError, OSError):
+        raise UserError(f"{option} {path}: {INDEX} is damaged; restore it") from None
+    if name not in known:
+        raise UserError(f"{option} {path} is a {name}; the families known here are {', '.join(known)}")
+    return index
+
+
+def check_links(path: Path, index: dict[str, Any], option: str) -> None:
+    """Raise `UserError` for a part or a file that lies outside the directory: it would be copied into what is published.
+
+    A snapshot in the hub's cache links to the `blobs` of its own repository.
+    """
+    root = path.resolve()
+    if is_snapshot(root):
+        root = root.parents[1]
+    parts = [name for name, value in index.items() if isinstance(value, list)]
+    if strange := [part for part in parts if Path(part).name != part]:
+        raise UserError(f"{option} {path}: {INDEX} names the part {strange[0]}, outside the directory; restore it")
+    for part in parts:
+        for file in [path / part, *(path / part).rglob("*")]:
+            if not file.resolve().is_relative_to(root):
+                raise UserError(f"{option} {path}: {file.relative_to(path)} links out of the directory; put the file there")
+
+
+def _refuse_idle_options(options: ModelOptions, on_hub: bool, is_file: bool) -> None:
+    if options.revision and not on_hub:
+        raise UserError("--revision works with a hub id only; leave it out")
+    if options.variant and is_file:
+        raise UserError("--variant names files of a directory or a hub repository; leave it out with a single file")
+    if options.checkpoint_config and not is_file:
+        raise UserError("--checkpoint-config works with a single-file checkpoint only; leave it out")
+
+
+def _index_on_hub(model: str, options: ModelOptions, option: str) -> Path:
+    return Path(_from_hub(lambda: hf_hub_download(model, INDEX, revision=options.revision), model, options, option))
+
+
+def _download(model: str, options: ModelOptions, option: str, weights: bool) -> Path:
+    """The files that the pipeline's class reads, and no others: safetensors of one variant, configs, tokenizers."""
+
+    def download() -> Path:
+        if not weights:
+            return Path(snapshot_download(model, revision=options.revision, allow_patterns=CONFIGS))
+        safe = None if options.allow_pickle else True  # none: pickles where there is nothing else
+        pipeline = diffusers.DiffusionPipeline
+        folder = pipeline.download(model, revision=options.revision, variant=options.variant, use_safetensors=safe)
+        return Path(folder)
+
+    folder = _from_hub(download, model, options, option)
+    with contextlib.suppress(OSError, errors.HTTPError):  # not needed, and not in every cache
+        snapshot_download(model, revision=options.revision, allow_patterns=PAPERS)
+    return folder
+
+
+def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option: str) -> Any:
+    """What `get` downloads, or finds in the hub's cache; its errors as one sentence each."""
+    at = f" at --revision {options.revision}" if options.revision else ""
+    try:
+        return get()
+    except Exception as error:  # the hub's own, the network's, and what diffusers wraps them in
+        kinds = (type(error), type(error.__cause__))
+
+        def is_a(*wanted: type[BaseException]) -> bool:
+            return any(issubclass(kind, wanted) for kind in kinds)
+
+        if is_a(errors.GatedRepoError):
+            problem = "is gated; accept its terms on the hub, then log in with `hf auth login`"
+        elif is_a(errors.RepositoryNotFoundError):
+            problem = "is neither here nor on the hub; check the name, or log in with `hf auth login` if it is private"
+        elif is_a(errors.RevisionNotFoundError):
+            problem = "is not on the hub; check the revision's name"
+        elif is_a(errors.RemoteEntryNotFoundError):
+            problem = f"is not a diffusers pipeline: it has no {INDEX} on the hub; name one that has"
+        elif is_a(FileNotFoundError, ConnectionError, errors.HTTPError) and not is_a(errors.HfHubHTTPError):
+            problem = "is not all in the hub's cache, and the hub cannot be reached; download it once, or name a directory"
+        elif "safetensors" in str(error):
+            problem = "lacks safetensors files; name another --variant or --revision, or add --allow-pickle"
+        else:
+            problem = f"cannot be downloaded ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"{option} {model}{at} {problem}") from None
+
+
+def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Collection[str]) -> tuple[Path, dict[str, Any]]:
+    """A single-file checkpoint as a directory, through diffusers' own converter."""
+    if not path.is_file():
+        raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
+    if path.suffix != ".safetensors" and not options.allow_pickle:
+        raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")
+    try:
+        tensors = load_single_file_checkpoint(str(path))
+    except Exception as error:  # the libraries raise many kinds for a damaged file
+        raise UserError(f"{option} {path} cannot be read ({' '.join(str(error).split())[:200]}); restore it") from None
+    if not any(name.startswith("model.diffusion_model.") for name in tensors):
+        raise UserError(f"{option} {path} is not a whole checkpoint: it has no model.diffusion_model layers")
+    config = options.checkpoint_config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+    folder = Path(config)
+    if not folder.is_dir():
+        at_default = ModelOptions()
+        said = "--checkpoint-config" if options.checkpoint_config else f"{option} {path} needs --checkpoint-config DIR:"
+        folder = Path(_from_hub(lambda: snapshot_download(config, allow_patterns=CONFIGS), config, at_default, said))
+    index = read_index(folder, "--checkpoint-config", known)
+    family = getattr(diffusers, index["_class_name"])
+    if not hasattr(family, "from_single_file"):
+        raise UserError(f"{option} {path}: {family.__name__} has no single-file checkpoints; name a directory")
+
+    def make() -> diffusers.DiffusionPipeline:
+        # beside the denoiser's weights a checkpoint holds what is always there, never a safety checker
+        none = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
+        return family.from_single_file(str(path), config=str(folder), dtype=_dtype(tensors, path, option), **none)
+
+    converted = _converted([path], f"{folder.resolve()}", path.stem, make, option)
+    return converted, read_index(converted, option, known)
+
+
+def _dtype(tensors: dict[str, torch.Tensor], path: Path, option: str) -> torch.dtype:
+    """The one dtype that holds all of the checkpoint's weights without loss."""
+    floats = {value.dtype for value in tensors.values() if value.dtype.is_floating_point}
+    if any(dtype.itemsize < 2 for dtype in floats):
+        raise UserError(f"{option} {path} holds weights in 8 bits, too coarse to erase from; use a 16- or 32-bit file")
+    return floats.pop() if len(floats) == 1 else torch.float32
+
+
+def _without_pickles(folder: Path, index: dict[str, Any], options: ModelOptions) -> Path:
+    """`folder` itself, or where parts of it are pickles only, the same pipeline as safetensors files."""
+    parts = [folder / name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    pickles = [file for part in parts if not [*part.glob("*.safetensors")] for file in part.glob("*.bin")]
+    if not pickles:
+        return folder
+
+    def make() -> diffusers.DiffusionPipeline:
+        family = getattr(diffusers, index["_class_name"])
+        return family.from_pretrained(folder, variant=options.variant, local_files_only=True)
+
+    return _converted(pickles, str(options.variant), folder.name, make, "--allow-pickle")
+
+
+def _converted(sources: list[Path], detail: str, name: str, make: Callable[[], Any], option: str) -> Path:
+    """What `make` returns, saved in a folder that changes with the source files."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
+    key = hashlib.sha256(json.dumps([stats, detail, diffusers.__version__]).encode()).hexdigest()[:16]
+    target = Path(constants.HF_HOME) / "esd_peft" / key / name
+    if not (target / INDEX).is_file():
+        with new_directory(target, overwrite=True, option="HF_HOME") as draft:
+            try:
+                pipeline = make()
+            except UserError:
+                raise
+            except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"{option} {sources[0]} does not fit its configs ({reason})") from None
+            pipeline.save_pretrained(draft)
+    return target
