@@ -35,7 +35,16 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "types-tqdm", "types-psutil", "tensorboard>=2.15"],
+        "test": [
+            "pytest>=8",
+            "pytest-cov>=6",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "types-tqdm",
+            "types-psutil",
+            "tensorboard>=2.15",
+        ],
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
     },
