@@ -44,6 +44,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-cov>=6",
             "ruff>=0.12",
             "mypy>=1.15",
             "types-PyYAML",

@@ -33,13 +33,18 @@ _OF_TRAJECTORIES = (
 class Concept(BaseModel):
     """One thing to erase. In YAML a plain string, or a map of these fields; what is left out comes from the config."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
+    """What to erase, as a prompt would name it."""
     erase_from: str | None = None
+    """Erase it from this only; left out: the config's erase_from."""
     map_to: str | None = None
+    """What it becomes; left out: the config's map_to."""
     eta: Annotated[float, Field(ge=0, le=100)] | None = None
+    """How far past nothing its target goes; left out: the config's eta."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Of its samples in the loss."""
 
     @model_validator(mode="before")
     @classmethod

@@ -21,7 +21,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, before: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._before = before  # kept alive, so that their places are not taken by others
         self._sizes = {t.untyped_storage()._cdata: 0 for t in before}

@@ -21,6 +21,7 @@ from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.outputs import new_directory
 
+HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
 INDEX = "model_index.json"
 CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
@@ -126,7 +127,7 @@ def _download(model: str, options: ModelOptions, option: str, weights: bool) -> 
         return Path(folder)
 
     folder = _from_hub(download, model, options, option)
-    with contextlib.suppress(OSError, errors.HTTPError):  # not needed, and not in every cache
+    with contextlib.suppress(OSError, HTTPError):  # not needed, and not in every cache
         snapshot_download(model, revision=options.revision, allow_patterns=PAPERS)
     return folder
 
@@ -150,7 +151,7 @@ def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option:
             problem = "is not on the hub; check the revision's name"
         elif is_a(errors.RemoteEntryNotFoundError):
             problem = f"is not a diffusers pipeline: it has no {INDEX} on the hub; name one that has"
-        elif is_a(FileNotFoundError, ConnectionError, errors.HTTPError) and not is_a(errors.HfHubHTTPError):
+        elif is_a(FileNotFoundError, ConnectionError, HTTPError) and not is_a(errors.HfHubHTTPError):
             problem = "is not all in the hub's cache, and the hub cannot be reached; download it once, or name a directory"
         elif "safetensors" in str(error):
             problem = "lacks safetensors files; name another --variant or --revision, or add --allow-pickle"

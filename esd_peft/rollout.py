@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -149,7 +150,13 @@ class Rollout:
 
     @torch.no_grad()
     def _trajectories(
-        self, noise: Tensor, anticipating: Tensor, pairs: Tensor, generator: torch.Generator, keep: int | None, bar: tqdm
+        self,
+        noise: Tensor,
+        anticipating: Tensor,
+        pairs: Tensor,
+        generator: torch.Generator,
+        keep: int | None,
+        bar: "tqdm[Any]",
     ) -> Bank:
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = self.backbone.begin(noise, self.num_inference_steps)

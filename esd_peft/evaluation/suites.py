@@ -5,7 +5,7 @@ import itertools
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from huggingface_hub import hf_hub_download
@@ -15,6 +15,7 @@ from esd_peft.concepts import TEMPLATES, everyday_prompts, names
 from esd_peft.errors import UserError
 from esd_peft.shapes import world
 
+Item = TypeVar("Item")
 EVERYDAY = 24  # of the built-in prompts, in suite concept
 _FOLDER = files("esd_peft.evaluation") / "suites"
 
@@ -155,7 +156,7 @@ def _local(source: str) -> Path:
         raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({reason})") from None
 
 
-def spread(items: list, count: int | None) -> list:
+def spread(items: list[Item], count: int | None) -> list[Item]:
     """`count` of the items, evenly spread; all where there are no more."""
     if count is None or count >= len(items):
         return items

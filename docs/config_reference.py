@@ -1,0 +1,85 @@
+"""Writes docs/config.md: every field of every command, from the classes that are the command line.
+
+python docs/config_reference.py
+"""
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from esd_peft.command_line import CommandConfig
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "config.md"
+INTRODUCTION = """# Every option of every command
+
+Written by `python docs/config_reference.py` from the classes of options; do not edit it.
+
+Each option has one name in three places: `--learning-rate` on the command line is `learning_rate` in the YAML file that
+`--config` reads, and in Python. A value that may be true or false is `--plan` or `--no-plan` on the command line; one that
+may be given several times is a list in YAML. `--print-config` prints all of a command's options as YAML. Where the default
+is empty, the explanation says what happens if the option is left out.
+"""
+
+
+def commands() -> dict[str, type[CommandConfig]]:
+    """The class of options of each command, found where the command line is parsed."""
+    package = ROOT / "esd_peft"
+    for path in package.rglob("config.py"):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    known = {kind.__name__: kind for kind in _subclasses(CommandConfig)}
+    sources = (path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py")))
+    return {name: known[kind] for text in sources for kind, name in re.findall(r'\bparse\((\w+), "([\w ]+)"', text)}
+
+
+def _subclasses(kind: type[CommandConfig]) -> Iterator[type[CommandConfig]]:
+    for child in kind.__subclasses__():
+        yield from (child, *_subclasses(child))
+
+
+def page() -> str:
+    """The page as Markdown."""
+    parts = [INTRODUCTION]
+    for command, kind in commands().items():
+        schema = kind.model_json_schema()
+        parts.append(f"## python -m esd_peft.{command}\n\n{schema['description']}\n\n{_table(schema)}")
+        for name, part in schema.get("$defs", {}).items():
+            parts.append(f"### {name}\n\n{part['description']}\n\n{_table(part)}")
+    return "\n".join(parts)
+
+
+def _table(schema: dict[str, Any]) -> str:
+    rows = ["| option | values | default | |", "|---|---|---|---|"]
+    for name, field in schema["properties"].items():
+        default = "required" if name in schema.get("required", ()) else _default(field)
+        said = " ".join(field["description"].split()).replace("|", "\\|")
+        rows.append(f"| `{name}` | {_values(field)} | {default} | {said} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: dict[str, Any]) -> str:
+    value = field.get("default")
+    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _values(field: dict[str, Any]) -> str:
+    """What a field takes, from its JSON schema."""
+    if "anyOf" in field:
+        return " or ".join(_values(part) for part in field["anyOf"] if part.get("type") != "null")
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "$ref" in field:
+        return f"a {field['$ref'].rpartition('/')[2]}"
+    if field["type"] == "array":
+        return f"{_values(field['items'])}; several"
+    kinds = {"boolean": "true, false", "integer": "a whole number", "number": "a number", "string": "text"}
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {field[key]:g}" for key, sign in signs.items() if field.get(key, 2**63) < 2**63]
+    kind = "a path" if field.get("format") == "path" else kinds[field["type"]]
+    return " ".join([kind, ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
