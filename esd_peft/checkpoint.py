@@ -42,8 +42,10 @@ class Checkpoints:
             self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"--output {config.output}: another run is writing there; name another directory") from None
+        except OSError:
+            pass  # a file system without locks
         try:
             self._claim(config)
         except UserError:
@@ -51,6 +53,8 @@ class Checkpoints:
             raise
 
     def _claim(self, config: EraseConfig) -> None:
+        for draft in self.folder.glob(".*.draft-*"):  # of a run that was killed: no other one has the lock
+            shutil.rmtree(draft, ignore_errors=True)
         if not config.resume and config.overwrite:
             self._remove(keep=())
         elif not config.resume and self._steps():
@@ -116,10 +120,8 @@ class Checkpoints:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         with _writable(self.folder), new_file(self.folder / name) as draft:
             save_file(tensors, draft, {"values": json.dumps(values), "sha256": _digest(tensors)})
-            for path in (draft, self.folder):
-                handle = os.open(path, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
+            _sync(draft)
+        _sync(self.folder)  # so that the new name is on the disk before the old file goes
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -162,6 +164,12 @@ def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
             return tensors[value["tensor"]]
         return {key: _put_together(item, tensors) for key, item in value["pairs"]}
     return [_put_together(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,11 @@
-"""Files appear whole or not at all: everything is written to a temporary sibling, then renamed."""
+"""Files appear whole or not at all: everything is written in a temporary sibling folder, then renamed.
+
+Such a draft is locked as long as its process lives; the next run removes those that a killed one has left.
+"""
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -44,7 +49,9 @@ def check_new_file(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
 def _check_writable(path: Path, option: str = "--output") -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent).cleanup()
+        remove_left(path)
+        with _draft(path):
+            pass
     except OSError as error:
         raise UserError(f"{option} {path} cannot be written: {error.strerror}; name a writable directory") from None
 
@@ -56,41 +63,76 @@ def new_directory(path: Path, overwrite: bool, option: str = "--output") -> Iter
     Raises `UserError` as `check_output` does, and for a full or failing disk.
     """
     check_output(path, overwrite, option=option)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield draft
-        draft.chmod(0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            path.rename(old)  # an empty directory may be renamed onto
-            draft.rename(path)
-            shutil.rmtree(old)
-        else:
-            draft.rename(path)
+        with _draft(path) as draft:
+            yield draft
+            draft.chmod(0o777 & ~_umask())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+                path.rename(old)  # an empty directory may be renamed onto
+                draft.rename(path)
+                shutil.rmtree(old)
+            else:
+                draft.rename(path)
     except (OSError, SafetensorError) as error:
-        raise _unwritable(error, path, draft, option) from None
+        raise _unwritable(error, path, option) from None
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file of that name to write to; it becomes `path` when the block ends well."""
+    try:
+        with _draft(path) as draft:
+            yield draft / path.name
+            (draft / path.name).replace(path)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(error, path) from None
+
+
+def remove_left(path: Path) -> None:
+    """Remove the drafts of `path` that no living process holds.
+
+    One that was killed while it replaced `path` may have left the old one under another name: that comes back.
+    """
+    for old in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.draft-*"):
+        with contextlib.suppress(OSError), _opened(draft) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(draft)
+
+
+@contextlib.contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, removed at the end if it is still there; its lock goes with the process, however that ends."""
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.draft-", dir=path.parent))
+    try:
+        with _opened(draft) as handle:
+            with contextlib.suppress(OSError):  # a file system without locks: there nobody removes what others left
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file name to write to; it becomes `path` when the block ends well. Keeps the suffix, which some writers read."""
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield draft
-        draft.replace(path)
-    except OSError as error:
-        raise _unwritable(error, path, draft) from None
+        yield handle
     finally:
-        draft.unlink(missing_ok=True)
+        os.close(handle)
 
 
-def _unwritable(error: Exception, path: Path, draft: Path, option: str = "--output") -> Exception:
-    """A `UserError` for what went wrong while writing `draft` (a full disk, say); other errors as they are."""
-    if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(draft)):
+def _unwritable(error: Exception, path: Path, option: str = "--output") -> Exception:
+    """A `UserError` for what went wrong while writing a draft of `path` (a full disk, say); other errors as they are."""
+    names = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    if names and not any(name.startswith(f"{path.parent / f'.{path.name}.'}") for name in names):
         return error
-    reason = getattr(error, "strerror", None) or error
+    reason = error.args[0][0][2] if isinstance(error, shutil.Error) else getattr(error, "strerror", None) or error
     return UserError(f"{option} {path} cannot be written: {reason}; free some space or name another directory")
 
 

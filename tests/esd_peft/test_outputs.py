@@ -1,6 +1,9 @@
 """Files and directories appear whole or not at all."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -50,6 +53,39 @@ def test_a_file_appears_whole(tmp_path):
     with new_file(path) as draft:
         draft.write_text("new")
     assert os.listdir(tmp_path) == ["result.json"] and path.read_text() == "new"
+
+
+def killed_while(tmp_path, code):
+    """A process of its own runs `code` and is killed where that says `die()`."""
+    lines = [
+        "import os, signal",
+        "from pathlib import Path",
+        "from esd_peft import outputs",
+        f"path = Path({str(tmp_path / 'out')!r})",
+    ]
+    lines += ["die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)", code]
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)]).returncode == -signal.SIGKILL
+
+
+def test_the_next_run_removes_what_a_killed_one_left_and_nothing_of_a_living_one(tmp_path):
+    killed_while(tmp_path, "with outputs.new_directory(path, False) as draft:\n (draft / 'half').write_text('1')\n die()")
+    killed_while(tmp_path, "with outputs.new_file(path) as draft:\n draft.write_text('1')\n die()")
+    assert len(os.listdir(tmp_path)) == 2
+    with new_file(tmp_path / "out") as draft:
+        draft.write_text("living")
+        check_output(tmp_path / "out", overwrite=False)
+        assert os.listdir(tmp_path) == [draft.parent.name]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_was_to_be_replaced_comes_back_if_the_new_one_never_took_its_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("1")
+    code = "rename = Path.rename\ndef once(*names):\n rename(*names)\n die()\nPath.rename = once\n"
+    killed_while(tmp_path, f"{code}with outputs.new_directory(path, True) as draft:\n (draft / 'new').write_text('2')")
+    assert not (tmp_path / "out").exists()
+    check_output(tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["old"]
 
 
 def test_outputs_are_checked_before_the_work(tmp_path):

@@ -1,0 +1,345 @@
+"""Kill the commands, fill the disk, damage the files: nothing is lost, and every message is one sentence.
+
+    python benchmarks/faults.py --kills 110 --kills-at-files 1 --full-disk 12 --output benchmarks/results/faults.json
+
+Kills are SIGKILLs at moments drawn evenly over the length of an uninterrupted erase and merge, or at each file that these
+open, make, rename or remove. After each, the command runs again (with --resume where there is a checkpoint, otherwise
+with --overwrite) until it is done; then the adapter and the merged weights must be those of the uninterrupted run, bit for
+bit. The imports are shared: every run is a fork of this process. `--full-disk` needs to be allowed to mount a tmpfs.
+"""
+
+import argparse
+import contextlib
+import json
+import mmap
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads cannot be forked
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from esd_peft import checkpoint, erase, errors, merge_adapter, phases  # noqa: F401 (imported once, before the forks)
+
+torch.set_num_threads(1)
+QUICK = [
+    *("--concept", "circle", "--device", "cpu", "--eval-seeds", "0", "--num-inference-steps", "5", "--trajectories", "2"),
+    *("--rollout", "student", "--refill-every", "4", "--max-train-steps", "8", "--train-batch-size", "4"),
+    *("--checkpoint-every", "2"),
+]
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+HALF = (".draft-", ".old-")  # what is being written, or replaced
+
+
+class Runs:
+    """Erase and merge in `folder`, as forks of this process."""
+
+    def __init__(self, folder: Path, options: list[str] | None = None) -> None:
+        self.folder = folder
+        self.options = QUICK if options is None else options
+        self.note = mmap.mmap(-1, 64)  # what the child is at: the phase's name, then file events so far
+
+    def arguments(self, command: str) -> list[str]:
+        """The command line with which a user would start it, or go on."""
+        if command == "merge":
+            return [
+                "--adapter",
+                f"{self.folder / 'erased'}",
+                "--output",
+                f"{self.folder / 'merged'}",
+                "--no-verify",
+                "--overwrite",
+            ]
+        again = "--resume" if [*self.folder.glob("erased.checkpoint/step-*")] else "--overwrite"
+        return [*self.options, "--output", f"{self.folder / 'erased'}", again]
+
+    def start(self, command: str, before: Callable[[], None] = lambda: None) -> int:
+        """Fork; returns the process id."""
+        arguments = self.arguments(command)
+        self.note[:] = bytes(64)
+        if pid := os.fork():
+            return pid
+        code = 1
+        try:
+            with (self.folder / "said").open("a") as said:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+            sys.argv = [command, *arguments]
+            self._watch(command)
+            before()
+            main = sys.modules[f"esd_peft.{'erase' if command == 'erase' else 'merge_adapter'}"].main
+            errors.run_command(main)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _watch(self, command: str) -> None:
+        switch = phases.Costs._switch
+
+        def noted(costs: phases.Costs, name: str | None) -> None:
+            self.note[:16] = (name or "between").encode().ljust(16)
+            switch(costs, name)
+
+        phases.Costs._switch = noted  # type: ignore[method-assign]
+        self.note[:16] = {"erase": b"start", "merge": b"merge"}[command].ljust(16)
+
+    @property
+    def phase(self) -> str:
+        """Where the child is, or was when it ended."""
+        return bytes(self.note[:16]).rstrip(b"\0 ").decode()
+
+    def die_at(self, event: int) -> Callable[[], None]:
+        """For `start`: SIGKILL at the n-th file below the folder that is opened for writing, made, renamed or removed."""
+
+        def install() -> None:
+            seen = 0
+
+            def hook(name: str, values: tuple) -> None:
+                nonlocal seen
+                if name not in EVENTS or not str(values[0]).startswith(f"{self.folder}/"):
+                    return
+                if name == "open" and not values[2] & (os.O_WRONLY | os.O_RDWR):
+                    return
+                if seen == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen += 1
+                self.note[16:20] = seen.to_bytes(4, "little")
+
+            sys.addaudithook(hook)
+
+        return install
+
+    @property
+    def events(self) -> int:
+        """How many there were."""
+        return int.from_bytes(self.note[16:20], "little")
+
+    def finish(self) -> None:
+        """Run again what is not done. Raises if it does not end well."""
+        for command in ["merge"] if (self.folder / "erased" / "result.json").is_file() else ["erase", "merge"]:
+            if ended := self.wait(self.start(command)):
+                raise AssertionError(f"{command} ended with {ended}: {self.said()}")
+
+    @staticmethod
+    def wait(pid: int) -> int:
+        """The exit code, or minus the signal's number."""
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def said(self) -> str:
+        """All that was printed so far, without the bars."""
+        text = (self.folder / "said").read_text(encoding="utf-8", errors="replace")
+        return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
+
+    def bits(self) -> dict[str, str]:
+        """The hashes of what was learned and merged: of the tensors, as safetensors writes metadata in any order."""
+        files = sorted([*self.folder.glob("erased/*.safetensors"), *self.folder.glob("merged/unet/*.safetensors")])
+        return {f"{f.relative_to(self.folder)}": checkpoint._digest(load_file(f)) for f in files}
+
+
+def check_whole(folder: Path) -> None:
+    """Every file that has its name can be read from beginning to end."""
+    for path in folder.rglob("*"):
+        if not path.is_file() or any(mark in part for part in path.relative_to(folder).parts for mark in HALF):
+            continue
+        if path.parent.name == "erased.checkpoint" and path.suffix == ".safetensors":
+            assert checkpoint._read(path)[1] is not None, f"{path} is half-written"
+        elif path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix in (".json", ".yaml"):
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def check_clean(folder: Path) -> None:
+    """Nothing is left but what was asked for."""
+    there = sorted(path.name for path in folder.iterdir())
+    hidden = [path for path in folder.rglob(".*") if any(mark in path.name for mark in HALF)]
+    assert there == ["erased", "merged", "said"] and not hidden, f"left behind: {there} {hidden}"
+
+
+class Uninterrupted:
+    """How long the commands take, and what they make."""
+
+    def __init__(self, folder: Path) -> None:
+        runs = Runs(folder)
+        self.seconds, self.events = {}, {}
+        for command in ("erase", "merge"):
+            since = time.monotonic()
+            assert runs.wait(runs.start(command, runs.die_at(-1))) == 0, runs.said()
+            self.seconds[command] = time.monotonic() - since
+            self.events[command] = runs.events
+        check_clean(folder)
+        self.bits = runs.bits()
+        assert len(self.bits) >= 3
+
+
+def kill_and_resume(whole: Uninterrupted, folder: Path, kill: Callable[[Runs], str]) -> str:
+    """One trial in an empty `folder`; returns the phase in which the kill struck."""
+    runs = Runs(folder)
+    phase = kill(runs)
+    check_whole(folder)
+    runs.finish()
+    check_whole(folder)
+    check_clean(folder)
+    assert runs.bits() == whole.bits, f"other bits after a kill in {phase}"
+    return phase
+
+
+def at_moment(whole: Uninterrupted, moment: float) -> Callable[[Runs], str]:
+    """Kill so many seconds after the start of erase, or of the merge that follows."""
+
+    def kill(runs: Runs) -> str:
+        left = moment
+        for command in ("erase", "merge"):
+            if left > whole.seconds[command] and command == "erase":
+                assert runs.wait(runs.start(command)) == 0, runs.said()
+                left -= whole.seconds[command]
+                continue
+            pid = runs.start(command)
+            time.sleep(left)
+            os.kill(pid, signal.SIGKILL)
+            return runs.phase if runs.wait(pid) == -signal.SIGKILL else "after the end"
+        raise AssertionError
+
+    return kill
+
+
+def at_event(command: str, event: int) -> Callable[[Runs], str]:
+    """Kill where the command is about to touch the n-th file."""
+
+    def kill(runs: Runs) -> str:
+        if command == "merge":
+            assert runs.wait(runs.start("erase")) == 0, runs.said()
+        assert runs.wait(runs.start(command, runs.die_at(event))) == -signal.SIGKILL, runs.said()
+        return runs.phase
+
+    return kill
+
+
+def kills_at_moments(count: int, seed: int = 0) -> dict:
+    """`count` kills at random moments of erase and merge."""
+    draws = random.Random(seed)
+    return _kills(lambda whole: [at_moment(whole, draws.uniform(0, sum(whole.seconds.values()))) for _ in range(count)])
+
+
+def kills_at_files(every: int) -> dict:
+    """A kill at each file, or each so many, that erase and merge touch."""
+    return _kills(
+        lambda whole: [at_event(name, n) for name, events in whole.events.items() for n in range(0, events, every)]
+    )
+
+
+def _kills(plan: Callable[[Uninterrupted], list[Callable[[Runs], str]]]) -> dict:
+    """Raises `AssertionError` at the first that is not made good."""
+    struck: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Uninterrupted(_made(Path(folder) / "whole"))
+        trials = plan(whole)
+        for number, kill in enumerate(trials):
+            trial = _made(Path(folder) / f"{number}")
+            struck[kill_and_resume(whole, trial, kill)] += 1
+            shutil.rmtree(trial)
+            print(f"kill {number + 1} of {len(trials)}", flush=True)
+    seconds = {command: round(value, 2) for command, value in whole.seconds.items()}
+    return {
+        "kills": len(trials),
+        "resumed_bit_identical": len(trials),
+        "struck_in": struck,
+        "uninterrupted_seconds": seconds,
+    }
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, size: int) -> Iterator[Path]:
+    """A disk of that many bytes."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(_made(folder))], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disks(count: int) -> dict:
+    """Disks from too small for a checkpoint to nearly large enough: exit code 2, one sentence, nothing half-written.
+
+    Then the disk grows, and the run goes on to the same bits.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        made = _made(Path(folder) / "whole")
+        whole = Uninterrupted(made)
+        most = 2 * sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+        said: Counter[str] = Counter()
+        for number in range(count):
+            size = 64 * 2**10 + (most - 64 * 2**10) * number // count
+            with tmpfs(Path(folder) / f"disk-{number}", size) as disk:
+                said[_fill(Runs(disk), whole)] += 1
+                print(f"disk {number + 1} of {count}", flush=True)
+        return {"disks": count, "outcomes": dict(said)}
+
+
+def _fill(runs: Runs, whole: Uninterrupted) -> str:
+    outcome = "large enough"
+    for command in ("erase", "merge"):
+        code = runs.wait(runs.start(command))
+        check_whole(runs.folder)
+        if code:
+            last = runs.said().strip().splitlines()[-1]
+            assert code == 2 and last.startswith("error: --output"), f"{code}: {runs.said()}"
+            outcome = f"{command}: refused, then finished with the same bits"
+            break
+    subprocess.run(["mount", "-o", "remount,size=256m", str(runs.folder)], check=True)
+    runs.finish()
+    check_clean(runs.folder)
+    assert runs.bits() == whole.bits
+    return outcome
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0, help="at random moments")
+    parser.add_argument("--kills-at-files", type=int, default=0, metavar="N", help="at every N-th file that is touched")
+    parser.add_argument("--full-disk", type=int, default=0, metavar="N", help="disks of N sizes")
+    parser.add_argument("--output", type=Path, help="a JSON file; what it holds of other kinds of faults stays")
+    given = parser.parse_args()
+    results = json.loads(given.output.read_text()) if given.output and given.output.is_file() else {}
+    command = "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+    jobs = {
+        "kills": (kills_at_moments, given.kills),
+        "kills_at_files": (kills_at_files, given.kills_at_files),
+        "full_disk": (full_disks, given.full_disk),
+    }
+    for name, (job, count) in jobs.items():
+        if count:
+            since = time.monotonic()
+            results[name] = {"command": command, **job(count), "seconds": round(time.monotonic() - since)}
+            print(json.dumps(results[name], indent=2))
+            if given.output:
+                given.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

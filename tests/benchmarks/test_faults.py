@@ -1,0 +1,26 @@
+"""A few kills and full disks of `benchmarks/faults.py`, which has hundreds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
+
+
+def test_kills_are_made_good(tmp_path):
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--kills",
+        "2",
+        "--kills-at-files",
+        "33",
+        "--output",
+        str(tmp_path / "faults.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "faults.json").read_text())
+    assert found["kills"]["resumed_bit_identical"] == 2
+    assert found["kills_at_files"]["kills"] == found["kills_at_files"]["resumed_bit_identical"] >= 2
