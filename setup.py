@@ -15,6 +15,7 @@ setup(
     packages=[*find_packages(include=["esd_peft", "esd_peft.*"]), "esd_kernels"],
     package_data={
         "esd_peft": ["everyday.txt"],
+        "esd_peft.attacks": ["prompts.txt"],
         "esd_peft.evaluation": ["report.html", "suites/*.yaml"],
         "esd_peft.study": ["page.html"],
         "esd_peft.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],

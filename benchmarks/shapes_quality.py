@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from esd_peft.backbones import open_backbone
-from esd_peft.evaluation.pictures import EncodedPrompts, make_pictures
+from esd_peft.evaluation.pictures import encode_prompts, make_pictures
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import load_classifier
 
@@ -35,7 +35,7 @@ def main() -> None:
     cpu, backbone = torch.device("cpu"), open_backbone(None)
     pipe = backbone.pipeline(backbone.load_denoiser(torch.float32), cpu, torch.float32)
     prompts = world.full_prompts()
-    pictures = make_pictures(pipe, EncodedPrompts(backbone, prompts, cpu, torch.float32), args.seeds, batch_size=36)
+    pictures = make_pictures(pipe, encode_prompts(backbone, prompts, cpu, torch.float32), args.seeds, batch_size=36)
     names = classifier.name(pictures.flatten(0, 1))
     for kind in world.ATTRIBUTES:
         wanted = [world.attributes_in(p)[kind] for p in prompts for _ in range(args.seeds)]

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from esd_peft.backbones.backbone import pick
 from esd_peft.devices import send
 from esd_peft.errors import UserError
-from esd_peft.evaluation.picture_files import open_picture, picture_files
-from esd_peft.evaluation.pictures import EncodedPrompts, make_pictures
+from esd_peft.evaluation.picture_files import read_pictures
+from esd_peft.evaluation.pictures import encode_prompts, make_pictures
 from esd_peft.objectives import Batch, Objective, Supply
 from esd_peft.rollout import Rollout
 
@@ -83,9 +82,9 @@ def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastiv
         raise UserError("--objective contrastive compares with noise, which a v-prediction model does not predict; use esd")
     with rollout.costs.phase("references"):
         if config.reference is not None:
-            made = read_pictures(config.reference, backbone.picture_size(rollout.denoiser)).unsqueeze(0)
+            made = read_pictures(config.reference, backbone.picture_size(rollout.denoiser), "--reference").unsqueeze(0)
         else:
-            prompts = EncodedPrompts(backbone, config.concept_names, rollout.device, rollout.dtype)
+            prompts = encode_prompts(backbone, config.concept_names, rollout.device, rollout.dtype)
             with rollout.teacher(), rollout.autocast():
                 pipe = backbone.pipeline(rollout.denoiser, rollout.device, rollout.dtype)
                 made = make_pictures(pipe, prompts, PICTURES, config.rollout_batch_size, config.seed, "references")
@@ -114,14 +113,4 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
         for centre, amount in ((varied.mean(), contrast), (varied.mean(0, keepdim=True), saturation)):
             varied = centre + (varied - centre) * (0.8 + 0.4 * amount)
         made.append(varied.clamp(0, 1))
-    return torch.stack(made)
-
-
-def read_pictures(folder: Path, size: tuple[int, int]) -> Tensor:
-    """The pictures in `folder`, resized to `size` (height, width): `[N, 3, H, W]` in [0, 1]. Raises `UserError`."""
-    made = []
-    for path in picture_files(folder, "--reference"):
-        picture = open_picture(path, "--reference").resize(size[::-1])
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        made.append(pixels.reshape(*size, 3).permute(2, 0, 1) / 255)
     return torch.stack(made)

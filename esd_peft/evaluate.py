@@ -5,6 +5,7 @@ import shlex
 import torch
 
 from esd_peft import __version__
+from esd_peft.attacks.run import Arena, make_attacks
 from esd_peft.command_line import parse
 from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.errors import UserError, run_command
@@ -12,7 +13,7 @@ from esd_peft.evaluation import judging
 from esd_peft.evaluation.album import Album
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.models import Model, open_models
-from esd_peft.evaluation.pictures import EncodedPrompts, picture_batches
+from esd_peft.evaluation.pictures import encode_prompts, picture_batches
 from esd_peft.evaluation.report import write_report
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Prompt, Suite, ask, load_suite
@@ -40,6 +41,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     inputs = [models.base.backbone.path, config.erased, *([config.reference] if config.reference else [])]
     check_output(config.output, True, inputs)
     costs = Costs(device)
+    attacks = make_attacks(config, suite)
     with costs.phase("load"):
         judges = judging.load_judges(config, suite, prompts)
     with costs.phase("before"):
@@ -52,6 +54,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         found = judging.look(judges, prompts, before, after, places, config.batch_size)
         accuracies = judging.rates(found, prompts, roles, suite.seeds) if judges.detector else None
         measures = judging.measures(judges, found, roles, places, config.seed)
+    with costs.phase("attack"):
+        arena = Arena(config, models, judges.detector, prompts, roles, before, suite, device, dtype)
+        attacked = arena.run(attacks)
     result = Evaluation(
         suite=suite_name,
         about=suite.about,
@@ -69,6 +74,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         command=command_of(config),
         config=config.model_dump(mode="json"),
         version=__version__,
+        attacks=attacked,
     )
     write_report(config.output, result, prompts, roles, before, after)
     return result
@@ -102,8 +108,7 @@ def _take(
 ) -> Album:  # fmt: skip
     """The album of the model's pictures; makes what is missing in it."""
     texts = [prompt.text for prompt in prompts]
-    settings = {"num_inference_steps": suite.num_inference_steps, "guidance_scale": suite.guidance_scale}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = suite.picture_settings
     precision = {"dtype": str(dtype), "quantize": config.quantize}
     made_with = {"weights": model.fingerprint(), "prompts": texts, "seed": config.seed, **precision, **settings}
     album = Album(config.output / "pictures" / label, made_with)
@@ -111,7 +116,7 @@ def _take(
     for first in range(0, len(texts), PROMPTS_AT_A_TIME):
         here = range(first, min(first + PROMPTS_AT_A_TIME, len(texts)))
         if missing := album.missing([(i, k) for i in here for k in range(suite.seeds)]):
-            encoded = EncodedPrompts(model.backbone, texts[first : here.stop], device, dtype)
+            encoded = encode_prompts(model.backbone, texts[first : here.stop], device, dtype)
             pipe = model.pipeline(device, dtype, config.quantize)
             for batch, pictures in picture_batches(
                 pipe, encoded, missing, config.batch_size, config.seed, label, first, **settings

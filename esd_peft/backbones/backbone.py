@@ -224,14 +224,46 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Latents of `[N, 3, H, W]` pictures in [0, 1], scaled as a diffusion denoiser knows them, fp32 on the CPU."""
+        """Latents of `[N, 3, H, W]` pictures in [0, 1], as the denoiser knows them, fp32 on the CPU."""
         vae = self.load_part("vae").to(device)
         latents = []
         for part in pictures.split(8):
-            posterior = vae.encode(part.to(device) * 2 - 1).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator)
-            latents.append((posterior.mean.cpu() + posterior.std.cpu() * noise) * vae.config.scaling_factor)
-        return torch.cat(latents)
+            encoded = vae.encode(part.to(device) * 2 - 1)
+            if hasattr(encoded, "latent"):  # an autoencoder that is not variational
+                latents.append(encoded.latent.cpu())
+            else:
+                posterior = encoded.latent_dist
+                noise = torch.randn(posterior.mean.shape, generator=generator)
+                latents.append(posterior.mean.cpu() + posterior.std.cpu() * noise)
+        centred = torch.cat(latents) - (vae.config.get("shift_factor") or 0.0)
+        return self.denoiser_latents(centred * vae.config.scaling_factor)
+
+    def denoiser_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `vae_latents`."""
+        return latents
+
+    @property
+    def flows(self) -> bool:
+        """Whether the denoiser predicts a flow from noise to pictures."""
+        return not hasattr(self._scheduler, "alphas_cumprod") or bool(self._scheduler.config.get("use_flow_sigmas"))
+
+    def noised(self, latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a denoiser is trained on: inputs x_t, timesteps `[B]`, and the predictions that would be right.
+
+        Diffusion: x_t = √ᾱ x_0 + √(1−ᾱ) ε, predicted is ε, or v = √ᾱ ε − √(1−ᾱ) x_0. Flow matching: x_t = (1−σ) x_0 + σ ε,
+        predicted is ε − x_0. `levels` `[B]` in [0, 1) are shares of the training timesteps, of which 0 is the least noisy;
+        all on one device, fp32.
+        """
+        column = (-1, *[1] * (latents.dim() - 1))
+        if self.flows:
+            sigma = levels.view(column)
+            count = self._scheduler.config.num_train_timesteps
+            return (1 - sigma) * latents + sigma * noise, levels * count, noise - latents
+        kept = self.noise_schedule().to(latents.device)
+        timesteps = (levels * len(kept)).long()
+        signal, rest = kept[timesteps].sqrt().view(column), (1 - kept[timesteps]).sqrt().view(column)
+        right = noise if self.predicts_noise else signal * noise - rest * latents
+        return signal * latents + rest * noise, timesteps, right
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Loss weights `[B]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v.
@@ -249,7 +281,7 @@ class Backbone(ABC):
 
     def noise_schedule(self) -> Tensor:
         """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
-        if not hasattr(self._scheduler, "alphas_cumprod") or self._scheduler.config.get("use_flow_sigmas"):
+        if self.flows:
             raise UserError(
                 "--snr-gamma and --objective contrastive need a diffusion model's noise schedule, "
                 f"which {self.path} with its {type(self._scheduler).__name__} has not; leave them out"

@@ -58,6 +58,9 @@ class Flux(JointAttention):
         side = 2 * math.isqrt(latents.shape[1]) * self.vae_factor
         return self.pipeline_class._unpack_latents(latents, side, side, self.vae_factor)
 
+    def denoiser_latents(self, latents: Tensor) -> Tensor:
+        return self.pipeline_class._pack_latents(latents, *latents.shape)
+
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         """Evenly spaced sigmas, shifted by the number of latent tokens."""
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)

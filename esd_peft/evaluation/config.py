@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from esd_peft.command_line import CommandConfig
 
+AttackName = Literal["textual-inversion", "prefix", "prompts", "fine-tuning"]
+
 
 class EvaluateConfig(CommandConfig):
     """Compare a model before and after erasing: is the concept gone, and is the rest intact?"""
@@ -52,6 +54,22 @@ class EvaluateConfig(CommandConfig):
     features: str | None = None
     """The model whose features FID and KID compare, by hub id or folder; needs --reference."""
 
+    attack: Annotated[list[AttackName], tyro.conf.UseAppendAction] = Field(default_factory=list)
+    """Try to bring the concept back: textual-inversion, prefix, prompts or fine-tuning (docs/attacks.md); repeat the
+    option for several."""
+    attack_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps of each attack that learns; left out: textual inversion 300, prefix 40, fine-tuning 64."""
+    attack_pictures: Annotated[int, Field(ge=1)] = 48
+    """Pictures that are judged at each point of an attack."""
+    attack_examples: Annotated[int, Field(ge=1)] = 32
+    """Pictures of the concept that attacks learn from: the base's."""
+    attack_reference: Path | None = None
+    """A folder of pictures of the concept to learn from instead."""
+    attack_prompts: Path | None = None
+    """With --attack prompts: a text file of prompts, one a line, in which {} is the concept; left out: a built-in list."""
+    prefix_tokens: Annotated[int, Field(ge=1, le=16)] = 5
+    """With --attack prefix: tokens before the prompt (UnlearnDiffAtk takes 5, and 3 for styles)."""
+
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -61,7 +79,7 @@ class EvaluateConfig(CommandConfig):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and options make the same pictures and figures."""
 
-    @field_validator("concept", mode="before")
+    @field_validator("concept", "attack", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -79,4 +97,10 @@ class EvaluateConfig(CommandConfig):
             raise ValueError(
                 "--reference and --features need each other: FID and KID compare features of two sets of pictures"
             )
+        if self.attack and self.quantize != "none":
+            raise ValueError("--attack does not work with --quantize; leave one of them out")
+        if self.attack_prompts is not None and "prompts" not in self.attack:
+            raise ValueError("--attack-prompts is for --attack prompts; add it or leave the file out")
+        if self.attack_reference is not None and len(self.concept) > 1:
+            raise ValueError("--attack-reference shows one concept; name one --concept, or leave it out")
         return self

@@ -11,7 +11,7 @@ from esd_peft.backbones import Backbone
 from esd_peft.config import EraseConfig
 from esd_peft.devices import autocast
 from esd_peft.errors import UserError
-from esd_peft.evaluation.pictures import EncodedPrompts, before_after_grid, make_pictures
+from esd_peft.evaluation.pictures import before_after_grid, encode_prompts, make_pictures
 from esd_peft.evaluation.rates import Shares, accuracies
 from esd_peft.evaluation.suites import Prompt, assign_roles, load_suite, world_prompts
 from esd_peft.shapes import world
@@ -49,7 +49,7 @@ class Gallery:
         self.roles = assign_roles(load_suite("shapes" if self.judged else "concept"), self.prompts, self.concepts)
         if self.config.looks:
             texts = [prompt.text for prompt in self.prompts]
-            self.encoded = EncodedPrompts(self.backbone, texts, self.device, self.dtype)
+            self.encoded = encode_prompts(self.backbone, texts, self.device, self.dtype)
 
     def take(self, denoiser: ModelMixin, label: str) -> Tensor:
         """`[prompts, seeds, 3, H, W]` fp32 in [0, 1]."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from esd_peft.backbones import EMBEDDED, Backbone, open_backbone
 from esd_peft.errors import UserError
@@ -29,8 +29,8 @@ class Model:
         """Whether this is the pipeline that ships with the package."""
         return self.backbone.path == EMBEDDED
 
-    def pipeline(self, device: torch.device, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
-        """The diffusers pipeline, loaded; an adapter in it stays in fp32 and casts by itself.
+    def denoiser(self, device: torch.device, dtype: torch.dtype, quantize: str = "none") -> ModelMixin:
+        """The denoiser, loaded; an adapter on it stays in fp32 and casts by itself.
 
         Raises `UserError` for whole weights (`--adapter none`) on a quantized base.
         """
@@ -45,7 +45,11 @@ class Model:
         if self.adapter is not None:
             denoiser = self.adapter.apply(denoiser)
             stay_packed(denoiser)
-        return self.backbone.pipeline(denoiser.to(device), device, dtype)
+        return denoiser.to(device)
+
+    def pipeline(self, device: torch.device, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
+        """The diffusers pipeline around it. Raises `UserError` as `denoiser` does."""
+        return self.backbone.pipeline(self.denoiser(device, dtype, quantize), device, dtype)
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of all weights that pictures depend on, and of the scheduler."""

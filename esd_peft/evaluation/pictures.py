@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from esd_peft.backbones import Backbone
+from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
 from esd_peft.randomness import generator
 
@@ -18,25 +18,34 @@ Place = tuple[int, int]  # which prompt, which of its pictures
 
 
 class EncodedPrompts:
-    """Prompts, encoded once, to be drawn by `backbone.pipeline`, which has no text encoders.
+    """Prompts as embeddings, to be drawn by `backbone.pipeline`, which has no text encoders.
 
-    The embeddings wait in host memory: FLUX.1's take 4 MiB a prompt.
+    The embeddings, of the prompts and then of the null prompt, wait in host memory: FLUX.1's take 4 MiB a prompt.
     """
 
-    def __init__(self, backbone: Backbone, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        self.backbone, self.device, self.count = backbone, device, len(prompts)
-        self.embeds = {name: value.cpu() for name, value in backbone.encode([*prompts, ""], device, dtype).items()}
+    def __init__(
+        self, backbone: Backbone, embeds: PromptEmbeds, device: torch.device, rows: dict[int, int] | None = None
+    ) -> None:
+        self.backbone, self.embeds, self.device = backbone, {k: v.cpu() for k, v in embeds.items()}, device
+        self.rows = rows  # of prompts that go by other numbers than their places
 
     def __len__(self) -> int:
-        return self.count
+        return len(next(iter(self.embeds.values()))) - 1
 
     def arguments(self, numbers: list[int]) -> dict[str, Any]:
         """What the pipeline is called with for the prompts of these numbers."""
+        if self.rows is not None:
+            numbers = [self.rows[number] for number in numbers]
         prompts, null = (
             {name: value.to(self.device) for name, value in pick(self.embeds, torch.tensor(rows)).items()}
             for rows in (numbers, [-1] * len(numbers))
         )
         return self.backbone.pipeline_arguments(prompts, null)
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> EncodedPrompts:
+    """The prompts, encoded once."""
+    return EncodedPrompts(backbone, backbone.encode([*prompts, ""], device, dtype), device)
 
 
 @torch.no_grad()

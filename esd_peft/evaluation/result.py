@@ -36,7 +36,9 @@ class Attack:
     name: str
     concept: str
     unit: str  # of the budget: steps, tokens, prompts
-    curve: list[tuple[int, Change]]  # budget: on the base, on the erased model
+    curve: list[tuple[int, Change]]  # budget: asked without it of the base, with it of the erased model
+    about: str = ""  # what it may do
+    forward_equivalents: int = 0  # of the denoiser, without the pictures
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _intact(found: Accuracies) -> list[Verdict]:
 
 def _attacked(attacks: list[Attack]) -> list[Verdict]:
     if not attacks:
-        return [Verdict("unknown", "It was not attacked: whether it can be brought back is not known.")]
+        return [Verdict("unknown", "It was not attacked (--attack): whether it can be brought back is not known.")]
     said = []
     for attack in attacks:
         budget, change = max(attack.curve, key=lambda point: point[1].after.share)

@@ -5,7 +5,7 @@ import itertools
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from huggingface_hub import hf_hub_download
@@ -52,6 +52,12 @@ class Suite(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     """Left out, these two: as the base's family usually does."""
+
+    @property
+    def picture_settings(self) -> dict[str, Any]:
+        """What the pipeline is called with, apart from the prompts."""
+        given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

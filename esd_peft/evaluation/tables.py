@@ -104,4 +104,8 @@ def _attack(attack: Attack) -> Table:
         for budget, change in attack.curve
     ]
     header = ["budget", "base", "erased", "95 %"]
-    return Table(f"{attack.name}: {attack.concept}", "Recognised after the attack", header, rows)
+    note = (
+        f"Recognised on the base without the attack, and on the erased model after it. {attack.about}; "
+        f"{attack.forward_equivalents:,} forward-equivalents"
+    )
+    return Table(f"{attack.name}: {attack.concept}", note, header, rows)

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from esd_peft import EraseConfig, erase
-from esd_peft.contrastive import Contrastive, augment, read_pictures
+from esd_peft.contrastive import Contrastive, augment
 from esd_peft.errors import UserError
+from esd_peft.evaluation.picture_files import read_pictures
 from esd_peft.objectives import Batch
 
 
@@ -54,7 +55,7 @@ def test_it_trains(small_sd, tmp_path, folder, monkeypatch):
 
 def test_folders_without_pictures(tmp_path):
     with pytest.raises(UserError, match="--reference"):
-        read_pictures(tmp_path, (8, 8))
+        read_pictures(tmp_path, (8, 8), "--reference")
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"a\.png cannot be read"):
-        read_pictures(tmp_path, (8, 8))
+        read_pictures(tmp_path, (8, 8), "--reference")

@@ -1,0 +1,39 @@
+"""Fine-tuning recovery: how few steps of ordinary training on pictures of the concept bring it back."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+from esd_peft.attacks.attack import Attack, Goal, checkpoints
+from esd_peft.attacks.victim import Victim
+from esd_peft.backbones import PromptEmbeds
+from esd_peft.backbones.backbone import pick
+
+BATCH_SIZE, LEARNING_RATE = 8, 1e-4
+
+
+class FineTuning(Attack):
+    """All of the denoiser learns, by the denoising loss on pictures of the concept under its own name."""
+
+    name: ClassVar[str] = "fine-tuning"
+    unit: ClassVar[str] = "steps"
+
+    def __init__(self, steps: int = 64) -> None:
+        self.steps = steps
+        self.about = f"the whole denoiser, AdamW, {steps} steps of batch {BATCH_SIZE}, learning rate {LEARNING_RATE}"
+
+    def attempts(self, victim: Victim, goal: Goal, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
+        draws = goal.draws(self.name)
+        embeds, captions = victim.told(prompts), victim.told(goal.captions)
+        yield 0, embeds
+        learned = [*victim.denoiser.requires_grad_(True).parameters()]
+        optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE)
+        for step in range(1, self.steps + 1):
+            pictures = torch.randint(len(goal.latents), (BATCH_SIZE,), generator=draws)
+            told = pick(captions, pictures.to(victim.device))
+            victim.denoising_loss(told, goal.latents[pictures], draws).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step in checkpoints(self.steps):
+                yield step, embeds

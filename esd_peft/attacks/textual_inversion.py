@@ -1,0 +1,41 @@
+"""Textual inversion (arXiv 2208.01618), which learns a new word for the concept (on erased models: arXiv 2308.01508)."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from esd_peft.attacks.attack import Attack, Goal, checkpoints
+from esd_peft.attacks.inversion import BATCH_SIZE, LEARNING_RATE, learn_words
+from esd_peft.attacks.tokens import NewTokens
+from esd_peft.attacks.victim import Victim
+from esd_peft.backbones import PromptEmbeds
+
+
+class TextualInversion(Attack):
+    """One input embedding of the text encoder, from the concept's own on, by the denoising loss on pictures of it."""
+
+    name: ClassVar[str] = "textual inversion"
+    unit: ClassVar[str] = "steps"
+
+    def __init__(self, steps: int = 300) -> None:
+        self.steps = steps
+        self.about = f"one learned token, {steps} steps of batch {BATCH_SIZE}, learning rate {LEARNING_RATE}"
+
+    def attempts(self, victim: Victim, goal: Goal, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
+        draws = goal.draws(self.name)
+        word = f"<{goal.concept.replace(' ', '-')}>"
+        tokens = NewTokens(victim.encoders, [word])
+        tokens.start_from(goal.concept)
+
+        def loss() -> Tensor:
+            pictures = torch.randint(len(goal.latents), (BATCH_SIZE,), generator=draws)
+            embeds = victim.encode([goal.captions[i].replace(goal.concept, word) for i in pictures.tolist()])
+            return victim.denoising_loss(embeds, goal.latents[pictures], draws)
+
+        yield 0, victim.told(prompts)
+        with tokens.known():
+            for step, _ in zip(range(1, self.steps + 1), learn_words(tokens, loss), strict=False):
+                if step in checkpoints(self.steps):
+                    yield step, victim.told([prompt.replace(goal.concept, word) for prompt in prompts])

@@ -1,0 +1,51 @@
+"""The model under attack, and the loss by which attacks are led: its own denoising loss on pictures of the concept."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from esd_peft.backbones import Backbone, PromptEmbeds
+from esd_peft.backbones.backbone import ENCODE_BATCH
+
+
+@dataclass
+class Victim:
+    """An erased model, all of it known to the attacker. Text encoders and denoiser are on the device together."""
+
+    backbone: Backbone
+    denoiser: ModelMixin
+    encoders: DiffusionPipeline  # tokenizers and text encoders; see `load_encoders`
+    device: torch.device
+    dtype: torch.dtype
+    forward_equivalents: int = 0  # of the denoiser, so far
+
+    def encode(self, prompts: list[str]) -> PromptEmbeds:
+        """With gradients for whatever in the encoders learns."""
+        return self.backbone.encode_prompts(self.encoders, prompts, self.device)
+
+    @torch.no_grad()
+    def told(self, prompts: list[str]) -> PromptEmbeds:
+        """The embeddings of however many prompts, without gradients."""
+        parts = [self.encode(prompts[i : i + ENCODE_BATCH]) for i in range(0, len(prompts), ENCODE_BATCH)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def denoising_loss(self, embeds: PromptEmbeds, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error `[]` fp32 of the denoiser's prediction for `latents` `[B, ...]` with fresh noise: what training
+        a diffusion model minimises. `generator` is the CPU's."""
+        noise = torch.randn(latents.shape, generator=generator)
+        levels = torch.rand(len(latents), generator=generator)
+        inputs, timesteps, right = (x.to(self.device) for x in self.backbone.noised(latents, noise, levels))
+        seen = self.backbone.predict(self.denoiser, inputs.to(self.dtype), timesteps, embeds)
+        self.forward_equivalents += 3 * len(latents)
+        return (seen.float() - right).square().mean()
+
+
+def load_encoders(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline's tokenizers and text encoders, frozen, on the device."""
+    pipe = backbone.assemble(backbone.text_parts, dtype).to(device)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    return pipe
