@@ -211,7 +211,9 @@ class Backbone(ABC):
     @functools.cached_property
     def vae_factor(self) -> int:
         """Pixels a latent, along each side."""
-        return 2 ** (len(self.load_config("vae")["block_out_channels"]) - 1)
+        config = self.load_config("vae")
+        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # the latter of Sana's
+        return 2 ** (len(levels) - 1)
 
     def vae_latents(self, latents: Tensor) -> Tensor:
         """The denoiser's latents in the VAE's layout `[B, channels, height, width]`."""
