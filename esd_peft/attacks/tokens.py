@@ -63,13 +63,13 @@ class NewTokens:
     def _hook(self, name: str, encoder: Any, first: int) -> list[Any]:
         places: list[Tensor] = []
 
-        def read(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             ids = args[0] if args else kwargs["input_ids"]
             places[:] = [ids - first]
             plain = ids.masked_fill((ids >= first) & (ids < first + len(self.words)), 0)
             return ((plain, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": plain})
 
-        def put(_: nn.Module, __: tuple, rows: Tensor) -> Tensor:
+        def put(_: nn.Module, __: tuple[Any, ...], rows: Tensor) -> Tensor:
             last = len(self.words) - 1
             new = (places[0] >= 0) & (places[0] <= last)
             mine = self.embeddings[name].to(rows.dtype)[places[0].clamp(0, last)]
