@@ -46,6 +46,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-cov>=6",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "mypy>=1.15",
             "types-PyYAML",

@@ -77,6 +77,10 @@ def open_models(config: EvaluateConfig) -> Comparison:
         base = config.base if config.base is not None else _trained_on(record.get("configs", []))
         if base is None and not any(record.get("configs", [])):  # the embedded pipeline's name is none, too
             raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was made from")
+        if config.base is None and base is not None and "/" not in base:  # no hub id: a record names no local paths
+            raise UserError(
+                f"--base is missing: --erased {config.erased} was made from a directory {base}; name where it is"
+            )
         erased, notes = Model(open_backbone(str(config.erased), "--erased")), []
         concepts = record.get("concept", [])
         before = open_backbone(base, "--base")

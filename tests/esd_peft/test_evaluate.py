@@ -90,7 +90,9 @@ def test_a_merged_pipeline_says_what_was_erased_and_shows_what_the_adapter_shows
     merge_adapter(MergeConfig(adapter=adapter, output=tmp_path / "merged"))
     source = prompts_file(tmp_path / "p.csv")
     options = {"suite": "csv", "prompts": source, **FAST}
-    merged = evaluate(EvaluateConfig(erased=tmp_path / "merged", output=tmp_path / "a", **options))
+    with pytest.raises(UserError, match="made from a directory sd; name where it is"):
+        evaluate(EvaluateConfig(erased=tmp_path / "merged", output=tmp_path / "a", **options))
+    merged = evaluate(EvaluateConfig(base=str(small_sd), erased=tmp_path / "merged", output=tmp_path / "a", **options))
     with_adapter = evaluate(EvaluateConfig(erased=adapter, output=tmp_path / "b", **options))
     assert merged.concepts == with_adapter.concepts == ["circle"] and merged.accuracies is None
     for path in sorted((tmp_path / "a" / "pictures").rglob("*.png")):
