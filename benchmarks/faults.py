@@ -135,7 +135,8 @@ class Runs:
 
     def finish(self) -> None:
         """Run again what is not done. Raises if it does not end well."""
-        for command in ["merge"] if (self.folder / "erased" / "result.json").is_file() else ["erase", "merge"]:
+        erased = (self.folder / "erased" / "result.json").is_file() and not (self.folder / "erased.checkpoint").exists()
+        for command in ["merge"] if erased else ["erase", "merge"]:
             if ended := self.wait(self.start(command)):
                 raise AssertionError(f"{command} ended with {ended}: {self.said()}")
 

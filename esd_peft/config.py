@@ -140,7 +140,7 @@ class EraseConfig(ModelOptions):
     """Train from this timestep on (0: the last, least noisy one)."""
     max_timestep: Annotated[int, Field(ge=0)] = 1000
     """Train up to this timestep. Keys and values know no timestep: what they learn, and the closed form, acts at all."""
-    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    snr_gamma: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Weigh timesteps by min-SNR with this gamma (5 is usual); left out: all alike."""
     until: Annotated[float, Field(gt=-100, lt=1)] | None = None
     """Stop as soon as this fraction of the concept's guided direction is left on held-out pairs; left out: never."""

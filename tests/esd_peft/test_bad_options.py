@@ -1,0 +1,251 @@
+"""Every option, given something that cannot work: one sentence that names it, exit code 2, nothing written."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from esd_peft.config import EraseConfig, MergeConfig
+from esd_peft.errors import run_command
+
+COMMANDS = {"erase": EraseConfig, "merge_adapter": MergeConfig}
+MISTAKES = [  # of erase; the concept is circle where none is named
+    ("", "--concept: name what to erase, for example --concept circle"),
+    ("--concept", "--concept expected an argument|--concept"),
+    ("--concept=", "--concept.*name what to erase"),
+    ("--concept zebra", "--concept 'zebra'.*never seen.*use its words"),
+    ("--concept the", "--concept 'the' names nothing the embedded pipeline draws; it draws circle"),
+    ("--concept circle --concept circle", "--concept: circle is named twice; name each concept once"),
+    ("--erase-from=", "--erase-from: say what, or leave the option out"),
+    ("--erase-from zebra", "--erase-from 'zebra'.*use its words"),
+    ("--erase-from circle", "--concept 'circle circle' is the same as"),
+    ("--map-to=", "--map-to: say what, or leave the option out"),
+    ("--map-to zebra", "--map-to 'zebra'.*use its words"),
+    ("--map-to circle", "--map-to 'circle' names what is to be erased; map it to something that stays"),
+    ("--wordings many", "--wordings.*bare"),
+    ("--preserve=", "--preserve: say what, or leave the option out"),
+    ("--preserve zebra", "--preserve 'zebra'.*use its words"),
+    ("--preserve circle", "--preserve 'circle' names what is to be erased; leave it out or reword it"),
+    ("--preserve-file nowhere.txt", "--preserve-file nowhere.txt cannot be read"),
+    ("--preserve-file .", "--preserve-file . cannot be read"),
+    ("--preserve-file {text}", "--preserve-file .* holds no prompt; write one a line"),
+    ("--preserve-file {binary}", "--preserve-file .* cannot be read"),
+    ("--model nowhere", "--model nowhere is not a diffusers pipeline directory"),
+    ("--model=", "--model.* is not a diffusers pipeline directory"),
+    ("--model {text}", "--model .* is not a diffusers pipeline directory"),
+    ("--output .", "--output . is or holds .*; name another directory"),
+    ("--output {text}", "--output .* is a file; name a directory"),
+    ("--output /proc/out", "--output /proc/out cannot be written.*; name a writable directory"),
+    ("--output {full}", "--output .* is not empty; name another directory or add --overwrite"),
+    ("--output /proc --overwrite", "--output /proc is a mount point"),
+    ("--overwrite maybe", "maybe"),
+    ("--scope esd-y", "--scope.*esd-x-strict"),
+    ("--adapter lorra", "--adapter.*lora"),
+    ("--rank 0", "--rank.*greater than or equal to 1"),
+    ("--rank 2000", "--rank.*less than or equal to 1024"),
+    ("--rank two", "--rank.*two"),
+    ("--rank 2.5", "--rank"),
+    ("--rank 4 --adapter none", "--rank and --alpha .*leave them out"),
+    ("--closed-form perhaps", "perhaps"),
+    ("--alpha 0", "--alpha.*greater than 0"),
+    ("--alpha inf", "--alpha"),
+    ("--objective distil", "--objective.*contrastive"),
+    ("--reference here", "--reference works with --objective contrastive only; leave it out"),
+    (
+        "--objective contrastive --null-space 0 --reference nowhere",
+        "--reference nowhere is no folder with pictures; name one",
+    ),
+    ("--eta -1", "--eta.*greater than or equal to 0"),
+    ("--eta nan", "--eta"),
+    ("--eta 1 --objective contrastive", "--eta works with --objective esd only; leave it out"),
+    ("--hold 1", "--hold.*less than 1"),
+    ("--hold nan", "--hold"),
+    ("--hold 0.5 --train-batch-size 1", "--hold needs a --train-batch-size of at least 2"),
+    ("--null-space 1", "--null-space.*less than 1"),
+    ("--null-space 0.9 --adapter loha", "--null-space works with --adapter lora or none.*leave it out"),
+    ("--min-timestep -1", "--min-timestep.*greater than or equal to 0"),
+    ("--min-timestep 999 --num-inference-steps 4", "--min-timestep and --max-timestep leave no step"),
+    ("--max-timestep 0", "--min-timestep must be below --max-timestep"),
+    ("--max-timestep last", "--max-timestep.*last"),
+    ("--snr-gamma 0", "--snr-gamma.*greater than 0"),
+    ("--snr-gamma inf", "--snr-gamma"),
+    ("--until 1", "--until.*less than 1"),
+    ("--until -1", "--until must be above -eta"),
+    ("--until 0 --map-to square", "--until does not work with --map-to; leave one of them out"),
+    ("--rollout teachers", "--rollout.*student"),
+    ("--trajectories 0", "--trajectories.*greater than or equal to 1"),
+    ("--trajectories 1 --concept circle --concept red", "--trajectories must be at least the number of concepts, 2"),
+    ("--preserve-trajectories 0", "--preserve-trajectories.*greater than or equal to 1"),
+    ("--preserve-trajectories 2", "--preserve-trajectories needs something to preserve; add --preserve"),
+    ("--num-inference-steps 0", "--num-inference-steps.*greater than or equal to 1"),
+    ("--num-inference-steps 1001", "--num-inference-steps.*less than or equal to 1000"),
+    ("--guidance-scale -1", "--guidance-scale.*greater than or equal to 0"),
+    ("--guidance-scale nan", "--guidance-scale"),
+    ("--anticipate 1.1", "--anticipate.*less than or equal to 1"),
+    ("--rollout-batch-size 0", "--rollout-batch-size.*greater than or equal to 1"),
+    ("--refill-every 0", "--refill-every.*greater than or equal to 1"),
+    ("--max-train-steps 0", "--max-train-steps.*greater than or equal to 1"),
+    ("--max-train-steps many", "--max-train-steps.*many"),
+    ("--train-batch-size 0", "--train-batch-size.*greater than or equal to 1"),
+    ("--micro-batch-size 0", "--micro-batch-size.*greater than or equal to 1"),
+    ("--learning-rate 0", "--learning-rate.*greater than 0"),
+    ("--learning-rate nan", "--learning-rate"),
+    ("--lr-scheduler sine", "--lr-scheduler.*cosine"),
+    ("--lr-warmup-steps -1", "--lr-warmup-steps.*greater than or equal to 0"),
+    ("--lr-warmup-steps 3 --lr-scheduler constant", "--lr-warmup-steps needs another --lr-scheduler"),
+    ("--optimizer SGD", "--optimizer.*AdamW"),
+    ("--max-grad-norm 0", "--max-grad-norm.*greater than 0"),
+    ("--gradient-checkpointing perhaps", "perhaps"),
+    ("--device cuda:99", "--device cuda:99 is not there.*use cpu"),
+    ("--device tpu", "--device tpu is not a device; use auto, cpu, cuda or cuda:N|--device tpu is not supported"),
+    ("--device mps", "--device mps is not supported; use auto, cpu, cuda or cuda:N"),
+    ("--dtype float8", "--dtype.*bfloat16"),
+    ("--quantize int4", "--quantize.*nf4"),
+    ("--quantize nf4 --adapter lokr", "--quantize nf4 works with --adapter lora only"),
+    ("--memory-budget lots", "--memory-budget.*12GiB, for example"),
+    ("--memory-budget 1MiB", "--memory-budget 1.0 MiB is .* short.*give more, or take a smaller model"),
+    (
+        "--memory-budget 1GiB --objective contrastive --null-space 0",
+        "--memory-budget works? with --objective esd only; leave",
+    ),
+    ("--plan --objective contrastive --null-space 0", "--plan and --memory-budget work with --objective esd only; leave"),
+    ("--plan --model nowhere", "--model nowhere is not a diffusers pipeline"),
+    ("--plan perhaps", "perhaps"),
+    ("--compile yes", "--compile.*auto"),
+    ("--checkpoint-every 0", "--checkpoint-every.*greater than or equal to 1"),
+    ("--resume", "--resume: .* holds no checkpoint; leave --resume out"),
+    ("--seed -1", "--seed.*greater than or equal to 0"),
+    ("--seed 9223372036854775808", "--seed.*less than"),
+    ("--eval-seeds -1", "--eval-seeds.*greater than or equal to 0"),
+    ("--report-to mlflow", "--report-to.*tensorboard"),
+    ("--report-to wandb", "--report-to wandb is not installed; pip install wandb"),
+    ("--rnak 3", "--rnak"),
+    ("leftover", "leftover"),
+    ("--config", "--config needs a file"),
+    ("--config nowhere.yaml", "--config nowhere.yaml cannot be read"),
+    ("--config .", "--config . cannot be read"),
+    ("--config {binary}", "--config .*"),
+]
+MERGES = [
+    ("--output out", "--adapter: name the directory that the erase command wrote"),
+    ("--adapter nowhere", "--output"),
+    ("--adapter nowhere --output out", "--adapter nowhere is not an adapter directory"),
+    ("--adapter {text} --output out", "--adapter .* is not an adapter directory"),
+    ("--adapter a --adapter a --output out", "--adapter: name each adapter once"),
+    ("--adapter {full} --output {full} --overwrite", "--output .* is or holds"),
+    ("--adapter {full} --output {text}", "--output .* is a file; name a directory"),
+    ("--adapter {adapter} --base nowhere --output out", "--base nowhere is not a diffusers pipeline"),
+    ("--adapter {adapter} --output out", "--base is missing, and --adapter .* does not say"),
+    ("--adapter {adapter} --output out --verify perhaps", "perhaps"),
+    ("--adapter {adapter} --output out --overwrite perhaps", "perhaps"),
+]
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Files and folders that the mistakes name; the working directory is empty."""
+    here = tmp_path / "here"
+    for folder in (here, tmp_path / "full", tmp_path / "adapter"):
+        folder.mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    (tmp_path / "text").write_text("# a comment\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["to_k"]}')
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    monkeypatch.chdir(here)
+    return {name: str(tmp_path / name) for name in ("full", "text", "binary", "adapter")}
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(command, words, tmp_path, monkeypatch, capsys):
+    """Run the command; its one sentence."""
+    before = contents(tmp_path)
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    with pytest.raises(SystemExit) as stop:
+        run_command(importlib.import_module(f"esd_peft.{command}").main)
+    said = capsys.readouterr()
+    assert stop.value.code == 2, said
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said.err.endswith(errors[0] + "\n"), said
+    assert "Traceback" not in said.err and not said.out
+    assert contents(tmp_path) == before, "something was written"
+    return errors[0]
+
+
+@pytest.mark.parametrize(("line", "says"), MISTAKES, ids=lambda x: x[:60])
+def test_erase(line, says, places, tmp_path, monkeypatch, capsys):
+    words = line.format(**places).split()
+    if line and "--concept" not in line:
+        words = ["--concept", "circle", *words]
+    sentence = refused("erase", words, tmp_path, monkeypatch, capsys)
+    assert re.search(says, sentence), sentence
+
+
+@pytest.mark.parametrize(("line", "says"), MERGES, ids=lambda x: x[:60])
+def test_merge_adapter(line, says, places, tmp_path, monkeypatch, capsys):
+    sentence = refused("merge_adapter", line.format(**places).split(), tmp_path, monkeypatch, capsys)
+    assert re.search(says, sentence), sentence
+
+
+def test_the_tables_leave_no_option_out():
+    for config, table in ((EraseConfig, MISTAKES), (MergeConfig, MERGES)):
+        tried = {word.partition("=")[0] for line, _ in table for word in line.split()}
+        options = {"--" + name.replace("_", "-") for name in config.model_fields}
+        assert options <= tried | {"--output"}, options - tried
+
+
+YAML = [(command, name) for command, config in COMMANDS.items() for name in config.model_fields]
+
+
+@pytest.mark.parametrize(("command", "name"), YAML, ids=lambda x: x)
+@pytest.mark.parametrize("value", [{"a": ["map"]}, [[1, None]]], ids=["map", "list"])
+def test_every_field_of_the_yaml(command, name, value, tmp_path, monkeypatch, capsys):
+    required = {"erase": {"concept": "circle"}, "merge_adapter": {"adapter": "nowhere", "output": "out"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(required[command] | {name: value}))
+    monkeypatch.chdir(tmp_path)
+    sentence = refused(command, ["--config", "job.yaml"], tmp_path, monkeypatch, capsys)
+    assert f"job.yaml: --{name.replace('_', '-')}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "must be a YAML map of options"),
+        ("- concept: circle", "must be a YAML map of options"),
+        ("concept: circle\nlearning_rat: 0.1", "unknown option learning_rat; did you mean learning_rate"),
+        ("concept: circle\n1: 2", "unknown option 1; --print-config lists the options"),
+        ("concept: [circle", "is not YAML"),
+        ("concept: !!python/object/apply:os.system [echo]", "is not YAML"),
+        ("concept: [{name: circle, colour: red}]", "--concept colour is not an option"),
+        ("concept: [{erase_from: circle}]", "--concept name is missing"),
+        ("concept: [{name: circle, eta: 101}]", "--concept eta.*less than or equal to 100"),
+        ("concept: [{name: circle, weight: 0}]", "--concept weight.*greater than 0"),
+        ("concept: [{name: circle, map_to: ''}]", "--concept map_to"),
+        ("concept: circle\nseed: .nan", "--seed"),
+        ("concept: circle\nrank: 99999999999999999999", "--rank"),
+    ],
+)
+def test_yaml(text, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "job.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    sentence = refused("erase", ["--config", "job.yaml"], tmp_path, monkeypatch, capsys)
+    assert re.search(f"job.yaml.*{says}", sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("command", "line"), [("erase", "--concept circle --micro-batch-size 0"), ("merge_adapter", "--adapter x --output y")]
+)
+def test_as_processes(command, line, tmp_path):
+    words = [sys.executable, "-m", f"esd_peft.{command}", *line.split()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: --") and done.stderr.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
