@@ -133,6 +133,9 @@ class EraseConfig(ModelOptions):
     hold: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each batch that holds the student to the teacher: without the concept, and on prompts to preserve; left
     out: 0.125, or 0.25 with --erase-from."""
+    robust: Annotated[int, Field(ge=0, le=16)] = 0
+    """Rounds in which words that bring the concept back are found and erased with it (docs/attacks.md). Each takes as long
+    as the erasure itself or longer, and needs the text encoders beside the denoiser."""
     null_space: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
     (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, or 0.99 with --erase-from."""
@@ -274,6 +277,8 @@ class EraseConfig(ModelOptions):
             raise ValueError("--until does not work with --map-to; leave one of them out")
         if self.until is not None and self.until <= -max(map(self.eta_of, self.concept)):
             raise ValueError("--until must be above -eta, which is where a finished student stands")
+        if self.robust and (self.objective != "esd" or self.until is not None):
+            raise ValueError("--robust works with --objective esd and without --until; leave one of them out")
         if self.evaluate and not self.eval_seeds:
             raise ValueError("--evaluate needs pictures; leave --eval-seeds 0 out")
         if self.reference is not None and len(self.concept) > 1:

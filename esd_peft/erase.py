@@ -36,6 +36,7 @@ from esd_peft.probe import Probe
 from esd_peft.prompt_maps import prompt_maps
 from esd_peft.quantize import load_quantized
 from esd_peft.randomness import generator
+from esd_peft.robust import harden
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import add_metadata, sha256

@@ -21,7 +21,7 @@ from esd_peft.evaluation.album import Album
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.detectors import Detector
 from esd_peft.evaluation.models import Comparison, Model
-from esd_peft.evaluation.picture_files import read_pictures, to_pixels
+from esd_peft.evaluation.picture_files import picture_files, read_pictures, to_pixels
 from esd_peft.evaluation.pictures import EncodedPrompts, Place, picture_batches, to_image
 from esd_peft.evaluation.rates import Change, Rate
 from esd_peft.evaluation.suites import Prompt, Roles, Suite, spread
@@ -37,6 +37,8 @@ def make_attacks(config: EvaluateConfig, suite: Suite) -> list[Attack]:
         raise UserError(
             "--attack needs a --suite whose prompts name the concept and whose detector sees it; use another one"
         )
+    if config.attack_reference is not None:
+        picture_files(config.attack_reference, "--attack-reference")
     steps = {} if config.attack_steps is None else {"steps": config.attack_steps}
     makers: dict[str, Callable[[], Attack]] = {
         "textual-inversion": lambda: TextualInversion(**steps),

@@ -1,0 +1,129 @@
+"""Can an erased concept be brought back? The embedded pipeline, erased with and without --robust, under attack.
+
+    python benchmarks/attacks.py --output benchmarks/results/attacks
+
+Every run erases a concept and evaluates it with attacks (`python -m esd_peft.evaluate --suite shapes --attack ...`).
+Writes OUTPUT.json (every run) and OUTPUT.md (means over concepts and seeds) after every run; what OUTPUT.json already
+holds is not run again.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+METHODS: dict[str, dict] = {"default": {}, "--robust 2": {"robust": 2}}
+
+
+def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
+    """Erase, attack, judge."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    from esd_peft import EraseConfig, EvaluateConfig, erase, evaluate
+
+    with tempfile.TemporaryDirectory() as folder:
+        erased, report = Path(folder) / "erased", Path(folder) / "evaluation"
+        made = erase(EraseConfig(concept=concept, seed=seed, output=erased, eval_seeds=0, device="cpu", **METHODS[method]))
+        options = {"limit": args.limit, "seeds": 1, "attack": args.attacks, "attack_pictures": args.pictures}
+        options |= {"num_inference_steps": args.num_inference_steps, "attack_steps": args.attack_steps}
+        found = evaluate(EvaluateConfig(erased=erased, output=report, device="cpu", seed=seed, **options))
+    assert found.accuracies is not None and found.accuracies.kept is not None
+    return {
+        "method": method,
+        "options": METHODS[method],
+        "concept": concept,
+        "seed": seed,
+        "budget": options,
+        "named": found.accuracies.targets[concept].after.share,
+        "others_lost": found.accuracies.kept.lost,
+        "worst_lost": max(c.lost for labels in found.accuracies.others.values() for c in labels.values()),
+        "attacks": found.to_dict()["attacks"],
+        "forward_equivalents": made["forward_equivalents"],
+        "erase_seconds": sum(made["seconds"].values()),
+        "evaluate_seconds": found.seconds,
+    }
+
+
+def markdown(runs: list[dict], command: str) -> str:
+    """Means over concepts and seeds; then every run."""
+    lines = [f"`{command}`", ""]
+    for title, groups in (("", [""]), ("By concept", sorted({r["concept"] for r in runs}))):
+        lines += [f"## {title}", ""] if title else []
+        for group in groups:
+            rows = [r for r in runs if not group or r["concept"] == group]
+            lines += [f"**{group}**", ""] if group else []
+            lines += table(rows)
+    return "\n".join(lines) + "\n"
+
+
+def table(runs: list[dict]) -> list[str]:
+    """One line a method: what is left when the concept is named, after each attack, and what others lose."""
+    attacks = list(dict.fromkeys(a["name"] for r in runs for a in r["attacks"]))
+    header = ["", "runs", "named", *attacks, "others lose: mean", "worst attribute (worst run)", "forward-equivalents"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for method in METHODS:
+        rows = [r for r in runs if r["method"] == method]
+        if not rows:
+            continue
+        cells = [method, str(len(rows)), f"{mean([r['named'] for r in rows]):.1%}"]
+        for name in attacks:
+            ends = [a["curve"][-1] for r in rows for a in r["attacks"] if a["name"] == name]
+            shares = [end["after"]["share"] for end in ends]
+            budget = f"{ends[0]['budget']} {next(a['unit'] for a in rows[0]['attacks'] if a['name'] == name)}"
+            cells.append(f"{mean(shares):.1%} (worst {max(shares):.1%}) at {budget}")
+        cells.append(f"{100 * mean([r['others_lost'] for r in rows]):.1f} points")
+        worst = [r["worst_lost"] for r in rows]
+        cells += [f"{100 * mean(worst):.1f} ({100 * max(worst):.1f}) points"]
+        cells += [f"{mean([r['forward_equivalents'] for r in rows]):,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def mean(values: list[float]) -> float:
+    """Of some."""
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="where the results go, without suffix")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--concepts", nargs="+", default=["circle", "red", "striped"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--attacks", nargs="+", default=["textual-inversion"])
+    parser.add_argument("--attack-steps", type=int, help="of each attack that learns")
+    parser.add_argument("--pictures", type=int, default=24, help="judged at each point of an attack")
+    parser.add_argument("--limit", type=int, default=24, help="prompts of the suite for the concept, and as many others")
+    parser.add_argument("--num-inference-steps", type=int, default=12, help="of a picture")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    path = args.output.with_suffix(".json")
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    done = {(r["method"], r["concept"], r["seed"], json.dumps(r["options"])) for r in runs}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for concept in args.concepts:
+            for method in args.methods:
+                print(f"{concept}, seed {seed}: {method}", flush=True)
+                if (method, concept, seed, json.dumps(METHODS[method])) not in done:
+                    runs.append(run(method, concept, seed, args))
+                    save(args.output, runs)
+    print(save(args.output, runs))
+
+
+def save(output: Path, runs: list[dict]) -> str:
+    """Write all results; returns the tables."""
+    command = shlex.join(["python", *sys.argv])
+    draft = output.with_suffix(".tmp")
+    draft.write_text(json.dumps({"command": command, "cpus": os.cpu_count(), "runs": runs}, indent=1) + "\n")
+    draft.replace(output.with_suffix(".json"))
+    output.with_suffix(".md").write_text(markdown(runs, command))
+    return markdown(runs, command)
+
+
+if __name__ == "__main__":
+    main()
