@@ -15,7 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-METHODS: dict[str, dict] = {"default": {}, "--robust 2": {"robust": 2}}
+METHODS: dict[str, dict] = {
+    "default": {},
+    "--robust 2": {"robust": 2},
+    "--null-space 0.95": {"null_space": 0.95, "rank": 16},  # what --robust has without its rounds
+}
 
 
 def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:

@@ -116,7 +116,7 @@ class EraseConfig(ModelOptions):
     adapter: Adapter = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank of the adapter; left out: 8 for each concept, at most 64."""
+    """Rank of the adapter; left out: 8 for each concept (16 with --robust), at most 64."""
     closed_form: bool = True
     """Start the layers that read the prompt from a closed form instead of from nothing (docs/objectives.md). Of
     adapters lora and none, with --objective esd."""
@@ -138,7 +138,8 @@ class EraseConfig(ModelOptions):
     as the erasure itself or longer, and needs the text encoders beside the denoiser."""
     null_space: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
-    (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, or 0.99 with --erase-from."""
+    (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, 0.99 with --erase-from, or 0.95
+    with --robust."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
     """Train from this timestep on (0: the last, least noisy one)."""
     max_timestep: Annotated[int, Field(ge=0)] = 1000
@@ -306,7 +307,7 @@ class EraseConfig(ModelOptions):
     @property
     def adapter_rank(self) -> int:
         """The inner dimension of the adapter."""
-        return self.rank or min(8 * len(self.concept), 64)
+        return self.rank or min((16 if self.robust else 8) * len(self.concept), 64)
 
     @property
     def bank_trajectories(self) -> int:
@@ -332,7 +333,10 @@ class EraseConfig(ModelOptions):
     @property
     def protected_energy(self) -> float:
         """The share of the energy of prompts to preserve that the adapter is kept off; 0: nothing is."""
-        return self.null_space if self.null_space is not None else 0.99 if self.sources else 0.999
+        if self.null_space is not None:
+            return self.null_space
+        # what of the concept lies within the protected subspace is what an attacker can still say
+        return 0.95 if self.robust else 0.99 if self.sources else 0.999
 
     @property
     def protected(self) -> bool:

@@ -109,6 +109,8 @@ def _run(
         probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
         losses = distill(student, objective, bank, probe, report, checkpoints)
+        if config.robust:
+            losses += harden(student, objective, plan, bank, report)
     with costs.phase("save"):
         save_adapter(student, backbone, config, checkpoints.base)
 

@@ -37,7 +37,7 @@ def prompt_maps(
         if config.protected_energy:
             projections[kind] = null_space_projection(words(plan.protected), config.protected_energy)
         if config.closed_form and config.objective == "esd":
-            pairs = torch.tensor([(row[p.asked], row[p.goal]) for p in plan.erasing_pairs], device=rows.device)
+            pairs = torch.tensor([(row[p.prompt], row[p.goal]) for p in plan.erasing_pairs], device=rows.device)
             concept, target = _word_by_word(rows, counts, *pairs.T)
             changes[kind] = solve(concept, target, words(plan.kept), projections.get(kind))
     return projections, changes

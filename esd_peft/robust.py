@@ -1,8 +1,9 @@
 """Rounds of `--robust`: words that bring the concept back are found against the student, and erased as the concept is.
 
 As in AdvUnlearn (arXiv 2405.15234) and STEREO (arXiv 2408.16807) attack and erasure take turns. What is found is the input
-embedding of a new word. It stands in the concept's place in all of its wordings, with the concept's own target, so that all
-the rest, pairs, closed form and loss, is as for the concept itself.
+embedding of a new word. It stands in the concept's place in all of its wordings, and the student is asked with it what it is
+asked with the concept, towards the same target. The closed form is not solved again for it: that was tried, and the concept
+came back more easily (docs/attacks.md).
 """
 
 import contextlib
@@ -19,24 +20,21 @@ from esd_peft.attacks.victim import Victim, load_encoders
 from esd_peft.concepts import Pair, PromptPlan
 from esd_peft.distill import distill
 from esd_peft.objectives import Objective
-from esd_peft.prompt_maps import prompt_maps
 from esd_peft.randomness import generator
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import Report
 
-WORDS = 4  # found in a round, for each concept
+WORDS = 2  # found in a round, for each concept
 STEPS = 60  # of the search, in which they learn side by side
 LEARNING_RATE = 0.05
-NOISE = 1.0  # by which their starting points differ, in standard deviations of the vocabulary's embeddings
+NOISE = 0.3  # by which their starting points differ, in standard deviations of the vocabulary's embeddings
 TRAJECTORIES = 4  # of the teacher, for each concept, along which they are found
 
 
-def harden(
-    student: Student, objective: Objective, plan: PromptPlan, layers: list[str], draws: torch.Generator, report: Report
-) -> list[float]:
-    """The config's rounds: find words, start `student` anew from the closed form with all that were found, train it again.
+def harden(student: Student, objective: Objective, plan: PromptPlan, draws: torch.Generator, report: Report) -> list[float]:
+    """The config's rounds: find words, then train `student` on with all that were found.
 
-    `layers` are those that learn. Returns the losses as `distill` does. Text encoders are on the device meanwhile.
+    Returns the losses as `distill` does. Text encoders are on the device meanwhile.
     """
     rollout = objective.rollout
     sparring = Sparring(rollout, plan)
@@ -45,10 +43,7 @@ def harden(
         for number in range(rollout.config.robust):
             with rollout.costs.phase("attack"):
                 plan = sparring.meet(number)
-                embeds = sparring.victim.told(plan.texts)
-            rollout.table = make_table(plan, embeds)
-            _, changes = prompt_maps(rollout.config, plan, rollout.backbone, rollout.denoiser, embeds, layers)
-            student.start_from(changes)
+                rollout.table = make_table(plan, sparring.victim.told(plan.texts))
             losses += distill(student, objective, draws, report=report)
     return losses
 
