@@ -1,8 +1,11 @@
 # Short names for the commands in CONTRIBUTING.md.
-.PHONY: test lint types bench docs
+.PHONY: test coverage lint types bench docs
 
 test:
 	pytest
+
+coverage:
+	OMP_NUM_THREADS=1 pytest -n 2 --cov --ignore tests/esd_peft/test_compilation.py
 
 lint:
 	ruff check .
