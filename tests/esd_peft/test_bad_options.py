@@ -140,7 +140,7 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--config {binary}", "--config .*"),
 ]
 MERGES = [
-    ("--adapter {adapter} --output out --unmerge", "--unmerge .*undo"),
+    ("--adapter {adapter} --output out --unmerge", "--unmerge would bring the concept back"),
     ("--adapter {adapter} --base {text} --output out --variant fp16", "--variant names files of a directory"),
     ("--adapter {adapter} --base nowhere --output out --revision main", "--revision works with a hub id only"),
     (
