@@ -1,4 +1,4 @@
-"""Can an erased concept be brought back? The embedded pipeline, erased with and without --robust, under attack.
+"""Can an erased concept be brought back? The embedded pipeline, erased, under attack.
 
     python benchmarks/attacks.py --output benchmarks/results/attacks
 
@@ -17,8 +17,7 @@ from pathlib import Path
 
 METHODS: dict[str, dict] = {
     "default": {},
-    "--robust 2": {"robust": 2},
-    "--null-space 0.95": {"null_space": 0.95, "rank": 16},  # what --robust has without its rounds
+    "--null-space 0.95": {"null_space": 0.95, "rank": 16},
 }
 
 

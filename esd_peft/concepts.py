@@ -31,12 +31,6 @@ class Pair:
     anchor: str | None = None  # what it shall become
     eta: float = 1.0
     weight: float = 1.0
-    found: str | None = None  # a prompt that brings the concept back (`esd_peft.robust`), asked of the student instead
-
-    @property
-    def asked(self) -> str:
-        """What the student is asked."""
-        return self.prompt if self.found is None else self.found
 
     @property
     def goal(self) -> str:
@@ -71,8 +65,7 @@ class PromptPlan:
     @property
     def paired_texts(self) -> list[str]:
         """Every prompt that the denoiser is asked, once."""
-        texts = (t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor, p.found) if t is not None)
-        return list(dict.fromkeys(texts))
+        return list(dict.fromkeys(t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor) if t is not None))
 
     @property
     def texts(self) -> list[str]:

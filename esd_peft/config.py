@@ -116,7 +116,7 @@ class EraseConfig(ModelOptions):
     adapter: Adapter = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank of the adapter; left out: 8 for each concept (16 with --robust), at most 64."""
+    """Rank of the adapter; left out: 8 for each concept, at most 64."""
     closed_form: bool = True
     """Start the layers that read the prompt from a closed form instead of from nothing (docs/objectives.md). Of
     adapters lora and none, with --objective esd."""
@@ -133,13 +133,9 @@ class EraseConfig(ModelOptions):
     hold: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each batch that holds the student to the teacher: without the concept, and on prompts to preserve; left
     out: 0.125, or 0.25 with --erase-from."""
-    robust: Annotated[int, Field(ge=0, le=16)] = 0
-    """Rounds in which words that bring the concept back are found and erased with it (docs/attacks.md). Each takes as long
-    as the erasure itself or longer, and needs the text encoders beside the denoiser."""
     null_space: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
-    (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, 0.99 with --erase-from, or 0.95
-    with --robust."""
+    (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, or 0.99 with --erase-from."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
     """Train from this timestep on (0: the last, least noisy one)."""
     max_timestep: Annotated[int, Field(ge=0)] = 1000
@@ -278,8 +274,6 @@ class EraseConfig(ModelOptions):
             raise ValueError("--until does not work with --map-to; leave one of them out")
         if self.until is not None and self.until <= -max(map(self.eta_of, self.concept)):
             raise ValueError("--until must be above -eta, which is where a finished student stands")
-        if self.robust and (self.objective != "esd" or self.until is not None):
-            raise ValueError("--robust works with --objective esd and without --until; leave one of them out")
         if self.evaluate and not self.eval_seeds:
             raise ValueError("--evaluate needs pictures; leave --eval-seeds 0 out")
         if self.reference is not None and len(self.concept) > 1:
@@ -307,7 +301,7 @@ class EraseConfig(ModelOptions):
     @property
     def adapter_rank(self) -> int:
         """The inner dimension of the adapter."""
-        return self.rank or min((16 if self.robust else 8) * len(self.concept), 64)
+        return self.rank or min(8 * len(self.concept), 64)
 
     @property
     def bank_trajectories(self) -> int:
@@ -333,10 +327,7 @@ class EraseConfig(ModelOptions):
     @property
     def protected_energy(self) -> float:
         """The share of the energy of prompts to preserve that the adapter is kept off; 0: nothing is."""
-        if self.null_space is not None:
-            return self.null_space
-        # what of the concept lies within the protected subspace is what an attacker can still say
-        return 0.95 if self.robust else 0.99 if self.sources else 0.999
+        return self.null_space if self.null_space is not None else 0.99 if self.sources else 0.999
 
     @property
     def protected(self) -> bool:

@@ -36,7 +36,6 @@ from esd_peft.probe import Probe
 from esd_peft.prompt_maps import prompt_maps
 from esd_peft.quantize import load_quantized
 from esd_peft.randomness import generator
-from esd_peft.robust import harden
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import add_metadata, sha256
@@ -109,8 +108,6 @@ def _run(
         probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
         losses = distill(student, objective, bank, probe, report, checkpoints)
-        if config.robust:
-            losses += harden(student, objective, plan, bank, report)
     with costs.phase("save"):
         save_adapter(student, backbone, config, checkpoints.base)
 

@@ -227,7 +227,7 @@ def ask(tuples: Bank, table: PairTable, erasing: int, neutral: list[bool]) -> Ba
     with its prompt, the target being e_concept (η = −1). Without any the prediction without the concept moves along with
     the one that names it, and classifier-free guidance, which amplifies their difference, undoes part of the erasure.
     """
-    rows, etas, weights = table.asked[tuples.pairs], table.etas[tuples.pairs], table.weights[tuples.pairs]
+    rows, etas, weights = table.prompts[tuples.pairs], table.etas[tuples.pairs], table.weights[tuples.pairs]
     anchor = None if table.anchors is None else tuples.teacher[2]
     if neutral:
         asks_neutral = send(torch.tensor(neutral), tuples.pairs.device)

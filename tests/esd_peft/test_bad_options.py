@@ -43,8 +43,6 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--model nowhere --checkpoint-config x", "--checkpoint-config works with a single-file checkpoint only; leave it out"),
     ("--allow-pickle=maybe", "maybe"),
     ("--offload", "--offload needs --gradient-checkpointing; add it"),
-    ("--robust 17", "--robust: .* less than or equal to 16"),
-    ("--robust 1 --until 0", "--robust works with --objective esd and without --until"),
     ("--evaluate --eval-seeds 0", "--evaluate needs pictures; leave --eval-seeds 0 out"),
     ("--output .", "--output . is or holds .*; name another directory"),
     ("--output {text}", "--output .* is a file; name a directory"),
