@@ -17,7 +17,8 @@ from pathlib import Path
 
 METHODS: dict[str, dict] = {
     "default": {},
-    "--null-space 0.95": {"null_space": 0.95, "rank": 16},
+    "--null-space 0.97": {"null_space": 0.97, "rank": 16},
+    "--robust 3": {"robust": 3},
 }
 
 

@@ -75,9 +75,10 @@ def make_student(
     ΔW P. A LoRA's ΔW = B A takes it into A; LoHa and LoKr have no such factor and go without.
     """
     if config.adapter == "none":
-        names = scope_parameters(backbone, denoiser, config.scope)
+        names = scope_parameters(backbone, denoiser, config.learning_scope)
         return _WeightsStudent(backbone, denoiser, names, projections or {})
-    return _AdapterStudent(backbone, denoiser, scope_modules(backbone, denoiser, config.scope), config, projections or {})
+    layers = scope_modules(backbone, denoiser, config.learning_scope)
+    return _AdapterStudent(backbone, denoiser, layers, config, projections or {})
 
 
 class _AdapterStudent(Student):

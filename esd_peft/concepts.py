@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TypeVar
 
 from esd_peft.config import Concept, EraseConfig
 from esd_peft.errors import UserError
@@ -16,6 +17,8 @@ TEMPLATES = {  # and what they say of nothing
     "a picture in the style of {}": "a picture",
 }  # fmt: skip
 ATTRIBUTES = ("plain", "red", "blue", "black", "white", "small", "large", "old", "wooden", "colourful")
+Item = TypeVar("Item")
+HELD = 16  # protected prompts that --robust holds along trajectories of their own
 SCENES = ("a city street at night", "a person by a window", "a mountain lake", "a table with flowers", "a dog on a beach")
 
 
@@ -31,6 +34,12 @@ class Pair:
     anchor: str | None = None  # what it shall become
     eta: float = 1.0
     weight: float = 1.0
+    found: str | None = None  # a prompt that brings the concept back (`esd_peft.robust`), asked of the student instead
+
+    @property
+    def asked(self) -> str:
+        """What the student is asked."""
+        return self.prompt if self.found is None else self.found
 
     @property
     def goal(self) -> str:
@@ -65,7 +74,8 @@ class PromptPlan:
     @property
     def paired_texts(self) -> list[str]:
         """Every prompt that the denoiser is asked, once."""
-        return list(dict.fromkeys(t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor) if t is not None))
+        texts = (t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor, p.found) if t is not None)
+        return list(dict.fromkeys(texts))
 
     @property
     def texts(self) -> list[str]:
@@ -86,8 +96,11 @@ def plan_prompts(config: EraseConfig) -> PromptPlan:
     if clash := [goal for goal in map(config.goal_of, config.concept) if goal and _names_any(config.concept_names, goal)]:
         raise UserError(f"--map-to {clash[0]!r} names what is to be erased; map it to something that stays")
     erasing = [_pairs_of(concept, config) for concept in config.concept]
-    held = dict.fromkeys([*asked, *_sources_otherwise(config)])
-    return PromptPlan(erasing, [Pair(prompt, "") for prompt in held], _protected(config, asked))
+    protected = _protected(config, asked)
+    # layers that no null space protects learn with --robust: these are held to some of what is to stay
+    some = spread(protected[1:], HELD) if config.robust else []
+    held = dict.fromkeys([*asked, *_sources_otherwise(config), *some])
+    return PromptPlan(erasing, [Pair(prompt, "") for prompt in held], protected)
 
 
 def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
@@ -143,6 +156,13 @@ def _protected(config: EraseConfig, asked: list[str]) -> list[str]:
     apart = [say(c.name) for c in config.concept if config.source_of(c) for say in _wordings([c.name], config)]
     named = config.concept_names + config.sources
     return list(dict.fromkeys(["", *(prompt for prompt in [*asked, *everyday, *apart] if not _names_any(named, prompt))]))
+
+
+def spread(items: list[Item], count: int | None) -> list[Item]:
+    """`count` of the items, evenly spread; all where there are no more."""
+    if count is None or count >= len(items):
+        return items
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def everyday_prompts() -> list[str]:

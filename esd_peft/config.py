@@ -111,12 +111,13 @@ class EraseConfig(ModelOptions):
     overwrite: bool = False
     """Replace what is in the output directory."""
 
-    scope: Scope = "esd-x-strict"
-    """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or full."""
+    scope: Scope | None = None
+    """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or full; left
+    out: esd-x-strict, or full with --robust."""
     adapter: Adapter = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank of the adapter; left out: 8 for each concept, at most 64."""
+    """Rank of the adapter; left out: 8 for each concept (16 with --robust), at most 64."""
     closed_form: bool = True
     """Start the layers that read the prompt from a closed form instead of from nothing (docs/objectives.md). Of
     adapters lora and none, with --objective esd."""
@@ -132,10 +133,14 @@ class EraseConfig(ModelOptions):
     2); left out: 1, or 0 with --map-to."""
     hold: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each batch that holds the student to the teacher: without the concept, and on prompts to preserve; left
-    out: 0.125, or 0.25 with --erase-from."""
+    out: 0.125, 0.25 with --erase-from, or 0.5 with --robust."""
+    robust: Annotated[int, Field(ge=0, le=16)] = 0
+    """Rounds in which words that bring the concept back are found and erased with it (docs/attacks.md). Each takes
+    longer than an erasure without, and needs the text encoders beside the denoiser; 0: none."""
     null_space: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
-    (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, or 0.99 with --erase-from."""
+    (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, 0.99 with --erase-from, or 0.97
+    with --robust."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
     """Train from this timestep on (0: the last, least noisy one)."""
     max_timestep: Annotated[int, Field(ge=0)] = 1000
@@ -166,7 +171,7 @@ class EraseConfig(ModelOptions):
 
     max_train_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; left out: 40, and 20 more for each concept after the first; eight times that with --erase-from or
-    where not all that learns is a LoRA under --null-space (contrastive: 10 epochs)."""
+    where not all that learns is a LoRA under --null-space; with --robust N 1 + 2 N times that (contrastive: 10 epochs)."""
     train_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples a step; left out: 8, or 32 with --objective contrastive."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -262,7 +267,7 @@ class EraseConfig(ModelOptions):
         names = self.concept_names
         if doubled := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ValueError(f"--concept: {doubled[0]} is named twice; name each concept once")
-        if self.null_space and (self.adapter in ("loha", "lokr") or self.scope in ("esd-u", "selfattn")):
+        if self.null_space and (self.adapter in ("loha", "lokr") or self.learning_scope in ("esd-u", "selfattn")):
             raise ValueError("--null-space works with --adapter lora or none where keys and values learn; leave it out")
         if self.preserve_trajectories is not None and not (self.preserve or self.preserve_file or self.sources):
             raise ValueError("--preserve-trajectories needs something to preserve; add --preserve or leave it out")
@@ -274,6 +279,10 @@ class EraseConfig(ModelOptions):
             raise ValueError("--until does not work with --map-to; leave one of them out")
         if self.until is not None and self.until <= -max(map(self.eta_of, self.concept)):
             raise ValueError("--until must be above -eta, which is where a finished student stands")
+        if self.robust and (self.objective != "esd" or self.until is not None):
+            raise ValueError("--robust works with --objective esd and without --until; leave one of them out")
+        if self.robust and self.max_train_steps is not None and self.max_train_steps < 1 + 2 * self.robust:
+            raise ValueError(f"--robust {self.robust} needs --max-train-steps of at least {1 + 2 * self.robust}")
         if self.evaluate and not self.eval_seeds:
             raise ValueError("--evaluate needs pictures; leave --eval-seeds 0 out")
         if self.reference is not None and len(self.concept) > 1:
@@ -299,9 +308,14 @@ class EraseConfig(ModelOptions):
         return [source for source in map(self.source_of, self.concept) if source]
 
     @property
+    def learning_scope(self) -> Scope:
+        """What learns. A word that brings the concept back is given away by what the other layers make of it, too."""
+        return self.scope or ("full" if self.robust else "esd-x-strict")
+
+    @property
     def adapter_rank(self) -> int:
         """The inner dimension of the adapter."""
-        return self.rank or min(8 * len(self.concept), 64)
+        return self.rank or min((16 if self.robust else 8) * len(self.concept), 64)
 
     @property
     def bank_trajectories(self) -> int:
@@ -311,8 +325,9 @@ class EraseConfig(ModelOptions):
     @property
     def guided_steps(self) -> int:
         """Optimizer steps with --objective esd: 40, and 20 more for each concept after the first; more at the slower
-        learning rate, and to tell apart what is to go from what shares its words."""
-        return (20 + 20 * len(self.concept)) * (1 if self.easy else 8)
+        learning rate, and to tell apart what is to go from what shares its words; with --robust all rounds together."""
+        few = 20 + 20 * len(self.concept)
+        return few * (1 + 2 * self.robust if self.robust else 1 if self.easy else 8)
 
     @property
     def steps_per_bank(self) -> int | None:
@@ -322,17 +337,22 @@ class EraseConfig(ModelOptions):
     @property
     def held_share(self) -> float:
         """Of each batch."""
-        return self.hold if self.hold is not None else 0.25 if self.sources else 0.125
+        if self.hold is not None:
+            return self.hold
+        return 0.5 if self.robust else 0.25 if self.sources else 0.125
 
     @property
     def protected_energy(self) -> float:
         """The share of the energy of prompts to preserve that the adapter is kept off; 0: nothing is."""
-        return self.null_space if self.null_space is not None else 0.99 if self.sources else 0.999
+        if self.null_space is not None:
+            return self.null_space
+        # what of the concept lies within the protected subspace is what an attacker can still say
+        return 0.97 if self.robust else 0.99 if self.sources else 0.999
 
     @property
     def protected(self) -> bool:
         """Whether all that learns is a LoRA kept off the prompts to preserve, so that it may learn fast."""
-        return self.protected_energy > 0 and self.scope == "esd-x-strict" and self.adapter == "lora"
+        return self.protected_energy > 0 and self.learning_scope == "esd-x-strict" and self.adapter == "lora"
 
     @property
     def easy(self) -> bool:

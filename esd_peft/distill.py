@@ -1,6 +1,7 @@
 """The training loop: batches in, a trained student out."""
 
 import contextlib
+import itertools
 import math
 import signal
 import warnings
@@ -82,12 +83,8 @@ class _Training:
         self.student, self.objective, self.probe = student, objective, probe
         rollout = self.rollout = objective.rollout
         config = rollout.config
-        self.steps = config.max_train_steps or objective.steps
-        self.optimizer = make_optimizer(
-            config.optimizer, student.parameters, config.learning_rate or objective.learning_rate, objective.weight_decay
-        )
-        courses = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": self.steps}
-        self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, **courses)
+        self.steps = sum(objective.parts)
+        self._start_anew(objective.parts[0])
         self.scaler = torch.amp.GradScaler(rollout.device.type, enabled=rollout.dtype == torch.float16)
         # forward, backward (counted as two), and a second forward
         self.passes = 4 if config.gradient_checkpointing else 3
@@ -97,9 +94,24 @@ class _Training:
         self.losses: list[float] = []
         self.unread: list[tuple[Tensor, Tensor]] = []  # each step's loss and timesteps since the last reading
 
+    def _start_anew(self, steps: int) -> None:
+        """A new optimizer, and its learning rate's course over so many steps."""
+        config, objective = self.rollout.config, self.objective
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            self.student.parameters,
+            config.learning_rate or objective.learning_rate,
+            objective.weight_decay,
+        )
+        courses = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
+        self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, **courses)
+
     def take(self, batch: Batch) -> None:
         """One optimizer step."""
         config, rollout = self.rollout.config, self.rollout
+        ends = [*itertools.accumulate(self.objective.parts)]
+        if self.step in ends:
+            self._start_anew(self.objective.parts[ends.index(self.step) + 1])
         total = torch.zeros((), device=rollout.device)
         for part in batch.split(config.micro_batch_size or len(batch)):
             with rollout.autocast():
@@ -149,6 +161,7 @@ class _Training:
             "losses": self.losses,
             "unread": self.unread,
             "before": supply.before,
+            "words": supply.words,
             "curve": self.probe.curve if self.probe else [],
             "forwards": costs.forward_equivalents,
             "tuples": costs.training_tuples,
@@ -160,6 +173,8 @@ class _Training:
         with torch.no_grad():
             for parameter, value in zip(self.student.parameters, values["parameters"], strict=True):
                 parameter.copy_(value)
+        ends = [*itertools.accumulate(self.objective.parts)]
+        self._start_anew(next(part for part, end in zip(self.objective.parts, ends, strict=True) if values["step"] <= end))
         self.optimizer.load_state_dict(values["optimizer"])
         self.schedule.load_state_dict(values["schedule"])
         self.scaler.load_state_dict(values["scaler"])
@@ -170,7 +185,7 @@ class _Training:
             self.probe.curve = [(step, fraction) for step, fraction in values["curve"]]
         self.rollout.costs.forward_equivalents = values["forwards"]
         self.rollout.costs.training_tuples = values["tuples"]
-        return Supply(self.step, values["before"], bank)
+        return Supply(self.step, values["before"], bank, values["words"])
 
 
 @contextlib.contextmanager

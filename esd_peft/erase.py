@@ -36,6 +36,7 @@ from esd_peft.probe import Probe
 from esd_peft.prompt_maps import prompt_maps
 from esd_peft.quantize import load_quantized
 from esd_peft.randomness import generator
+from esd_peft.robust import RobustTarget
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import add_metadata, sha256
@@ -103,7 +104,7 @@ def _run(
         before = gallery.take(denoiser, "before") if config.looks else None
 
     rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
-    objective = _objective(rollout, generator(config.seed, "references"))
+    objective = _objective(rollout, plan)
     with costs.phase("distill"), compiled(denoiser, objective), tracker(config) as report:
         probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
@@ -159,7 +160,7 @@ def _student(
     """What learns, in a denoiser that is on the device now, and what it starts from."""
     if not config.offload:
         place(denoiser, device)
-    learning = scope_modules(backbone, denoiser, config.scope)
+    learning = scope_modules(backbone, denoiser, config.learning_scope)
     here = {name: value.to(denoiser.device) for name, value in embeds.items()}
     maps = prompt_maps(config, plan, backbone, denoiser, here, learning)
     projections, changes = ({kind: value.to(device) for kind, value in found.items()} for found in maps)
@@ -170,8 +171,10 @@ def _student(
     return student
 
 
-def _objective(rollout: Rollout, draws: torch.Generator) -> Objective:
-    return GuidedTarget(rollout) if rollout.config.objective == "esd" else make_contrastive(rollout, draws)
+def _objective(rollout: Rollout, plan: PromptPlan) -> Objective:
+    if rollout.config.objective == "contrastive":
+        return make_contrastive(rollout, generator(rollout.config.seed, "references"))
+    return RobustTarget(rollout, plan) if rollout.config.robust else GuidedTarget(rollout)
 
 
 def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hashes: dict[str, str]) -> None:
@@ -188,7 +191,7 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hash
     }
     text = config.to_yaml()
     digest = hashlib.sha256(text.encode()).hexdigest()
-    metadata = own_metadata(config.concept_names, [config.scope], base, [digest])
+    metadata = own_metadata(config.concept_names, [config.learning_scope], base, [digest])
     with new_directory(config.output, config.overwrite or config.resume) as draft:
         student.save(draft)
         for file in draft.glob("*.safetensors"):

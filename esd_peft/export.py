@@ -105,7 +105,7 @@ def write_kohya_lora(adapter: Path, backbone: Backbone, config: EraseConfig, met
         "ss_base_model_version": layout.version,
         "ss_sd_model_name": metadata["esd_peft.base"],
         "ss_output_name": config.output.name,
-        "ss_training_comment": f"erases {', '.join(config.concept_names)} (scope {config.scope})",
+        "ss_training_comment": f"erases {', '.join(config.concept_names)} (scope {config.learning_scope})",
         **modelspec(backbone, layout, config.output.name, config.concept_names, lora=True),
     }
     new = [

@@ -10,7 +10,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -63,6 +63,7 @@ class Supply:
     taken: int
     before: Tensor | None = None  # the generator's state before the bank was filled
     bank: dict[str, Tensor] | None = None  # the bank, and the generator's state after it; none: to be filled again
+    words: list[dict[str, Tensor]] = field(default_factory=list)  # that were found (`esd_peft.robust`)
 
 
 class Objective(ABC):
@@ -84,6 +85,11 @@ class Objective(ABC):
     @abstractmethod
     def steps(self) -> int:
         """Optimizer steps it takes."""
+
+    @property
+    def parts(self) -> list[int]:
+        """The steps that are taken, the config's or else these; after each part the optimizer starts anew."""
+        return [self.rollout.config.max_train_steps or self.steps]
 
     @property
     def batch_size(self) -> int:
@@ -227,7 +233,7 @@ def ask(tuples: Bank, table: PairTable, erasing: int, neutral: list[bool]) -> Ba
     with its prompt, the target being e_concept (η = −1). Without any the prediction without the concept moves along with
     the one that names it, and classifier-free guidance, which amplifies their difference, undoes part of the erasure.
     """
-    rows, etas, weights = table.prompts[tuples.pairs], table.etas[tuples.pairs], table.weights[tuples.pairs]
+    rows, etas, weights = table.asked[tuples.pairs], table.etas[tuples.pairs], table.weights[tuples.pairs]
     anchor = None if table.anchors is None else tuples.teacher[2]
     if neutral:
         asks_neutral = send(torch.tensor(neutral), tuples.pairs.device)

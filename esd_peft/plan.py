@@ -18,6 +18,7 @@ from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.errors import UserError
 from esd_peft.memory import metered, weight_bytes
 from esd_peft.objectives import GuidedTarget, bank_shape, held_samples
+from esd_peft.robust import round_forwards, steps_of_rounds
 from esd_peft.units import parse_bytes
 
 META = torch.device("meta")
@@ -74,7 +75,7 @@ class Sizes:
 
     def __init__(self, config: EraseConfig, backbone: Backbone, dtype: torch.dtype) -> None:
         self.backbone, self.dtype, self.prompts = backbone, dtype, plan_prompts(config)
-        self.encoders, embeds = self._encoding()
+        self.encoders, self.attacking, embeds = self._encoding()
         self.embeds = sum(value.numel() * value.element_size() for value in embeds.values()) * len(self.prompts.texts)
         self.width = max(value.shape[-1] for value in embeds.values())
         denoiser = backbone.empty_denoiser().to(torch.float32 if config.adapter == "none" else dtype)
@@ -95,16 +96,17 @@ class Sizes:
         """Bytes that a training step of one sample, and of two, needs besides weights."""
         return [self._work(count, learns=True, checkpointing=checkpointing) for count in (1, 2)]
 
-    def _encoding(self) -> tuple[int, PromptEmbeds]:
-        """Bytes of the text encoders and what they need at work; the embeddings of one prompt."""
+    def _encoding(self) -> tuple[int, int, PromptEmbeds]:
+        """Bytes of the text encoders and what they need at work, in turns where they are large, and together; the
+        embeddings of one prompt."""
         pipe = self.backbone.assemble(self.backbone.text_parts, self.dtype, empty=True)
         encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         with metered(*encoders) as meter, torch.no_grad():
             embeds = self.backbone.encode_prompts(pipe, ["a picture"] * min(ENCODE_BATCH, len(self.prompts.texts)), META)
         largest, together = encoder_bytes(pipe)
-        return (together if together <= TOGETHER else largest) + meter.peak, {
-            name: value[:1].clone() for name, value in embeds.items()
-        }
+        in_turns = together if together <= TOGETHER else largest
+        one = {name: value[:1].clone() for name, value in embeds.items()}
+        return in_turns + meter.peak, together + meter.peak, one
 
     def _decoding(self, latents: Tensor) -> int:
         """Bytes of the VAE and what it needs to draw one picture."""
@@ -135,10 +137,14 @@ class Sizes:
             pictures = min(config.rollout_batch_size, config.eval_seeds * (len(config.concept) + 3))
             phases["evaluate"] = working + max(self.drawing, _line(self.running, 2 * pictures))
         train_steps = config.max_train_steps or config.guided_steps
-        fills = -(-train_steps // (config.steps_per_bank or train_steps))
+        parts = steps_of_rounds(train_steps, config.robust)
+        if config.robust:
+            phases["attack"] = working + self.attacking + _line(training, batch)
+        fills = sum(-(-part // (config.steps_per_bank or part)) for part in parts)
         kept = (trajectories + preserving) * min(steps, keep or steps)
         forwards = fills * (trajectories + preserving) * steps * rows
         forwards += train_steps * batch * (4 if config.gradient_checkpointing else 3)
+        forwards += config.robust * len(config.concept) * round_forwards(steps, rows)
         return Plan(config, phases, kept * self.latents * (1 + rows) * self.dtype.itemsize, forwards)
 
 

@@ -30,6 +30,7 @@ class PairTable:
 
     embeds: PromptEmbeds
     prompts: Tensor  # [P] int64, the row that names the concept
+    asked: Tensor  # [P] int64, the row that the student is asked in its place: mostly the same
     neutrals: Tensor  # [P] int64
     anchors: Tensor | None  # [P] int64, where some pair has an anchor; pairs without one name their neutral row
     etas: Tensor  # [P] fp32
@@ -48,6 +49,7 @@ def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
     return PairTable(
         {name: value[: len(plan.paired_texts)].clone() for name, value in embeds.items()},
         torch.tensor([row[p.prompt] for p in pairs], device=device),
+        torch.tensor([row[p.asked] for p in pairs], device=device),
         torch.tensor([row[p.neutral] for p in pairs], device=device),
         torch.tensor(anchors, device=device) if any(p.anchor is not None for p in pairs) else None,
         torch.tensor([p.eta for p in pairs], device=device),

@@ -15,6 +15,7 @@ from esd_peft.attacks.prompts import Prompts
 from esd_peft.attacks.textual_inversion import TextualInversion
 from esd_peft.attacks.victim import Victim, load_encoders
 from esd_peft.backbones import PromptEmbeds
+from esd_peft.concepts import spread
 from esd_peft.errors import UserError
 from esd_peft.evaluation import result
 from esd_peft.evaluation.album import Album
@@ -24,7 +25,7 @@ from esd_peft.evaluation.models import Comparison, Model
 from esd_peft.evaluation.picture_files import picture_files, read_pictures, to_pixels
 from esd_peft.evaluation.pictures import EncodedPrompts, Place, picture_batches, to_image
 from esd_peft.evaluation.rates import Change, Rate
-from esd_peft.evaluation.suites import Prompt, Roles, Suite, spread
+from esd_peft.evaluation.suites import Prompt, Roles, Suite
 from esd_peft.randomness import generator
 
 

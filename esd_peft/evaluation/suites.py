@@ -5,17 +5,16 @@ import itertools
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esd_peft.concepts import TEMPLATES, everyday_prompts, names
+from esd_peft.concepts import TEMPLATES, everyday_prompts, names, spread
 from esd_peft.errors import UserError
 from esd_peft.shapes import world
 
-Item = TypeVar("Item")
 EVERYDAY = 24  # of the built-in prompts, in suite concept
 _FOLDER = files("esd_peft.evaluation") / "suites"
 
@@ -160,13 +159,6 @@ def _local(source: str) -> Path:
     except Exception as error:  # the hub's errors are of many kinds: offline, no such file, no access
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({reason})") from None
-
-
-def spread(items: list[Item], count: int | None) -> list[Item]:
-    """`count` of the items, evenly spread; all where there are no more."""
-    if count is None or count >= len(items):
-        return items
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def ask(suite: Suite, concepts: list[str], source: str | None, limit: int | None) -> tuple[list[Prompt], "Roles"]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esd_peft import EraseConfig, erase
+from esd_peft import EraseConfig, erase, robust
 from esd_peft.distill import _Training
 from esd_peft.errors import UserError
 
@@ -52,6 +52,8 @@ VARIANTS = [
     {"optimizer": "AdamW8bit", "adapter": "none", "scope": "esd-x", "learning_rate": 1e-3},
     {"dtype": "bfloat16", "until": -0.99, "lr_scheduler": "linear", "lr_warmup_steps": 2},
     {"objective": "contrastive", "num_inference_steps": None, "trajectories": None, "learning_rate": 1e-3},
+    {"robust": 1},
+    {"robust": 1, "refill_every": 2},
 ]
 
 
@@ -60,8 +62,11 @@ def adapter(folder):
     return load_file(folder / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize(("step", "options"), [(2, {}), (7, {}), (4, VARIANTS[1]), *((5, options) for options in VARIANTS)])
-def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, options, step):
+@pytest.mark.parametrize(
+    ("step", "options"), [(2, {}), (7, {}), (4, VARIANTS[1]), (3, {"robust": 1}), *((5, options) for options in VARIANTS)]
+)
+def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, options, step):
+    monkeypatch.setattr(robust, "STEPS", 2)
     whole = erase(config(small_sd, tmp_path / "whole", **options))
     stopped_at(step, config(small_sd, tmp_path / "parts", **options))
     assert not (tmp_path / "parts").exists()

@@ -84,7 +84,8 @@ def test_a_budget_leaves_what_the_config_sets_itself(small_sd):
         make_plan(EraseConfig(concept="circle", model=str(small_sd), device="cpu", **options), open_backbone(str(small_sd)))
 
 
-def test_forwards_and_bank_are_those_of_the_run(small_sd, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"robust": 1, "max_train_steps": 3}])
+def test_forwards_and_bank_are_those_of_the_run(small_sd, tmp_path, options):
     config = EraseConfig(
         concept="circle",
         model=str(small_sd),
@@ -94,7 +95,7 @@ def test_forwards_and_bank_are_those_of_the_run(small_sd, tmp_path):
         num_inference_steps=3,
         trajectories=5,
         preserve="a square",
-        max_train_steps=2,
+        **{"max_train_steps": 2} | options,
     )
     result = erase(config)
     assert make_plan(config, open_backbone(str(small_sd))).forward_equivalents == result["forward_equivalents"]
