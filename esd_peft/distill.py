@@ -74,6 +74,7 @@ def distill(
             if checkpoints is not None and (interrupted or training.step % checkpoints.every == 0):
                 checkpoints.save(training.step, *training.state())
             if interrupted:
+                distributed.any_of(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
                 raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
     if config.gradient_checkpointing:
         student.denoiser.disable_gradient_checkpointing()
