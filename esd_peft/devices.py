@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from esd_peft import distributed
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 
@@ -12,7 +13,8 @@ from esd_peft.errors import UserError
 def resolve_device(name: str) -> torch.device:
     """The device that `--device` names. Raises `UserError` if this machine does not have it."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = distributed.own_device(name)
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -15,6 +15,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from esd_peft import distributed
 from esd_peft.adapters import Student
 from esd_peft.checkpoint import Checkpoints
 from esd_peft.errors import UserError
@@ -51,15 +52,19 @@ def distill(
     config = objective.rollout.config
     training = _Training(student, objective, probe)
     supply = None
-    if checkpoints is not None and config.resume:
-        supply = training.restore(*checkpoints.load())
+    if config.resume:
+        supply = training.restore(*distributed.from_first(checkpoints and checkpoints.load()))
     elif probe is not None:
         probe.measure(0)
     batches = objective.batches(generator, supply)
-    with tqdm(total=training.steps, initial=training.step, desc="distill") as bar, _interrupts() as interrupted:
+    with (
+        tqdm(total=training.steps, initial=training.step, desc="distill", disable=not distributed.first()) as bar,
+        _interrupts() as seen,
+    ):
         while training.step < training.steps:
             training.take(next(batches))
-            enough = probe is not None and training.step % EVERY == 0 and probe.enough(training.step)
+            enough = probe is not None and training.step % EVERY == 0 and distributed.any_of(probe.enough(training.step))
+            interrupted = distributed.any_of(bool(seen))
             done = enough or training.step == training.steps
             if training.step % LOSS_EVERY == 0 or done:
                 report(training.read_loss(), training.step)
@@ -70,6 +75,7 @@ def distill(
             if checkpoints is not None and (interrupted or training.step % checkpoints.every == 0):
                 checkpoints.save(training.step, *training.state())
             if interrupted:
+                distributed.any_of(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
                 raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
     if config.gradient_checkpointing:
         student.denoiser.disable_gradient_checkpointing()
@@ -113,13 +119,15 @@ class _Training:
         if self.step in ends:
             self._start_anew(self.objective.parts[ends.index(self.step) + 1])
         total = torch.zeros((), device=rollout.device)
-        for part in batch.split(config.micro_batch_size or len(batch)):
+        for part in batch.split(config.micro_batch_size or len(batch), distributed.share(len(batch))):
             with rollout.autocast():
                 inputs = part.inputs.to(rollout.dtype)
                 prediction = rollout.backbone.predict(self.student.denoiser, inputs, part.timesteps, part.embeds)
             loss = self.objective.loss(prediction, part) * (len(part) / len(batch))
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        if distributed.size() > 1:
+            self._add_up(total)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.student.parameters, config.max_grad_norm)
         with warnings.catch_warnings():
@@ -133,6 +141,13 @@ class _Training:
         rollout.costs.forward_equivalents += self.passes * len(batch)
         rollout.costs.training_tuples += batch.erasing
         self.step += 1
+
+    def _add_up(self, loss: Tensor) -> None:
+        """Each process's share of a batch is weighted by its size already: what is left is to sum."""
+        for parameter in self.student.parameters:
+            if parameter.grad is None:  # its share is empty
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.add_up([loss, *(p.grad for p in self.student.parameters if p.grad is not None)])
 
     def read_loss(self) -> dict[str, float]:
         """The mean since the last reading, added to `losses`. Raises `UserError` if one is not a number."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from esd_peft import __version__
+from esd_peft import __version__, distributed
 from esd_peft.adapters import Student, make_student, scope_modules
 from esd_peft.backbones import Backbone, PromptEmbeds, open_backbone
 from esd_peft.checkpoint import Checkpoints
@@ -48,8 +48,9 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     Returns what `result.json` holds: the rates before and after (embedded pipeline), losses, seconds and peak memory
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
+    distributed.start()
     result = _erase(config)
-    if config.evaluate:  # what training held is free again
+    if config.evaluate and distributed.first():  # what training held is free again
         found = evaluate(_evaluation(config, result["config"]))
         if found.accuracies is not None:
             result["concepts"], result["others"] = found.accuracies.shares
@@ -60,14 +61,15 @@ def erase(config: EraseConfig) -> dict[str, Any]:
 
 def _erase(config: EraseConfig) -> dict[str, Any]:
     inputs = [Path(p) for p in (config.model, config.preserve_file, config.reference) if p is not None]
-    check_output(config.output, config.overwrite or config.resume, inputs)
+    if distributed.first():
+        check_output(config.output, config.overwrite or config.resume, inputs)
     check_tracker(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)
     backbone = open_backbone(config.model, options=config)
     if device.type == "cuda" or config.memory_budget != "auto":
-        config = within_budget(config, backbone)
+        config = distributed.from_first(within_budget(config, backbone))
     if config.model is None:
         _check_concepts(backbone, config)
     plan = plan_prompts(config)
@@ -75,6 +77,9 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
         for pair in plan.preserve:
             _check_words(backbone, "--preserve", pair.prompt)
     hashes = {file.name: sha256(file) for file in backbone.denoiser_files()}
+    if not distributed.first():  # the first process takes the pictures and writes
+        quiet = config.model_copy(update={"eval_seeds": 0, "report_to": "none"})
+        return _run(quiet, backbone, plan, device, dtype, None)
     with Checkpoints(config, hashes) as checkpoints:
         return _run(config, backbone, plan, device, dtype, checkpoints)
 
@@ -85,7 +90,7 @@ def _run(
     plan: PromptPlan,
     device: torch.device,
     dtype: torch.dtype,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, Any]:
     costs = Costs(device)
     with costs.phase("encode"):
@@ -109,8 +114,9 @@ def _run(
         probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
         losses = distill(student, objective, bank, probe, report, checkpoints)
-    with costs.phase("save"):
-        save_adapter(student, backbone, config, checkpoints.base)
+    if checkpoints is not None:
+        with costs.phase("save"):
+            save_adapter(student, backbone, config, checkpoints.base)
 
     concepts: Shares = {}
     others: Shares = {}
@@ -133,7 +139,8 @@ def _run(
         "config": config.model_dump(mode="json"),
         "version": __version__,
     }
-    _write(config, result)
+    if checkpoints is not None:
+        _write(config, result)
     return result
 
 

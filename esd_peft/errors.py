@@ -1,5 +1,7 @@
 """The one exception for what a user can mend: its text is one sentence that names the option and the fix."""
 
+import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -15,11 +17,20 @@ def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written goes away then too
+    from esd_peft import distributed  # which raises `UserError` itself
+
     try:
-        main()
+        distributed.start()
+        with contextlib.ExitStack() as stack:
+            if not distributed.first():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            main()
+        distributed.stop()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.first_to_fail():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
-        print(f"interrupted {why}" if why.args else "interrupted: nothing unfinished was kept", file=sys.stderr)
+        if distributed.first_to_fail():
+            print(f"interrupted {why}" if why.args else "interrupted: nothing unfinished was kept", file=sys.stderr)
         sys.exit(130)

@@ -40,11 +40,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def split(self, size: int) -> Iterator["Batch"]:
-        """The same samples, up to `size` at a time."""
+    def split(self, size: int, of: range) -> Iterator["Batch"]:
+        """The samples `of` it, up to `size` at a time."""
         sides = self.teacher.unflatten(0, (2, -1))
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
+        for start in of[::size]:
+            part = slice(start, min(start + size, of.stop))
             yield Batch(
                 self.inputs[part],
                 self.timesteps[part],

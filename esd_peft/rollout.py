@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 from tqdm import tqdm
 
+from esd_peft import distributed
 from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
 from esd_peft.concepts import PromptPlan
@@ -147,7 +148,8 @@ class Rollout:
             some = torch.randperm(len(erasing), generator=generator)[: round(config.anticipate * len(erasing))]
             anticipating[erasing[some]] = True
         parts = zip(noise.split(size), anticipating.split(size), pairs.split(size), strict=True)
-        with tqdm(total=-(-count // size) * self.num_inference_steps, desc="rollout", disable=not progress) as bar:
+        shown = progress and distributed.first()
+        with tqdm(total=-(-count // size) * self.num_inference_steps, desc="rollout", disable=not shown) as bar:
             return join([self._trajectories(n, a, p, generator, keep, bar) for n, a, p in parts])
 
     @torch.no_grad()
@@ -205,16 +207,23 @@ class Rollout:
 
     def _predict(self, inputs: Tensor, timestep: Tensor, pairs: Tensor, anchored: bool = True) -> Tensor:
         """e_null, e_concept and, where a pair has one, e_anchor, as one batch: `[2 or 3, M, ...]`."""
-        table = self.table
+        table, count = self.table, len(pairs)
+        own = slice((part := distributed.share(count)).start, part.stop)  # of the trajectories; the others' come back below
+        inputs, pairs = inputs[own], pairs[own]
         rows = [table.neutrals[pairs], table.prompts[pairs]]
         if table.anchors is not None and anchored:
             rows.append(table.anchors[pairs])
         repeated = inputs.to(self.dtype).repeat(len(rows), *[1] * (inputs.dim() - 1))
         with self.autocast():
             embeds = pick(table.embeds, torch.cat(rows))
-            prediction = self.backbone.predict(self.denoiser, repeated, timestep.expand(len(repeated)), embeds)
-        self.costs.forward_equivalents += len(repeated)
-        return prediction.unflatten(0, (len(rows), len(pairs)))
+            prediction = self._run(repeated, timestep, embeds)
+        self.costs.forward_equivalents += len(rows) * count
+        return distributed.gather(prediction.unflatten(0, (len(rows), len(pairs))), count, dim=1)
+
+    def _run(self, inputs: Tensor, timestep: Tensor, embeds: PromptEmbeds) -> Tensor:
+        if not len(inputs):  # more processes than trajectories
+            return inputs
+        return self.backbone.predict(self.denoiser, inputs, timestep.expand(len(inputs)), embeds)
 
     def _tuples(self, inputs: Tensor, timestep: Tensor, answer: Tensor, pairs: Tensor) -> Bank:
         kept = (inputs.to(self.dtype), timestep.expand(len(pairs)), answer.to(self.dtype), pairs)

@@ -1,0 +1,136 @@
+"""More than one process: `accelerate launch` starts them, each does its share of every rollout and of every batch.
+
+All of them make the same random draws and hold the same bank, student and optimizer. The first one writes and speaks. With
+one process nothing here does anything, and `torch.distributed` is not started.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from esd_peft.errors import UserError
+
+PATIENCE = timedelta(minutes=30)  # with a process that lives but does not answer: the first one may be taking pictures
+_store: Store | None = None  # what the processes tell each other outside of collectives: who has failed first
+
+
+def start() -> None:
+    """Join the processes that the launcher's environment tells of, once; nothing where there is one."""
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+        return
+    global _store
+    with _together():
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        _store, *_ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=PATIENCE)
+
+
+def stop() -> None:
+    """Take leave of the others, at the end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has failed before: the one that says why. To be asked once."""
+    if _store is None:
+        return True
+    with contextlib.suppress(RuntimeError):  # the store went with the launcher, or with the first process
+        return _store.add("esd_peft/failed", 1) == 1
+    return first()
+
+
+def own_device(name: str) -> str:
+    """The device `name` for this process: its own GPU of the machine. Raises `UserError` if there are too few."""
+    if size() == 1 or not name.startswith("cuda"):
+        return name
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if ":" in name:
+        raise UserError(f"--device {name} is one GPU, and there are {size()} processes; use cuda, and each takes its own")
+    if local >= there:
+        raise UserError(f"--device {name}: PyTorch sees {there} CUDA devices, too few for the processes; launch {there}")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(count: int) -> range:
+    """Which of `count` things are this process's; the shares differ by one at most, and may be empty."""
+    if size() == 1:
+        return range(count)
+    rank = dist.get_rank()
+    return range(rank * count // size(), (rank + 1) * count // size())
+
+
+def gather(own: Tensor, count: int, dim: int) -> Tensor:
+    """The shares of all processes, in order, along `dim`; `count` in all. Each gets the same bits."""
+    if size() == 1:
+        return own
+    largest = -(-count // size())
+    padded = own.new_zeros(largest, *own.transpose(0, dim).shape[1:])
+    padded[: own.shape[dim]] = own.transpose(0, dim)
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    with _together():
+        dist.all_gather(parts, padded)
+    lengths = [(r + 1) * count // size() - r * count // size() for r in range(size())]
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).transpose(0, dim).contiguous()
+
+
+def add_up(values: list[Tensor]) -> None:
+    """Replace each by its sum over the processes."""
+    if size() > 1:
+        with _together():
+            for work in [dist.all_reduce(value, async_op=True) for value in values]:
+                work.wait()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so for some process: what all of them are to do at the same step."""
+    if size() == 1:
+        return flag
+    told = torch.tensor(int(flag))
+    with _together():
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value."""
+    if size() == 1:
+        return value
+    told = [value]
+    with _together():
+        dist.broadcast_object_list(told, device=torch.device("cpu"))
+    return told[0]
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Raises `UserError` if a process that took part in it has died, or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            "another process of this run has died or does not answer; see what it said and whether its machine ran out of "
+            "memory, then add --resume to go on from the last checkpoint, if there is one"
+        ) from None
