@@ -45,6 +45,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "hypothesis>=6.100",
             "pytest-cov>=6",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -10,6 +10,10 @@ import transformers
 class UserError(Exception):
     """Bad input. Commands print the sentence and exit with 2; Python callers catch it."""
 
+    def __init__(self, sentence: str) -> None:
+        """One line, whatever the names and files hold that it quotes."""
+        super().__init__("".join(char if char.isprintable() else " " for char in sentence))
+
 
 def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2."""
