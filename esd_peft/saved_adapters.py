@@ -34,6 +34,7 @@ _Base = TypedDict(
         "checkpoint_config": str | None,
         "class": str,
         "denoiser_sha256": dict[str, str],
+        "files": dict[str, str],  # the adapter's own, with their hashes
     },
     total=False,
 )
@@ -87,6 +88,13 @@ class Adapter(ABC):
         self.config = _read_map(path / "config.yaml", read_yaml, _Config)
         self.result = _read_map(path / "result.json", read_json, _Result)
 
+    def _as_saved(self, name: str) -> Path:
+        """The adapter's file. Raises `UserError` if its bits are not those that `base.json` knows."""
+        path, known = self.path / name, self.base.get("files", {}).get(name)
+        if known and isfile(path) and sha256(path) != known:
+            raise UserError(f"{path} is damaged: it is not what was saved; restore it, or remove base.json and name --base")
+        return path
+
     @property
     def config_sha256(self) -> str:
         """The hash of the config that made it; empty where another tool did."""
@@ -130,7 +138,7 @@ class _SavedPeft(Adapter):
             raise UserError(f"--adapter {path}: {peft.utils.CONFIG_NAME} is damaged ({error}); restore it") from None
         if self.peft.is_prompt_learning or getattr(self.peft, "megatron_config", None):  # would load a tokenizer, or code
             raise UserError(f"--adapter {path} does not change weights alone, as LoRA does; name one that does")
-        self.tensors = read_tensors(path / peft.utils.SAFETENSORS_WEIGHTS_NAME)
+        self.tensors = read_tensors(self._as_saved(peft.utils.SAFETENSORS_WEIGHTS_NAME))
 
     def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
         modules = dict(denoiser.named_modules())
@@ -200,7 +208,7 @@ class _SavedWeights(Adapter):
     adds: ClassVar[bool] = False
 
     def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
-        saved = open_tensors(self.path / WEIGHTS_FILE)
+        saved = open_tensors(self._as_saved(WEIGHTS_FILE))
         shapes = {name: [*p.shape] for name, p in denoiser.named_parameters()}
         for name, entry in saved.entries.items():
             if shapes.get(name) != entry["shape"]:

@@ -231,7 +231,8 @@ LORA_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules", "use_dora", "me
 ADAPTER_FILES = {
     "adapter_config.json": as_json(maps(*LORA_FIELDS).map(LORA.__or__) | VALUES),
     "base.json": as_json(
-        maps("model", "class", "revision", "variant", "denoiser_sha256", "checkpoint_config").map(BASE.__or__) | VALUES
+        maps("model", "class", "files", "revision", "variant", "denoiser_sha256", "checkpoint_config").map(BASE.__or__)
+        | VALUES
     ),
     "config.yaml": SOUP | as_json(maps(*EraseConfig.model_fields)),
     "result.json": as_json(maps("concepts", "others")),
