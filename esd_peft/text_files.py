@@ -53,6 +53,14 @@ class _PlainLoader(yaml.SafeLoader):
         value.encode()  # as for JSON
         return value
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)
+        str(value)  # Python prints no number of more than 4300 digits
+        return value
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+
 
 def _text(path: Path | Traversable) -> str:
     try:

@@ -50,7 +50,7 @@ YAML_WORDS = st.sampled_from(
     ["concept", "seed", "rank", "prompts", "circle", ": ", "\n", "  ", "- ", "[", "]", "{", "}", ", ", "&a ", "*a", "<<",
      "? ", "!!int ", "!!bool ", "!!float ", "!!timestamp ", "!!binary ", "!!set ", "!!omap ", "!!python/name:os.system ",
      "2001-13-40", "'", '"', "\\ud800", "0x", "0b_", "1:99", ".nan", "9" * 5000, "|", ">", "%YAML 9.9", "---",
-     "\t", "\0", "é", "[" * 3000]
+     "\t", "\0", "é", "[" * 3000, "0x" + "f" * 5000]
 )  # fmt: skip
 SOUP = st.lists(YAML_WORDS, max_size=12).map("".join).map(lambda text: text.encode("utf-8"))
 
@@ -139,7 +139,7 @@ def read(folder, reader):
             reader()
         except UserError as error:
             said = str(error)
-            assert said and "\n" not in said and len(said) < 10_000
+            assert said and "\n" not in said and len(said) <= 2000
             said.encode()
 
 
