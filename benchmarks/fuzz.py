@@ -52,8 +52,9 @@ def main() -> int:
     print(json.dumps(counts.readers, indent=2))
     if given.output:
         results = json.loads(given.output.read_text()) if given.output.is_file() else {}
-        results.setdefault("fuzz", {})["command"] = "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
-        results["fuzz"].setdefault("readers", {}).update(counts.readers)
+        command = "python " + shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+        found = {name: {"command": command, **count} for name, count in counts.readers.items()}
+        results["fuzz"] = results.get("fuzz", {}) | found
         given.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return code
 
