@@ -46,6 +46,7 @@ setup(
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
+            "pip-audit>=2.7",
             "pytest-cov>=6",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
