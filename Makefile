@@ -1,11 +1,15 @@
 # Short names for the commands in CONTRIBUTING.md.
-.PHONY: test coverage lint types bench docs
+.PHONY: test coverage audit lint types bench docs
 
 test:
 	pytest
 
 coverage:
 	OMP_NUM_THREADS=1 pytest -n 2 --cov --ignore tests/esd_peft/test_compilation.py
+
+audit:
+	pip check
+	pip-audit --skip-editable
 
 lint:
 	ruff check .

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ from torch import Tensor
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.outputs import new_file
+from esd_peft.text_files import UnreadableError, parse_json
 
+_BANK = re.compile(r"bank-[0-9a-f]{16}\.safetensors")
 # what may differ between a run and its resumption: it changes nothing in the adapter
 _FREE = {"output", "overwrite", "resume", "plan", "checkpoint_every", "report_to", "eval_seeds", "memory_budget"}
 
@@ -88,16 +91,22 @@ class Checkpoints:
         """
         path = max(self._steps())
         tensors, values = _read(path)
-        if values is None:
-            raise UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
-        changed = [key for key, value in self.config.items() if values["config"].get(key) != value]
+        damaged = UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
+        try:
+            config, base, bank_name = values["config"], values["base"], values["bank"]
+            state = _put_together(values["state"], tensors)
+            if not isinstance(config, dict) or not isinstance(state, dict) or (bank_name and not _BANK.fullmatch(bank_name)):
+                raise damaged
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise damaged from None
+        changed = [key for key, value in self.config.items() if config.get(key) != value]
         if changed:
-            said = ", ".join(f"{key.replace('_', '-')} was {values['config'].get(key)}" for key in changed)
+            said = ", ".join(f"{key.replace('_', '-')} was {config.get(key)}" for key in changed)
             raise UserError(f"--resume: the config has changed: {said}; use that, or --overwrite to start anew")
-        if values["base"] != self.base:
+        if base != self.base:
             raise UserError("--resume: the model's files have changed since; restore them, or --overwrite to start anew")
-        bank = _read(self.folder / values["bank"])[0] if values["bank"] else None
-        return _put_together(values["state"], tensors), bank or None
+        bank = _read(self.folder / bank_name)[0] if bank_name else None
+        return state, bank or None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -119,28 +128,29 @@ class Checkpoints:
     def _write(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         with _writable(self.folder), new_file(self.folder / name) as draft:
-            save_file(tensors, draft, {"values": json.dumps(values), "sha256": _digest(tensors)})
+            text = json.dumps(values)
+            save_file(tensors, draft, {"values": text, "sha256": _digest(tensors, text)})
             _sync(draft)
         _sync(self.folder)  # so that the new name is on the disk before the old file goes
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Tensors and values of a file; nothing and none if it is not what was written."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             header = file.metadata()
-        if header["sha256"] == _digest(tensors):
-            return tensors, json.loads(header["values"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        if header["sha256"] == _digest(tensors, header["values"]):
+            return tensors, parse_json(header["values"])
+    except (SafetensorError, UnreadableError, OSError, ValueError, KeyError, TypeError):
         pass
     return {}, None
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], values: str = "") -> str:
+    digest = hashlib.sha256(values.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {[*tensors[name].shape]}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

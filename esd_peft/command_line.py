@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import re
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -12,9 +13,12 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from esd_peft import text_files
 from esd_peft.errors import UserError
 
 Config = TypeVar("Config", bound="CommandConfig")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 class CommandConfig(BaseModel):
@@ -71,11 +75,9 @@ def parse(config: type[Config], command: str, argv: list[str] | None = None) -> 
 def read_yaml(path: Path, config: type[CommandConfig]) -> dict[str, Any]:
     """The fields in a YAML file. Raises `UserError` if it cannot be read or names a field that is not there."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = text_files.read_yaml(path)
+    except text_files.UnreadableError as error:
         raise UserError(f"--config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must be a YAML map of options, as --print-config prints it")
     for key in values:
@@ -123,7 +125,7 @@ def _sentence(error: ValidationError, field: str | None = None) -> str:
     if first["type"] == "missing":
         return f"{option} is missing"
     message = message[0].lower() + message[1:]
-    return f"{option}: {message}" + ("" if first["input"] in ([], "", None) else f" (got {first['input']!r})")
+    return f"{option}: {message}" + ("" if first["input"] in ([], "", None) else f" (got {_SHORT.repr(first['input'])})")
 
 
 def _unboxed(text: str) -> str:

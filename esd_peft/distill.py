@@ -103,20 +103,15 @@ class _Training:
     def _start_anew(self, steps: int) -> None:
         """A new optimizer, and its learning rate's course over so many steps."""
         config, objective = self.rollout.config, self.objective
-        self.optimizer = make_optimizer(
-            config.optimizer,
-            self.student.parameters,
-            config.learning_rate or objective.learning_rate,
-            objective.weight_decay,
-        )
+        lr = config.learning_rate or objective.learning_rate
+        self.optimizer = make_optimizer(config.optimizer, self.student.parameters, lr, objective.weight_decay)
         courses = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
         self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, **courses)
 
     def take(self, batch: Batch) -> None:
         """One optimizer step."""
         config, rollout = self.rollout.config, self.rollout
-        ends = [*itertools.accumulate(self.objective.parts)]
-        if self.step in ends:
+        if self.step in (ends := [*itertools.accumulate(self.objective.parts)]):
             self._start_anew(self.objective.parts[ends.index(self.step) + 1])
         total = torch.zeros((), device=rollout.device)
         for part in batch.split(config.micro_batch_size or len(batch), distributed.share(len(batch))):

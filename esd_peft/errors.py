@@ -2,15 +2,27 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 
 import transformers
 
+_TOKEN = re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}")  # of the hub
+
+_LONG = 2000  # characters; more than that is a file's
+
 
 class UserError(Exception):
     """Bad input. Commands print the sentence and exit with 2; Python callers catch it."""
+
+    def __init__(self, sentence: str) -> None:
+        """One line without the hub's token, whatever the names, files and libraries hold that it quotes."""
+        sentence = _TOKEN.sub("***", sentence)
+        if secret := os.environ.get("HF_TOKEN"):
+            sentence = sentence.replace(secret, "***")
+        super().__init__("".join(char if char.isprintable() else " " for char in sentence[:_LONG]))
 
 
 def run_command(main: Callable[[], object]) -> None:

@@ -1,6 +1,7 @@
 """The README.md of a merged model: licence passed on, what was erased, from what, how, and what evaluation said."""
 
 import re
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def public_config(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in _LOCAL and value not in (None, [])}
     if kept.get("model"):
         path = Path(kept["model"])
-        kept["model"] = path.name if path.is_absolute() or path.exists() else kept["model"]
+        kept["model"] = path.name if path.is_absolute() or exists(path) else kept["model"]
     return kept
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection
+from os.path import exists, isfile  # false for a name that is too long, where Path raises
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from huggingface_hub import constants, errors, hf_hub_download, snapshot_downloa
 from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.outputs import new_directory
+from esd_peft.text_files import UnreadableError, read_json
 
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
 INDEX = "model_index.json"
@@ -39,8 +41,8 @@ def local_pipeline(
     for what is not there or not safe.
     """
     path = Path(model)
-    is_file = path.is_file() or path.suffix in CHECKPOINTS
-    on_hub = not is_file and not path.exists() and _HUB_ID.fullmatch(model) is not None
+    is_file = isfile(path) or path.suffix in CHECKPOINTS
+    on_hub = not is_file and not exists(path) and _HUB_ID.fullmatch(model) is not None
     _refuse_idle_options(options, on_hub, is_file)
     if is_file:
         return _from_checkpoint(path, options, option, known)
@@ -73,12 +75,16 @@ def hub_id(path: Path) -> str | None:
 
 def read_index(path: Path, option: str, known: Collection[str]) -> dict[str, Any]:
     """The `model_index.json` in `path`. Raises `UserError` if it is not there, damaged, or of a class not `known`."""
-    if not (path / INDEX).is_file():
+    if not isfile(path / INDEX):
         raise UserError(f"{option} {path} is not a diffusers pipeline directory: it has no {INDEX}")
     try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        index = read_json(path / INDEX)
         name = index["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError):
+        parts = [value for value in index.values() if isinstance(value, list)]
+        pairs = all(len(part) == 2 and {*map(type, part)} in ({str}, {type(None)}) for part in parts)
+        if not (pairs and isinstance(name, str)):
+            raise UnreadableError("a part is [library, class] or [null, null], and the pipeline's class a name")
+    except (UnreadableError, KeyError, TypeError, AttributeError):
         raise UserError(f"{option} {path}: {INDEX} is damaged; restore it") from None
     if name not in known:
         raise UserError(f"{option} {path} is a {name}; the families known here are {', '.join(known)}")
@@ -162,7 +168,7 @@ def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option:
 
 def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Collection[str]) -> tuple[Path, dict[str, Any]]:
     """A single-file checkpoint as a directory, through diffusers' own converter."""
-    if not path.is_file():
+    if not isfile(path):
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
     if path.suffix != ".safetensors" and not options.allow_pickle:
         raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")

@@ -1,25 +1,58 @@
 """Adapter directories, read back to be merged: how each changes the base weights."""
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
 import torch
-import yaml
 from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.adapters import WEIGHTS_FILE
 from esd_peft.errors import UserError
+from esd_peft.text_files import UnreadableError, read_json, read_yaml
 from esd_peft.weights import TensorFile, open_tensors, read_tensors, sha256
 
 _PEFT_PREFIX = "base_model.model."
+
+
+# what is read of an adapter's files, with its type; they may hold more
+_Base = TypedDict(
+    "_Base",
+    {
+        "model": str | None,
+        "revision": str | None,
+        "variant": str | None,
+        "checkpoint_config": str | None,
+        "class": str,
+        "denoiser_sha256": dict[str, str],
+        "files": dict[str, str],  # the adapter's own, with their hashes
+    },
+    total=False,
+)
+
+
+class _Config(TypedDict, total=False):
+    model: str | None
+    scope: str
+
+
+class _Rate(TypedDict):
+    before: float
+    after: float
+
+
+class _Result(TypedDict, total=False):
+    concepts: dict[str, _Rate]
+    others: dict[str, _Rate]
 
 
 class Adapted(ABC):
@@ -51,9 +84,16 @@ class Adapter(ABC):
 
     def __init__(self, path: Path, scale: float = 1.0) -> None:
         self.path, self.scale = path, scale
-        self.base = _read_map(path / "base.json", json.loads)
-        self.config = _read_map(path / "config.yaml", yaml.safe_load)
-        self.result = _read_map(path / "result.json", json.loads)
+        self.base = _read_map(path / "base.json", read_json, _Base)
+        self.config = _read_map(path / "config.yaml", read_yaml, _Config)
+        self.result = _read_map(path / "result.json", read_json, _Result)
+
+    def _as_saved(self, name: str) -> Path:
+        """The adapter's file. Raises `UserError` if its bits are not those that `base.json` knows."""
+        path, known = self.path / name, self.base.get("files", {}).get(name)
+        if known and isfile(path) and sha256(path) != known:
+            raise UserError(f"{path} is damaged: it is not what was saved; restore it, or remove base.json and name --base")
+        return path
 
     @property
     def config_sha256(self) -> str:
@@ -77,9 +117,9 @@ def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
 
     Raises `UserError` if it is not there or damaged.
     """
-    if (path / WEIGHTS_FILE).is_file():
+    if isfile(path / WEIGHTS_FILE):
         return _SavedWeights(path, scale)
-    if (path / peft.utils.CONFIG_NAME).is_file():
+    if isfile(path / peft.utils.CONFIG_NAME):
         return _SavedPeft(path, scale)
     raise UserError(f"--adapter {path} is not an adapter directory: it has no {peft.utils.CONFIG_NAME}")
 
@@ -92,10 +132,13 @@ class _SavedPeft(Adapter):
     def __init__(self, path: Path, scale: float = 1.0) -> None:
         super().__init__(path, scale)
         try:
+            read_json(path / peft.utils.CONFIG_NAME)
             self.peft = peft.PeftConfig.from_pretrained(path)
-        except (ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # what PEFT raises for values it does not expect is of many kinds
             raise UserError(f"--adapter {path}: {peft.utils.CONFIG_NAME} is damaged ({error}); restore it") from None
-        self.tensors = read_tensors(path / peft.utils.SAFETENSORS_WEIGHTS_NAME)
+        if self.peft.is_prompt_learning or getattr(self.peft, "megatron_config", None):  # would load a tokenizer, or code
+            raise UserError(f"--adapter {path} does not change weights alone, as LoRA does; name one that does")
+        self.tensors = read_tensors(self._as_saved(peft.utils.SAFETENSORS_WEIGHTS_NAME))
 
     def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
         modules = dict(denoiser.named_modules())
@@ -140,11 +183,11 @@ class _LayerChange(Change):
         try:
             wrapped = peft.get_peft_model(root, config)
             peft.set_peft_model_state_dict(wrapped, self.tensors)
-        except (RuntimeError, ValueError) as error:
+            _scale(wrapped, self.adapter.scale)
+            return _AdaptedLayer(root.get_submodule(self.name))
+        except Exception as error:  # as for its config
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--adapter {self.adapter.path} does not fit the base at {self.name} ({reason})") from None
-        _scale(wrapped, self.adapter.scale)
-        return _AdaptedLayer(root.get_submodule(self.name))
 
 
 @dataclass(frozen=True)
@@ -165,7 +208,7 @@ class _SavedWeights(Adapter):
     adds: ClassVar[bool] = False
 
     def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
-        saved = open_tensors(self.path / WEIGHTS_FILE)
+        saved = open_tensors(self._as_saved(WEIGHTS_FILE))
         shapes = {name: [*p.shape] for name, p in denoiser.named_parameters()}
         for name, entry in saved.entries.items():
             if shapes.get(name) != entry["shape"]:
@@ -217,13 +260,12 @@ def _plain(denoiser: nn.Module) -> nn.Module:
     return denoiser.merge_and_unload() if isinstance(denoiser, peft.PeftModel) else denoiser
 
 
-def _read_map(path: Path, parser: Callable[[str], Any]) -> dict[str, Any]:
+def _read_map(path: Path, read: Callable[[Path], Any], kind: type) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = parser(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged; restore it, or remove it and name --base")
+        values: dict[str, Any] = read(path)
+        TypeAdapter(kind).validate_python(values, strict=True)
+    except (UnreadableError, ValidationError):
+        raise UserError(f"{path} is damaged; restore it, or remove it and name --base") from None
     return values

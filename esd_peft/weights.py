@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from esd_peft.errors import UserError
+from esd_peft.text_files import UnreadableError, parse_json, read_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
 NAME = f"{STEMS[0]}.safetensors"
@@ -56,11 +57,14 @@ def find_weights(folder: Path, variant: str | None = None) -> StoredWeights:
 def _shards(index: Path) -> list[Path]:
     folder = index.parent
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise UnreadableError("it names a shard outside the folder")
+    except (UnreadableError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is damaged; restore it") from None
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if name not in there:
             raise UserError(f"{folder} lacks the shard {name} that its index names; restore it")
     return [folder / name for name in names]
 
@@ -144,8 +148,8 @@ def open_tensors(path: Path) -> TensorFile:
             pass
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+            header = parse_json(file.read(length))
+    except (SafetensorError, UnreadableError, OSError, ValueError, struct.error) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}); restore it") from None
     header.pop("__metadata__", None)
     return TensorFile(path, header, 8 + length)

@@ -8,8 +8,14 @@ if not torch.cuda.is_available():
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # small tensors: more threads only wait for each other
 
 import pytest
+from hypothesis import settings
 
 from pipelines import small_stable_diffusion
+
+# the same examples every time; benchmarks/fuzz.py asks for --hypothesis-profile=large
+settings.register_profile("few", max_examples=25, derandomize=True, database=None)
+settings.register_profile("large", max_examples=10_000, derandomize=True, database=None)
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,14 @@
 
 import functools
 import gc
-import importlib
 import inspect
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from esd_peft.backbones import scopes
 from esd_peft.errors import UserError
-from esd_peft.model_source import hub_id
+from esd_peft.model_source import INDEX, hub_id
+from esd_peft.text_files import UnreadableError, read_json
 from esd_peft.weights import find_weights
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
 ENCODE_BATCH = 16  # prompts at a time
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 TOGETHER = 10 * 2**30  # bytes up to which text encoders are on the device at once: a 12 GB card holds that and their work
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
@@ -62,17 +64,15 @@ class Backbone(ABC):
 
     def load_part(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
-        library, name = self.index[part]
-        module = importlib.import_module(library)
+        family = self._class_of(part)
         options: dict[str, Any] = {}
-        if not ("Tokenizer" in name or "Scheduler" in name):
+        if not ("Tokenizer" in family.__name__ or "Scheduler" in family.__name__):
             variant = find_weights(self.path / part, self.variant).variant
             options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
         try:
-            return getattr(module, name).from_pretrained(self.path, subfolder=part, local_files_only=True, **options)
+            return family.from_pretrained(self.path, subfolder=part, local_files_only=True, **options)
         except Exception as error:  # the libraries raise many kinds for a damaged or missing file
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.option} {self.path}: its {part} cannot be loaded ({reason})") from None
+            raise self._no_part(part, error) from None
 
     def denoiser_files(self) -> list[Path]:
         """The files that hold the denoiser's weights."""
@@ -85,7 +85,10 @@ class Backbone(ABC):
 
     def load_config(self, part: str) -> dict[str, Any]:
         """A component's config, as stored."""
-        return json.loads((self.path / part / "config.json").read_text(encoding="utf-8"))
+        try:
+            return {**read_json(self.path / part / "config.json")}
+        except (UnreadableError, TypeError) as error:
+            raise self._no_part(part, error) from None
 
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser's structure on the meta device, without weights."""
@@ -93,14 +96,31 @@ class Backbone(ABC):
 
     def empty_part(self, part: str, dtype: torch.dtype = torch.float32, buffers: bool = False) -> Any:
         """A component's structure on the meta device, without weights; buffers may be real, as no file has all of them."""
-        library, name = self.index[part]
-        family = getattr(importlib.import_module(library), name)
-        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            if issubclass(family, ModelMixin):
-                made = family.from_config(family.load_config(self.path, subfolder=part))
-            else:
-                made = family(family.config_class.from_pretrained(self.path, subfolder=part))
-        return made.to(dtype).requires_grad_(False).eval()
+        family = self._class_of(part)
+        try:
+            with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+                if issubclass(family, ModelMixin):
+                    made = family.from_config(family.load_config(self.path, subfolder=part))
+                else:
+                    made = family(family.config_class.from_pretrained(self.path, subfolder=part))
+            return made.to(dtype).requires_grad_(False).eval()
+        except Exception as error:  # as above
+            raise self._no_part(part, error) from None
+
+    def _class_of(self, part: str) -> Any:
+        """Raises `UserError` unless it is a class of diffusers or transformers: other modules could be anybody's code."""
+        entry = self.index.get(part)
+        library, name = entry if isinstance(entry, list) else (None, None)
+        found = getattr(_LIBRARIES.get(str(library)), str(name), None)
+        if not (isinstance(found, type) and hasattr(found, "from_pretrained")):
+            raise UserError(
+                f"{self.option} {self.path}: its {part} is no class of diffusers or transformers; restore {INDEX}"
+            )
+        return found
+
+    def _no_part(self, part: str, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:300]
+        return UserError(f"{self.option} {self.path}: its {part} cannot be loaded ({reason})")
 
     def assemble(self, parts: tuple[str, ...], dtype: torch.dtype, empty: bool = False, **given: Any) -> DiffusionPipeline:
         """The family's diffusers pipeline with some of its parts only; `empty` ones have no weights."""

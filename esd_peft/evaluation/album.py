@@ -13,6 +13,7 @@ from torch import Tensor
 from esd_peft.errors import UserError
 from esd_peft.evaluation.pictures import Place, to_image
 from esd_peft.outputs import new_file
+from esd_peft.text_files import UnreadableError, read_json
 
 
 @dataclass
@@ -29,8 +30,8 @@ class Album:
         """Start, or go on. Raises `UserError` if the folder holds other pictures and `overwrite` is not given."""
         record = self.folder / "made_with.json"
         try:
-            same = json.loads(record.read_text(encoding="utf-8")) == json.loads(json.dumps(self.made_with))
-        except (OSError, ValueError):
+            same = read_json(record) == json.loads(json.dumps(self.made_with))
+        except UnreadableError:
             same = False
         if self.folder.exists() and not same:
             if not overwrite:

@@ -1,6 +1,5 @@
 """The two models that an evaluation compares."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.merge_adapter import RECORD, erased_concepts
 from esd_peft.quantize import load_quantized, stay_packed
 from esd_peft.saved_adapters import Adapter, read_adapter
+from esd_peft.text_files import UnreadableError, read_json
 from esd_peft.weights import sha256
 
 
@@ -127,9 +127,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if not isinstance(record, dict):
-            raise ValueError
-    except (OSError, ValueError):
+            raise UnreadableError("it is no map")
+    except UnreadableError:
         raise UserError(f"--erased: {path} is damaged; restore it, or remove it and name --base and --concept") from None
     return record

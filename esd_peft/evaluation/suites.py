@@ -2,15 +2,16 @@
 
 import csv
 import itertools
+import string
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from esd_peft import text_files
 from esd_peft.concepts import TEMPLATES, everyday_prompts, names, spread
 from esd_peft.errors import UserError
 from esd_peft.shapes import world
@@ -74,9 +75,9 @@ def load_suite(name: str) -> Suite:
         known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
         raise UserError(f"--suite {name} is not there; use {known}, or a YAML file")
     try:
-        return Suite(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        raise UserError(f"--suite {name} cannot be read as a suite: {' '.join(str(error).split())}") from None
+        return Suite(**text_files.read_yaml(path))
+    except (text_files.UnreadableError, TypeError) as error:
+        raise UserError(f"--suite {name} cannot be read as a suite: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--suite {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -118,6 +119,8 @@ def _combinations(declared: dict[str, str | list[str]], suite: Suite) -> list[Pr
     template, lists = str(declared.get("template", "")), {k: v for k, v in declared.items() if isinstance(v, list)}
     rows = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     try:
+        if any(name not in (None, *lists) or spec or how for _, name, spec, how in string.Formatter().parse(template)):
+            raise ValueError("of a list, only its {name} alone")  # no attributes, and no widths, which can be huge
         prompts = [_prompt(template.format(**row), row, suite) for row in rows]
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"--suite: its template {template!r} does not fit its lists ({error}); mend the file") from None

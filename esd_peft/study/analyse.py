@@ -12,6 +12,7 @@ from esd_peft.evaluation.intervals import percentiles, resample
 from esd_peft.outputs import new_file
 from esd_peft.study.agreement import krippendorff_alpha
 from esd_peft.study.config import AnalyseStudyConfig
+from esd_peft.text_files import UnreadableError, read_json
 
 SCALE = (1, 2, 3, 4, 5)
 COLUMNS = ("study", "rater", "item", "rating")
@@ -83,14 +84,14 @@ def _resampled_means(ratings: np.ndarray, raters: np.ndarray, random: np.random.
 
 
 def _read_key(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--key {path} cannot be read: no such file; name the key.json that was written with the page")
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
+        key = read_json(path)
         used = {item["condition"] for item in key["items"].values()}
         if not key["study"] or not key["question"] or used != {*key["conditions"]}:
             raise ValueError
-    except OSError as error:
-        raise UserError(f"--key {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UnreadableError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--key {path} is no key of a study; name the key.json that was written with the page") from None
     return key
 

@@ -1,6 +1,7 @@
 """Every option, given something that cannot work: one sentence that names it, exit code 2, nothing written."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -8,12 +9,22 @@ import sys
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
+from esd_peft.backbones import EMBEDDED
 from esd_peft.config import EraseConfig, MergeConfig
 from esd_peft.errors import run_command
+from esd_peft.evaluation.config import EvaluateConfig
+from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 
-COMMANDS = {"erase": EraseConfig, "merge_adapter": MergeConfig}
+COMMANDS = {
+    "erase": EraseConfig,
+    "merge_adapter": MergeConfig,
+    "evaluate": EvaluateConfig,
+    "study make": MakeStudyConfig,
+    "study analyse": AnalyseStudyConfig,
+}
 MISTAKES = [  # of erase; the concept is circle where none is named
     ("", "--concept: name what to erase, for example --concept circle"),
     ("--concept", "--concept expected an argument|--concept"),
@@ -164,21 +175,117 @@ MERGES = [
     ("--adapter {adapter} --output out --verify perhaps", "perhaps"),
     ("--adapter {adapter} --output out --overwrite perhaps", "perhaps"),
 ]
+EVALUATIONS = [  # of an adapter on the embedded pipeline, where none is named
+    ("--erased nowhere", "--erased nowhere is not an adapter directory"),
+    ("--erased {full}", "--erased .* is not an adapter directory"),
+    ("--base nowhere", "--base nowhere is not a diffusers pipeline"),
+    ("--suite nowhere", "--suite nowhere is not there; use .*concept"),
+    ("--suite nowhere.yaml", "--suite nowhere.yaml is not there"),
+    ("--suite csv", "--prompts FILE.csv is what this --suite needs"),
+    ("--prompts {text}", "--prompts is of no use to this --suite"),
+    ("--suite csv --prompts nowhere.csv", "--prompts nowhere.csv cannot be read"),
+    ("--suite csv --prompts {text}", "--prompts .* has no column prompt"),
+    ("--suite csv --prompts {binary}", "--prompts .* cannot be read"),
+    ("--suite csv --prompts {prompts} --detector {full}", "--detector .* cannot be loaded"),
+    ("--concept=", "--concept: say what was erased, or leave the option out"),
+    ("--concept the", "--concept 'the' names nothing; say what was erased"),
+    ("--concept zebra", "--concept 'zebra' is not in this --suite"),
+    ("--output {text}", "--output .* is a file; name a directory"),
+    ("--output .", "--output . is or holds"),
+    ("--overwrite maybe", "maybe"),
+    ("--seeds 0", "--seeds.*greater than or equal to 1"),
+    ("--limit 0", "--limit.*greater than or equal to 1"),
+    ("--num-inference-steps 1001", "--num-inference-steps.*less than or equal to 1000"),
+    ("--guidance-scale nan", "--guidance-scale"),
+    ("--batch-size 0", "--batch-size.*greater than or equal to 1"),
+    ("--detector {full}", "--detector is of no use to this --suite"),
+    ("--threshold 0.1", "--threshold.*greater than or equal to 0.25"),
+    ("--clip {full}", "--clip .* cannot be loaded"),
+    ("--lpips maybe", "maybe"),
+    ("--reference {full}", "--reference and --features need each other"),
+    ("--features {full}", "--reference and --features need each other"),
+    ("--features {full} --reference nowhere", "--reference nowhere is no folder with pictures"),
+    ("--features {full} --reference {pictures}", "--reference .* holds one picture; FID and KID need a set"),
+    ("--attack brute-force", "--attack.*fine-tuning"),
+    ("--attack prefix --quantize nf4", "--attack does not work with --quantize; leave one of them out"),
+    ("--attack prompts --suite csv --prompts {prompts}", "--attack needs a --suite"),
+    ("--attack prefix --attack-steps 0", "--attack-steps.*greater than or equal to 1"),
+    ("--attack-pictures 0", "--attack-pictures.*greater than or equal to 1"),
+    ("--attack-examples 0", "--attack-examples.*greater than or equal to 1"),
+    ("--attack prefix --attack-reference nowhere", "--attack-reference nowhere is no folder with pictures"),
+    ("--attack-reference {full} --concept circle --concept red", "--attack-reference shows one concept"),
+    ("--attack-prompts {text}", "--attack-prompts is for --attack prompts; add it or leave the file out"),
+    ("--attack prompts --attack-prompts nowhere", "--attack-prompts nowhere cannot be read"),
+    ("--attack prompts --attack-prompts {text}", "--attack-prompts .* holds no prompt; write one a line"),
+    ("--attack prefix --prefix-tokens 17", "--prefix-tokens.*less than or equal to 16"),
+    ("--device tpu", "--device tpu is not a device|--device tpu is not supported"),
+    ("--dtype float8", "--dtype.*bfloat16"),
+    ("--quantize int4", "--quantize.*nf4"),
+    ("--seed -1", "--seed.*greater than or equal to 0"),
+    ("leftover", "leftover"),
+]
+STUDIES = [  # made of one folder of one picture, where none is named
+    ("--condition nowhere", "--condition nowhere is no folder with pictures"),
+    ("--condition {full}", "--condition .* is no folder with pictures"),
+    ("--condition {pictures} --condition {pictures}", "--condition: two folders are named pictures.*rename one"),
+    ("--question=", "--question: raters need to read something here"),
+    ("--low=", "--low: raters need to read something here"),
+    ("--high=", "--high: raters need to read something here"),
+    ("--reference nowhere", "--reference nowhere is no folder with pictures"),
+    ("--per-condition 0", "--per-condition.*greater than or equal to 1"),
+    ("--max-size 15", "--max-size.*greater than or equal to 16"),
+    ("--seed -1", "--seed.*greater than or equal to 0"),
+    ("--output {text}", "--output .* is a file; name a directory"),
+    ("--output {full}", "--output .* is not empty; name another directory or add --overwrite"),
+    ("--output {pictures} --overwrite", "--output .* is or holds"),
+    ("--overwrite maybe", "maybe"),
+    ("leftover", "leftover"),
+]
+ANALYSES = [  # of one rater's answers, where none are named
+    ("--answers nowhere", "--answers nowhere cannot be read"),
+    ("--answers {binary}", "--answers .* cannot be read"),
+    ("--answers {text}", "--answers .* has no column study; name a CSV file that the page saved"),
+    ("--answers {answers} --answers {answers}", "--answers .*: another file holds answers of R; leave one of them out"),
+    ("--key nowhere", "--key nowhere cannot be read"),
+    ("--key {text}", "--key .* is no key of a study"),
+    ("--output /proc/figures.json", "--output /proc/figures.json cannot be written|/proc/figures.json"),
+    ("--output {full}", "--output .* cannot be written: Is a directory"),
+    ("--seed -1", "--seed.*greater than or equal to 0"),
+    ("leftover", "leftover"),
+]
+USUAL = {  # options of a line that does not name them
+    "erase": {"--concept": "circle"},
+    "evaluate": {"--erased": "{adapter}", "--base": str(EMBEDDED), "--concept": "circle"},
+    "study make": {"--condition": "{pictures}", "--question": "Round?"},
+    "study analyse": {"--answers": "{answers}", "--key": "{key}"},
+}
+TABLES = {
+    "erase": MISTAKES,
+    "merge_adapter": MERGES,
+    "evaluate": EVALUATIONS,
+    "study make": STUDIES,
+    "study analyse": ANALYSES,
+}
 
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """Files and folders that the mistakes name; the working directory is empty."""
     here = tmp_path / "here"
-    for folder in (here, tmp_path / "full", tmp_path / "adapter"):
+    for folder in (here, tmp_path / "full", tmp_path / "adapter", tmp_path / "pictures"):
         folder.mkdir()
     (tmp_path / "full" / "mine").write_text("precious")
     (tmp_path / "text").write_text("# a comment\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["to_k"]}')
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "one.png")
+    (tmp_path / "prompts").write_text("prompt\na circle\na star\n")
+    key = {"study": "s", "question": "Round?", "conditions": ["a"], "items": {"1": {"condition": "a", "file": "one.png"}}}
+    (tmp_path / "key").write_text(json.dumps(key))
+    (tmp_path / "answers").write_text("study,rater,item,rating\ns,R,1,3\n")
     monkeypatch.chdir(here)
-    return {name: str(tmp_path / name) for name in ("full", "text", "binary", "adapter")}
+    return {path.name: str(path) for path in tmp_path.iterdir()}
 
 
 def contents(folder):
@@ -188,9 +295,10 @@ def contents(folder):
 def refused(command, words, tmp_path, monkeypatch, capsys):
     """Run the command; its one sentence."""
     before = contents(tmp_path)
-    monkeypatch.setattr(sys, "argv", [command, *words])
+    module, *job = command.split()
+    monkeypatch.setattr(sys, "argv", [module, *job, *words])
     with pytest.raises(SystemExit) as stop:
-        run_command(importlib.import_module(f"esd_peft.{command}").main)
+        run_command(importlib.import_module(f"esd_peft.{module}" + (".__main__" if job else "")).main)
     said = capsys.readouterr()
     assert stop.value.code == 2, said
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
@@ -200,26 +308,25 @@ def refused(command, words, tmp_path, monkeypatch, capsys):
     return errors[0]
 
 
-@pytest.mark.parametrize(("line", "says"), MISTAKES, ids=lambda x: x[:60])
-def test_erase(line, says, places, tmp_path, monkeypatch, capsys):
-    words = line.format(**places).split()
-    if line and "--concept" not in line:
-        words = ["--concept", "circle", *words]
-    sentence = refused("erase", words, tmp_path, monkeypatch, capsys)
+ROWS = [(command, line, says) for command, table in TABLES.items() for line, says in table]
+
+
+@pytest.mark.parametrize(("command", "line", "says"), ROWS, ids=lambda x: x[:60])
+def test_command_lines(command, line, says, places, tmp_path, monkeypatch, capsys):
+    named = {word.partition("=")[0] for word in line.split()}
+    usual = [
+        word for option, value in USUAL.get(command, {}).items() if line and option not in named for word in (option, value)
+    ]
+    words = [word.format(**places) for word in [*usual, *line.split()]]
+    sentence = refused(command, words, tmp_path, monkeypatch, capsys)
     assert re.search(says, sentence), sentence
 
 
-@pytest.mark.parametrize(("line", "says"), MERGES, ids=lambda x: x[:60])
-def test_merge_adapter(line, says, places, tmp_path, monkeypatch, capsys):
-    sentence = refused("merge_adapter", line.format(**places).split(), tmp_path, monkeypatch, capsys)
-    assert re.search(says, sentence), sentence
-
-
-def test_the_tables_leave_no_option_out():
-    for config, table in ((EraseConfig, MISTAKES), (MergeConfig, MERGES)):
-        tried = {word.partition("=")[0] for line, _ in table for word in line.split()}
-        options = {"--" + name.replace("_", "-") for name in config.model_fields}
-        assert options <= tried | {"--output"}, options - tried
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_tables_leave_no_option_out(command):
+    tried = {word.partition("=")[0] for line, _ in TABLES[command] for word in line.split()}
+    options = {"--" + name.replace("_", "-") for name in COMMANDS[command].model_fields}
+    assert options <= tried, options - tried
 
 
 YAML = [(command, name) for command, config in COMMANDS.items() for name in config.model_fields]
@@ -228,7 +335,13 @@ YAML = [(command, name) for command, config in COMMANDS.items() for name in conf
 @pytest.mark.parametrize(("command", "name"), YAML, ids=lambda x: x)
 @pytest.mark.parametrize("value", [{"a": ["map"]}, [[1, None]]], ids=["map", "list"])
 def test_every_field_of_the_yaml(command, name, value, tmp_path, monkeypatch, capsys):
-    required = {"erase": {"concept": "circle"}, "merge_adapter": {"adapter": "nowhere", "output": "out"}}
+    required = {
+        "erase": {"concept": "circle"},
+        "merge_adapter": {"adapter": "nowhere", "output": "out"},
+        "evaluate": {"erased": "nowhere"},
+        "study make": {"condition": "nowhere", "question": "Round?"},
+        "study analyse": {"answers": "nowhere"},
+    }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(required[command] | {name: value}))
     monkeypatch.chdir(tmp_path)
     sentence = refused(command, ["--config", "job.yaml"], tmp_path, monkeypatch, capsys)
