@@ -56,7 +56,7 @@ def compiled(denoiser: ModelMixin, objective: Objective) -> Iterator[None]:
 
 def denoiser_calls(objective: Objective) -> int:
     """About how often the denoiser will be run, forward or forward and backward, in whatever batches."""
-    config, steps = objective.rollout.config, objective.rollout.config.max_train_steps or objective.steps
+    config, steps = objective.rollout.config, sum(objective.parts)
     if config.objective == "contrastive":
         return steps
     fills = math.ceil(steps / (config.steps_per_bank or steps))
