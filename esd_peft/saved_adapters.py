@@ -25,8 +25,8 @@ _PEFT_PREFIX = "base_model.model."
 
 
 # what is read of an adapter's files, with its type; they may hold more
-_Base = TypedDict(
-    "_Base",
+_BaseFile = TypedDict(
+    "_BaseFile",
     {
         "model": str | None,
         "revision": str | None,
@@ -40,19 +40,19 @@ _Base = TypedDict(
 )
 
 
-class _Config(TypedDict, total=False):
+class _ConfigFile(TypedDict, total=False):
     model: str | None
     scope: str
 
 
-class _Rate(TypedDict):
+class _RateSaid(TypedDict):
     before: float
     after: float
 
 
-class _Result(TypedDict, total=False):
-    concepts: dict[str, _Rate]
-    others: dict[str, _Rate]
+class _ResultFile(TypedDict, total=False):
+    concepts: dict[str, _RateSaid]
+    others: dict[str, _RateSaid]
 
 
 class Adapted(ABC):
@@ -84,9 +84,9 @@ class Adapter(ABC):
 
     def __init__(self, path: Path, scale: float = 1.0) -> None:
         self.path, self.scale = path, scale
-        self.base = _read_map(path / "base.json", read_json, _Base)
-        self.config = _read_map(path / "config.yaml", read_yaml, _Config)
-        self.result = _read_map(path / "result.json", read_json, _Result)
+        self.base = _read_map(path / "base.json", read_json, _BaseFile)
+        self.config = _read_map(path / "config.yaml", read_yaml, _ConfigFile)
+        self.result = _read_map(path / "result.json", read_json, _ResultFile)
 
     def _as_saved(self, name: str) -> Path:
         """The adapter's file. Raises `UserError` if its bits are not those that `base.json` knows."""
