@@ -46,7 +46,6 @@ setup(
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
-            "pip-audit>=2.7",
             "pytest-cov>=6",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
