@@ -76,7 +76,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     if config.model is None:
         for pair in plan.preserve:
             _check_words(backbone, "--preserve", pair.prompt)
-    hashes = {file.name: sha256(file) for file in backbone.denoiser_files()}
+    hashes = backbone.denoiser_hashes()
     if not distributed.first():  # the first process takes the pictures and writes
         quiet = config.model_copy(update={"eval_seeds": 0, "report_to": "none"})
         return _run(quiet, backbone, plan, device, dtype, None)
@@ -196,7 +196,7 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hash
         "denoiser_sha256": hashes,
         "version": __version__,
     }
-    text = config.to_yaml()
+    text = config.model_copy(update={"scope": config.learning_scope}).to_yaml()  # what merged models say of it
     digest = hashlib.sha256(text.encode()).hexdigest()
     metadata = own_metadata(config.concept_names, [config.learning_scope], base, [digest])
     with new_directory(config.output, config.overwrite or config.resume) as draft:

@@ -20,7 +20,7 @@ from esd_peft.model_source import is_snapshot
 from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
 from esd_peft.saved_adapters import Adapter, Change, read_adapter
 from esd_peft.verify import Verification
-from esd_peft.weights import copy_with_sha256, find_weights, open_tensors, sha256
+from esd_peft.weights import copy_with_sha256, find_weights, open_tensors
 
 RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
@@ -60,7 +60,7 @@ def _merge_into_file(
     config: MergeConfig, backbone: Backbone, adapters: list[Adapter], changes: Changes, verification: Verification | None
 ) -> dict[str, Any]:
     layout = check_single_file(backbone, config.output)
-    hashes = {file.name: sha256(file) for file in backbone.denoiser_files()}
+    hashes = backbone.denoiser_hashes()
     record = _record(backbone, adapters, changes, hashes, None)
     scopes = [adapter.config.get("scope", "") for adapter in adapters]
     metadata = modelspec(backbone, layout, config.output.stem, record["concept"], lora=False)

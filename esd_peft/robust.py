@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from esd_peft.attacks.inversion import BATCH_SIZE, learn_words
+from esd_peft.attacks.attack import BATCH_SIZE
+from esd_peft.attacks.inversion import learn_words
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim, load_encoders
 from esd_peft.concepts import Pair, PromptPlan

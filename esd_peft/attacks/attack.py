@@ -12,6 +12,8 @@ from esd_peft.attacks.victim import Victim
 from esd_peft.backbones import PromptEmbeds
 from esd_peft.randomness import generator
 
+BATCH_SIZE = 8  # of attacks that learn
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -21,6 +23,10 @@ class Goal:
     captions: list[str]  # of N pictures of it; each names it as one piece
     latents: Tensor  # [N, ...] these pictures as the denoiser knows them, fp32 on the CPU
     seed: int
+
+    def some(self, draws: torch.Generator) -> Tensor:
+        """Numbers `[BATCH_SIZE]` of the pictures that a step learns from."""
+        return torch.randint(len(self.latents), (BATCH_SIZE,), generator=draws)
 
     def draws(self, name: str) -> torch.Generator:
         """The attack's own stream of random numbers."""

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import torch
 
-from esd_peft.attacks.attack import Attack, Goal, checkpoints
+from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
 from esd_peft.attacks.victim import Victim
 from esd_peft.backbones import PromptEmbeds
 from esd_peft.backbones.backbone import pick
 
-BATCH_SIZE, LEARNING_RATE = 8, 1e-4
+LEARNING_RATE = 1e-4
 
 
 class FineTuning(Attack):
@@ -30,7 +30,7 @@ class FineTuning(Attack):
         learned = [*victim.denoiser.requires_grad_(True).parameters()]
         optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE)
         for step in range(1, self.steps + 1):
-            pictures = torch.randint(len(goal.latents), (BATCH_SIZE,), generator=draws)
+            pictures = goal.some(draws)
             told = pick(captions, pictures.to(victim.device))
             victim.denoising_loss(told, goal.latents[pictures], draws).backward()
             optimizer.step()

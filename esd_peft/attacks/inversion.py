@@ -7,17 +7,16 @@ from torch import Tensor
 
 from esd_peft.attacks.tokens import NewTokens
 
-BATCH_SIZE = 8
 LEARNING_RATE = 0.02
 
 
-def learn_words(tokens: NewTokens, loss: Callable[[], Tensor], learning_rate: float = LEARNING_RATE) -> Iterator[float]:
+def learn_words(tokens: NewTokens, loss: Callable[[], Tensor]) -> Iterator[float]:
     """An Adam step on the embeddings each time it is asked; yields the `loss`, which reads prompts with the words in them.
 
     Nothing else gets a gradient, whatever else learns in the model.
     """
     learned = [*tokens.embeddings.values()]
-    optimizer = torch.optim.Adam(learned, lr=learning_rate)
+    optimizer = torch.optim.Adam(learned, lr=LEARNING_RATE)
     while True:
         value = loss()
         for embedding, gradient in zip(learned, torch.autograd.grad(value, learned), strict=True):

@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from esd_peft.attacks.attack import Attack, Goal, checkpoints
-from esd_peft.attacks.inversion import BATCH_SIZE
+from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim
 from esd_peft.backbones import PromptEmbeds
@@ -53,7 +52,7 @@ class Prefix(Attack):
                 tokens.embeddings = {
                     name: tables[name][ids.to(tables[name].device)].requires_grad_() for name, ids in drawn.items()
                 }
-                pictures = torch.randint(len(goal.latents), (BATCH_SIZE,), generator=draws)
+                pictures = goal.some(draws)
                 embeds = victim.encode([f"{before} {goal.captions[i]}" for i in pictures.tolist()])
                 loss = victim.denoising_loss(embeds, goal.latents[pictures], draws)
                 gradients = torch.autograd.grad(loss, [*tokens.embeddings.values()])

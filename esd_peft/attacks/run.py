@@ -24,7 +24,7 @@ from esd_peft.evaluation.detectors import Detector
 from esd_peft.evaluation.models import Comparison, Model
 from esd_peft.evaluation.picture_files import picture_files, read_pictures, to_pixels
 from esd_peft.evaluation.pictures import EncodedPrompts, Place, picture_batches, to_image
-from esd_peft.evaluation.rates import Change, Rate
+from esd_peft.evaluation.rates import Change, Rate, rate
 from esd_peft.evaluation.suites import Prompt, Roles, Suite
 from esd_peft.randomness import generator
 
@@ -127,4 +127,4 @@ class Arena:
         assert self.detector is not None  # `make_attacks` sees to that
         size, wanted = self.config.batch_size, self.roles.wanted[concept]
         seen = [s for start in range(0, len(pictures), size) for s in self.detector.see(pictures[start : start + size])]
-        return Rate(sum(wanted.items() <= s.items() for s in seen), len(seen))
+        return rate(wanted, seen)

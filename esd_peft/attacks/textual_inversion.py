@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from esd_peft.attacks.attack import Attack, Goal, checkpoints
-from esd_peft.attacks.inversion import BATCH_SIZE, LEARNING_RATE, learn_words
+from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
+from esd_peft.attacks.inversion import LEARNING_RATE, learn_words
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim
 from esd_peft.backbones import PromptEmbeds
@@ -30,7 +29,7 @@ class TextualInversion(Attack):
         tokens.start_from(goal.concept)
 
         def loss() -> Tensor:
-            pictures = torch.randint(len(goal.latents), (BATCH_SIZE,), generator=draws)
+            pictures = goal.some(draws)
             embeds = victim.encode([goal.captions[i].replace(goal.concept, word) for i in pictures.tolist()])
             return victim.denoising_loss(embeds, goal.latents[pictures], draws)
 

@@ -7,7 +7,6 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from esd_peft.backbones import Backbone, PromptEmbeds
-from esd_peft.backbones.backbone import ENCODE_BATCH
 
 
 @dataclass
@@ -28,8 +27,7 @@ class Victim:
     @torch.no_grad()
     def told(self, prompts: list[str]) -> PromptEmbeds:
         """The embeddings of however many prompts, without gradients."""
-        parts = [self.encode(prompts[i : i + ENCODE_BATCH]) for i in range(0, len(prompts), ENCODE_BATCH)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self.backbone.encode_many(self.encoders, prompts, self.device, self.device)
 
     def denoising_loss(self, embeds: PromptEmbeds, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error `[]` fp32 of the denoiser's prediction for `latents` `[B, ...]` with fresh noise: what training

@@ -19,7 +19,7 @@ from esd_peft.backbones import scopes
 from esd_peft.errors import UserError
 from esd_peft.model_source import INDEX, hub_id
 from esd_peft.text_files import UnreadableError, read_json
-from esd_peft.weights import find_weights
+from esd_peft.weights import find_weights, sha256
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
@@ -77,6 +77,10 @@ class Backbone(ABC):
     def denoiser_files(self) -> list[Path]:
         """The files that hold the denoiser's weights."""
         return find_weights(self.path / self.denoiser_part, self.variant).files
+
+    def denoiser_hashes(self) -> dict[str, str]:
+        """SHA-256 of these files, by name."""
+        return {file.name: sha256(file) for file in self.denoiser_files()}
 
     def load_denoiser(self, dtype: torch.dtype) -> ModelMixin:
         """The network that is trained and merged, frozen, in eval mode."""
@@ -151,13 +155,20 @@ class Backbone(ABC):
             pipe.enable_model_cpu_offload(device=device)
         else:
             pipe.to(device)
-        batches = (prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH))
-        parts = [{k: v.cpu() for k, v in self.encode_prompts(pipe, batch, device).items()} for batch in batches]
+        embeds = self.encode_many(pipe, prompts, device, torch.device("cpu"))
         del pipe
         gc.collect()  # offloading leaves references in circles
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+        return {name: value.to(device) for name, value in embeds.items()}
+
+    def encode_many(
+        self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device, home: torch.device
+    ) -> PromptEmbeds:
+        """`encode_prompts`, some of however many prompts at a time; what it makes of them goes `home`."""
+        batches = (prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH))
+        parts = [{k: v.to(home) for k, v in self.encode_prompts(pipe, batch, device).items()} for batch in batches]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @abstractmethod
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from esd_peft.errors import UserError
 from esd_peft.evaluation.clip import Clip
+from esd_peft.evaluation.picture_files import to_pixels
 from esd_peft.evaluation.pretrained import describe_version, load_pretrained
 from esd_peft.evaluation.suites import DetectorSpec
 from esd_peft.shapes.classifier import load_classifier
@@ -67,8 +68,7 @@ class ShapesDetector(Detector):
     def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
         if any(picture.size != (SIZE, SIZE) for picture in pictures):
             raise UserError(f"--suite shapes judges the embedded pipeline's pictures of {SIZE}² pixels; use another suite")
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-        return self.model.name(pixels.permute(0, 3, 1, 2).float() / 255)
+        return self.model.name(torch.stack([to_pixels(picture) for picture in pictures]))
 
 
 class ImageClassifier(Detector):

@@ -90,7 +90,7 @@ def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -
     """What a detector saw in the pictures of each prompt, before and after, as rates."""
 
     def change(wanted: dict[str, str], rows: list[int]) -> Change:
-        return Change(*(_rate(wanted, [picture for i in rows for picture in half[i]]) for half in (before, after)))
+        return Change(*(rate(wanted, [picture for i in rows for picture in half[i]]) for half in (before, after)))
 
     targets = {concept: change(roles.wanted[concept], rows) for concept, rows in roles.asking.items()}
     others: dict[str, dict[str, Change]] = {}
@@ -111,7 +111,8 @@ def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -
     return Accuracies(targets, others, _sum(rest), domains)
 
 
-def _rate(wanted: dict[str, str], pictures: list[dict[str, str]]) -> Rate:
+def rate(wanted: dict[str, str], pictures: list[dict[str, str]]) -> Rate:
+    """In how many of the pictures all that is `wanted` was seen, by domain."""
     return Rate(sum(wanted.items() <= seen.items() for seen in pictures), len(pictures))
 
 

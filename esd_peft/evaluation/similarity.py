@@ -2,19 +2,18 @@
 
 from importlib.metadata import version
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from esd_peft.errors import UserError
+from esd_peft.evaluation.picture_files import to_pixels
 
 LPIPS_SIZE = 64  # pixels, as in UCE's protocol
 
 
 def pixel_distances(before: list[Image.Image], after: list[Image.Image]) -> list[float]:
     """Root mean square difference of the pixels, in [0, 1], pair by pair. It says that pictures differ, not in what."""
-    pairs = zip(map(_pixels, before), map(_pixels, after), strict=True)
+    pairs = zip(map(to_pixels, before), map(to_pixels, after), strict=True)
     return [(a - b).square().mean().sqrt().item() for a, b in pairs]
 
 
@@ -44,11 +43,6 @@ class Lpips:
     @torch.no_grad()
     def distances(self, before: list[Image.Image], after: list[Image.Image]) -> list[float]:
         """0 for equal pictures, pair by pair."""
-        halves = (torch.stack([_pixels(p.resize((LPIPS_SIZE,) * 2)) for p in half]) for half in (before, after))
+        halves = (torch.stack([to_pixels(p.resize((LPIPS_SIZE,) * 2)) for p in half]) for half in (before, after))
         a, b = (half.to(self.device) * 2 - 1 for half in halves)
         return self.model(a, b).flatten().tolist()
-
-
-def _pixels(picture: Image.Image) -> Tensor:
-    """`[3, H, W]` in [0, 1]."""
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
