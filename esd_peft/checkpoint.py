@@ -36,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, config: EraseConfig, base: dict[str, str]) -> None:
         """`base` tells the model's files by their hashes. Raises `UserError` if another run holds them."""
-        self.config = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
+        self.config = self._claimed = _compared(config)
         self.base = base
         self.folder = config.output.with_name(f"{config.output.name}.checkpoint")
         self.every = config.checkpoint_every
@@ -67,6 +67,11 @@ class Checkpoints:
             )
         elif config.resume and not self._steps():
             raise UserError(f"--resume: {self.folder} holds no checkpoint; leave --resume out to start from the beginning")
+
+    def hand_over(self, config: EraseConfig) -> EraseConfig:
+        """The run starts once more, with the settings of `config`: as returned, from the checkpoint that it left, if any."""
+        self.config = _compared(config)
+        return config.model_copy(update={"resume": bool(self._steps())})
 
     def save(self, step: int, state: dict[str, Any], bank: dict[str, Tensor] | None) -> None:
         """Write `state` (dicts and lists of tensors and JSON values) as it is after `step`, and the bank if it is new.
@@ -99,7 +104,7 @@ class Checkpoints:
                 raise damaged
         except (KeyError, TypeError, ValueError, RecursionError):
             raise damaged from None
-        changed = [key for key, value in self.config.items() if config.get(key) != value]
+        changed = [key for key, value in self._claimed.items() if config.get(key) != value]
         if changed:
             said = ", ".join(f"{key.replace('_', '-')} was {config.get(key)}" for key in changed)
             raise UserError(f"--resume: the config has changed: {said}; use that, or --overwrite to start anew")
@@ -132,6 +137,10 @@ class Checkpoints:
             save_file(tensors, draft, {"values": text, "sha256": _digest(tensors, text)})
             _sync(draft)
         _sync(self.folder)  # so that the new name is on the disk before the old file goes
+
+
+def _compared(config: EraseConfig) -> dict[str, Any]:
+    return {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Any]:

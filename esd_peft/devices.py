@@ -1,6 +1,7 @@
 """Where and in which number format a job computes, and how tensors get there and back without waiting."""
 
 import contextlib
+import gc
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,13 @@ def place(denoiser: nn.Module, device: torch.device) -> None:
         denoiser.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     else:
         denoiser.to(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what nothing points to any more."""
+    gc.collect()  # hooks and tracebacks leave references in circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

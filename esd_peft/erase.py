@@ -1,7 +1,10 @@
 """python -m esd_peft.erase: concept → prompt embeddings → guided pairs → adapter, and what it changed."""
 
+import contextlib
 import hashlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,9 @@ from esd_peft.compilation import check_compiler, compiled
 from esd_peft.concepts import PromptPlan, plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
-from esd_peft.devices import place, resolve_device, resolve_dtype
+from esd_peft.devices import place, release, resolve_device, resolve_dtype
 from esd_peft.distill import distill
-from esd_peft.errors import UserError, run_command
+from esd_peft.errors import OutOfMemory, UserError, run_command
 from esd_peft.evaluate import evaluate
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
@@ -31,7 +34,7 @@ from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.offload import offload_base
 from esd_peft.outputs import check_output, new_directory, new_file
 from esd_peft.phases import Costs
-from esd_peft.plan import make_plan, plan_table, within_budget
+from esd_peft.plan import Sizes, make_plan, plan_table, smaller, within_budget
 from esd_peft.probe import Probe
 from esd_peft.prompt_maps import prompt_maps
 from esd_peft.quantize import load_quantized
@@ -41,6 +44,8 @@ from esd_peft.rollout import Rollout, make_table
 from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import add_metadata, sha256
 
+_LESS_MEMORY = "plan for less with --memory-budget, or add --quantize nf4 or --offload, or take a smaller model"
+
 
 def erase(config: EraseConfig) -> dict[str, Any]:
     """Train an adapter that erases `config.concept` and write it to `config.output`.
@@ -49,7 +54,10 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
     distributed.start()
-    result = _erase(config)
+    try:
+        result = _erase(config)
+    except OutOfMemory as error:
+        raise OutOfMemory(error.phase, _LESS_MEMORY) from None
     if config.evaluate and distributed.first():  # what training held is free again
         found = evaluate(_evaluation(config, result["config"]))
         if found.accuracies is not None:
@@ -68,6 +76,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)
     backbone = open_backbone(config.model, options=config)
+    given = config
     if device.type == "cuda" or config.memory_budget != "auto":
         config = distributed.from_first(within_budget(config, backbone))
     if config.model is None:
@@ -81,7 +90,28 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
         quiet = config.model_copy(update={"eval_seeds": 0, "report_to": "none"})
         return _run(quiet, backbone, plan, device, dtype, None)
     with Checkpoints(config, hashes) as checkpoints:
+        try:
+            return _run(config, backbone, plan, device, dtype, checkpoints)
+        except OutOfMemory as error:
+            phase = error.phase
+        # what the run held is free only here: the error's traceback led to it
+        release(device)
+        config = checkpoints.hand_over(_smaller(given, config, backbone, phase, dtype))
         return _run(config, backbone, plan, device, dtype, checkpoints)
+
+
+def _smaller(given: EraseConfig, used: EraseConfig, backbone: Backbone, phase: str, dtype: torch.dtype) -> EraseConfig:
+    """The settings to try once more with, said on stderr.
+
+    Raises `OutOfMemory` if there are none, or several processes: the others would have to start anew with it.
+    """
+    found = smaller(Sizes(given, backbone, dtype), given, used, phase) if distributed.size() == 1 else None
+    if found is None:
+        raise OutOfMemory(phase)
+    changed = {f"--{name.replace('_', '-')}": value for name, value in found if value != getattr(used, name)}
+    said = ", ".join(option if value is True else f"{option} {value}" for option, value in changed.items())
+    print(f"note: the device ran out of memory in {phase}; once more with {said}", file=sys.stderr)
+    return found
 
 
 def _run(
@@ -121,7 +151,7 @@ def _run(
     concepts: Shares = {}
     others: Shares = {}
     if before is not None:
-        with costs.phase("evaluate"):
+        with costs.phase("evaluate"), _finished(config):
             after = gallery.take(denoiser, "after")
             concepts, others = gallery.rates(before, after)
             with new_file(config.output / "before_after.png") as draft:
@@ -142,6 +172,18 @@ def _run(
     if checkpoints is not None:
         _write(config, result)
     return result
+
+
+@contextlib.contextmanager
+def _finished(config: EraseConfig) -> Iterator[None]:
+    """The adapter is not trained again because its pictures need too much memory. Raises `UserError` if they do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the adapter in {config.output} is finished, but the device ran out of memory over its pictures; take them "
+            "with python -m esd_peft.evaluate and a smaller --batch-size"
+        ) from None
 
 
 def _write(config: EraseConfig, result: dict[str, Any]) -> None:

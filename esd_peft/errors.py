@@ -25,6 +25,14 @@ class UserError(Exception):
         super().__init__("".join(char if char.isprintable() else " " for char in sentence[:_LONG]))
 
 
+class OutOfMemory(UserError):
+    """The device has too little memory for a phase of a job (`esd_peft.phases`)."""
+
+    def __init__(self, phase: str, advice: str = "take smaller batches, or add --quantize nf4") -> None:
+        super().__init__(f"the device ran out of memory in {phase}; {advice}")
+        self.phase = phase
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2."""
     transformers.utils.logging.disable_progress_bar()

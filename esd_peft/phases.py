@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from esd_peft.errors import OutOfMemory
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -31,12 +33,15 @@ class Costs:
     def phase(self, name: str) -> Iterator[None]:
         """Seconds and peak memory (device memory on a GPU, resident memory on a CPU) of the block go to `name`.
 
-        A phase inside another one interrupts it, so the seconds of all phases add up to the whole.
+        A phase inside another one interrupts it, so the seconds of all phases add up to the whole. Raises `OutOfMemory`
+        where the device has too little of it.
         """
         outer = self._phase
         self._switch(name)
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(name) from None
         finally:
             self._switch(outer)
 

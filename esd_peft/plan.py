@@ -14,6 +14,7 @@ from esd_peft.backbones.backbone import ENCODE_BATCH, TOGETHER, encoder_bytes
 from esd_peft.compilation import repeated_blocks
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
+from esd_peft.contrastive import Contrastive
 from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.errors import UserError
 from esd_peft.memory import metered, weight_bytes
@@ -118,7 +119,7 @@ class Sizes:
     def plan(self, config: EraseConfig) -> Plan:
         """For a config that differs in settings only."""
         rows = 3 if any(p.anchor is not None for p in self.prompts.pairs) else 2
-        batch = config.train_batch_size or GuidedTarget.train_batch_size
+        batch = _batch_size(config)
         held = held_samples(config, batch)
         trajectories, preserving, keep = bank_shape(config, batch - held, held, len(self.prompts.preserve))
         steps = config.num_inference_steps or self.backbone.num_inference_steps
@@ -168,19 +169,47 @@ def fit(sizes: Sizes, config: EraseConfig, budget: int) -> Plan:
     )
 
 
+def smaller(sizes: Sizes, given: EraseConfig, used: EraseConfig, phase: str) -> EraseConfig | None:
+    """The next settings after those of `used`, in the order of `fit`, with which `phase` takes less; none if there are none.
+
+    Nothing is taken back for it, and no other phase takes more. What `given`, the config as it came, sets itself stays.
+    """
+    now = sizes.plan(used).phases
+    for settings in _settings(given):
+        plan = sizes.plan(given.model_copy(update=settings))
+        back = any(new > old for new, old in zip(_at_once(plan.config), _at_once(used), strict=True))
+        more = any(size > now[name] for name, size in plan.phases.items())
+        if not back and not more and plan.phases.get(phase, 0) < now.get(phase, 0):
+            return plan.config
+    return None
+
+
+def _at_once(config: EraseConfig) -> tuple[int, int, bool]:
+    """What is on the device together: samples, trajectories, and all of a sample's activations."""
+    return config.micro_batch_size or _batch_size(config), config.rollout_batch_size, not config.gradient_checkpointing
+
+
+def _batch_size(config: EraseConfig) -> int:
+    objective = Contrastive if config.objective == "contrastive" else GuidedTarget
+    return config.train_batch_size or objective.train_batch_size
+
+
 def _settings(config: EraseConfig) -> Iterator[dict[str, object]]:
     bases: list[dict[str, object]] = [{}]
+    offloadable = config.adapter != "none" and config.compile != "on"
     if config.quantize == "none" and not config.offload:
         bases += [{"quantize": "nf4"}] if config.adapter == "lora" else []
-        bases += [{"offload": True, "gradient_checkpointing": True}] if config.adapter != "none" else []
-    batch = config.micro_batch_size or config.train_batch_size or GuidedTarget.train_batch_size
+        bases += [{"offload": True, "gradient_checkpointing": True}] if offloadable else []
+    batch = config.micro_batch_size or _batch_size(config)
+    default = EraseConfig.model_fields["rollout_batch_size"].default
+    rollouts = _halves(default) if config.rollout_batch_size == default else [config.rollout_batch_size]
     for base in bases:
         for checkpointing in sorted({config.gradient_checkpointing, True}):
             for micro in [batch] if config.micro_batch_size else _halves(batch):
-                for side_by_side in _halves(config.rollout_batch_size):
+                for side_by_side in rollouts:
                     yield {
                         "gradient_checkpointing": checkpointing,
-                        "micro_batch_size": None if micro == batch else micro,
+                        "micro_batch_size": config.micro_batch_size if micro == batch else micro,
                         "rollout_batch_size": side_by_side,
                     } | base
 

@@ -1,7 +1,6 @@
 """The interface of a pipeline family, and what families have in common."""
 
 import functools
-import gc
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from torch import Tensor, nn
 
 from esd_peft.backbones import scopes
+from esd_peft.devices import release
 from esd_peft.errors import UserError
 from esd_peft.model_source import INDEX, hub_id
 from esd_peft.text_files import UnreadableError, read_json
@@ -157,9 +157,7 @@ class Backbone(ABC):
             pipe.to(device)
         embeds = self.encode_many(pipe, prompts, device, torch.device("cpu"))
         del pipe
-        gc.collect()  # offloading leaves references in circles
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
         return {name: value.to(device) for name, value in embeds.items()}
 
     def encode_many(

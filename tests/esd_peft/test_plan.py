@@ -80,7 +80,7 @@ def test_a_budget_leads_to_the_cheapest_settings_that_fit(small_sd):
 
 def test_a_budget_leaves_what_the_config_sets_itself(small_sd):
     options = {"quantize": "int8", "micro_batch_size": 8, "gradient_checkpointing": True, "memory_budget": "3MiB"}
-    with pytest.raises(UserError, match="even with the base in int8, activations recomputed, 12 trajectories"):
+    with pytest.raises(UserError, match="even with the base in int8, activations recomputed, 8 of a batch's samples"):
         make_plan(EraseConfig(concept="circle", model=str(small_sd), device="cpu", **options), open_backbone(str(small_sd)))
 
 
