@@ -27,7 +27,7 @@ is empty, the explanation says what happens if the option is left out.
 def commands() -> dict[str, type[CommandConfig]]:
     """The class of options of each command, found where the command line is parsed."""
     package = ROOT / "esd_peft"
-    for path in package.rglob("config.py"):
+    for path in package.rglob("*config.py"):
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     known = {kind.__name__: kind for kind in _subclasses(CommandConfig)}
     sources = (path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py")))

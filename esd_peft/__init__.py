@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esd_peft.config import EraseConfig as EraseConfig
-    from esd_peft.config import MergeConfig as MergeConfig
     from esd_peft.erase import erase as erase
     from esd_peft.evaluate import evaluate as evaluate
     from esd_peft.evaluation.config import EvaluateConfig as EvaluateConfig
     from esd_peft.merge_adapter import merge_adapter as merge_adapter
+    from esd_peft.merge_config import MergeConfig as MergeConfig
 
 __version__ = "0.1.0"
 if sys.argv[:1] == ["-m"]:  # as a command: its output is its own, without the libraries' notices about optional parts
@@ -27,7 +27,9 @@ if sys.argv[:1] == ["-m"]:  # as a command: its output is its own, without the l
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_HOME = {"EraseConfig": "config", "MergeConfig": "config", "EvaluateConfig": "evaluation.config", "UserError": "errors"}
+_HOME = {
+    "EraseConfig": "config", "MergeConfig": "merge_config", "EvaluateConfig": "evaluation.config", "UserError": "errors",
+}  # fmt: skip
 _JOBS = ("erase", "evaluate", "merge_adapter")  # a function and the module that is its command share the name
 
 

@@ -156,11 +156,22 @@ def _run(
             concepts, others = gallery.rates(before, after)
             with new_file(config.output / "before_after.png") as draft:
                 gallery.grid(before, after).save(draft)
-    result = {
+    result = _record(rollout, student, losses, probe.curve if probe else [], concepts, others)
+    if checkpoints is not None:
+        _write(config, result)
+    return result
+
+
+def _record(
+    rollout: Rollout, student: Student, losses: list[float], curve: list[tuple[int, float]], concepts: Shares, others: Shares
+) -> dict[str, Any]:
+    """What result.json holds."""
+    config, costs = rollout.config, rollout.costs
+    return {
         "concepts": concepts,
         "others": others,
         "loss": {"first": losses[0], "last": losses[-1]},
-        "direction_left": probe.curve if probe else [],
+        "direction_left": curve,
         "forward_equivalents": costs.forward_equivalents,
         "training_tuples": costs.training_tuples,
         "trained_parameters": sum(p.numel() for p in student.parameters),
@@ -169,9 +180,6 @@ def _run(
         "config": config.model_dump(mode="json"),
         "version": __version__,
     }
-    if checkpoints is not None:
-        _write(config, result)
-    return result
 
 
 @contextlib.contextmanager

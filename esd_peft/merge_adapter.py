@@ -12,9 +12,10 @@ from torch import Tensor
 from esd_peft import __version__
 from esd_peft.backbones import Backbone, open_backbone
 from esd_peft.command_line import parse
-from esd_peft.config import EraseConfig, MergeConfig, ModelOptions
+from esd_peft.config import EraseConfig, ModelOptions
 from esd_peft.errors import UserError, run_command
 from esd_peft.export import check_single_file, modelspec, own_metadata, read_checkpoint_denoiser, write_checkpoint
+from esd_peft.merge_config import MergeConfig
 from esd_peft.model_card import base_licence, model_card, public_config
 from esd_peft.model_source import is_snapshot
 from esd_peft.outputs import check_new_file, check_output, new_directory, new_file

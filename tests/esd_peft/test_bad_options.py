@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from esd_peft.backbones import EMBEDDED
-from esd_peft.config import EraseConfig, MergeConfig
+from esd_peft.config import EraseConfig
 from esd_peft.errors import run_command
 from esd_peft.evaluation.config import EvaluateConfig
+from esd_peft.merge_config import MergeConfig
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 
 COMMANDS = {

@@ -3,8 +3,9 @@
 import pytest
 
 from esd_peft.command_line import parse
-from esd_peft.config import Concept, EraseConfig, MergeConfig
+from esd_peft.config import Concept, EraseConfig
 from esd_peft.errors import UserError
+from esd_peft.merge_config import MergeConfig
 
 
 def erase(*argv: str) -> EraseConfig:
