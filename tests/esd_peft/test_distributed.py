@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from esd_peft import EraseConfig, UserError, erase
+from esd_peft.command_line import parse
+from esd_peft.rollout import Rollout
+
 QUICK = ["--concept", "circle", "--device", "cpu", "--eval-seeds", "0", "--num-inference-steps", "4", "--trajectories", "3",
          "--train-batch-size", "5", "--max-train-steps", "6", "--preserve", "square"]  # fmt: skip
 
@@ -68,7 +72,22 @@ def test_a_process_that_is_killed_ends_the_run(tmp_path):
     assert not (tmp_path / "erased").exists() and [*tmp_path.glob("erased.checkpoint/step-*")]
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
+def bank_of_one(tmp_path, monkeypatch):
+    """What one process with the same options trains on."""
+    filled = []
+    fill = Rollout.fill
+
+    def only_fill(*args, **kwargs):
+        filled.append(fill(*args, **kwargs))
+        raise UserError("that is all")
+
+    monkeypatch.setattr(Rollout, "fill", only_fill)
+    with pytest.raises(UserError, match="that is all"):
+        erase(parse(EraseConfig, "erase", [*QUICK, "--output", str(tmp_path / "one")]))
+    return filled[0]
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, monkeypatch):
     run = endless(tmp_path)
     workers(run)[1].send_signal(signal.SIGINT)
     assert run.wait(60) != 0
@@ -76,6 +95,11 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     assert said.count("--resume goes on from there") == 1
     assert "error:" not in said  # neither found the other one gone
     assert [*tmp_path.glob("erased.checkpoint/step-*")] and not (tmp_path / "erased").exists()
+    # and both had the bank that one process has
+    (path,) = tmp_path.glob("erased.checkpoint/bank-*")
+    bank = load_file(path)
+    for name, value in vars(bank_of_one(tmp_path, monkeypatch)).items():
+        torch.testing.assert_close(bank[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_what_only_the_first_process_finds_ends_both(tmp_path):
