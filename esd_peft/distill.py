@@ -1,5 +1,6 @@
 """The training loop: batches in, a trained student out."""
 
+import bisect
 import contextlib
 import itertools
 import math
@@ -89,8 +90,10 @@ class _Training:
         self.student, self.objective, self.probe = student, objective, probe
         rollout = self.rollout = objective.rollout
         config = rollout.config
-        self.steps = sum(objective.parts)
-        self._start_anew(objective.parts[0])
+        self.parts = objective.parts
+        self.ends = [*itertools.accumulate(self.parts)]
+        self.steps = self.ends[-1]
+        self._start_anew(self.parts[0])
         self.scaler = torch.amp.GradScaler(rollout.device.type, enabled=rollout.dtype == torch.float16)
         # forward, backward (counted as two), and a second forward
         self.passes = 4 if config.gradient_checkpointing else 3
@@ -111,8 +114,8 @@ class _Training:
     def take(self, batch: Batch) -> None:
         """One optimizer step."""
         config, rollout = self.rollout.config, self.rollout
-        if self.step in (ends := [*itertools.accumulate(self.objective.parts)]):
-            self._start_anew(self.objective.parts[ends.index(self.step) + 1])
+        if self.step in self.ends:
+            self._start_anew(self.parts[self.ends.index(self.step) + 1])
         total = torch.zeros((), device=rollout.device)
         for part in batch.split(config.micro_batch_size or len(batch), distributed.share(len(batch))):
             with rollout.autocast():
@@ -183,8 +186,7 @@ class _Training:
         with torch.no_grad():
             for parameter, value in zip(self.student.parameters, values["parameters"], strict=True):
                 parameter.copy_(value)
-        ends = [*itertools.accumulate(self.objective.parts)]
-        self._start_anew(next(part for part, end in zip(self.objective.parts, ends, strict=True) if values["step"] <= end))
+        self._start_anew(self.parts[bisect.bisect_left(self.ends, values["step"])])
         self.optimizer.load_state_dict(values["optimizer"])
         self.schedule.load_state_dict(values["schedule"])
         self.scaler.load_state_dict(values["scaler"])

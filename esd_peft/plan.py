@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from esd_peft.adapters import make_student
+from esd_peft.attacks.attack import BATCH_SIZE
 from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import ENCODE_BATCH, TOGETHER, encoder_bytes
 from esd_peft.compilation import repeated_blocks
@@ -140,7 +141,7 @@ class Sizes:
         train_steps = config.max_train_steps or config.guided_steps
         parts = steps_of_rounds(train_steps, config.robust)
         if config.robust:
-            phases["attack"] = working + self.attacking + _line(training, batch)
+            phases["attack"] = working + self.attacking + _line(training, BATCH_SIZE)
         fills = sum(-(-part // (config.steps_per_bank or part)) for part in parts)
         kept = (trajectories + preserving) * min(steps, keep or steps)
         forwards = fills * (trajectories + preserving) * steps * rows

@@ -31,10 +31,10 @@ TRAJECTORIES = 4  # of the teacher, for each concept, along which they are found
 
 def steps_of_rounds(steps: int, rounds: int) -> list[int]:
     """How many of all optimizer steps come before the first round, and after each one: of the latter twice as many."""
-    if not rounds:
-        return [steps]
     first = steps // (1 + 2 * rounds)
-    return [first] + [2 * first] * (rounds - 1) + [steps - first - 2 * first * (rounds - 1)]
+    parts = [first] + [2 * first] * rounds
+    parts[-1] += steps - sum(parts)
+    return parts
 
 
 def round_forwards(num_inference_steps: int, rows: int) -> int:
