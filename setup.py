@@ -21,8 +21,8 @@ setup(
         "esd_peft.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
     },
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "torch>=2.9",
+        "triton>=3.5; platform_system == 'Linux'",
         "diffusers>=0.42",
         "transformers>=5.0",
         "peft>=0.18",

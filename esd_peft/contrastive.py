@@ -69,7 +69,7 @@ class Contrastive(Objective):
         answer = prediction.float().flatten(1)
         positive = nn.functional.cosine_similarity(answer, noise) / TEMPERATURE
         negative = nn.functional.cosine_similarity(answer, reference) / TEMPERATURE + math.log(NEGATIVE_WEIGHT)
-        return (torch.logaddexp(positive, negative) - positive).mean()
+        return (batch.weight * (torch.logaddexp(positive, negative) - positive)).mean()
 
 
 def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastive:

@@ -121,7 +121,7 @@ class _Training:
             with rollout.autocast():
                 inputs = part.inputs.to(rollout.dtype)
                 prediction = rollout.backbone.predict(self.student.denoiser, inputs, part.timesteps, part.embeds)
-            loss = self.objective.loss(prediction, part) * (len(part) / len(batch))
+            loss = self.objective.loss(prediction, part)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         if distributed.size() > 1:

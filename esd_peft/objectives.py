@@ -41,17 +41,18 @@ class Batch:
         return len(self.timesteps)
 
     def split(self, size: int, of: range) -> Iterator["Batch"]:
-        """The samples `of` it, up to `size` at a time."""
+        """The samples `of` it, up to `size` at a time, weighted so that the parts' losses add up to the batch's."""
         sides = self.teacher.unflatten(0, (2, -1))
         for start in of[::size]:
             part = slice(start, min(start + size, of.stop))
+            share = (part.stop - part.start) / len(self)
             yield Batch(
                 self.inputs[part],
                 self.timesteps[part],
                 {name: value[part] for name, value in self.embeds.items()},
                 sides[:, part].flatten(0, 1),
                 self.eta[part],
-                self.weight[part],
+                self.weight[part] if share == 1 else self.weight[part] * share,
                 None if self.anchor is None else self.anchor[part],
             )
 
@@ -106,7 +107,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
-        """`[]` fp32, for the student's `prediction` `[B, ...]`."""
+        """`[]` fp32, for the student's `prediction` `[B, ...]`: the mean over the samples, times their weights."""
 
 
 @dataclass
@@ -179,10 +180,10 @@ class GuidedTarget(Objective):
 
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         """Mean squared error to the guided target."""
-        return guided_mse(prediction, batch.teacher, batch.eta, batch.anchor, batch.weight * self._snr_weights(batch))
-
-    def _snr_weights(self, batch: Batch) -> Tensor | float:
-        return 1.0 if self._snr_table is None else self._snr_table[batch.timesteps.long()]
+        weight = batch.weight
+        if self._snr_table is not None:
+            weight = weight * self._snr_table[batch.timesteps.long()]
+        return guided_mse(prediction, batch.teacher, batch.eta, batch.anchor, weight)
 
     @functools.cached_property
     def _snr_table(self) -> Tensor | None:

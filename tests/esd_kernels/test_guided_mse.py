@@ -1,9 +1,12 @@
 """guided_mse, the kernel itself (on a GPU, or interpreted on the CPU), against the formula in fp64."""
 
+import collections
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from esd_kernels import guided_mse, guided_mse_reference
+from esd_kernels import fused_guided_mse, guided_mse, guided_mse_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # a gradient is rounded twice, in the kernel's store and in the backward's scaling: half an ulp each;
@@ -89,6 +92,39 @@ def test_the_chain_rule_holds_when_the_loss_is_scaled():
     _, expected = formula(student, teacher, eta)
     (guided_mse(student, teacher, eta) * 2.5).backward()
     torch.testing.assert_close(student.grad.double(), 2.5 * expected, rtol=1e-5, atol=1e-9)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a GPU: the kernels, which do not run here, and PyTorch's operations but for views
+    and allocations."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen = []
+        for name in ("_guided_mse_kernel", "_scale_kernel"):
+            monkeypatch.setattr(fused_guided_mse, name, self.stand_in(name))
+
+    def stand_in(self, name):
+        def launch(*args, **options):
+            self.seen.append(name)
+
+        return collections.defaultdict(lambda: launch)  # whatever the grid
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function.__name__:
+            self.seen.append(function.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_launches_of_loss_and_gradient(dtype, monkeypatch):
+    """At the sizes of latents launching is what takes the time."""
+    student, teacher, eta, anchor, weight = inputs((4, 4, 64, 64), dtype)
+    from_the_scaler = torch.ones(())
+    with Launches(monkeypatch) as launches:
+        loss = guided_mse(student, teacher, eta, anchor, weight)
+        torch.autograd.grad(loss, student, from_the_scaler)
+    assert launches.seen == ["_guided_mse_kernel", "sum.default", "_scale_kernel"]
 
 
 def test_a_second_backward_pass_is_refused():

@@ -1,0 +1,37 @@
+"""Every kernel compiles for every architecture, with the launchers' own arguments, into the machine code it is meant to be.
+
+The interpreter, in which the other tests run the kernels on machines without a GPU, accepts what a compiler does not: a
+batch of 1, which Triton takes for a constant, for example.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HELPER = Path(__file__).parents[1] / "helpers/ahead_of_time.py"
+TARGETS = [*(("cuda", arch) for arch in ("75", "80", "86", "89", "90", "100", "120")), ("hip", "gfx942")]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids="-".join)
+def test_compiles_into_wide_loads_without_spills_or_atomics(target, tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, HELPER, *target], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 3 * 9 * 9  # dtypes, shapes, and eight combinations of options or the scaling
+    registers = {row["registers"] for row in rows}
+    print(f"{' '.join(target)}: {min(registers)} to {max(registers)} registers a thread")
+    # with more than 64 of them a multiprocessor could not keep its threads full, and the kernel waits for memory
+    assert max(registers) <= 64
+    for row in rows:
+        assert not row["spilled"] and not row["atomics"], row
+        halves = 1 if row["dtype"] != "fp32" else 2  # of a thread's eight elements
+        tensors = 1 if row["kernel"] == "scale" else 4 if "anchor" in row["flags"] else 3
+        if row["n"] % 16 == 0:
+            assert row["wide"] == tensors * halves and row["wide_stores"] == halves, row
+        else:  # the rows after the first do not begin at a multiple of 16 bytes
+            assert row["wide"] == row["wide_stores"] == 0, row

@@ -1,0 +1,143 @@
+"""Compiles every launch of `esd_kernels` for a GPU that is not there, and reads what became of it from the machine code.
+
+    python tests/helpers/ahead_of_time.py cuda 90        # sm_90; cuda 75 … 120, or hip gfx942
+
+Prints a JSON list, a row for each compiled launch. It runs in a process of its own, because the tests' own process has
+the kernels interpreted. The launchers themselves are called, so that a launch has just the arguments, and
+specialisations, that it has on a GPU; only the very last step, handing machine code to a driver, is left out.
+"""
+
+import collections
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+
+if sys.argv[1] == "hip":
+    torch.version.hip = "as in PyTorch's build for AMD"  # asked by the launchers
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from esd_kernels import fused_guided_mse as fused
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# samples of SD latents and of FLUX's, whose rows divide by 16, and of a size that nothing divides
+SHAPES = [(b, n) for b in (1, 2, 8) for n in (16384, 262144, 205)]
+
+
+class StandIn:
+    """As much of a driver as a compilation asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Warmed:
+    """A kernel whose launches only compile."""
+
+    def __init__(self, kernel, compiled: list) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+def launches(compiled: list):
+    """Every kind of launch: a name, and how many kernels it added to `compiled`."""
+    for (name, dtype), (batch, n) in itertools.product(DTYPES.items(), SHAPES):
+        x = torch.empty(batch, n, dtype=dtype)
+        per_sample = torch.empty(batch)
+        for anchor, etas, weight in itertools.product((False, True), repeat=3):
+            fused.launch(
+                x,
+                torch.empty(2 * batch, n, dtype=dtype),
+                1.0,
+                per_sample if etas else None,
+                x if anchor else None,
+                per_sample if weight else None,
+            )
+            flags = "".join(f" {flag}" for flag, on in (("anchor", anchor), ("etas", etas), ("weight", weight)) if on)
+            yield {"kernel": "guided_mse", "dtype": name, "batch": batch, "n": n, "flags": flags.strip()}
+        fused.launch_scaling(x, torch.empty(()), 1.0)
+        yield {"kernel": "scale", "dtype": name, "batch": batch, "n": n, "flags": ""}
+
+
+def measure(kernel) -> dict:
+    """Registers, spills, and the kinds of memory access of a compiled kernel."""
+    return _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel.asm["amdgcn"])
+
+
+def _nvidia(kernel) -> dict:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    code = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    found = collections.Counter(re.findall(r"\b((?:LDG|STG|LDL|STL|RED|ATOM|ATOMG)[\w.]*)", code))
+    return {
+        "registers": int(registers),
+        "spilled": int(stack) + int(local) + sum(c for op, c in found.items() if op.startswith(("LDL", "STL"))),
+        "atomics": sum(c for op, c in found.items() if op.startswith(("RED", "ATOM"))),
+        "wide": sum(c for op, c in found.items() if op.startswith("LDG") and ".128" in op),
+        "loads": sum(c for op, c in found.items() if op.startswith("LDG")),
+        "wide_stores": sum(c for op, c in found.items() if op.startswith("STG") and ".128" in op),
+    }
+
+
+def _amd(code: str) -> dict:
+    found = collections.Counter(re.findall(r"\b((?:global|buffer|flat|scratch)_(?:load|store|atomic)\w*)", code))
+
+    def count(*parts: str) -> int:
+        return sum(c for op, c in found.items() if all(part in op for part in parts))
+
+    spills = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", code)
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", code).group(1)),
+        "spilled": sum(map(int, spills)) + count("scratch"),
+        "atomics": count("atomic"),
+        "wide": count("load", "x4"),
+        "loads": count("load"),
+        "wide_stores": count("store", "x4"),
+    }
+
+
+def main(backend: str, arch: str) -> list[dict]:
+    driver.set_active(StandIn(GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)))
+    compiled: list = []
+    fused._guided_mse_kernel = Warmed(fused._guided_mse_kernel, compiled)
+    fused._scale_kernel = Warmed(fused._scale_kernel, compiled)
+    measured: dict[str, dict] = {}  # launches of one specialisation share their code
+    rows = []
+    for launch in launches(compiled):
+        kernel = compiled.pop()
+        if kernel.hash not in measured:
+            measured[kernel.hash] = measure(kernel)
+        rows.append(launch | measured[kernel.hash])
+    print(f"{len(measured)} kernels for {backend} {arch}", file=sys.stderr)
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
