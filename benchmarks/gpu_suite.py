@@ -1,14 +1,15 @@
 """Every GPU check and benchmark of the project, in one command.
 
-    python benchmarks/gpu_suite.py --output benchmarks/results
+    python benchmarks/gpu_suite.py --output benchmarks/results            # all of it
+    python benchmarks/gpu_suite.py --output benchmarks/results --part 1   # or in three calls, of 9 minutes at most each
 
-Writes OUTPUT/<device>/<section>.json, and OUTPUT/<device>/summary.md with the driver and library versions. Needs no
-network and no weights: models are built at their real size with random ones. Sections that need a GPU, or more of its
-memory than there is, are skipped and say so.
+Writes OUTPUT/<device>/<section>.json row by row, each as soon as it is measured, and OUTPUT/<device>/summary.md with the
+driver and library versions. What fails loses its own row, and says why in it. Needs no network and no weights: models are
+built at their real size with random ones. What needs a GPU, or more of its memory than there is, is skipped and says so.
 
-All of it is meant to stay below 8 minutes on a data-centre GPU, a budget which no run has confirmed yet, in seconds:
-correctness 10, timings 60, synchronisation 10, profile 50, steps 120 (of which compiling 80), erasure 100, memory 130 (most
-of it for writing and reading FLUX.1).
+The most important figures come first. How long a part takes no run has confirmed yet; the budgets, in seconds, are: part 1
+correctness 10, synchronisation 20, timings 60, erasure 240; part 2 memory 300 (most of it for writing and reading FLUX.1);
+part 3 steps 240 (of which compiling 150), profile 100.
 """
 
 import argparse
@@ -30,11 +31,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
+import authors_script
 import kernel_timings
 import peft
 import profile_steps
 from diffusers import DDIMScheduler
-from erasure import PROCEDURES
+from readings import Readings
 from real_models import make_model
 
 from esd_kernels import guided_mse
@@ -43,7 +45,7 @@ from esd_peft.adapters import Student, make_student, scope_modules
 from esd_peft.backbones import open_backbone
 from esd_peft.compilation import compiled
 from esd_peft.concepts import plan_prompts
-from esd_peft.devices import place, resolve_device, resolve_dtype
+from esd_peft.devices import place, release, resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.objectives import GuidedTarget
 from esd_peft.phases import Costs
@@ -53,7 +55,9 @@ from esd_peft.rollout import Rollout, make_table
 GIB = 2**30
 BATCH = 4  # of the step timings
 GOALS = {"SD 1.5": 4, "SD 2.1": 6, "SDXL": 8, "FLUX.1": 11}  # GiB, of a 12 GB card
-PEER_STEPS = 5  # of the authors' procedure, which are enough for its time a training tuple
+LIMIT = 11.2  # GiB that are left of 12 beside CUDA's own context
+OURS = ("load", "rollout", "distill")  # the phases that training tuples cost: with loading and the closed form
+Rows = dict[str, Callable[[], object]]  # what is measured, by the name of its row
 
 
 _models = tempfile.TemporaryDirectory()
@@ -74,7 +78,7 @@ def needs_gpu(gib: float = 0) -> torch.device:
 
 
 def environment() -> dict:
-    """What the figures belong to."""
+    """What all figures belong to."""
     found = {name: version(name) for name in ("torch", "triton", "diffusers", "peft", "bitsandbytes")}
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -83,57 +87,68 @@ def environment() -> dict:
     return found
 
 
-def correctness() -> dict:
+def correctness() -> Rows:
+    """The kernel, by dtype."""
+    return {name: functools.partial(_kernel_errors, dtype) for name, dtype in kernel_timings.DTYPES.items()}
+
+
+def _kernel_errors(dtype: torch.dtype) -> dict:
     """The kernel against the formula in fp64: fresh inputs, odd sizes, layouts, and memory full of NaN to start with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seed = int(time.time())
     generator = torch.Generator(device).manual_seed(seed)
-    worst: dict[str, dict[str, float]] = {}
-    for name, dtype in kernel_timings.DTYPES.items():
-        for shape in ((1, 1), (3, 41, 5), (7, 4, 64, 64), (2, 16, 5, 13, 17), (65, 4, 33, 31)):
-            draw = {"generator": generator, "device": device}
-            student = torch.randn(*shape, **draw).to(dtype)
-            if len(shape) == 4:
-                student = student.contiguous(memory_format=torch.channels_last)
-            student.requires_grad_()
-            teacher = torch.randn(2 * shape[0], *shape[1:], **draw).to(dtype)
-            eta = torch.rand(shape[0], **draw) * 3
-            poison = torch.full((8 * student.numel(),), torch.nan, device=device)
-            del poison  # what the allocator hands out next holds NaN
-            loss = guided_mse(student, teacher, eta)
-            (grad,) = torch.autograd.grad(loss, student)
-            null, concept = teacher.double().chunk(2)
-            column = eta.double().view(-1, *[1] * (len(shape) - 1))
-            error = student.detach().double() - (null - column * (concept - null))
-            expected, slope = error.square().mean(), 2 * error / error.numel()
-            found = {
-                "loss": ((loss.double() - expected).abs() / expected).item(),
-                "gradient": ((grad.double() - slope).abs().max() / slope.abs().max()).item(),
-            }
-            worst[name] = {key: max(value, worst.get(name, {}).get(key, 0.0)) for key, value in found.items()}
-    allowed = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1.2e-2}  # the interpreter truncates where a GPU rounds
-    wrong = [name for name, found in worst.items() if not max(found.values()) <= allowed[name]]
-    if wrong:
-        raise AssertionError(f"guided_mse is wrong in {', '.join(wrong)}: {worst}")
+    worst = {"loss": 0.0, "gradient": 0.0}
+    for shape in ((1, 1), (1, 4, 64, 64), (3, 41, 5), (7, 4, 64, 64), (2, 16, 5, 13, 17), (65, 4, 33, 31)):
+        draw = {"generator": generator, "device": device}
+        student = torch.randn(*shape, **draw).to(dtype)
+        if len(shape) == 4:
+            student = student.contiguous(memory_format=torch.channels_last)
+        student.requires_grad_()
+        teacher = torch.randn(2 * shape[0], *shape[1:], **draw).to(dtype)
+        eta = torch.rand(shape[0], **draw) * 3
+        poison = torch.full((8 * student.numel(),), torch.nan, device=device)
+        del poison  # what the allocator hands out next holds NaN
+        loss = guided_mse(student, teacher, eta)
+        (grad,) = torch.autograd.grad(loss, student)
+        null, concept = teacher.double().chunk(2)
+        column = eta.double().view(-1, *[1] * (len(shape) - 1))
+        error = student.detach().double() - (null - column * (concept - null))
+        expected, slope = error.square().mean(), 2 * error / error.numel()
+        worst["loss"] = max(worst["loss"], ((loss.double() - expected).abs() / expected).item())
+        worst["gradient"] = max(worst["gradient"], ((grad.double() - slope).abs().max() / slope.abs().max()).item())
+    # the interpreter truncates bf16 where a GPU rounds
+    allowed = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}[dtype]
+    if not max(worst.values()) <= allowed:
+        raise AssertionError(f"guided_mse is wrong: {worst}, where {allowed} is rounding")
     return {"seed": seed, "device": device, "worst_relative_error": worst}
 
 
-def timings() -> dict:
+def timings() -> Rows:
     """`benchmarks/kernel_timings.py` at a few sizes; the whole of it takes longer."""
-    needs_gpu()
-    shapes, batches, dtypes = ["SD 512", "video 480p"], [4, 64], ["bf16", "fp32"]
-    return {"rows": kernel_timings.benchmark(shapes, batches, dtypes)}
+
+    def measure(shape: str, batch: int) -> list[dict]:
+        needs_gpu()
+        return kernel_timings.benchmark([shape], [batch], ["bf16", "fp32"])
+
+    sizes = [("SD 512", 1), ("SD 512", 8), ("SD 512", 64), ("video 480p", 4)]
+    return {f"{shape}, {batch}": functools.partial(measure, shape, batch) for shape, batch in sizes}
 
 
-def steps() -> dict:
-    """A rollout step and a training step of SD 1.5 at 512², eager and compiled, against plain diffusers and peft."""
-    device = needs_gpu(20)
+def steps() -> Rows:
+    """A rollout step and a training step of SD 1.5 at 512², eager, compiled, and as plain diffusers and peft make them."""
     options = {"trajectories": BATCH, "num_inference_steps": 20, "train_batch_size": BATCH, "max_train_steps": 40}
     options["learning_rate"] = 1e-4  # random weights
-    ours = {how: _our_steps(str(model("SD 1.5")), options | {"compile": how}) for how in ("off", "on")}
-    plain = _plain_steps(model("SD 1.5"), device)
-    faster = {how: {key: plain[key] / found[key] for key in found} for how, found in ours.items()}
-    return {"ours, by --compile": ours, "plain": plain, "times_as_fast, by --compile": faster}
+
+    def ours(**more: object) -> dict:
+        needs_gpu(20)
+        return _our_steps(str(model("SD 1.5")), options | more)
+
+    return {
+        "ours": functools.partial(ours, compile="off"),
+        "plain diffusers and peft": lambda: _plain_steps(model("SD 1.5"), needs_gpu(20)),
+        "ours, all layers learn": functools.partial(ours, compile="off", scope="full"),
+        "ours, compiled": functools.partial(ours, compile="on"),
+    }
 
 
 def _our_steps(path: str | None, options: dict) -> dict[str, float]:
@@ -166,50 +181,35 @@ def _job(path: str | None, options: dict) -> tuple[Student, GuidedTarget]:
     return student, GuidedTarget(rollout)
 
 
-def synchronisation() -> dict:
+def synchronisation() -> Rows:
     """Rollouts and training with every wait of the host for the GPU an error, but for the readings of the loss."""
-    needs_gpu()
-    found = {}
-    for name, options in {"teacher": {}, "student": {"rollout": "student", "refill_every": 10}}.items():
-        for dtype in ("bfloat16", "float16"):
-            student, objective = _job(None, options | {"dtype": dtype, "snr_gamma": 5.0, "learning_rate": 1e-4})
-            distill(student, objective, torch.Generator())  # the first run compiles the kernel and chooses algorithms
-            with Readings() as seen:
-                losses = distill(student, objective, torch.Generator())
-            if seen.count != len(losses):
-                raise AssertionError(f"{name}, {dtype}: {seen.count} readings from the GPU for {len(losses)} losses")
-            found[f"{name}, {dtype}"] = {"steps": objective.steps, "readings": seen.count}
-    return found
+
+    def check(options: dict) -> dict:
+        needs_gpu()
+        student, objective = _job(None, options | {"snr_gamma": 5.0, "learning_rate": 1e-4})
+        distill(student, objective, torch.Generator())  # the first run compiles the kernel and chooses algorithms
+        with Readings() as seen:
+            losses = distill(student, objective, torch.Generator())
+        if seen.count != len(losses):
+            raise AssertionError(f"{seen.count} readings from the GPU for {len(losses)} losses")
+        return {"steps": objective.steps, "readings": seen.count}
+
+    rollouts = {"teacher": {}, "student": {"rollout": "student", "refill_every": 10}}
+    return {
+        f"{name}, {dtype}": functools.partial(check, options | {"dtype": dtype})
+        for name, options in rollouts.items()
+        for dtype in ("bfloat16", "float16")
+    }
 
 
-class Readings:
-    """Within it the host may wait for the GPU in calls of `.item()` alone, which are counted."""
+def profile() -> Rows:
+    """`benchmarks/profile_steps.py`: measured times by kind of operation; its counts need no GPU."""
 
-    def __enter__(self) -> "Readings":
-        self.count, self._item = 0, torch.Tensor.item
+    def measure(name: str, gib: int) -> dict:
+        needs_gpu(gib)  # the activations of four samples
+        return profile_steps.profile(name)
 
-        def item(tensor: torch.Tensor) -> float:
-            if not tensor.is_cuda:
-                return self._item(tensor)
-            self.count += 1
-            torch.cuda.set_sync_debug_mode("default")
-            value = self._item(tensor)
-            torch.cuda.set_sync_debug_mode("error")
-            return value
-
-        torch.Tensor.item = item
-        torch.cuda.set_sync_debug_mode("error")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.Tensor.item = self._item
-
-
-def profile() -> dict:
-    """`benchmarks/profile_steps.py`: counts and measured times by kind of operation, SD 1.5 and SDXL."""
-    needs_gpu(70)  # the activations of four SDXL samples
-    return profile_steps.profile_steps()
+    return {name: functools.partial(measure, name, gib) for name, gib in (("SD 1.5", 20), ("SDXL", 70))}
 
 
 def _plain_steps(path: Path, device: torch.device) -> dict[str, float]:
@@ -262,47 +262,52 @@ def _seconds(step: Callable[[], None], count: int = 20) -> float:
     return (time.perf_counter() - start) / count
 
 
-def erasure() -> dict:
-    """Whole default erasures of SD 1.5 (512²) and SDXL (1024²) against the authors' procedure, by time a training tuple."""
-    found = {}
-    for name, gib in (("SD 1.5", 20), ("SDXL", 60)):
+def erasure() -> Rows:
+    """Whole default erasures of SD 1.5 (512²) and SDXL (1024²), and the authors' script, by time a training tuple."""
+
+    def ours(name: str, gib: int) -> dict:
         needs_gpu(gib)
-        authors = PROCEDURES["authors' scripts"] | {"max_train_steps": PEER_STEPS}
-        results = {"ours": _erase(model(name), {}), "authors": _erase(model(name), authors)}
-        for result in results.values():
-            seconds = sum(result["seconds"][phase] for phase in ("rollout", "distill"))
-            result["seconds_a_tuple"] = seconds / result["training_tuples"]
-        faster = results["authors"]["seconds_a_tuple"] / results["ours"]["seconds_a_tuple"]
-        found[name] = results | {"times_as_fast": faster}
-    return found
+        result = _erase(model(name), {})
+        return result | {"seconds_a_tuple": sum(result["seconds"][phase] for phase in OURS) / result["training_tuples"]}
+
+    def authors(name: str, gib: int) -> dict:
+        device = needs_gpu(gib)
+        release(device)
+        return {"seconds_a_tuple": authors_script.seconds_an_iteration(model(name), device)}
+
+    rows: Rows = {}
+    for name, gib in (("SD 1.5", 20), ("SDXL", 60)):
+        rows[f"{name}, ours"] = functools.partial(ours, name, gib)
+        rows[f"{name}, the authors' script"] = functools.partial(authors, name, gib)
+    return rows
 
 
-def memory() -> dict:
-    """A short erasure of each model, from encoding to saving, with the process limited to 12 GiB and the goal as budget."""
+def memory() -> Rows:
+    """A short erasure of each model, from encoding to saving, in what a 12 GiB card leaves for us, the goal as budget."""
+    return {name: functools.partial(_memory_of, name, goal) for name, goal in GOALS.items()}
+
+
+def _memory_of(name: str, goal: int) -> dict:
     needs_gpu(12)
-    torch.cuda.set_per_process_memory_fraction(12 * GIB / torch.cuda.get_device_properties(0).total_memory)
-    found = {}
+    needed = {"FLUX.1": 40}.get(name, 10)
+    if (free := shutil.disk_usage(tempfile.gettempdir()).free / GIB) < needed:
+        raise Skip(f"needs {needed} GiB of disk, there are {free:.0f}")
+    options = {"num_inference_steps": 4, "max_train_steps": 4, "memory_budget": f"{goal}GiB"}
+    config = EraseConfig(concept="circle", model=str(model(name)), **options)
+    predicted = make_plan(config, open_backbone(str(model(name))))
+    torch.cuda.set_per_process_memory_fraction(LIMIT * GIB / torch.cuda.get_device_properties(0).total_memory)
     try:
-        for name, goal in GOALS.items():
-            needed = {"FLUX.1": 40}.get(name, 10)
-            if (free := shutil.disk_usage(tempfile.gettempdir()).free / GIB) < needed:
-                found[name] = {"skipped": f"needs {needed} GiB of disk, there are {free:.0f}"}
-                continue
-            options = {"num_inference_steps": 4, "max_train_steps": 4, "memory_budget": f"{goal}GiB"}
-            predicted = make_plan(
-                EraseConfig(concept="circle", model=str(model(name)), **options), open_backbone(str(model(name)))
-            )
-            measured = _erase(model(name), options)["peak_memory_bytes"]
-            found[name] = {
-                "goal_bytes": goal * GIB,
-                "settings": describe(predicted.config),
-                "predicted_bytes": predicted.phases,
-                "peak_reserved_bytes": measured,
-                "within_goal": max(measured.values()) <= goal * GIB,
-            }
+        measured = _erase(model(name), options)["peak_memory_bytes"]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    return {"limit_bytes": 12 * GIB, "models": found}
+    return {
+        "limit_bytes": int(LIMIT * GIB),
+        "goal_bytes": goal * GIB,
+        "settings": describe(predicted.config),
+        "predicted_bytes": predicted.phases,
+        "peak_reserved_bytes": measured,
+        "within_goal": max(measured.values()) <= goal * GIB,
+    }
 
 
 @functools.cache
@@ -313,51 +318,68 @@ def model(name: str) -> Path:
 
 def _erase(path: Path, options: dict) -> dict:
     """The result of one erasure, without what differs from run to run by name only."""
+    release(resolve_device("auto"))  # what earlier rows held is not this one's peak
     with tempfile.TemporaryDirectory() as folder:
         base = {"concept": "circle", "model": str(path), "output": Path(folder) / "erased", "eval_seeds": 0}
         result = erase(EraseConfig(**base | options))
     return {k: result[k] for k in ("seconds", "peak_memory_bytes", "forward_equivalents", "training_tuples")}
 
 
-SECTIONS: dict[str, Callable[[], dict]] = {
-    "environment": environment,
+SECTIONS: dict[str, Callable[[], Rows]] = {
     "correctness": correctness,
-    "timings": timings,
     "synchronisation": synchronisation,
-    "profile": profile,
-    "steps": steps,
+    "timings": timings,
     "erasure": erasure,
     "memory": memory,
+    "steps": steps,
+    "profile": profile,
 }
+PARTS = {
+    1: ["correctness", "synchronisation", "timings", "erasure"],
+    2: ["memory"],
+    3: ["steps", "profile"],
+}
+
+
+def run_section(name: str, file: Path) -> list[str]:
+    """Measure the rows of a section, writing `file` after each; returns a line about each."""
+    lines, result = [], {}
+    for row, measure in SECTIONS[name]().items():
+        start = time.perf_counter()
+        try:
+            result[row] = measure()
+            said = "done"
+        except Skip as why:
+            said = f"skipped: {why}"
+        except Exception as error:  # it must not cost the others' figures
+            traceback.print_exc()
+            said = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            result[row] = {"failed": said}
+        if result:
+            file.write_text(json.dumps(result, indent=1) + "\n")
+        lines.append(f"- {name}, {row}: {said} ({time.perf_counter() - start:.0f} s)")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="the directory of all results")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    which.add_argument("--part", type=int, choices=PARTS, help="only the sections of this part")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     folder = args.output / re.sub(r"\W+", "_", device).strip("_").lower()
     folder.mkdir(parents=True, exist_ok=True)
     if device == "cpu":
         print("no GPU here: only what needs none runs")
-    lines, failed = [f"# {device}", ""], False
-    for name in args.sections:
-        start = time.perf_counter()
-        try:
-            result = SECTIONS[name]()
-            said = "done"
-            (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        except Skip as why:
-            said = f"skipped: {why}"
-        except Exception as error:  # one section must not cost the others' figures
-            traceback.print_exc()
-            said, failed = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", True
-        lines.append(f"- {name}: {said} ({time.perf_counter() - start:.0f} s)")
-        print(lines[-1], flush=True)
-        summary = [*lines, "", *(f"{key}: {value}  " for key, value in environment().items())]
-        (folder / "summary.md").write_text("\n".join(summary) + "\n")
-    raise SystemExit(1 if failed else 0)
+    lines: list[str] = []
+    for name in PARTS.get(args.part, args.sections):
+        lines += run_section(name, folder / f"{name}.json")
+        summary = [f"# {device}", "", *lines, "", *(f"{key}: {value}  " for key, value in environment().items())]
+        (folder / (f"summary_{args.part}.md" if args.part else "summary.md")).write_text("\n".join(summary) + "\n")
+    raise SystemExit(1 if any(": failed: " in line for line in lines) else 0)
 
 
 if __name__ == "__main__":

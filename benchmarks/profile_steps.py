@@ -33,10 +33,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from esd_kernels import guided_mse
+from esd_peft.adapters import compute_in_inputs_dtype
 
 BATCH = 4  # trajectories, or training samples
 RANK = 8
 FLOPS, BANDWIDTH = 989e12, 3.35e12  # an H100's data sheet: bf16 without sparsity, and HBM3
+FLOAT32 = 67 / 989  # of that, in float32 without TF32, as PyTorch multiplies by default
 MODELS = {name: UNETS[name] for name in ("SD 1.5", "SDXL")}
 KINDS = {  # by what the operation's name holds, the first that fits
     "our kernel": ("guided_mse",),
@@ -50,6 +52,7 @@ KINDS = {  # by what the operation's name holds, the first that fits
     "GELU": ("gelu",),
     "copies": ("copy", "clone", "cat", "upsample", "pad", "fill", "zero", "Memcpy", "Memset"),
 }
+EVERYTHING = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_(in|out)|conv\d?|conv_(in|out|shortcut)|\w*emb_proj|linear_\d)"
 ADAPTED = r".*attn2\.to_[kv]"  # the default scope
 FIRST_ADAPTED = r"down_blocks\.[01]\.attentions\.0\.transformer_blocks\.0\.attn2\.to_[kv]"
 COUNTED = ("calls", "flops", "read", "written", "seconds")
@@ -78,7 +81,8 @@ class Count(TorchDispatchMode):
         written = sum(_bytes(x) for x in tree_leaves(out) if isinstance(x, Tensor))
         flops = _flops(func, args, kwargs or {}, out)
         row = self.found.setdefault(kind_of(str(func)), dict.fromkeys(COUNTED, 0.0))
-        seconds = max(flops / self.peak, (read + written) / self.bandwidth)
+        peak = self.peak * (FLOAT32 if getattr(out, "dtype", None) == torch.float32 else 1)
+        seconds = max(flops / peak, (read + written) / self.bandwidth)
         for key, value in zip(COUNTED, (1, flops, read, written, seconds), strict=True):
             row[key] += value
         return out
@@ -130,11 +134,23 @@ class NormsInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def architecture(name: str, targets: str = ADAPTED) -> nn.Module:
-    """The UNet in bf16 with a LoRA on the default scope, on the meta device."""
+class NormsCopied(TorchFunctionMode):
+    """What PyTorch's GroupNorm on a GPU does to tensors in channels_last: it reads and writes the other layout only."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not nn.functional.group_norm:
+            return func(*args, **(kwargs or {}))
+        return func(args[0].clone(), *args[1:], **(kwargs or {})).clone()  # there, and back for the next convolution
+
+
+def architecture(name: str, targets: str = ADAPTED, cast_activations: bool = False) -> nn.Module:
+    """The UNet in bf16 with a LoRA on the default scope, on the meta device; as peft has it, or as `esd_peft` trains it."""
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
     with torch.device("meta"):
-        return peft.get_peft_model(UNet2DConditionModel(**MODELS[name]).to(torch.bfloat16).requires_grad_(False), config)
+        unet = peft.get_peft_model(UNet2DConditionModel(**MODELS[name]).to(torch.bfloat16).requires_grad_(False), config)
+    if not cast_activations:
+        compute_in_inputs_dtype(unet)
+    return unet
 
 
 def fill(unet: nn.Module, device: str) -> tuple[dict[str, Any], Tensor]:
@@ -205,12 +221,20 @@ def _first_half(value: Any) -> Any:
 STEPS = {"rollout step": rollout_step, "training iteration": training_step}
 
 
-def count(model: str, make: Callable[..., Step], peaks: tuple[float, float], autocast=False, targets=ADAPTED) -> Count:
+def count(
+    model: str,
+    make: Callable[..., Step],
+    peaks: tuple[float, float],
+    autocast: bool = False,
+    copied: bool = False,
+    **adapter: Any,
+) -> Count:
     """One step of a model without data, at the `peaks` FLOP/s and bytes/s."""
-    unet = architecture(model, targets)
+    unet = architecture(model, **adapter)
+    norms = NormsInFloat32() if autocast else NormsCopied() if copied else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = make(unet, *fill(unet, "cpu"), autocast)
-        with Count(*peaks) as counted, NormsInFloat32() if autocast else contextlib.nullcontext():
+        with Count(*peaks) as counted, norms:
             step()
     return counted
 
@@ -227,6 +251,18 @@ def counts(model: str, peaks: tuple[float, float]) -> dict[str, Any]:
         ),
         "autocast, of a rollout step under it": (count(model, rollout_step, peaks, autocast=True).total(), rollout),
         "autocast, of a training iteration under it": (count(model, training_step, peaks, autocast=True).total(), training),
+        "copies around GroupNorm, of a rollout step in channels_last": (
+            count(model, rollout_step, peaks, copied=True).total(),
+            rollout,
+        ),
+        "copies around GroupNorm, of a training iteration in channels_last": (
+            count(model, training_step, peaks, copied=True).total(),
+            training,
+        ),
+        "activations cast for adapters, of a training iteration where all layers learn": (
+            count(model, training_step, peaks, targets=EVERYTHING, cast_activations=True).total(),
+            count(model, training_step, peaks, targets=EVERYTHING).total(),
+        ),
     }
     shares = {
         part: {key: round(1 - less[key] / whole[key], 4) for key in ("calls", "flops", "seconds")}

@@ -4,6 +4,7 @@ One denoiser serves teacher and student: the teacher is the student with its ada
 """
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,11 @@ class Student(ABC):
 
     @abstractmethod
     def start_from(self, changes: PromptMaps) -> None:
-        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`closed_form`)."""
+        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`closed_form`).
+
+        To be called, with an empty dict if there is none, once weights and projections are where they are trained: it
+        projects what was drawn at random too.
+        """
 
     @abstractmethod
     def project(self) -> None:
@@ -103,13 +108,13 @@ class _AdapterStudent(Student):
             torch.manual_seed(seed_for(config.seed, "adapter"))
             self.peft = peft.get_peft_model(denoiser, made)
         self.peft.peft_config["default"].base_model_name_or_path = config.model
+        compute_in_inputs_dtype(denoiser)
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self._projected = [
             (parameter, projections[kind])
             for name, parameter in denoiser.named_parameters()
             if "lora_A" in name and (kind := backbone.prompt_input(name)) in projections
         ]
-        self.project()
 
     @torch.no_grad()
     def start_from(self, changes: PromptMaps) -> None:
@@ -140,6 +145,23 @@ class _AdapterStudent(Student):
             layers = peft.get_peft_model_state_dict(self.peft, save_embedding_layers=False)
             layers = {name.removeprefix("base_model.model."): value.cpu() for name, value in layers.items()}
             self.backbone.save_lora(directory, layers, config.to_dict())
+
+
+def compute_in_inputs_dtype(denoiser: ModelMixin) -> None:
+    """LoRA's factors stay in fp32, where small steps are not rounded away, and are cast for each product.
+
+    peft would cast a layer's activations to fp32 instead, multiply there, and cast back; they are much larger.
+    """
+    for layer in denoiser.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                factor.forward = functools.partial(_product, factor)
+
+
+def _product(factor: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    weight = factor.weight.to(x.dtype)
+    return nn.functional.linear(x, weight) if isinstance(factor, nn.Linear) else factor._conv_forward(x, weight, None)
 
 
 class _WeightsStudent(Student):

@@ -44,7 +44,8 @@ def compiled(denoiser: ModelMixin, objective: Objective) -> Iterator[None]:
         yield
         return
     blocks = repeated_blocks(denoiser)
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS, suppress_errors=True):  # what cannot be compiled runs as it is
+    # with auto, what cannot be compiled runs as it is; whoever asked for it is told
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS, suppress_errors=config.compile == "auto"):
         for block in blocks:
             block.forward = _with_any_batch(torch.compile(block.forward))
         try:

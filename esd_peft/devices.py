@@ -32,7 +32,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
     Raises `UserError` if the device cannot compute in it.
     """
-    native_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    with current(device):  # which may be another one than the first
+        native_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
@@ -40,6 +41,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and not native_bf16:
         raise UserError(f"--dtype bfloat16 is not there on {torch.cuda.get_device_name(device)}; use float16")
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within it `device` is what libraries take that ask for the current one: Triton, bitsandbytes, pinned memory."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def place(denoiser: nn.Module, device: torch.device) -> None:
@@ -64,7 +70,7 @@ def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> c
     """Mixed precision where the weights themselves learn, in fp32, and the denoiser is to compute in `dtype`.
 
     Under an adapter the denoiser is in `dtype` as a whole, normalisation included, as plain diffusers runs it; the adapter
-    in it is in fp32 and casts by itself.
+    in it is in fp32 and is cast for its products (`esd_peft.adapters`).
     Autocast would copy activations to fp32 and back around every normalisation (what that costs: docs/speed.md).
     """
     return torch.autocast(device.type, dtype, enabled=config.adapter == "none" and dtype != torch.float32)

@@ -46,6 +46,21 @@ def test_factors_are_the_best_of_their_rank(rank):
     assert up.norm() == pytest.approx(down.norm().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [8, 64])
+def test_factors_of_a_large_layer_are_as_good_and_the_same_every_time(rank):
+    """Of one whose singular values fall slowly, as those of a change of keys do."""
+    left, right = (torch.linalg.qr(draw(side, 200, seed=side)).Q for side in (640, 768))
+    sizes = 4 * torch.exp(-torch.arange(200) / 25)
+    change = (left * sizes) @ right.T
+    torch.manual_seed(3)
+    up, down = factors(change, rank)
+    assert (up @ down - change).norm() < 1.001 * sizes[rank:].norm()
+    state = torch.random.get_rng_state()
+    again = factors(change, rank)
+    assert torch.equal(again[0], up) and torch.equal(again[1], down)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"alpha": 4.0}, {"adapter": "none"}, {"quantize": "nf4"}, {"quantize": "int8"}], ids=str
 )
