@@ -1,0 +1,106 @@
+"""The whole job on an emulated GPU, where tensors of two devices that meet are an error, against the same job on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from esd_peft import EraseConfig, erase
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+QUICK = {"concept": "circle", "num_inference_steps": 3, "trajectories": 2, "max_train_steps": 2, "train_batch_size": 4,
+         "eval_seeds": 0, "learning_rate": 1e-3}  # fmt: skip
+ON_THE_GPU = """
+import importlib, json, sys
+from emulated_cuda import emulated_cuda  # before PyTorch
+from esd_peft import EraseConfig, erase
+robust = importlib.import_module("esd_peft.robust")
+robust.STEPS = robust.WORDS = robust.TRAJECTORIES = 1  # enough for every kind of operation
+with emulated_cuda():
+    print(json.dumps(erase(EraseConfig(**json.loads(sys.argv[1])))["loss"]))
+"""
+
+
+def child(script, *arguments):
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=HELPERS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "float16", "scope": "full"},  # with loss scaling
+        {"dtype": "bfloat16", "optimizer": "AdamW8bit", "snr_gamma": 5.0},
+        {"dtype": "bfloat16", "adapter": "none", "scope": "esd-x"},  # under autocast
+        {"dtype": "float32", "offload": True, "gradient_checkpointing": True},
+        {"dtype": "float32", "rollout": "student", "refill_every": 1, "adapter": "lokr"},
+        {"dtype": "float32", "micro_batch_size": 1, "map_to": "square", "until": 0.0},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_as_on_the_cpu(tmp_path, options):
+    there = child(ON_THE_GPU, json.dumps(QUICK | options | {"output": str(tmp_path / "gpu"), "device": "cuda"}))
+    here = erase(EraseConfig(**(QUICK | options | {"output": tmp_path / "cpu", "device": "cpu"})))["loss"]
+    exact = options["dtype"] == "float32"
+    assert there == pytest.approx(here, rel=1e-4 if exact else 0.05)
+    name = "denoiser_weights" if options.get("adapter") == "none" else "adapter_model"
+    first, second = (load_file(tmp_path / place / f"{name}.safetensors") for place in ("cpu", "gpu"))
+    assert first.keys() == second.keys()
+    for key, value in first.items() if exact else ():  # in few bits the singular vectors they start from are others
+        # Adam's two steps are as large as the learning rate, whichever way rounding turns them
+        torch.testing.assert_close(second[key], value, rtol=0, atol=5 * QUICK["learning_rate"])
+
+
+def test_robust(tmp_path):
+    config = QUICK | {"robust": 1, "max_train_steps": 3, "output": str(tmp_path / "gpu"), "device": "cuda"}
+    assert child(ON_THE_GPU, json.dumps(config | {"dtype": "bfloat16"}))["last"] > 0
+
+
+def test_pictures(small_sd, tmp_path):
+    config = QUICK | {"model": str(small_sd), "eval_seeds": 1, "output": str(tmp_path / "gpu"), "device": "cuda"}
+    child(ON_THE_GPU, json.dumps(config | {"dtype": "float16"}))
+    assert (tmp_path / "gpu" / "before_after.png").is_file()
+
+
+MISTAKES = """
+import json
+from emulated_cuda import emulated_cuda
+import torch
+from esd_kernels import guided_mse
+def tried(mistake):
+    try:
+        mistake()
+    except RuntimeError:
+        return "refused"
+    return "done"
+with emulated_cuda():
+    here, there = torch.randn(3, 3), torch.randn(3, 3, device="cuda")
+    print(json.dumps({name: tried(mistake) for name, mistake in {
+        "a sum": lambda: here + there,
+        "a product": lambda: here @ there,
+        "a layer": lambda: torch.nn.Linear(3, 3)(there),
+        "joined": lambda: torch.cat([here, there]),
+        "in place": lambda: here.add_(there),
+        "indices there": lambda: here[torch.tensor([0], device="cuda")],
+        "the CPU's generator": lambda: torch.randn(3, generator=torch.Generator(), device="cuda"),
+        "the kernel": lambda: guided_mse(there, torch.randn(6, 3), 1.0),
+        "two dtypes": lambda: there @ there.half(),
+        "a number": lambda: there + torch.tensor(2.0),
+        "indices here": lambda: there[torch.tensor([0])],
+        "copied": lambda: here.copy_(there),
+        "the kernel there": lambda: guided_mse(there, torch.randn(6, 3, device="cuda"), 1.0),
+    }.items()}))
+"""
+
+
+def test_mistakes_are_seen():
+    """What a GPU refuses is refused, and nothing else is."""
+    allowed = ["a number", "indices here", "copied", "the kernel there"]
+    outcomes = child(MISTAKES)
+    assert [name for name, outcome in outcomes.items() if outcome == "done"] == allowed
