@@ -27,8 +27,13 @@ WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter none: the new valu
 
 
 def scope_modules(backbone: Backbone, denoiser: ModelMixin, scope: str) -> list[str]:
-    """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none."""
-    return _select(backbone, scope, [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)])
+    """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none.
+
+    Grouped convolutions, such as Sana's depthwise ones, are left out: PEFT adapts none whose groups do not divide the rank,
+    and a depthwise kernel of 3x3 has fewer weights than its factors would have.
+    """
+    layers = [(name, module) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return _select(backbone, scope, [name for name, module in layers if getattr(module, "groups", 1) == 1])
 
 
 def scope_parameters(backbone: Backbone, denoiser: ModelMixin, scope: str) -> list[str]:

@@ -82,6 +82,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     if config.model is None:
         _check_concepts(backbone, config)
     plan = plan_prompts(config)
+    backbone.check_lengths(_given_texts(config, plan))
     if config.model is None:
         for pair in plan.preserve:
             _check_words(backbone, "--preserve", pair.prompt)
@@ -257,6 +258,13 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hash
         base["files"] = {file.name: sha256(file) for file in sorted(draft.glob("*.safetensors"))}
         (draft / "config.yaml").write_text(text, encoding="utf-8")
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+
+
+def _given_texts(config: EraseConfig, plan: PromptPlan) -> dict[str, list[str]]:
+    """What is encoded of each option's words."""
+    goals = [f"{goal} {config.source_of(c)}".strip() for c in config.concept if (goal := config.goal_of(c))]
+    kept = [pair.prompt for pair in plan.preserve]
+    return {"--concept": config.concept_names, "--erase-from": config.sources, "--map-to": goals, "--preserve": kept}
 
 
 def _check_concepts(backbone: Backbone, config: EraseConfig) -> None:

@@ -21,7 +21,7 @@ from esd_peft.model_source import is_snapshot
 from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
 from esd_peft.saved_adapters import Adapter, Change, read_adapter
 from esd_peft.verify import Verification
-from esd_peft.weights import copy_with_sha256, find_weights, open_tensors
+from esd_peft.weights import check_finite, copy_with_sha256, find_weights, open_tensors
 
 RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
@@ -71,7 +71,7 @@ def _merge_into_file(
         write_checkpoint(
             draft,
             backbone,
-            lambda name, weight: merge_weight(weight, changes.get(name, []))[0],
+            lambda name, weight: merge_weight(check_finite(f"--base: {name}", weight), changes.get(name, []))[0],
             metadata | ({"modelspec.license": licence} if licence else {}),
         )
         if verification:
@@ -197,6 +197,7 @@ def merge_in_place(path: Path, changes: Changes, verification: Verification | No
     with path.open("r+b") as file:
         for name in [name for name in changes if name in tensors]:
             base = tensors.read(file, name)
+            check_finite(f"--base: {name}", base)
             inputs = verification.inputs(name, base, changes[name]) if verification else None
             merged, effect = merge_weight(base, changes[name], inputs)
             tensors.write(file, name, merged)

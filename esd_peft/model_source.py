@@ -6,6 +6,7 @@ the `esd_peft` folder of the hub's home (`HF_HOME`); that folder may be deleted 
 
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Collection
@@ -15,6 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
@@ -22,12 +24,15 @@ from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.outputs import new_directory
 from esd_peft.text_files import UnreadableError, read_json
+from esd_peft.weights import sha256
 
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
 INDEX = "model_index.json"
 CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
 PAPERS = ["README.md", "LICENSE*"]  # what a merged model passes on
+_CONVERSION = 1  # of what is made here of a checkpoint, beside the libraries' versions: to be raised with it
+_NO_CODE = {"trust_remote_code": False}  # of a repository
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -91,6 +96,14 @@ def read_index(path: Path, option: str, known: Collection[str]) -> dict[str, Any
     return index
 
 
+def check_classes(index: dict[str, Any], option: str) -> None:
+    """Raise `UserError` for a part of another library: loading a whole pipeline would import it, and so run its code."""
+    for part, value in index.items():
+        library = value[0] if isinstance(value, list) else None
+        if not (library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, library)):
+            raise UserError(f"{option}: its {part} is no class of diffusers or transformers; restore {INDEX}")
+
+
 def check_links(path: Path, index: dict[str, Any], option: str) -> None:
     """Raise `UserError` for a part or a file that lies outside the directory: it would be copied into what is published.
 
@@ -129,7 +142,9 @@ def _download(model: str, options: ModelOptions, option: str, weights: bool) -> 
             return Path(snapshot_download(model, revision=options.revision, allow_patterns=CONFIGS))
         safe = None if options.allow_pickle else True  # none: pickles where there is nothing else
         pipeline = diffusers.DiffusionPipeline
-        folder = pipeline.download(model, revision=options.revision, variant=options.variant, use_safetensors=safe)
+        folder = pipeline.download(
+            model, revision=options.revision, variant=options.variant, use_safetensors=safe, **_NO_CODE
+        )
         return Path(folder)
 
     folder = _from_hub(download, model, options, option)
@@ -189,13 +204,47 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Coll
     if not hasattr(family, "from_single_file"):
         raise UserError(f"{option} {path}: {family.__name__} has no single-file checkpoints; name a directory")
 
+    check_classes(index, option)
+    dtype = _dtype(tensors, path, option)
+
     def make() -> diffusers.DiffusionPipeline:
         # beside the denoiser's weights a checkpoint holds what is always there, never a safety checker
         none = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
-        return family.from_single_file(str(path), config=str(folder), dtype=_dtype(tensors, path, option), **none)
+        pipeline = family.from_single_file(str(path), config=str(folder), dtype=dtype, **none)
+        return marked(pipeline, tensors)
 
-    converted = _converted([path], f"{folder.resolve()}", path.stem, make, option)
+    configs = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model") and isfile(file))
+    converted = _converted([path, *configs], path.stem, make, option)
     return converted, read_index(converted, option, known)
+
+
+def marked(pipeline: diffusers.DiffusionPipeline, tensors: dict[str, torch.Tensor]) -> diffusers.DiffusionPipeline:
+    """The pipeline with the scheduler that marker tensors in its checkpoint ask for, by ComfyUI's rules for SDXL.
+
+    What the file says of itself goes before what its configs say. `edm_mean` and `edm_std` are Playground v2.5's (EDM, ε);
+    `edm_vpred.sigma_max` CosXL's (EDM, v); `v_pred` that the denoiser predicts v, with `ztsnr` from zero terminal SNR on.
+    """
+    config, change, kind = {**pipeline.scheduler.config}, dict[str, Any](), type(pipeline.scheduler)
+    if "edm_mean" in tensors and "edm_std" in tensors:
+        kind = diffusers.EDMDPMSolverMultistepScheduler
+        change |= {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
+        means = {"latents_mean": tensors["edm_mean"], "latents_std": tensors["edm_std"]}
+        pipeline.vae.register_to_config(**{name: value.flatten().tolist() for name, value in means.items()})
+    elif "edm_vpred.sigma_max" in tensors:
+        sigmas = {"sigma_min": 0.002, "sigma_max": 120.0}
+        found = {name: float(tensors[key]) for name in sigmas if (key := f"edm_vpred.{name}") in tensors}
+        kind = diffusers.EDMEulerScheduler
+        change |= sigmas | found | {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_schedule": "exponential"}
+    elif "v_pred" in tensors:
+        change["prediction_type"] = "v_prediction"
+        if "ztsnr" in tensors:
+            change |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+                kind = diffusers.EulerDiscreteScheduler
+    else:
+        return pipeline
+    pipeline.register_modules(scheduler=kind.from_config(config | change))
+    return pipeline
 
 
 def _dtype(tensors: dict[str, torch.Tensor], path: Path, option: str) -> torch.dtype:
@@ -206,8 +255,19 @@ def _dtype(tensors: dict[str, torch.Tensor], path: Path, option: str) -> torch.d
     return floats.pop() if len(floats) == 1 else torch.float32
 
 
+def _refuse_invented(pipeline: diffusers.DiffusionPipeline, place: str) -> None:
+    """Raise `UserError` for weights that the source has not: the converter leaves them without values."""
+    for part, module in pipeline.components.items():
+        for name, value in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+            if value.is_meta:
+                raise UserError(
+                    f"{place} lacks weights of its {part}, or calls them otherwise: {name} first; name another file"
+                )
+
+
 def _without_pickles(folder: Path, index: dict[str, Any], options: ModelOptions) -> Path:
     """`folder` itself, or where parts of it are pickles only, the same pipeline as safetensors files."""
+    check_classes(index, "--allow-pickle")
     parts = [folder / name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     pickles = [file for part in parts if not [*part.glob("*.safetensors")] for file in part.glob("*.bin")]
     if not pickles:
@@ -215,20 +275,23 @@ def _without_pickles(folder: Path, index: dict[str, Any], options: ModelOptions)
 
     def make() -> diffusers.DiffusionPipeline:
         family = getattr(diffusers, index["_class_name"])
-        return family.from_pretrained(folder, variant=options.variant, local_files_only=True)
+        return family.from_pretrained(folder, variant=options.variant, local_files_only=True, **_NO_CODE)
 
-    return _converted(pickles, str(options.variant), folder.name, make, "--allow-pickle")
+    files = [file for file in sorted(folder.rglob("*")) if isfile(file)]
+    return _converted(files, folder.name, make, "--allow-pickle", str(options.variant))
 
 
-def _converted(sources: list[Path], detail: str, name: str, make: Callable[[], Any], option: str) -> Path:
-    """What `make` returns, saved in a folder that changes with the source files."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-    key = hashlib.sha256(json.dumps([stats, detail, diffusers.__version__]).encode()).hexdigest()[:16]
+def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: str, detail: str = "") -> Path:
+    """What `make` returns, saved in a folder that changes with what is in the source files, wherever these lie."""
+    contents = [(file.name, file.parent.name, sha256(file)) for file in sources]
+    versions = (diffusers.__version__, transformers.__version__, _CONVERSION)
+    key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
     target = Path(constants.HF_HOME) / "esd_peft" / key / name
     if not (target / INDEX).is_file():
         with new_directory(target, overwrite=True, option="HF_HOME") as draft:
             try:
                 pipeline = make()
+                _refuse_invented(pipeline, f"{option} {sources[0]}")
             except UserError:
                 raise
             except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit

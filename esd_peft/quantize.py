@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esd_peft.backbones import Backbone
 from esd_peft.errors import UserError
-from esd_peft.weights import open_tensors
+from esd_peft.weights import check_finite, open_tensors
 
 
 def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
@@ -25,7 +25,9 @@ def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: tor
         tensors = open_tensors(path)
         with path.open("rb") as file:
             for name in tensors.entries:
-                _place(denoiser, name, tensors.read(file, name), how, dtype, device)
+                value = tensors.read(file, name)
+                check_finite(f"{backbone.option} {path}: {name}", value)
+                _place(denoiser, name, value, how, dtype, device)
     if missing := [name for name, parameter in denoiser.named_parameters() if parameter.is_meta]:
         raise UserError(f"{backbone.option} {backbone.path} lacks weights, {missing[0]} first; restore its files")
     # peft picks its layers by these marks, which transformers and diffusers set too

@@ -164,9 +164,10 @@ class Rollout:
     ) -> Bank:
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = self.backbone.begin(noise, self.num_inference_steps)
-        inside = (scheduler.timesteps >= self.config.min_timestep) & (scheduler.timesteps <= self.config.max_timestep)
+        places = self.backbone.training_timesteps(scheduler.timesteps)
+        inside = (places >= self.config.min_timestep) & (places <= self.config.max_timestep)
         if not inside.any():
-            there = ", ".join(str(int(t)) for t in scheduler.timesteps)
+            there = ", ".join(str(int(t)) for t in places)
             raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
         kept = _choose(len(pairs), inside, keep, generator)
         latents, anticipating, pairs = (send(x, self.device) for x in (latents, anticipating, pairs))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -51,6 +52,9 @@ def find_weights(folder: Path, variant: str | None = None) -> StoredWeights:
                 return StoredWeights([file], None, given)
             if index.is_file():
                 return StoredWeights(_shards(index), index, given)
+    there = [path.name.removesuffix(".safetensors").split(".")[1:] for path in folder.glob("*.*.safetensors")]
+    if others := sorted({re.sub(r"-\d+-of-\d+$", "", ".".join(rest)) for rest in there}):
+        raise UserError(f"{folder} has no {NAME}, but one of --variant {others[0]}; add that")
     raise UserError(f"{folder} has no {NAME}; save the model with safe_serialization=True, or add --allow-pickle")
 
 
@@ -67,6 +71,16 @@ def _shards(index: Path) -> list[Path]:
         if name not in there:
             raise UserError(f"{folder} lacks the shard {name} that its index names; restore it")
     return [folder / name for name in names]
+
+
+def check_finite(name: str, value: Tensor) -> Tensor:
+    """`value` itself. Raises `UserError` for a NaN or infinity in it; `name` says of what."""
+    if not (value.is_floating_point() and value.numel()):
+        return value
+    extremes = torch.aminmax(value if value.itemsize > 1 else value.float())  # NaN if one of the values is
+    if not all(extreme.isfinite() for extreme in extremes):
+        raise UserError(f"{name} holds a value that is not a number, or infinite; restore its file")
+    return value
 
 
 def sha256(path: Path) -> str:

@@ -28,7 +28,8 @@ def open_backbone(
 
     `model` is what `esd_peft.model_source` takes: a directory, a hub id, a single-file checkpoint. Loads no weights, and
     without `weights` does not download them either. Raises `UserError` if it is not there, lacks a part, or is of a family
-    not known here.
+    not known here,
+    or if its parts are not whole or do not work together.
     """
     options = options or ModelOptions()
     families = {family.pipeline_class.__name__: family for family in FAMILIES}
@@ -36,4 +37,6 @@ def open_backbone(
     backbone = families[index["_class_name"]](path, index, option, options.variant)
     if model is None:
         backbone.name = "the embedded shapes pipeline"
+    else:
+        backbone.check(weights)
     return backbone

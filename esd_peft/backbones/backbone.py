@@ -6,25 +6,22 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
 import torch
-import transformers
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
 from esd_peft.backbones import scopes
+from esd_peft.backbones.parts import Part
+from esd_peft.backbones.rehearsal import rehearse
 from esd_peft.devices import release
 from esd_peft.errors import UserError
-from esd_peft.model_source import INDEX, hub_id
-from esd_peft.text_files import UnreadableError, read_json
+from esd_peft.model_source import hub_id
 from esd_peft.weights import find_weights, sha256
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
 ENCODE_BATCH = 16  # prompts at a time
-_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 TOGETHER = 10 * 2**30  # bytes up to which text encoders are on the device at once: a 12 GB card holds that and their work
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
@@ -62,17 +59,13 @@ class Backbone(ABC):
         """Whether the pipeline comes with that component."""
         return self.index.get(part) not in (None, [None, None]) and (self.path / part).is_dir()
 
+    def part(self, name: str) -> Part:
+        """Where that component is read."""
+        return Part(self.path, name, self.index.get(name), self.option, self.variant)
+
     def load_part(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
-        family = self._class_of(part)
-        options: dict[str, Any] = {}
-        if not ("Tokenizer" in family.__name__ or "Scheduler" in family.__name__):
-            variant = find_weights(self.path / part, self.variant).variant
-            options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
-        try:
-            return family.from_pretrained(self.path, subfolder=part, local_files_only=True, **options)
-        except Exception as error:  # the libraries raise many kinds for a damaged or missing file
-            raise self._no_part(part, error) from None
+        return self.part(part).load(dtype)
 
     def denoiser_files(self) -> list[Path]:
         """The files that hold the denoiser's weights."""
@@ -89,10 +82,7 @@ class Backbone(ABC):
 
     def load_config(self, part: str) -> dict[str, Any]:
         """A component's config, as stored."""
-        try:
-            return {**read_json(self.path / part / "config.json")}
-        except (UnreadableError, TypeError) as error:
-            raise self._no_part(part, error) from None
+        return self.part(part).config()
 
     def empty_denoiser(self) -> ModelMixin:
         """The denoiser's structure on the meta device, without weights."""
@@ -100,31 +90,17 @@ class Backbone(ABC):
 
     def empty_part(self, part: str, dtype: torch.dtype = torch.float32, buffers: bool = False) -> Any:
         """A component's structure on the meta device, without weights; buffers may be real, as no file has all of them."""
-        family = self._class_of(part)
-        try:
-            with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-                if issubclass(family, ModelMixin):
-                    made = family.from_config(family.load_config(self.path, subfolder=part))
-                else:
-                    made = family(family.config_class.from_pretrained(self.path, subfolder=part))
-            return made.to(dtype).requires_grad_(False).eval()
-        except Exception as error:  # as above
-            raise self._no_part(part, error) from None
+        return self.part(part).empty(dtype, buffers)
 
-    def _class_of(self, part: str) -> Any:
-        """Raises `UserError` unless it is a class of diffusers or transformers: other modules could be anybody's code."""
-        entry = self.index.get(part)
-        library, name = entry if isinstance(entry, list) else (None, None)
-        found = getattr(_LIBRARIES.get(str(library)), str(name), None)
-        if not (isinstance(found, type) and hasattr(found, "from_pretrained")):
-            raise UserError(
-                f"{self.option} {self.path}: its {part} is no class of diffusers or transformers; restore {INDEX}"
-            )
-        return found
-
-    def _no_part(self, part: str, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:300]
-        return UserError(f"{self.option} {self.path}: its {part} cannot be loaded ({reason})")
+    def check(self, weights: bool) -> None:
+        """Raise `UserError` unless every part is whole and they work together, before any work; loads no weights."""
+        parts = [self.part(n) for n in (*self.text_parts, self.denoiser_part, "vae", "scheduler") if self.has(n)]
+        for part in parts:
+            if part.has_weights or "Scheduler" in part.family.__name__:
+                part.check_config()
+            if weights and part.has_weights:
+                part.check_weights(merged=part.name == self.denoiser_part)
+        rehearse(self)
 
     def assemble(self, parts: tuple[str, ...], dtype: torch.dtype, empty: bool = False, **given: Any) -> DiffusionPipeline:
         """The family's diffusers pipeline with some of its parts only; `empty` ones have no weights."""
@@ -139,9 +115,19 @@ class Backbone(ABC):
         absent = {name: None for name in takes if isinstance(self.index.get(name), list)}
         absent |= {name: None for name in ("safety_checker", "feature_extractor") if name in takes}
         loaded = {part: load(part, dtype) for part in parts if self.has(part)}
+        for part in parts:
+            self._fit_length(loaded.get(part), part)
         pipe = self.pipeline_class(**settings | absent | loaded | given)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def _fit_length(self, tokenizer: Any, part: str) -> None:
+        """Let a tokenizer cut prompts to what its text encoder has positions for; some are stored without a length."""
+        encoder = part.replace("tokenizer", "text_encoder")
+        if encoder != part and tokenizer is not None and self.has(encoder):
+            positions = self.load_config(encoder).get("max_position_embeddings")
+            if isinstance(positions, int):
+                tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
@@ -172,6 +158,25 @@ class Backbone(ABC):
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """What `pipe`, which has nothing but tokenizers and text encoders, makes of the prompts; of "" its null prompt."""
 
+    def check_lengths(self, texts: dict[str, list[str]]) -> None:
+        """Raise `UserError` for a text, of those that options gave, that the text encoder would be shown the beginning of.
+
+        Where there are several encoders, the last one reads the most.
+        """
+        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
+        tokenizer = self.load_part(parts[-1])
+        self._fit_length(tokenizer, parts[-1])
+        own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
+        most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
+        for option, given in texts.items():
+            for text in given:
+                count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+                if count > most:
+                    raise UserError(
+                        f"{option} {text!r} is {count} tokens long and the text encoder reads {most}, so the rest would be "
+                        "left out; use fewer words"
+                    )
+
     def unseen_words(self, prompt: str) -> list[str]:
         """Words that the tokenizer has no token for as a whole."""
         tokenizer = self.load_part("tokenizer")
@@ -180,6 +185,8 @@ class Backbone(ABC):
     def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
         """Height and width of the latents the denoiser was made for."""
         size = denoiser.config.sample_size
+        if size is None:
+            raise UserError(f"{self.part(self.denoiser_part).place} has no sample_size in its config.json; write it there")
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
@@ -276,7 +283,27 @@ class Backbone(ABC):
     @property
     def flows(self) -> bool:
         """Whether the denoiser predicts a flow from noise to pictures."""
-        return not hasattr(self._scheduler, "alphas_cumprod") or bool(self._scheduler.config.get("use_flow_sigmas"))
+        has_noise_schedule = hasattr(self._scheduler, "alphas_cumprod") or self._counts_log_sigma
+        return not has_noise_schedule or bool(self._scheduler.config.get("use_flow_sigmas"))
+
+    @functools.cached_property
+    def _counts_log_sigma(self) -> bool:
+        """Whether timesteps are (log σ)/4, from about 1 down to below 0, as EDM's and continuous Euler's are."""
+        every = getattr(self._scheduler, "timesteps", None)
+        return every is not None and float(every.min()) < 0
+
+    def training_timesteps(self, timesteps: Tensor) -> Tensor:
+        """Where a scheduler's `timesteps` stand among those of training, of which 0 is the least noisy; fp32 or as given.
+
+        That is what they are themselves, but for schedulers that count (log σ)/4: these stand between two of training.
+        """
+        if not self._counts_log_sigma:
+            return timesteps
+        every = self._scheduler.timesteps.float().to(timesteps.device).flip(0).contiguous()
+        above = torch.searchsorted(every, timesteps.float().contiguous()).clamp(1, len(every) - 1)
+        low, high = every[above - 1], every[above]
+        between = ((timesteps.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        return (above - 1 + between) * ((self._scheduler.config.num_train_timesteps - 1) / (len(every) - 1))
 
     def noised(self, latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a denoiser is trained on: inputs x_t, timesteps `[B]`, and the predictions that would be right.
@@ -294,16 +321,28 @@ class Backbone(ABC):
         timesteps = (levels * len(kept)).long()
         signal, rest = kept[timesteps].sqrt().view(column), (1 - kept[timesteps]).sqrt().view(column)
         right = noise if self.predicts_noise else signal * noise - rest * latents
-        return signal * latents + rest * noise, timesteps, right
+        return signal * latents + rest * noise, self.told_timesteps(timesteps), right
 
-    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Loss weights `[B]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v.
+    def min_snr_weights(self, gamma: float) -> Tensor:
+        """Loss weights `[num_train_timesteps]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, for v
+        min(SNR, γ)/(SNR + 1).
 
         Raises `UserError` for a scheduler without the noise schedule (ᾱ) of a diffusion model.
         """
-        kept = self.noise_schedule().to(timesteps.device)[timesteps.long()]
+        kept = self.noise_schedule()
         snr = kept / (1 - kept)
         return snr.clamp(max=gamma) / (snr if self.predicts_noise else snr + 1)
+
+    def told_timesteps(self, timesteps: Tensor) -> Tensor:
+        """What the denoiser is told at `timesteps` of training, int64: the inverse of `training_timesteps`."""
+        return self._scheduler.timesteps.flip(0).to(timesteps.device)[timesteps] if self._counts_log_sigma else timesteps
+
+    def at_timesteps(self, table: Tensor, timesteps: Tensor) -> Tensor:
+        """What `table` `[num_train_timesteps]` holds at a scheduler's `timesteps`, also between two of its entries."""
+        last = len(table) - 1
+        places = self.training_timesteps(timesteps).float().clamp(0, last)
+        below = places.long()
+        return torch.lerp(table[below], table[(below + 1).clamp(max=last)], places - below)
 
     @property
     def predicts_noise(self) -> bool:
@@ -312,7 +351,7 @@ class Backbone(ABC):
 
     def noise_schedule(self) -> Tensor:
         """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
-        if self.flows:
+        if self.flows or not hasattr(self._scheduler, "alphas_cumprod"):
             raise UserError(
                 "--snr-gamma and --objective contrastive need a diffusion model's noise schedule, "
                 f"which {self.path} with its {type(self._scheduler).__name__} has not; leave them out"

@@ -1,13 +1,13 @@
 """Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the picture's size as a condition."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionXLPipeline
 from torch import Tensor
 
 from esd_peft.backbones.backbone import TOKENS, PromptEmbeds
-from esd_peft.backbones.stable_diffusion import StableDiffusion
+from esd_peft.backbones.stable_diffusion import StableDiffusion, embedded_guidance
 from esd_peft.devices import send
 
 
@@ -19,19 +19,21 @@ class StableDiffusionXL(StableDiffusion):
     `force_zeros_for_empty_prompt` says so (SDXL base does), and not the embedding of "". Size conditions are the pipeline's
     defaults: the denoiser's own size, not cropped.
 
-    SDXL-Turbo is known by its scheduler, and gets the 4 steps without guidance it was made for. Of other few-step models
-    (Lightning, Hyper, LCM) the files say nothing: give --num-inference-steps and --guidance-scale 1.
+    SDXL-Turbo is known by what sets it apart from all that descends from SDXL base: it was made for 512² and predicts noise
+    on trailing timesteps. It gets the 4 steps without guidance it was made for. Of Lightning and Hyper the files say
+    nothing: give --num-inference-steps and --guidance-scale 1.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        scheduler = self._scheduler
-        if "Ancestral" in type(scheduler).__name__ and scheduler.config.get("timestep_spacing") == "trailing":
-            self.guidance_scale, self.num_inference_steps = 1.0, 4
+    @property
+    def few_step(self) -> bool:
+        settings, size = self._scheduler.config, self.load_config(self.denoiser_part).get("sample_size")
+        usual = settings.get("rescale_betas_zero_snr") or settings.get("timestep_spacing") != "trailing"
+        turbo = not usual and self.predicts_noise and isinstance(size, int) and size <= 64
+        return turbo or super().few_step
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 77, 2048]` and `text_embeds` `[prompts, 1280]`."""
@@ -45,4 +47,5 @@ class StableDiffusionXL(StableDiffusion):
         height, width = (side * self.vae_factor for side in latents.shape[-2:])
         sizes = send(torch.tensor([height, width, 0, 0, height, width], dtype=latents.dtype), latents.device)
         added = {"text_embeds": embeds["text_embeds"], "time_ids": sizes.expand(len(latents), -1)}
-        return denoiser(latents, timesteps, embeds[TOKENS], added_cond_kwargs=added).sample
+        told = embedded_guidance(denoiser, latents)
+        return denoiser(latents, timesteps, embeds[TOKENS], timestep_cond=told, added_cond_kwargs=added).sample

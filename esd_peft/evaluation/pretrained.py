@@ -8,9 +8,12 @@ from esd_peft.errors import UserError
 
 
 def load_pretrained(kind: Any, model: str, option: str, **options: Any) -> Any:
-    """`kind.from_pretrained(model)`, by hub id or folder. Raises `UserError` naming `option` if that does not work."""
+    """`kind.from_pretrained(model)`, by hub id or folder. Raises `UserError` naming `option` if that does not work.
+
+    A repository's own code is not run.
+    """
     try:
-        return kind.from_pretrained(model, **options)
+        return kind.from_pretrained(model, trust_remote_code=False, **options)
     except Exception as error:  # transformers and the hub raise many kinds
         reason = " ".join(str(error).split())[:200]
         fix = "restore the folder" if Path(model).is_dir() else "name a local folder, or a hub id while online"

@@ -8,6 +8,7 @@ from esd_peft.adapters import make_student, scope_modules, scope_parameters
 from esd_peft.backbones import open_backbone
 from esd_peft.backbones.scopes import joint_attention
 from esd_peft.config import SCOPES, EraseConfig
+from families import save_family
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,16 @@ def test_a_student_is_its_own_teacher(small_sd, adapter):
         assert torch.equal(predict(), base)
     assert (predict() - base).abs().max() > 1e-3
     assert all(p.requires_grad for p in student.parameters)
+
+
+@pytest.mark.parametrize("scope", ["full", "esd-u"])
+@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr"])
+def test_depthwise_convolutions_are_left_out(tmp_path, scope, adapter):
+    backbone = open_backbone(str(save_family("sana", tmp_path / "sana")))
+    denoiser = backbone.load_denoiser(torch.float32)
+    depthwise = {n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1}
+    chosen = set(scope_modules(backbone, denoiser, scope))
+    assert depthwise and not depthwise & chosen
+    assert {name.replace("conv_depth", "conv_inverted") for name in depthwise} <= chosen
+    make_student(backbone, denoiser, EraseConfig(concept="circle", scope=scope, adapter=adapter, rank=3))
+    assert {name.split(".base_layer")[0] for name, _ in denoiser.named_parameters() if "base_layer" in name} == chosen

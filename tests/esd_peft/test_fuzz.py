@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from esd_peft import EraseConfig, MergeConfig
 from esd_peft.backbones import open_backbone
+from esd_peft.backbones.parts import Part
 from esd_peft.checkpoint import Checkpoints
 from esd_peft.command_line import read_yaml
 from esd_peft.concepts import plan_prompts
@@ -344,7 +345,8 @@ def test_model_config(folder, model, small_sd, data):
     fields = st.sampled_from(sorted(json.loads(whole)))
     changed = st.dictionaries(fields, SCALARS, max_size=2).map(json.loads(whole).__or__)
     path.write_bytes(data.draw(as_json(changed | VALUES) | damaged(whole)))
-    read(folder, lambda: open_backbone(str(model)).load_config("unet"))
+    part = Part(model, "unet", ["diffusers", "UNet2DConditionModel"], "--model")
+    read(folder, lambda: (part.check_config(), part.check_weights(merged=True)))
 
 
 @pytest.fixture(scope="module")

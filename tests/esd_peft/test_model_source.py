@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig
 from esd_peft.backbones import EMBEDDED, open_backbone
@@ -218,6 +219,98 @@ def test_configs_that_do_not_fit_a_checkpoint(small_sd, tmp_path, home):
     home.write_text("a file where the hub's home should be")
     with pytest.raises(UserError, match=r"HF_HOME .* cannot be written"):
         open_backbone(str(tmp_path / "sd.safetensors"), options=ModelOptions(checkpoint_config=str(small_sd)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_sd, tmp_path_factory):
+    """The small pipeline as one file."""
+    path = tmp_path_factory.mktemp("checkpoints") / "sd.safetensors"
+    write_checkpoint(path, open_backbone(str(small_sd)), lambda name, weight: weight, {})
+    return path
+
+
+def changed(checkpoint, path, how):
+    save_file(how(load_file(checkpoint)), path, {"format": "pt"})
+    return path
+
+
+def opened(path, config):
+    return open_backbone(str(path), options=ModelOptions(checkpoint_config=str(config)))
+
+
+@pytest.mark.parametrize(
+    ("markers", "expected"),
+    [
+        ({}, {"prediction_type": "epsilon"}),
+        ({"v_pred": []}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}),
+        (
+            {"v_pred": [], "ztsnr": []},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        ),
+        ({"ztsnr": []}, {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}),
+        (
+            {"edm_vpred.sigma_max": 90.0, "v_pred": []},
+            {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_max": 90.0, "sigma_min": 0.002},
+        ),
+        (
+            {"edm_mean": [0.1] * 4, "edm_std": [2.0] * 4},
+            {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon", "sigma_data": 0.5},
+        ),
+    ],
+    ids=lambda value: "+".join(value),
+)
+def test_what_a_checkpoint_says_of_itself_goes_before_its_configs(small_sd, checkpoint, tmp_path, home, markers, expected):
+    tensors = {name: torch.tensor(value) for name, value in markers.items()}
+    path = changed(checkpoint, tmp_path / "marked.safetensors", lambda weights: weights | tensors)
+    backbone = opened(path, small_sd)
+    found = json.loads((backbone.path / "scheduler" / "scheduler_config.json").read_text())
+    assert {name: found.get(name, False) for name in expected} == expected
+    if "edm_mean" in markers:
+        assert backbone.load_config("vae")["latents_std"] == [2.0] * 4
+    bits = open_backbone(str(small_sd)).load_denoiser(torch.float32).state_dict()
+    assert all(torch.equal(bits[name], value) for name, value in backbone.load_denoiser(torch.float32).state_dict().items())
+
+
+def test_a_conversion_changes_with_the_contents_it_is_made_from(small_sd, checkpoint, tmp_path, home):
+    config, path = shutil.copytree(small_sd, tmp_path / "config"), shutil.copyfile(checkpoint, tmp_path / "sd.safetensors")
+    first = opened(path, config).path
+    elsewhere = shutil.copytree(config, tmp_path / "elsewhere" / "config")
+    assert opened(path, elsewhere).path == first  # the same contents
+    scheduler = config / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    second = opened(path, config)
+    assert second.path != first and not second.predicts_noise
+    before = path.stat()
+    changed(checkpoint, path, lambda weights: {name: 2 * value for name, value in weights.items()})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # a copy may keep the time, and the size is the same
+    third = opened(path, config)
+    assert third.path not in (first, second.path)
+
+
+def test_a_checkpoint_that_lacks_weights_or_has_more(small_sd, checkpoint, tmp_path, home):
+    head = "model.diffusion_model."
+
+    def with_ema(weights):
+        ema = {f"model_ema.{n.removeprefix(head).replace('.', '')}": 0 * v for n, v in weights.items() if n.startswith(head)}
+        positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None]}
+        return weights | ema | positions | {"betas": torch.rand(1000)}
+
+    plain = opened(checkpoint, small_sd).load_denoiser(torch.float32).state_dict()
+    more = opened(changed(checkpoint, tmp_path / "ema.safetensors", with_ema), small_sd)
+    assert all(torch.equal(plain[name], value) for name, value in more.load_denoiser(torch.float32).state_dict().items())
+    for lost in (f"{head}out.2.weight", "first_stage_model.decoder.conv_out.weight",
+                 "cond_stage_model.transformer.text_model.final_layer_norm.weight"):  # fmt: skip
+        less = changed(
+            checkpoint, tmp_path / "less.safetensors", lambda w, lost=lost: {n: v for n, v in w.items() if n != lost}
+        )
+        with pytest.raises(UserError, match=r"less\.safetensors (lacks weights of its|does not fit its configs)"):
+            opened(less, small_sd)
+    old = "cond_stage_model.transformer."
+    anime = changed(
+        checkpoint, tmp_path / "old.safetensors", lambda w: {n.replace(f"{old}text_model.", old): v for n, v in w.items()}
+    )
+    with pytest.raises(UserError, match=r"old\.safetensors (lacks weights of its|does not fit its configs)"):
+        opened(anime, small_sd)
 
 
 def test_config_names_the_options():

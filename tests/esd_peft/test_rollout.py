@@ -1,18 +1,29 @@
 """Rollouts against diffusers' own pipeline and against the DDIM formula written out by hand, for ε and v."""
 
 import contextlib
+import json
+import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    EDMDPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    TCDScheduler,
+)
 
 from esd_peft.backbones import open_backbone
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError
 from esd_peft.objectives import GuidedTarget, ask
 from esd_peft.phases import Costs
 from esd_peft.probe import Probe
 from esd_peft.rollout import Rollout, make_table
+from families import save_family
 from pipelines import small_stable_diffusion
 
 STEPS, GUIDANCE, ETA = 6, 3.0, 1.5
@@ -213,3 +224,73 @@ def test_one_held_sample_a_refill_asks_for_both_sides(model):
     ours = rollout(model, concept=["circle"], preserve=["a square"], rollout="student", refill_every=1, train_batch_size=2)
     supply = GuidedTarget(ours).batches(noise())
     assert [next(supply).eta[1].item() for _ in range(4)] == [-1.0, 0.0, -1.0, 0.0]
+
+
+def with_scheduler(small_sd, path, kind, **config):
+    """A copy of the small pipeline with that scheduler."""
+    shutil.copytree(small_sd, path)
+    kind(**config).save_pretrained(path / "scheduler")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", kind.__name__]}))
+    return path
+
+
+def test_edm_timesteps_below_zero_are_steps_like_others(small_sd, tmp_path):
+    path = with_scheduler(small_sd, tmp_path / "edm", EDMDPMSolverMultistepScheduler)
+    bank = rollout(path).fill(torch.tensor([0]), noise(), progress=False)
+    assert len(bank) == STEPS and bank.timesteps.min() < -1 < 1 < bank.timesteps.max()
+    # EDM's steps are even in σ^(1/7) (arXiv 2206.00364, eq. 5), so they divide the timesteps of training evenly
+    places = rollout(path).backbone.training_timesteps(bank.timesteps)
+    torch.testing.assert_close(places, torch.linspace(999, 0, STEPS), atol=1.0, rtol=0)
+    early = rollout(path, min_timestep=500).fill(torch.tensor([0]), noise(), progress=False)
+    assert early.timesteps.tolist() == bank.timesteps[: STEPS // 2].tolist()
+    with pytest.raises(UserError, match="noise schedule"):
+        rollout(path).backbone.min_snr_weights(5.0)
+
+
+def test_continuous_timesteps_have_the_weights_of_their_noise(small_sd, tmp_path):
+    options = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+    path = with_scheduler(small_sd, tmp_path / "continuous", EulerDiscreteScheduler, **options)
+    ours = rollout(path, snr_gamma=5.0)
+    bank = ours.fill(torch.tensor([0]), noise(), progress=False)
+    assert len(bank) == STEPS and bank.timesteps.min() < 0
+    plain = EulerDiscreteScheduler(prediction_type="v_prediction")
+    plain.set_timesteps(STEPS)
+    torch.testing.assert_close(ours.backbone.training_timesteps(bank.timesteps), plain.timesteps, atol=1.0, rtol=0)
+    weights = ours.backbone.at_timesteps(ours.backbone.min_snr_weights(5.0), bank.timesteps)
+    snr = (-8 * bank.timesteps.double()).exp()  # timesteps are (log σ)/4, and SNR is σ^-2
+    torch.testing.assert_close(weights.double(), snr.clamp(max=5) / (snr + 1), atol=5e-3, rtol=5e-3)
+    every = torch.arange(1000)
+    told = ours.backbone.told_timesteps(every)
+    torch.testing.assert_close(ours.backbone.training_timesteps(told), every.float(), atol=1e-2, rtol=0)
+
+
+def test_timesteps_between_two_of_training(small_sd):
+    backbone = open_backbone(str(small_sd))
+    table = backbone.min_snr_weights(5.0)
+    assert torch.equal(backbone.at_timesteps(table, torch.tensor([0, 7, 999])), table[[0, 7, 999]])
+    torch.testing.assert_close(
+        backbone.at_timesteps(table, torch.tensor([900.25])), 0.75 * table[[900]] + 0.25 * table[[901]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "config", "steps"),
+    [
+        (EulerAncestralDiscreteScheduler, 64, {"timestep_spacing": "trailing"}, 4),  # SDXL-Turbo
+        (EulerDiscreteScheduler, 64, {"timestep_spacing": "trailing"}, 4),  # with another of its schedulers
+        (EulerAncestralDiscreteScheduler, 128, {"timestep_spacing": "trailing"}, 25),  # SDXL base with Turbo's
+        (EulerAncestralDiscreteScheduler, 128, {"timestep_spacing": "leading"}, 25),
+        (LCMScheduler, 128, {}, 4),
+        (TCDScheduler, 128, {}, 4),
+        (EulerAncestralDiscreteScheduler, 64, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, 25),
+        (EulerDiscreteScheduler, 64, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}, 25),
+    ],
+)
+def test_few_step_models_are_known_by_what_they_are(tmp_path, kind, size, config, steps):
+    save_family("sdxl", tmp_path / "base")
+    path = with_scheduler(tmp_path / "base", tmp_path / "model", kind, **config)
+    unet = json.loads((path / "unet" / "config.json").read_text())
+    (path / "unet" / "config.json").write_text(json.dumps(unet | {"sample_size": size}))
+    backbone = open_backbone(str(path))
+    assert (backbone.num_inference_steps, backbone.guidance_scale) == (steps, 1.0 if steps == 4 else 3.0)

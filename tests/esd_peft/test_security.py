@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor, CLIPModel
 
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
 from esd_peft.backbones import open_backbone
@@ -21,6 +21,7 @@ from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.pretrained import load_pretrained
+from esd_peft.export import write_checkpoint
 from pipelines import small_stable_diffusion
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 1}
@@ -161,6 +162,57 @@ def test_a_pipeline_class_of_its_own_is_refused(small_sd, tmp_path, ran):
     edit(model / "model_index.json", _class_name=["pipeline", "Evil"])
     with pytest.raises(UserError, match=r"model_index.json is damaged"):
         open_backbone(str(model))
+
+
+HOSTILE = {
+    "tokenizer": ("transformers", "AutoTokenizer", "tokenizer_config.json"),
+    "text_encoder": ("transformers", "AutoModel", "config.json"),
+    "unet": ("diffusers", "AutoModel", "config.json"),
+    "vae": ("diffusers", "AutoModel", "config.json"),
+    "scheduler": ("diffusers", "SchedulerMixin", "scheduler_config.json"),
+}
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+def test_the_code_of_no_part_runs(small_sd, tmp_path, ran, part, monkeypatch):
+    """Classes that look the class up in the repository, with code there to be found, and nobody asked whether to run it."""
+    library, kind, named = HOSTILE[part]
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    put_code(model / part, ran)
+    edit(model / "model_index.json", **{part: [library, kind]})
+    auto = dict.fromkeys(("AutoConfig", "AutoModel"), "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    edit(model / part / named, auto_map=auto, model_type="evil", tokenizer_class="Evil", _class_name="Evil")
+    monkeypatch.chdir(model / part)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a person in a hurry would answer
+    monkeypatch.setattr("signal.alarm", lambda *_: 0)
+    with pytest.raises(UserError, match=rf"its .*{part}"):
+        erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "out", **QUICK))
+
+
+@pytest.mark.parametrize("options", [{"allow_pickle": True}, {"checkpoint_config": "model"}])
+def test_a_foreign_module_is_not_imported_by_a_conversion(small_sd, tmp_path, ran, options, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    write_checkpoint(tmp_path / "sd.safetensors", open_backbone(str(small_sd)), lambda name, weight: weight, {})
+    put_code(tmp_path, ran)
+    (model / "vae" / "diffusion_pytorch_model.safetensors").rename(model / "vae" / "diffusion_pytorch_model.bin")
+    edit(model / "model_index.json", scheduler=["evil", "Evil"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="its scheduler is no class of diffusers or transformers"):
+        open_backbone("sd.safetensors" if "checkpoint_config" in options else str(model), options=ModelOptions(**options))
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoImageProcessor, AutoProcessor, CLIPModel], ids=lambda kind: kind.__name__)
+def test_the_code_of_an_evaluations_models_does_not_run(tmp_path, ran, kind, monkeypatch):
+    put_code(tmp_path, ran)
+    auto = dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor"), "evil.Evil")
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--clip .* cannot be loaded"):
+        load_pretrained(kind, str(tmp_path), "--clip")
 
 
 def test_a_detectors_own_code_does_not_run(tmp_path, ran):

@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -91,13 +92,8 @@ def sdxl(scheduler: type = EulerDiscreteScheduler, **options) -> StableDiffusion
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24 + 6 * 8,
     )
-    euler = scheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        **options,
-    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    euler = scheduler(**({} if "EDM" in scheduler.__name__ else betas), **options)
     tokens = {"tokenizer": make_tokenizer(), "tokenizer_2": make_tokenizer()}
     texts = {"text_encoder": clip(16), "text_encoder_2": clip(24, projects=True)}
     return StableDiffusionXLPipeline(vae=vae(4), unet=unet, scheduler=euler, add_watermarker=False, **tokens, **texts)
@@ -225,6 +221,7 @@ def sana() -> SanaPipeline:
 MAKERS = {
     "sdxl": sdxl,
     "sdxl turbo": lambda: sdxl(EulerAncestralDiscreteScheduler, timestep_spacing="trailing"),
+    "sdxl, edm": lambda: sdxl(EDMDPMSolverMultistepScheduler),
     "sd3": sd3,
     "sd3 without T5": lambda: sd3(with_t5=False),
     "sd3, dynamic shift": lambda: sd3(use_dynamic_shifting=True),
