@@ -37,7 +37,7 @@ class MakeStudyConfig(CommandConfig):
     output: Path = Path("study")
     """Where study.html and key.json go."""
     overwrite: bool = False
-    """Replace what is in the output directory."""
+    """Replace what is in the output directory, if it is all this package's (docs/formats.md)."""
 
     @field_validator("condition")
     @classmethod
