@@ -115,7 +115,7 @@ def take_folder(path: Path, option: str = "--output") -> None:
 def empty_folder(path: Path, option: str = "--output") -> None:
     """Remove what `take_folder` took. Raises `UserError`, and removes nothing, if it holds files of somebody else."""
     _check_own(path, option)
-    shutil.rmtree(path.resolve())
+    _remove(path.resolve())
 
 
 def _filled(folder: Path) -> bool:
@@ -260,6 +260,16 @@ def _clear(folder: Path, real: Path) -> None:
     away = folder / real.name
     if folder.name.startswith(f".{real.name}.old-") and os.path.lexists(away) and not os.path.lexists(real):
         away.rename(real)
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """The mark goes last: whoever is killed in between leaves a folder that is still known as ours."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARK:
+            entry.unlink()
     shutil.rmtree(folder)
 
 

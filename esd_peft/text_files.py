@@ -16,6 +16,9 @@ from typing import Any
 
 import yaml
 
+_FLAGS = os.O_RDONLY  # and where the system knows it: a pipe without a writer opens at once, lines end as they do
+for _flag in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+    _FLAGS |= getattr(os, _flag, 0)
 _LARGEST = 64 * 2**20  # bytes
 _LARGEST_YAML = 2**18  # whose parser takes a second for that
 
@@ -31,8 +34,7 @@ class UnreadableError(Exception):
 def read_bytes(path: Path, largest: int) -> bytes:
     """The file's content. Raises `UnreadableError` unless it is a regular file of so many bytes at most."""
     try:
-        # a pipe without a writer opens at once then
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
+        with open(os.open(path, _FLAGS), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UnreadableError("it is no regular file")
             content = file.read(largest + 1)

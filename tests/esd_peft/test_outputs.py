@@ -308,6 +308,19 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_of_a_living_one
     assert (tmp_path / "out").read_text() == "living"
 
 
+@pytest.mark.parametrize("left", [1, 3, 4])
+def test_a_removal_that_was_killed_is_finished(tmp_path, left):
+    """Killed before the n-th file, or the folder, goes."""
+    written(tmp_path / "out", "a", "unet/b", "unet/c")
+    code = (
+        f"import shutil\ncount = [{left}]\ndef once(job):\n def counted(*args, **options):\n  if not count[0]: die()\n"
+        "  count[0] -= 1\n  return job(*args, **options)\n return counted\n"
+        "os.unlink, os.rmdir = once(os.unlink), once(os.rmdir)\n"
+    )
+    killed_while(tmp_path, f"outputs.check_output(path, True)\n{code}outputs.empty_folder(path)\ndie()")
+    check_output(tmp_path / "out", overwrite=True)
+
+
 def test_what_was_to_be_replaced_comes_back_if_the_new_one_never_took_its_name(tmp_path):
     written(tmp_path / "out", "old")
     code = "rename = Path.rename\ndef once(*names):\n rename(*names)\n die()\nPath.rename = once\n"
