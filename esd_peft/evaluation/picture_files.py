@@ -61,6 +61,14 @@ def open_picture(path: Path, option: str) -> Image.Image:
         raise UserError(f"{option} {path} cannot be read as a picture ({error}); remove it") from None
 
 
+def checked_pictures(folder: Path, option: str) -> list[Path]:
+    """`picture_files` that can all be read, said before the work that needs them. Raises `UserError`."""
+    paths = picture_files(folder, option)
+    for path in paths:
+        open_picture(path, option)
+    return paths
+
+
 def read_pictures(folder: Path, size: tuple[int, int], option: str) -> Tensor:
     """The pictures in `folder`, resized to `size` (height, width): `[N, 3, H, W]` in [0, 1]. Raises `UserError`."""
     return torch.stack([to_pixels(open_picture(path, option).resize(size[::-1])) for path in picture_files(folder, option)])

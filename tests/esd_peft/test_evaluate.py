@@ -103,6 +103,21 @@ def test_pictures_of_another_adapter_config_are_not_taken_for_its_own(adapter, t
     assert (tmp_path / "out" / "pictures" / "after" / "mine.png").is_file()
 
 
+@pytest.mark.parametrize("option", ["reference", "attack_reference"])
+def test_pictures_that_cannot_be_read_are_noticed_before_others_are_made(adapter, models, tmp_path, option):
+    (tmp_path / "real").mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "real" / "1.png").write_bytes((tmp_path / "real" / "1.png").read_bytes()[:-30])
+    more = {"attack": ["textual-inversion"]} if option == "attack_reference" else {"features": str(models[1])}
+    source = prompts_file(tmp_path / "p.csv")
+    config = EvaluateConfig(erased=adapter, suite="csv", prompts=source, detector=str(models[0]), output=tmp_path / "out",
+                            **more, **{option: tmp_path / "real"}, **FAST)  # fmt: skip
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} .*1.png cannot be read as a picture"):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("file", ["base/unet/config.json", "base/tokenizer/merges.txt", "base/model_index.json",
     "base/scheduler/scheduler_config.json", "base/vae/diffusion_pytorch_model.safetensors", "erased/adapter_config.json",
     "erased/adapter_model.safetensors", "base/tokenizer/added_tokens.json"])  # fmt: skip
