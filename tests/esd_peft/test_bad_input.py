@@ -272,7 +272,8 @@ def test_adapters_that_do_not_fit(adapter, tmp_path):
     from esd_peft.backbones import EMBEDDED
 
     refused_merge("does not fit the base", tmp_path / "out", adapter=adapter, base=str(EMBEDDED))
-    refused_merge("is not an adapter directory", tmp_path / "out", adapter=tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused_merge("is not an adapter directory", tmp_path / "out", adapter=tmp_path / "empty")
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "base.json", "config.yaml"])
