@@ -84,8 +84,8 @@ def _is_ours(file: Path) -> bool:
 
 
 def _private(backbone: Backbone) -> list[Path]:
-    """A merged model is not for more people than its base."""
-    return [backbone.path, *backbone.denoiser_files()]
+    """A merged model is not for more people than its base's directory; safetensors makes any file private."""
+    return [backbone.path]
 
 
 def _merge_into_file(
