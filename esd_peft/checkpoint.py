@@ -2,16 +2,16 @@
 
 Beside the output `DIR` lies `DIR.checkpoint/`: `step-N.safetensors` with what has been learned and where everything stands,
 and `bank-HASH.safetensors` with the tuples it trains on. Each file appears whole (temporary file, fsync, rename), and the
-one before goes only then: a kill at any moment leaves a checkpoint to resume from, or none yet.
+one before goes only then: a kill at any moment leaves a checkpoint to resume from, or none yet. The last one, of what has
+been learned, stays until the output is there.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,32 +23,27 @@ from torch import Tensor
 
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
-from esd_peft.outputs import new_file
+from esd_peft.outputs import empty_folder, new_file, remove_left, take_folder
 from esd_peft.text_files import UnreadableError, parse_json
 
 _BANK = re.compile(r"bank-[0-9a-f]{16}\.safetensors")
+_IN_BANK = {"inputs", "timesteps", "teacher", "pairs", "after"}
 # what may differ between a run and its resumption: it changes nothing in the adapter
 _FREE = {"output", "overwrite", "resume", "plan", "checkpoint_every", "report_to", "eval_seeds", "memory_budget"}
+_FREE |= {"device", "dtype"}  # what these came to is compared
 
 
 class Checkpoints:
-    """The checkpoints of one run; one process at a time has them."""
+    """The checkpoints of one run, which holds its output (`esd_peft.jobs`)."""
 
-    def __init__(self, config: EraseConfig, base: dict[str, str]) -> None:
-        """`base` tells the model's files by their hashes. Raises `UserError` if another run holds them."""
+    def __init__(self, config: EraseConfig, base: dict[str, str], made_with: dict[str, str] | None = None) -> None:
+        """`base` tells the model's files by their hashes, `made_with` what else the bits depend on."""
         self.config = self._claimed = _compared(config)
         self.base = base
+        self.made_with = {**(made_with or {}), "threads": str(torch.get_num_threads())}
         self.folder = config.output.with_name(f"{config.output.name}.checkpoint")
         self.every = config.checkpoint_every
-        with _writable(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except BlockingIOError:
-            raise UserError(f"--output {config.output}: another run is writing there; name another directory") from None
-        except OSError:
-            pass  # a file system without locks
+        take_folder(self.folder)
         try:
             self._claim(config)
         except UserError:
@@ -56,8 +51,8 @@ class Checkpoints:
             raise
 
     def _claim(self, config: EraseConfig) -> None:
-        for draft in self.folder.glob(".*.draft-*"):  # of a run that was killed: no other one has the lock
-            shutil.rmtree(draft, ignore_errors=True)
+        for draft in self.folder.glob(".*.draft-*"):  # of a run that was killed
+            remove_left(self.folder / draft.name[1:].partition(".draft-")[0])
         if not config.resume and config.overwrite:
             self._remove(keep=())
         elif not config.resume and self._steps():
@@ -85,6 +80,7 @@ class Checkpoints:
                 self._write(bank_name, bank, {})
         tensors: dict[str, Tensor] = {}
         values = {"state": _taken_apart(state, tensors), "config": self.config, "base": self.base, "bank": bank_name}
+        values["made_with"] = self.made_with
         name = f"step-{step:08d}.safetensors"
         self._write(name, tensors, values)
         self._remove(keep=(name, bank_name))
@@ -92,15 +88,17 @@ class Checkpoints:
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         """The newest state, and its bank, none where that is damaged (it is then made anew).
 
-        Raises `UserError` if the checkpoint is damaged, or is of another config or other weights.
+        Raises `UserError` if the checkpoint is damaged, or is of another config, other weights or another dtype. Whatever
+        else the bits depend on is said on stderr if it is another.
         """
         path = max(self._steps())
         tensors, values = _read(path)
         damaged = UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
         try:
-            config, base, bank_name = values["config"], values["base"], values["bank"]
+            config, base, bank_name, made_with = (values[key] for key in ("config", "base", "bank", "made_with"))
             state = _put_together(values["state"], tensors)
-            if not isinstance(config, dict) or not isinstance(state, dict) or (bank_name and not _BANK.fullmatch(bank_name)):
+            maps = all(isinstance(value, dict) for value in (config, state, made_with))
+            if not maps or (bank_name and not _BANK.fullmatch(bank_name)):
                 raise damaged
         except (KeyError, TypeError, ValueError, RecursionError):
             raise damaged from None
@@ -110,8 +108,23 @@ class Checkpoints:
             raise UserError(f"--resume: the config has changed: {said}; use that, or --overwrite to start anew")
         if base != self.base:
             raise UserError("--resume: the model's files have changed since; restore them, or --overwrite to start anew")
-        bank = _read(self.folder / bank_name)[0] if bank_name else None
-        return state, bank or None
+        self._compare(made_with)
+        bank = _read(self.folder / bank_name)[0] if bank_name else {}
+        return state, bank if bank.keys() == _IN_BANK else None
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        """With what the checkpoint was made with."""
+        dtype = self.made_with.get("dtype")
+        if before.get("dtype") != dtype:
+            raise UserError(
+                f"--resume: the run was computed in {before.get('dtype')}, not in {dtype}; go on with --dtype "
+                f"{before.get('dtype')}, or add --overwrite to start anew"
+            )
+        if others := [name for name, value in self.made_with.items() if before.get(name) != value]:
+            was, now = (", ".join(f"{name} {values.get(name)}" for name in others) for values in (before, self.made_with))
+            print(
+                f"note: --resume: it began with {was} and goes on with {now}: the last bits may be others", file=sys.stderr
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -119,15 +132,16 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """The run is done and needs them no more; or it is not, and they stay, if there are any."""
         if kind is None or not self._steps():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+            self._remove(keep=())
+            with contextlib.suppress(UserError, OSError):  # somebody put something else there
+                empty_folder(self.folder)
 
     def _steps(self) -> list[Path]:
-        return [*self.folder.glob("step-*.safetensors")]
+        return [path for path in self.folder.glob("step-*.safetensors") if path.is_file()]
 
     def _remove(self, keep: tuple[str | None, ...]) -> None:
         for path in self.folder.glob("*.safetensors"):
-            if path.name not in keep:
+            if path.name not in keep and path.is_file():
                 path.unlink(missing_ok=True)
 
     def _write(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -186,7 +200,9 @@ def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     os.fsync(handle)
     os.close(handle)
 

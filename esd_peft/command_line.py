@@ -6,15 +6,17 @@ import io
 import re
 import reprlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, Self, TypeVar, get_origin
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from esd_peft import text_files
 from esd_peft.errors import UserError
+from esd_peft.text_files import shown
 
 Config = TypeVar("Config", bound="CommandConfig")
 _SHORT = reprlib.Repr()
@@ -32,9 +34,28 @@ class CommandConfig(BaseModel):
         except ValidationError as error:
             raise UserError(_sentence(error)) from None
 
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Self:
+        """Names and prompts go into files: what is no text there is refused where it comes in."""
+        for name in type(self).model_fields:
+            for text in _texts(getattr(self, name)):
+                if "\0" in text or text != text.encode(errors="replace").decode():
+                    raise ValueError(f"--{name.replace('_', '-')} {shown(text)} is no UTF-8 text; rename it")
+        return self
+
     def to_yaml(self) -> str:
         """The fields as YAML that `--config` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str | Path):
+        yield str(value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, BaseModel):
+        yield from _texts([*vars(value).values()])
 
 
 def parse(config: type[Config], command: str, argv: list[str] | None = None) -> Config:

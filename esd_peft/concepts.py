@@ -4,13 +4,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import TypeVar
 
 from esd_peft.config import Concept, EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.shapes import world
+from esd_peft.text_files import UnreadableError, read_lines
 
 TEMPLATES = {  # and what they say of nothing
     "{}": "", "a {}": "", "a picture of {}": "a picture", "a photo of {}": "a photo", "{} style": "style",
@@ -167,7 +166,7 @@ def spread(items: list[Item], count: int | None) -> list[Item]:
 
 def everyday_prompts() -> list[str]:
     """The built-in list: common subjects, styles and words of prompts."""
-    return _lines(files("esd_peft") / "everyday.txt")
+    return read_lines(files("esd_peft") / "everyday.txt")
 
 
 def _sources_otherwise(config: EraseConfig) -> list[str]:
@@ -183,14 +182,9 @@ def _asked_to_preserve(config: EraseConfig) -> list[str]:
     prompts = [*config.preserve]
     if config.preserve_file is not None:
         try:
-            prompts += _lines(config.preserve_file)
-        except (OSError, UnicodeDecodeError) as error:
+            prompts += read_lines(config.preserve_file)
+        except UnreadableError as error:
             raise UserError(f"--preserve-file {config.preserve_file} cannot be read: {error}") from None
         if not prompts:
             raise UserError(f"--preserve-file {config.preserve_file} holds no prompt; write one a line")
     return list(dict.fromkeys(prompts))
-
-
-def _lines(path: Traversable | Path) -> list[str]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]

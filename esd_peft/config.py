@@ -109,7 +109,7 @@ class EraseConfig(ModelOptions):
     output: Path = Path("erased")
     """Where the adapter, the pictures and result.json go."""
     overwrite: bool = False
-    """Replace what is in the output directory."""
+    """Replace what is in the output directory, if it is all this package's (docs/formats.md)."""
 
     scope: Scope | None = None
     """What learns: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or full; left

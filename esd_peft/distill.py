@@ -8,13 +8,15 @@ import signal
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes
 import torch
 from diffusers.optimization import get_scheduler
+from pydantic import ConfigDict, TypeAdapter, with_config
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft import distributed
 from esd_peft.adapters import Student
@@ -57,7 +59,7 @@ def distill(
         supply = training.restore(*distributed.from_first(checkpoints and checkpoints.load()))
     elif probe is not None:
         probe.measure(0)
-    batches = objective.batches(generator, supply)
+    batches, begun = objective.batches(generator, supply), training.step
     with (
         tqdm(total=training.steps, initial=training.step, desc="distill", disable=not distributed.first()) as bar,
         _interrupts() as seen,
@@ -78,6 +80,9 @@ def distill(
             if interrupted:
                 distributed.any_of(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
                 raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
+    if checkpoints is not None and training.step > begun:
+        with contextlib.suppress(UserError):  # a disk too full for it may have room for the adapter
+            checkpoints.save(training.step, training.state(done=True)[0], None)
     if config.gradient_checkpointing:
         student.denoiser.disable_gradient_checkpointing()
     return training.losses
@@ -162,13 +167,14 @@ class _Training:
         self.unread = []
         return {"loss": self.losses[-1], "learning_rate": self.schedule.get_last_lr()[0]}
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-        """What a checkpoint holds, and the bank."""
+    def state(self, done: bool = False) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+        """What a checkpoint holds, and the bank; of a training that is `done` only what was learned matters."""
         supply, costs = self.objective.supply(self.step), self.rollout.costs
         values = {
             "step": self.step,
+            "done": done,
             "parameters": [p.detach() for p in self.student.parameters],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {} if done else self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "losses": self.losses,
@@ -182,14 +188,30 @@ class _Training:
         return values, supply.bank
 
     def restore(self, values: dict[str, Any], bank: dict[str, Tensor] | None) -> Supply:
-        """Become what `state` was taken of; returns where the batches go on."""
+        """Become what `state` was taken of; returns where the batches go on. Raises `UserError` if it does not fit."""
+        try:
+            return self._restored(cast(dict[str, Any], _STATE.validate_python(values)), bank)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # PyTorch's kinds for a state that is another's are many
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--resume: the checkpoint does not fit ({reason}); add --overwrite to start anew") from None
+
+    def _restored(self, values: dict[str, Any], bank: dict[str, Tensor] | None) -> Supply:
+        if not 0 < values["step"] <= self.steps:
+            raise ValueError(f"step {values['step']} of {self.steps}")
         with torch.no_grad():
             for parameter, value in zip(self.student.parameters, values["parameters"], strict=True):
                 parameter.copy_(value)
         self._start_anew(self.parts[bisect.bisect_left(self.ends, values["step"])])
-        self.optimizer.load_state_dict(values["optimizer"])
-        self.schedule.load_state_dict(values["schedule"])
-        self.scaler.load_state_dict(values["scaler"])
+        if values["done"]:
+            self.steps = values["step"]
+        else:
+            _same_kind(values["schedule"], self.schedule.state_dict())
+            _same_kind(values["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"])
+            self.optimizer.load_state_dict(values["optimizer"])
+            self.schedule.load_state_dict(values["schedule"])
+            self.scaler.load_state_dict(values["scaler"])
         device = self.rollout.device
         self.step, self.losses = values["step"], values["losses"]
         self.unread = [(loss.to(device), timesteps) for loss, timesteps in values["unread"]]
@@ -198,6 +220,44 @@ class _Training:
         self.rollout.costs.forward_equivalents = values["forwards"]
         self.rollout.costs.training_tuples = values["tuples"]
         return Supply(self.step, values["before"], bank, values["words"])
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True))
+class _State(TypedDict):
+    """What a checkpoint holds."""
+
+    step: int
+    done: bool
+    parameters: list[Tensor]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any]
+    losses: list[float]
+    unread: list[tuple[Tensor, Tensor]]
+    before: Tensor | None
+    words: list[dict[str, Tensor]]
+    curve: list[tuple[int, float]]
+    forwards: int
+    tuples: int
+
+
+_STATE = TypeAdapter(_State)
+
+
+def _same_kind(given: Any, known: Any) -> None:
+    """Raise `TypeError` unless `given` could stand where `known` does: PyTorch takes anything, and stumbles later."""
+    if isinstance(known, dict):
+        if not isinstance(given, dict) or given.keys() != known.keys():
+            raise TypeError(f"{given!r} is not like {known!r}")
+        for key in known:
+            _same_kind(given[key], known[key])
+    elif isinstance(known, list | tuple):
+        if not isinstance(given, list | tuple) or len(given) != len(known):
+            raise TypeError(f"{given!r} is not like {known!r}")
+        for one, other in zip(given, known, strict=True):
+            _same_kind(one, other)
+    elif isinstance(known, int | float) != isinstance(given, int | float):
+        raise TypeError(f"{given!r} is not like {known!r}")
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from esd_peft.devices import place, release, resolve_device, resolve_dtype
 from esd_peft.distill import distill
 from esd_peft.errors import OutOfMemory, UserError, run_command
 from esd_peft.evaluate import evaluate
-from esd_peft.evaluation.config import EvaluateConfig
+from esd_peft.evaluation.config import WITHIN, EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
 from esd_peft.evaluation.rates import Shares
 from esd_peft.evaluation.table import result_table
 from esd_peft.export import own_metadata, write_kohya_lora
+from esd_peft.jobs import hold, only_job
 from esd_peft.model_source import commit_of
 from esd_peft.objectives import GuidedTarget, Objective
 from esd_peft.offload import offload_base
@@ -41,6 +42,7 @@ from esd_peft.quantize import load_quantized
 from esd_peft.randomness import generator
 from esd_peft.robust import RobustTarget
 from esd_peft.rollout import Rollout, make_table
+from esd_peft.surroundings import surroundings
 from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import add_metadata, sha256
 
@@ -53,23 +55,26 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     Returns what `result.json` holds: the rates before and after (embedded pipeline), losses, seconds and peak memory
     by phase, forward-equivalents, and the config. Raises `UserError` for input that cannot work.
     """
-    distributed.start()
-    try:
-        result = _erase(config)
-    except OutOfMemory as error:
-        raise OutOfMemory(error.phase, _LESS_MEMORY) from None
-    if config.evaluate and distributed.first():  # what training held is free again
-        found = evaluate(_evaluation(config, result["config"]))
-        if found.accuracies is not None:
-            result["concepts"], result["others"] = found.accuracies.shares
-        result["evaluation"] = found.to_dict()
-        _write(config, result)
+    with only_job():
+        distributed.start()
+        with hold(config.output) if distributed.first() else contextlib.nullcontext():
+            try:
+                result = _erase(config)
+            except OutOfMemory as error:
+                raise OutOfMemory(error.phase, _LESS_MEMORY) from None
+            if config.evaluate and distributed.first():  # what training held is free again
+                found = evaluate(_evaluation(config, result["config"]))
+                if found.accuracies is not None:
+                    result["concepts"], result["others"] = found.accuracies.shares
+                result["evaluation"] = found.to_dict()
+                _write(config, result)
     return result
 
 
 def _erase(config: EraseConfig) -> dict[str, Any]:
-    inputs = [Path(p) for p in (config.model, config.preserve_file, config.reference) if p is not None]
     if distributed.first():
+        file = config.preserve_file if os.path.isfile(config.preserve_file or "") else None  # said later if it is none
+        inputs = [config.model, config.checkpoint_config, config.reference, file]
         check_output(config.output, config.overwrite or config.resume, inputs)
     check_tracker(config)
     device = resolve_device(config.device)
@@ -90,7 +95,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     if not distributed.first():  # the first process takes the pictures and writes
         quiet = config.model_copy(update={"eval_seeds": 0, "report_to": "none"})
         return _run(quiet, backbone, plan, device, dtype, None)
-    with Checkpoints(config, hashes) as checkpoints:
+    with Checkpoints(config, hashes, surroundings(device, dtype)) as checkpoints:
         try:
             return _run(config, backbone, plan, device, dtype, checkpoints)
         except OutOfMemory as error:
@@ -204,7 +209,7 @@ def _evaluation(config: EraseConfig, used: dict[str, Any]) -> EvaluateConfig:
     """With as much memory as training `used`, which may be less than `config` says."""
     options = {name: used[name] for name in ("device", "dtype", "quantize", "seed")}
     options |= {"seeds": config.eval_seeds, "batch_size": used["rollout_batch_size"]}
-    return EvaluateConfig(erased=config.output, output=config.output / "evaluation", **options)
+    return EvaluateConfig(erased=config.output, output=config.output / WITHIN, **options)
 
 
 def _student(

@@ -1,5 +1,6 @@
 """python -m esd_peft.evaluate: pictures before and after → what they show → is it gone, is the rest intact?"""
 
+import os
 import shlex
 
 import torch
@@ -11,16 +12,18 @@ from esd_peft.devices import resolve_device, resolve_dtype
 from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation import judging
 from esd_peft.evaluation.album import Album
-from esd_peft.evaluation.config import EvaluateConfig
-from esd_peft.evaluation.models import Model, open_models
+from esd_peft.evaluation.config import WITHIN, EvaluateConfig
+from esd_peft.evaluation.models import Comparison, Model, open_models
 from esd_peft.evaluation.pictures import encode_prompts, picture_batches
-from esd_peft.evaluation.report import write_report
+from esd_peft.evaluation.report import REPORT, write_report
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Prompt, Suite, ask, load_suite
 from esd_peft.evaluation.text import as_text
-from esd_peft.outputs import check_output
+from esd_peft.jobs import hold, only_job
+from esd_peft.outputs import check_folder, take_folder
 from esd_peft.phases import Costs
 from esd_peft.shapes.world import SIZE
+from esd_peft.surroundings import surroundings
 
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
 
@@ -31,6 +34,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Pictures that an earlier run with the same models and options left there are used again. Raises `UserError` for input
     that cannot work; a detector or a package that is missing is noticed before pictures are made.
     """
+    with only_job(), hold(config.output):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> Evaluation:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     models = open_models(config)
@@ -38,8 +46,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     suite = _configured(load_suite(suite_name), config)
     _check_size(suite, models.base)
     prompts, roles = ask(suite, models.concepts, config.prompts, config.limit)
-    inputs = [models.base.backbone.path, config.erased, *([config.reference] if config.reference else [])]
-    check_output(config.output, True, inputs)
+    _check_output(config, models)
     costs = Costs(device)
     attacks = make_attacks(config, suite)
     with costs.phase("load"):
@@ -80,6 +87,16 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return result
 
 
+def _check_output(config: EvaluateConfig, models: Comparison) -> None:
+    """Raise `UserError` now if the report could not be written later, or would replace what is read or somebody else's."""
+    files = [file for file in (config.suite, config.prompts, config.attack_prompts) if file and os.path.isfile(file)]
+    read = [*files, config.base, config.detector, config.clip, config.features, config.reference, config.attack_reference,
+            models.base.backbone.path, models.erased.backbone.path, models.trained_on]  # fmt: skip
+    if config.output.resolve() != (config.erased / WITHIN).resolve():
+        read.append(config.erased)
+    check_folder(config.output, read, REPORT)
+
+
 def _configured(suite: Suite, config: EvaluateConfig) -> Suite:
     """The suite with what the config says otherwise. Raises `UserError` for a detector where there is nothing to detect."""
     changes = {name: getattr(config, name) for name in ("seeds", "num_inference_steps", "guidance_scale")}
@@ -109,8 +126,9 @@ def _take(
     """The album of the model's pictures; makes what is missing in it."""
     texts = [prompt.text for prompt in prompts]
     settings = suite.picture_settings
-    precision = {"dtype": str(dtype), "quantize": config.quantize}
+    precision = {**surroundings(device, dtype), "quantize": config.quantize}
     made_with = {"weights": model.fingerprint(), "prompts": texts, "seed": config.seed, **precision, **settings}
+    take_folder(config.output)
     album = Album(config.output / "pictures" / label, made_with)
     album.open(config.overwrite)
     for first in range(0, len(texts), PROMPTS_AT_A_TIME):

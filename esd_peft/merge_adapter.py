@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from esd_peft import __version__
@@ -15,6 +16,7 @@ from esd_peft.command_line import parse
 from esd_peft.config import EraseConfig, ModelOptions
 from esd_peft.errors import UserError, run_command
 from esd_peft.export import check_single_file, modelspec, own_metadata, read_checkpoint_denoiser, write_checkpoint
+from esd_peft.jobs import hold, only_job
 from esd_peft.merge_config import MergeConfig
 from esd_peft.model_card import base_licence, model_card, public_config
 from esd_peft.model_source import is_snapshot
@@ -38,15 +40,20 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     Returns what `erased.json` holds. Raises `UserError` if the adapter does not fit the base, if a file is damaged,
     or if a merged layer differs from base + adapter by more than rounding.
     """
-    inputs = [*config.adapter, *([Path(config.base)] if config.base else [])]
-    (check_new_file if config.single_file else check_output)(config.output, config.overwrite, inputs)
+    with only_job(), hold(config.output):
+        return _merge(config)
+
+
+def _merge(config: MergeConfig) -> dict[str, Any]:
+    _check_output(config, [])
     adapters = [read_adapter(path, scale) for path, scale in zip(config.adapter, config.scales, strict=True)]
+    _check_output(config, adapters)
     backbone = _open_base(config, adapters)
     changes = _changes(backbone, adapters)
     verification = Verification() if config.verify else None
     if config.single_file:
         return _merge_into_file(config, backbone, adapters, changes, verification)
-    with new_directory(config.output, config.overwrite) as draft:
+    with new_directory(config.output, config.overwrite, private_as=_private(backbone)) as draft:
         hashes = {}
         for file, digest, copy in copy_pipeline(backbone, draft):
             merge_in_place(copy, changes, verification)  # while the page cache still has it
@@ -55,6 +62,30 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
         (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(model_card(record, backbone, adapters, config.output.name), encoding="utf-8")
     return record
+
+
+def _check_output(config: MergeConfig, adapters: list[Adapter]) -> None:
+    """Nothing that is read is replaced, whether an option or an adapter names it."""
+    named = [adapter.base.get(name) for adapter in adapters for name in ("model", "checkpoint_config")]
+    inputs = [*config.adapter, config.base, config.checkpoint_config, *named]
+    if config.single_file:
+        check_new_file(config.output, config.overwrite, inputs, own=_is_ours(config.output))
+    else:
+        check_output(config.output, config.overwrite, inputs)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether this package wrote that checkpoint: its header says so."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "esd_peft.version" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _private(backbone: Backbone) -> list[Path]:
+    """A merged model is not for more people than its base's directory; safetensors makes any file private."""
+    return [backbone.path]
 
 
 def _merge_into_file(
@@ -67,7 +98,7 @@ def _merge_into_file(
     metadata = modelspec(backbone, layout, config.output.stem, record["concept"], lora=False)
     metadata |= own_metadata(record["concept"], scopes, record["base"], [adapter.config_sha256 for adapter in adapters])
     licence = base_licence(backbone.path).get("license")
-    with new_file(config.output) as draft:
+    with new_file(config.output, _private(backbone)) as draft:
         write_checkpoint(
             draft,
             backbone,

@@ -1,11 +1,26 @@
-"""YAML and JSON files that anybody may have written: their values, or one kind of error."""
+"""Files that anybody may have written, text, YAML, JSON and CSV: what they hold, or one kind of error.
 
+Nothing but regular files is read, so that no pipe or device is waited for, and no more than fits the memory and the
+patience that such a file deserves.
+"""
+
+import csv
+import io
 import json
+import os
+import stat
+import unicodedata
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+_FLAGS = os.O_RDONLY  # and where the system knows it: a pipe without a writer opens at once, lines end as they do
+for _flag in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+    _FLAGS |= getattr(os, _flag, 0)
+_LARGEST = 64 * 2**20  # bytes
+_LARGEST_YAML = 2**18  # whose parser takes a second for that
 
 
 class UnreadableError(Exception):
@@ -16,9 +31,61 @@ class UnreadableError(Exception):
         super().__init__(" ".join(reason.split())[:300])
 
 
+def read_bytes(path: Path, largest: int) -> bytes:
+    """The file's content. Raises `UnreadableError` unless it is a regular file of so many bytes at most."""
+    try:
+        with open(os.open(path, _FLAGS), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnreadableError("it is no regular file")
+            content = file.read(largest + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise UnreadableError(str(getattr(error, "strerror", None) or error)) from None
+    if len(content) > largest:
+        raise UnreadableError(f"it is larger than {largest // 2**10} KiB")
+    return content
+
+
+def read_text(path: Path | Traversable, largest: int = _LARGEST) -> str:
+    """The file's text, without a byte order mark. Raises `UnreadableError` for whatever is wrong with it."""
+    content = read_bytes(path, largest) if isinstance(path, Path) else path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"it is not UTF-8: {error}") from None
+
+
+def shown(text: str) -> str:
+    """The text for people, on one line: what is no character to be seen, or no Unicode, as an escape such as \\x1b."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
+
+
+def shown_lines(text: str) -> str:
+    """The same of a text of several lines."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def read_lines(path: Path | Traversable) -> list[str]:
+    """The lines of a list: without blank ones and those that begin with #. Raises `UnreadableError`."""
+    lines = (line.strip() for line in read_text(path).splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns, and the rows by them: each cell is there, if empty. Raises `UnreadableError`."""
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="", restval="")
+        return list(reader.fieldnames or ()), [{k: v for k, v in row.items() if k} for row in reader]
+    except csv.Error as error:
+        raise UnreadableError(f"it is not CSV: {error}") from None
+
+
 def read_json(path: Path) -> Any:
     """The file's values. Raises `UnreadableError` for whatever is wrong with it."""
-    return parse_json(_text(path))
+    return parse_json(read_text(path))
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -33,7 +100,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_yaml(path: Path | Traversable) -> Any:
     """The file's values. Raises `UnreadableError` for whatever is wrong with it."""
-    text = _text(path)
+    text = read_text(path, _LARGEST_YAML)
     try:
         return yaml.load(text, _PlainLoader)
     except Exception as error:  # beside its own kinds, PyYAML lets pass what dates, numbers and booleans raise
@@ -60,10 +127,3 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
-
-
-def _text(path: Path | Traversable) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # not there, not UTF-8, a name with a zero byte
-        raise UnreadableError(str(error)) from None

@@ -9,6 +9,7 @@ from esd_peft.attacks.attack import Attack, Goal
 from esd_peft.attacks.victim import Victim
 from esd_peft.backbones import PromptEmbeds
 from esd_peft.errors import UserError
+from esd_peft.text_files import UnreadableError, read_lines
 
 
 class Prompts(Attack):
@@ -23,10 +24,9 @@ class Prompts(Attack):
     def __init__(self, path: Path | None = None) -> None:
         source = path or files("esd_peft.attacks") / "prompts.txt"
         try:
-            lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
+            self.templates = read_lines(source)
+        except UnreadableError as error:
             raise UserError(f"--attack-prompts {path} cannot be read: {error}") from None
-        self.templates = [line for line in lines if line and not line.startswith("#")]
         if not self.templates:
             raise UserError(f"--attack-prompts {path} holds no prompt; write one a line")
         self.about = f"{len(self.templates)} prompts from {path or 'the built-in list'}"

@@ -22,7 +22,7 @@ from esd_peft.evaluation.album import Album
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.detectors import Detector
 from esd_peft.evaluation.models import Comparison, Model
-from esd_peft.evaluation.picture_files import picture_files, read_pictures, to_pixels
+from esd_peft.evaluation.picture_files import checked_pictures, read_pictures, to_pixels
 from esd_peft.evaluation.pictures import EncodedPrompts, Place, picture_batches, to_image
 from esd_peft.evaluation.rates import Change, Rate, rate
 from esd_peft.evaluation.suites import Prompt, Roles, Suite
@@ -39,7 +39,7 @@ def make_attacks(config: EvaluateConfig, suite: Suite) -> list[Attack]:
             "--attack needs a --suite whose prompts name the concept and whose detector sees it; use another one"
         )
     if config.attack_reference is not None:
-        picture_files(config.attack_reference, "--attack-reference")
+        checked_pictures(config.attack_reference, "--attack-reference")
     steps = {} if config.attack_steps is None else {"steps": config.attack_steps}
     makers: dict[str, Callable[[], Attack]] = {
         "textual-inversion": lambda: TextualInversion(**steps),

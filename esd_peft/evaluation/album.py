@@ -1,7 +1,7 @@
 """Pictures on disk, which a later run goes on with."""
 
 import json
-import shutil
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from esd_peft.errors import UserError
+from esd_peft.evaluation.picture_files import decode_picture
 from esd_peft.evaluation.pictures import Place, to_image
-from esd_peft.outputs import new_file
+from esd_peft.outputs import MARK, empty_folder, new_file, take_folder
 from esd_peft.text_files import UnreadableError, read_json
 
 
@@ -33,14 +34,14 @@ class Album:
             same = read_json(record) == json.loads(json.dumps(self.made_with))
         except UnreadableError:
             same = False
-        if self.folder.exists() and not same:
+        if not same and self.folder.is_dir() and {*os.listdir(self.folder)} - {MARK}:
             if not overwrite:
                 raise UserError(
-                    f"--output holds {self.folder}, made by another model or with other options; "
+                    f"--output holds {self.folder}, made by another model or with other options or versions; "
                     "name another directory or add --overwrite"
                 )
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            empty_folder(self.folder)
+        take_folder(self.folder)
         with new_file(record) as draft:
             draft.write_text(json.dumps(self.made_with, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -59,8 +60,8 @@ class Album:
     def read(self, place: Place) -> Image.Image:
         """One picture. Raises `UserError` if it is damaged."""
         try:
-            return Image.open(self.path(place)).convert("RGB")
-        except OSError as error:
+            return decode_picture(self.path(place))
+        except UnreadableError as error:
             raise UserError(f"--output holds {self.path(place)}, which cannot be read ({error}); remove it") from None
 
     def batches(self, places: Sequence[Place], batch_size: int) -> Iterator[list[Image.Image]]:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from esd_peft.command_line import CommandConfig
 
+WITHIN = "evaluation"  # the one output inside of what is evaluated
 AttackName = Literal["textual-inversion", "prefix", "prompts", "fine-tuning"]
 
 

@@ -17,7 +17,7 @@ from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.detectors import About, Detector, NudeNet, load_detector
 from esd_peft.evaluation.distributions import Features, fid, kid
 from esd_peft.evaluation.intervals import bootstrap_mean
-from esd_peft.evaluation.picture_files import open_picture, picture_files
+from esd_peft.evaluation.picture_files import checked_pictures, open_picture
 from esd_peft.evaluation.pictures import Place
 from esd_peft.evaluation.pretrained import describe_version
 from esd_peft.evaluation.rates import Accuracies, accuracies
@@ -64,7 +64,7 @@ class Findings:
 def load_judges(config: EvaluateConfig, suite: Suite, prompts: list[Prompt]) -> Judges:
     """Raises `UserError` if a model, a package or the reference pictures are not there."""
     labels = list(dict.fromkeys(label for prompt in prompts for label in prompt.labels.values()))
-    reference = picture_files(config.reference, "--reference") if config.reference else []
+    reference = checked_pictures(config.reference, "--reference") if config.reference else []
     if len(reference) == 1:
         raise UserError(f"--reference {config.reference} holds one picture; FID and KID need a set")
     return Judges(

@@ -6,15 +6,19 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from peft.utils import CONFIG_NAME
 
 from esd_peft.backbones import EMBEDDED, Backbone, open_backbone
 from esd_peft.errors import UserError
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.merge_adapter import RECORD, erased_concepts
+from esd_peft.model_source import INDEX
 from esd_peft.quantize import load_quantized, stay_packed
 from esd_peft.saved_adapters import Adapter, read_adapter
 from esd_peft.text_files import UnreadableError, read_json
 from esd_peft.weights import sha256
+
+_NOT_READ = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")  # the same weights in other formats
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,17 @@ class Model:
         return self.backbone.pipeline(self.denoiser(device, dtype, quantize), device, dtype)
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of all weights that pictures depend on, and of the scheduler."""
-        parts = [self.backbone.path / name for name, part in self.backbone.index.items() if isinstance(part, list)]
-        files = [path for part in parts for path in sorted(part.glob("*.safetensors")) + sorted(part.glob("*.json"))]
+        """Hashes of all files that pictures depend on: weights, configs, tokenizers, the scheduler, the adapter."""
+        root = self.backbone.path
+        parts = [root / name for name, part in self.backbone.index.items() if isinstance(part, list)]
+        files = [
+            path for part in parts for path in sorted(part.rglob("*")) if path.is_file() and path.suffix not in _NOT_READ
+        ]
+        known = {str(path.relative_to(root)): sha256(path) for path in [root / INDEX, *files]}
         if self.adapter is not None:
-            files += sorted(self.adapter.path.glob("*.safetensors"))
-        return {f"{path.parent.name}/{path.name}": sha256(path) for path in files}
+            own = [*sorted(self.adapter.path.glob("*.safetensors")), self.adapter.path / CONFIG_NAME]
+            known |= {f"adapter/{path.name}": sha256(path) for path in own if path.is_file()}
+        return known
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Comparison:
     erased: Model
     concepts: list[str]
     notes: list[str]
+    trained_on: str | None = None  # what the adapter, or the merged pipeline's record, names as its base
 
 
 def open_models(config: EvaluateConfig) -> Comparison:
@@ -95,7 +105,7 @@ def open_models(config: EvaluateConfig) -> Comparison:
         concepts = erased_concepts(adapter)
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
         raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
-    return Comparison(Model(before), erased, config.concept or concepts, notes)
+    return Comparison(Model(before), erased, config.concept or concepts, notes, base)
 
 
 def _check_alike(before: Backbone, after: Backbone) -> None:

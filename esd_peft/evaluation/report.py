@@ -20,9 +20,11 @@ from esd_peft.evaluation.tables import tables
 from esd_peft.evaluation.text import MARKS, as_markdown
 from esd_peft.outputs import new_file
 from esd_peft.randomness import generator
+from esd_peft.text_files import shown_lines
 
 SHOWN, SHOWN_SEEDS = 6, 2  # prompts of each kind, and pictures of each
 _SIZE = 256  # pixels
+REPORT = ("result.json", "report.md", "report.html")
 Figure = dict[str, Any]  # a prompt, and its pictures before and after
 
 
@@ -46,7 +48,7 @@ def render(result: Evaluation, figures: dict[str, list[Figure]]) -> str:
     """The HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("esd_peft.evaluation") / "report.html").read_text(encoding="utf-8"))
-    return template.render(
+    page = template.render(
         result=result,
         tables=tables(result),
         figures={title: shown for title, shown in figures.items() if shown},
@@ -55,6 +57,7 @@ def render(result: Evaluation, figures: dict[str, list[Figure]]) -> str:
         marks=MARKS,
         config=yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True),
     )
+    return shown_lines(page)
 
 
 def _figures(rows: list[int], prompts: list[Prompt], seeds: int, before: Album, after: Album, seed: int) -> list[Figure]:

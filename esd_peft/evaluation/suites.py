@@ -1,6 +1,5 @@
 """What an evaluation asks: prompts, what their pictures shall show, and who judges that. Declared in suites/*.yaml."""
 
-import csv
 import itertools
 import string
 from dataclasses import dataclass, field
@@ -139,11 +138,10 @@ def _prompt(text: str, row: dict[str, str], suite: Suite) -> Prompt:
 def read_prompts(source: str, suite: Suite) -> list[dict[str, str]]:
     """The rows of a CSV file with a column `prompt`. Raises `UserError`."""
     try:
-        with _local(source).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), [row for row in reader if (row.get("prompt") or "").strip()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        columns, rows = text_files.read_csv(_local(source))
+    except text_files.UnreadableError as error:
         raise UserError(f"--prompts {source} cannot be read: {error}") from None
+    rows = [row for row in rows if row.get("prompt", "").strip()]
     if "prompt" not in columns:
         raise UserError(f"--prompts {source} has no column prompt; it has {', '.join(columns) or 'none'}")
     if not rows:

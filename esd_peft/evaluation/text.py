@@ -1,7 +1,10 @@
 """The report as plain text and as Markdown."""
 
+import re
+
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.tables import Table, tables
+from esd_peft.text_files import shown, shown_lines
 
 MARKS = {"good": "✓", "partial": "~", "bad": "✗", "unknown": "?"}
 
@@ -31,7 +34,8 @@ def as_markdown(result: Evaluation) -> str:
     for table in tables(result):
         lines += ["", f"## {_escaped(table.title)}", "", _escaped(table.note), ""]
         lines += [_row(table.header), _row(["---"] + ["---:"] * (len(table.header) - 1)), *map(_row, table.rows)]
-    return "\n".join([*lines, "", "## Command", "", f"    {result.command}", "", f"esd_peft {result.version}", ""])
+    lines += ["", "## Command", "", f"    {shown(result.command)}", "", f"esd_peft {result.version}", ""]
+    return shown_lines("\n".join(lines))
 
 
 def _row(cells: list[str]) -> str:
@@ -39,5 +43,6 @@ def _row(cells: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Prompts and labels are shown as they are: no tags, no table cells, on one line."""
-    return " ".join(text.splitlines()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    """Prompts and labels are shown as they are: no tags, no table cells, no links or pictures, on one line."""
+    text = " ".join(text.splitlines()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`|\[\]])", r"\\\1", text)

@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from esd_peft.errors import UserError, run_command
+from esd_peft.jobs import hold
+from esd_peft.outputs import settle, take_folder
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import Classifier
+from esd_peft.text_files import UnreadableError, read_json
 
 CONTEXT = 16  # tokens a prompt
 STEPS = {"vae": 1500, "classifier": 2000, "denoiser": 10000}
@@ -227,10 +231,21 @@ def save_pipeline(
 
 
 def train(output: Path, stages: list[str], steps: dict[str, int], seed: int) -> None:
-    """Run the chosen stages, each from its own seed, and save after each."""
+    """Run the chosen stages, each from its own seed, and save after each.
+
+    Raises `UserError` for a directory that this command did not make, or that another process writes.
+    """
+    with hold(output):
+        take_folder(output)
+        _train(output, stages, steps, seed)
+
+
+def _train(output: Path, stages: list[str], steps: dict[str, int], seed: int) -> None:
     pipeline, log = output / "pipeline", output / "training.json"
-    output.mkdir(parents=True, exist_ok=True)
-    record = json.loads(log.read_text()) if log.exists() else {}
+    try:
+        record = {**read_json(log)} if log.exists() else {}
+    except (UnreadableError, TypeError) as error:
+        raise UserError(f"--output {output}: {log} is damaged ({error}); remove it") from None
     for index, stage in enumerate(STAGES):
         if stage not in stages:
             continue
@@ -252,6 +267,7 @@ def train(output: Path, stages: list[str], steps: dict[str, int], seed: int) -> 
         record[stage] = {"steps": steps.get(stage), "loss": loss, "seconds": seconds, "threads": torch.get_num_threads()}
         record["seed"] = seed
         log.write_text(json.dumps(record, indent=2) + "\n")
+        settle(output)
 
 
 def main() -> None:
@@ -266,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,21 +1,35 @@
 """From raters' answers and the key to means, intervals and agreement."""
 
-import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
-from esd_peft.outputs import new_file
+from esd_peft.jobs import hold
+from esd_peft.outputs import check_new_file, new_file
 from esd_peft.study.agreement import krippendorff_alpha
 from esd_peft.study.config import AnalyseStudyConfig
-from esd_peft.text_files import UnreadableError, read_json
+from esd_peft.text_files import UnreadableError, read_csv, read_json
 
 SCALE = (1, 2, 3, 4, 5)
 COLUMNS = ("study", "rater", "item", "rating")
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class _Item(TypedDict):
+    condition: str
+
+
+class _Key(TypedDict):
+    study: _Text
+    question: _Text
+    conditions: Annotated[list[str], Field(min_length=1)]
+    items: dict[str, _Item]
 
 
 def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
@@ -26,6 +40,25 @@ def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
 
     Raises `UserError` for answers that do not belong to the key, or are no ratings from 1 to 5.
     """
+    if config.output is None:
+        return _analyse(config)
+    with hold(config.output):
+        check_new_file(config.output, True, [config.key, *config.answers], own=_is_ours(config.output))
+        result = _analyse(config)
+        with new_file(config.output) as draft:
+            draft.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether an earlier analysis wrote it."""
+    try:
+        return "krippendorff_alpha" in read_json(file)
+    except (UnreadableError, TypeError):
+        return False
+
+
+def _analyse(config: AnalyseStudyConfig) -> dict[str, Any]:
     key = _read_key(config.key)
     ratings: dict[str, dict[str, int]] = {}  # rater: picture: rating
     for path in config.answers:
@@ -46,7 +79,7 @@ def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
         draws[name] = _resampled_means(here, raters, random)
         means[name] = float(np.nanmean(here))
     first, *rest = key["conditions"]
-    result = {
+    return {
         "study": key["study"],
         "question": key["question"],
         "raters": len(table),
@@ -69,10 +102,6 @@ def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
         },
         "krippendorff_alpha": {"ordinal": krippendorff_alpha(table), "interval": krippendorff_alpha(table, "interval")},
     }
-    if config.output is not None:
-        with new_file(config.output) as draft:
-            draft.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return result
 
 
 def _resampled_means(ratings: np.ndarray, raters: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -87,11 +116,11 @@ def _read_key(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--key {path} cannot be read: no such file; name the key.json that was written with the page")
     try:
-        key = read_json(path)
-        used = {item["condition"] for item in key["items"].values()}
-        if not key["study"] or not key["question"] or used != {*key["conditions"]}:
-            raise ValueError
-    except (UnreadableError, ValueError, KeyError, TypeError, AttributeError):
+        key: dict[str, Any] = read_json(path)
+        TypeAdapter(_Key).validate_python(key, strict=True)
+        if {item["condition"] for item in key["items"].values()} != {*key["conditions"]}:
+            raise UnreadableError("it lists other conditions")
+    except (UnreadableError, ValidationError):
         raise UserError(f"--key {path} is no key of a study; name the key.json that was written with the page") from None
     return key
 
@@ -99,12 +128,10 @@ def _read_key(path: Path) -> dict[str, Any]:
 def _read_answers(path: Path, key: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Rater: picture: rating. Raises `UserError` unless all of them are of this study."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        columns, rows = read_csv(path)
+    except UnreadableError as error:
         raise UserError(f"--answers {path} cannot be read: {error}") from None
+    missing = [name for name in COLUMNS if name not in columns]
     if missing:
         raise UserError(f"--answers {path} has no column {missing[0]}; name a CSV file that the page saved")
     if not rows:

@@ -7,6 +7,12 @@ import tyro
 from pydantic import Field, field_validator
 
 from esd_peft.command_line import CommandConfig
+from esd_peft.text_files import shown
+
+
+def condition_name(folder: Path) -> str:
+    """A condition is named like its folder."""
+    return shown(folder.resolve().name)
 
 
 class MakeStudyConfig(CommandConfig):
@@ -31,12 +37,12 @@ class MakeStudyConfig(CommandConfig):
     output: Path = Path("study")
     """Where study.html and key.json go."""
     overwrite: bool = False
-    """Replace what is in the output directory."""
+    """Replace what is in the output directory, if it is all this package's (docs/formats.md)."""
 
     @field_validator("condition")
     @classmethod
     def _distinct(cls, value: list[Path]) -> list[Path]:
-        names = [folder.resolve().name for folder in value]
+        names = [*map(condition_name, value)]
         if not value:
             raise ValueError("name a folder of pictures for each condition")
         if doubled := [name for i, name in enumerate(names) if name in names[:i]]:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esd_peft.evaluation.picture_files import open_picture, picture_files
+from esd_peft.evaluation.picture_files import open_picture, picture_bytes, picture_files
+from esd_peft.jobs import hold
 from esd_peft.outputs import check_output, new_directory
-from esd_peft.study.config import MakeStudyConfig
+from esd_peft.study.config import MakeStudyConfig, condition_name
+from esd_peft.text_files import shown
 
 PAGE, KEY = "study.html", "key.json"
 _REFERENCE_SIZE = 384  # pixels
@@ -28,8 +30,12 @@ def make_study(config: MakeStudyConfig) -> dict[str, Any]:
 
     Returns what the key holds. Raises `UserError` for folders without pictures and for files that are none.
     """
-    inputs = [*config.condition, *([config.reference] if config.reference else [])]
-    check_output(config.output, config.overwrite, inputs)
+    with hold(config.output):
+        check_output(config.output, config.overwrite, [*config.condition, config.reference])
+        return _make(config)
+
+
+def _make(config: MakeStudyConfig) -> dict[str, Any]:
     chosen = _choose(config)
     order = np.random.default_rng(config.seed).permutation(len(chosen))
     study = _name_of(config, chosen)
@@ -39,17 +45,17 @@ def make_study(config: MakeStudyConfig) -> dict[str, Any]:
         condition, path = chosen[place]
         name = hashlib.sha256(f"{study}/{len(items)}".encode()).hexdigest()[:10]
         items.append({"id": name, "picture": _data_uri(path, config.max_size, "--condition")})
-        key[name] = {"condition": condition, "file": path.name}
-    shown = picture_files(config.reference, "--reference") if config.reference else []
+        key[name] = {"condition": condition, "file": shown(path.name)}
+    references = picture_files(config.reference, "--reference") if config.reference else []
     page = {
         "study": study,
         "question": config.question,
         "low": config.low,
         "high": config.high,
-        "reference": [_data_uri(path, _REFERENCE_SIZE, "--reference") for path in shown],
+        "reference": [_data_uri(path, _REFERENCE_SIZE, "--reference") for path in references],
         "items": items,
     }
-    conditions = [folder.resolve().name for folder in config.condition]
+    conditions = [*map(condition_name, config.condition)]
     record = {"study": study, "question": config.question, "conditions": conditions, "items": key}
     with new_directory(config.output, config.overwrite) as draft:
         (draft / PAGE).write_text(_render(page), encoding="utf-8")
@@ -65,7 +71,7 @@ def _choose(config: MakeStudyConfig) -> list[tuple[str, Path]]:
         paths = picture_files(folder, "--condition")
         count = min(config.per_condition or len(paths), len(paths))
         picked = sorted(random.choice(len(paths), count, replace=False))
-        chosen += [(folder.resolve().name, paths[i]) for i in picked]
+        chosen += [(condition_name(folder), paths[i]) for i in picked]
     return chosen
 
 
@@ -74,7 +80,7 @@ def _name_of(config: MakeStudyConfig, chosen: list[tuple[str, Path]]) -> str:
     said = [config.question, config.low, config.high, str(config.seed), str(config.max_size)]
     digest = hashlib.sha256(json.dumps(said).encode())
     for _, path in chosen:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(picture_bytes(path, "--condition")).digest())
     return digest.hexdigest()[:12]
 
 

@@ -5,11 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
 from esd_peft.errors import UserError
+from esd_peft.jobs import hold, only_job
+from esd_peft.outputs import settle
+from esd_peft.shapes.train import train
+from esd_peft.study.analyse import analyse_study
+from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
+from esd_peft.study.make import make_study
 from esd_peft.weights import NAME
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 0}
@@ -141,13 +151,129 @@ def refused_merge(says, output, **options):
     refused(says, output, lambda: merge_adapter(MergeConfig(output=output, **options)))
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def mine(adapter, small_sd, tmp_path):
+    """An adapter that names its base, both in a folder with other things, and links to them."""
+    (tmp_path / "models").mkdir()
+    base = shutil.copytree(small_sd, tmp_path / "models" / "base")
+    (tmp_path / "models" / "notes.txt").write_text("precious")
+    copy = shutil.copytree(adapter, tmp_path / "erased")
+    for name, key in (("base.json", '"model": '), ("config.yaml", "model: ")):
+        text = (copy / name).read_text()
+        (copy / name).write_text(
+            text.replace(f"{key}{small_sd}", f"{key}{base}").replace(f'{key}"{small_sd}', f'{key}"{base}')
+        )
+    (tmp_path / "link").symlink_to(base)
+    for folder in (base, tmp_path / "models", copy):
+        settle(folder)  # all of it as if this package had written it
+    return tmp_path
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["--base", "base.json"])
+@pytest.mark.parametrize("output", ["models/base", "link", "models", ".", "models/base/unet", "models/base/merged", "erased",
+    "erased/merged", f"models/base/unet/{NAME}", "models/base/new.safetensors", "erased/adapter_model.safetensors",
+    "erased/new.safetensors"])  # fmt: skip
+def test_a_merge_replaces_nothing_that_it_reads(mine, output, named):
+    before = contents(mine)
+    assert str(mine / "models" / "base") in before[mine / "erased" / "base.json"].decode()
+    base = {"base": str(mine / "models" / "base")} if named else {}
+    with pytest.raises(UserError, match=r"--output .* (is or holds|lies in|holds config.json, which|was not written by) "):
+        merge_adapter(MergeConfig(adapter=mine / "erased", output=mine / output, overwrite=True, **base))
+    assert contents(mine) == before
+
+
+def test_a_merge_replaces_nothing_of_somebody_else(mine, small_sd):
+    shutil.copytree(small_sd, mine / "other")
+    save_file({"a": torch.zeros(1)}, mine / "other.safetensors", {"format": "pt"})
+    before = contents(mine)
+    for name, says in (("other", "which esd_peft did not write"), ("other.safetensors", "was not written by this command")):
+        with pytest.raises(UserError, match=says):
+            merge_adapter(MergeConfig(adapter=mine / "erased", output=mine / name, overwrite=True))
+    assert contents(mine) == before
+    for name in ("merged", "merged.safetensors"):
+        for _ in range(2):  # its own it replaces
+            merge_adapter(MergeConfig(adapter=mine / "erased", output=mine / name, overwrite=True))
+    (mine / "merged" / "unet" / "mine.safetensors").write_text("precious")
+    with pytest.raises(UserError, match=r"holds unet/mine.safetensors, which esd_peft did not write"):
+        merge_adapter(MergeConfig(adapter=mine / "erased", output=mine / "merged", overwrite=True))
+
+
+@pytest.mark.parametrize("output", ["models/base", "models", "link/evaluation", "erased", "erased/other", "out", "out/real"])
+def test_an_evaluation_replaces_nothing_that_it_reads(mine, output):
+    (mine / "out" / "real").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(mine / "out" / "real" / "a.png")
+    (mine / "out" / ".esd_peft").write_text("")
+    before = contents(mine)
+    options = {"attack": ["textual-inversion"], "attack_reference": mine / "out" / "real", "device": "cpu"}
+    with pytest.raises(UserError, match=r"--output .* (is or holds|lies in) "):
+        evaluate(EvaluateConfig(erased=mine / "erased", output=mine / output, overwrite=True, **options))
+    assert contents(mine) == before
+
+
+def test_an_evaluation_replaces_nothing_of_somebody_else(mine):
+    (mine / "out").mkdir()
+    (mine / "out" / "report.html").write_text("precious")
+    with pytest.raises(UserError, match="holds files that esd_peft did not write"):
+        evaluate(EvaluateConfig(erased=mine / "erased", output=mine / "out", overwrite=True, device="cpu"))
+    (mine / "out" / ".esd_peft").write_text("")
+    with pytest.raises(UserError, match=r"holds report.html, which esd_peft did not write"):
+        evaluate(EvaluateConfig(erased=mine / "erased", output=mine / "out", overwrite=True, device="cpu"))
+    assert (mine / "out" / "report.html").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["out", "erased"])
+def test_an_erasure_replaces_nothing_of_somebody_else(mine, name):
+    (mine / "out").mkdir()
+    (mine / name / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"holds notes.txt, which esd_peft did not write"):
+        erase(EraseConfig(concept="circle", output=mine / name, overwrite=True, **QUICK))
+    assert (mine / name / "notes.txt").read_text() == "precious"
+
+
+def test_one_run_at_a_time_writes_an_output(mine):
+    adapter, output = mine / "erased", mine / "out"
+    options = {"output": output, "overwrite": True}
+    jobs = [
+        lambda: erase(EraseConfig(concept="circle", **QUICK, **options)),
+        lambda: merge_adapter(MergeConfig(adapter=adapter, **options)),
+        lambda: merge_adapter(MergeConfig(adapter=adapter, **options | {"output": mine / "out.safetensors"})),
+        lambda: evaluate(EvaluateConfig(erased=adapter, device="cpu", **options)),
+        lambda: make_study(MakeStudyConfig(condition=[mine / "models"], question="Q?", **options)),
+        lambda: analyse_study(AnalyseStudyConfig(answers=[mine / "a.csv"], output=output)),
+        lambda: train(output, ["tokenizer"], {}, 0),
+    ]
+    with hold(output), hold(mine / "out.safetensors"):
+        for job in jobs:
+            with pytest.raises(UserError, match=r"--output .*: another run is writing there"):
+                job()
+    assert not output.exists()
+
+
+def test_one_thread_at_a_time(mine):
+    jobs = [
+        lambda: erase(EraseConfig(concept="circle", output=mine / "out", **QUICK)),
+        lambda: merge_adapter(MergeConfig(adapter=mine / "erased", output=mine / "out")),
+        lambda: evaluate(EvaluateConfig(erased=mine / "erased", output=mine / "out", device="cpu")),
+    ]
+    with only_job(), ThreadPoolExecutor(1) as pool:
+        for job in jobs:
+            with pytest.raises(UserError, match="another thread of this process is erasing, merging or evaluating"):
+                pool.submit(job).result()
+    assert not (mine / "out").exists()
+
+
 def test_adapters_that_do_not_fit(adapter, tmp_path):
     embedded = EraseConfig(concept="circle").model  # another architecture: the shapes pipeline
     assert embedded is None
     from esd_peft.backbones import EMBEDDED
 
     refused_merge("does not fit the base", tmp_path / "out", adapter=adapter, base=str(EMBEDDED))
-    refused_merge("is not an adapter directory", tmp_path / "out", adapter=tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused_merge("is not an adapter directory", tmp_path / "out", adapter=tmp_path / "empty")
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "base.json", "config.yaml"])

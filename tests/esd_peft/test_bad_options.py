@@ -250,7 +250,7 @@ ANALYSES = [  # of one rater's answers, where none are named
     ("--key nowhere", "--key nowhere cannot be read"),
     ("--key {text}", "--key .* is no key of a study"),
     ("--output /proc/figures.json", "--output /proc/figures.json cannot be written|/proc/figures.json"),
-    ("--output {full}", "--output .* cannot be written: Is a directory"),
+    ("--output {full}", "--output .* is a directory; name a file in it"),
     ("--seed -1", "--seed.*greater than or equal to 0"),
     ("leftover", "leftover"),
 ]

@@ -1,5 +1,6 @@
 """A run that is interrupted, anywhere and in any way, ends with the same adapter when it is resumed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,9 +9,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig, erase, robust
+from esd_peft.adapters import _AdapterStudent
+from esd_peft.checkpoint import Checkpoints, _digest
 from esd_peft.distill import _Training
 from esd_peft.errors import UserError
 
@@ -120,6 +124,95 @@ def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
         erase(config(small_sd, tmp_path / "parts", resume=True))
     erase(config(small_sd, tmp_path / "parts", overwrite=True))
     assert not (tmp_path / "parts.checkpoint").exists()
+
+
+def test_an_output_that_cannot_be_written_costs_no_training(small_sd, tmp_path, monkeypatch):
+    whole = erase(config(small_sd, tmp_path / "whole"))
+    take, output = _Training.take, tmp_path / "parts"
+
+    def spoils(self, batch):
+        take(self, batch)
+        output.mkdir(exist_ok=True)
+        (output / "mine").write_text("precious")
+
+    given = config(small_sd, output, checkpoint_every=100)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"--output .* is not empty"):
+        patch.setattr(_Training, "take", spoils)
+        erase(given)
+    assert [path.name for path in output.iterdir()] == ["mine"]
+    (output / "mine").unlink()
+    monkeypatch.setattr(_Training, "take", None)
+    parts = erase(given.model_copy(update={"resume": True}))
+    first, second = adapter(tmp_path / "whole"), adapter(output)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert parts["loss"] == whole["loss"] and parts["training_tuples"] == whole["training_tuples"]
+    assert not (tmp_path / "parts.checkpoint").exists()
+
+
+def test_a_run_that_said_enough_is_done(small_sd, tmp_path, monkeypatch):
+    given = config(small_sd, tmp_path / "out", until=0.99, max_train_steps=200, checkpoint_every=1000)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(_AdapterStudent, "save", lambda *_: (_ for _ in ()).throw(Stop))
+        erase(given)
+    monkeypatch.setattr(_Training, "take", None)
+    assert erase(given.model_copy(update={"resume": True}))["direction_left"][-1][0] < 200
+
+
+def test_what_else_the_bits_depend_on(small_sd, tmp_path, stopped_at, capsys, monkeypatch):
+    given = config(small_sd, tmp_path / "out")
+    stopped_at(5, given)
+    with pytest.raises(UserError, match="was computed in float32, not in bfloat16; go on with --dtype float32"):
+        erase(given.model_copy(update={"resume": True, "dtype": "bfloat16"}))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    monkeypatch.setattr("esd_peft.surroundings.__version__", "0.0.1")
+    erase(given.model_copy(update={"resume": True, "dtype": "float32"}))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --resume")]
+    assert len(said) == 1 and "goes on with esd_peft 0.0.1, threads 97: the last bits may be others" in said[0]
+
+
+def test_a_checkpoint_folder_of_somebody_else(small_sd, tmp_path):
+    folder = tmp_path / "out.checkpoint"
+    folder.mkdir()
+    (folder / "step-1.safetensors").write_text("precious")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match=r"out.checkpoint holds files that esd_peft did not write"):
+            erase(config(small_sd, tmp_path / "out", **options))
+    assert (folder / "step-1.safetensors").read_text() == "precious"
+
+
+def changed(state, **values):
+    """A state, as it is stored, with other values; `...` takes one out."""
+    pairs = dict(state["pairs"]) | values
+    return {"pairs": [[key, value] for key, value in pairs.items() if value is not ...]}
+
+
+SPOILT = [{"step": ...}, {"step": "x"}, {"step": 10**9}, {"step": -1}, {"step": [3]}, {"done": ...}, {"parameters": []},
+          {"parameters": 5}, {"parameters": [{"tensor": "00000"}] * 500}, {"optimizer": {"pairs": []}}, {"optimizer": None},
+          {"schedule": {"pairs": [["last_epoch", "x"]]}}, {"losses": "x"}, {"unread": [1]}, {"before": 3}, {"words": 5},
+          {"curve": [[1]]}, {"forwards": None}]  # fmt: skip
+
+
+def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
+    given = config(small_sd, tmp_path / "out")
+    stopped_at(5, given)
+    (path,) = (tmp_path / "out.checkpoint").glob("step-*")
+    whole = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()["values"])
+    tensors = load_file(path)
+    restored = []
+    monkeypatch.setattr(_Training, "restore", lambda self, *values: restored.append(self) or (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        erase(given.model_copy(update={"resume": True}))
+    monkeypatch.undo()
+    for spoilt in SPOILT:
+        text = json.dumps(values | {"state": changed(values["state"], **spoilt)})
+        save_file(tensors, path, {"values": text, "sha256": _digest(tensors, text)})
+        checkpoints = Checkpoints(given.model_copy(update={"resume": True}), values["base"], values["made_with"])
+        with pytest.raises(UserError, match=r"--resume: the checkpoint does not fit"):
+            restored[0].restore(*checkpoints.load())
+    path.write_bytes(whole)
+    restored[0].restore(*checkpoints.load())
 
 
 def command(*arguments):

@@ -1,6 +1,9 @@
 """The main job and the merge, on a small random pipeline: what is written, what loads where, and what it costs."""
 
 import json
+import os
+import shutil
+import stat
 
 import peft
 import pytest
@@ -174,6 +177,21 @@ def test_a_merge_that_went_wrong_is_noticed_and_leaves_nothing(erased, tmp_path,
     with pytest.raises(UserError, match="differs from base"):
         merge_adapter(MergeConfig(adapter=erased[0], output=tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_files_have_the_modes_of_the_umask(erased, small_sd, tmp_path):
+    mask = os.umask(0o022)
+    os.umask(mask)
+    base = shutil.copytree(small_sd, tmp_path / "base")
+    base.chmod(0o777)
+    merge_adapter(MergeConfig(adapter=erased[0], base=str(base), output=tmp_path / "merged"))
+    for path in (erased[0], *erased[0].rglob("*"), tmp_path / "merged", *(tmp_path / "merged").rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+    base.chmod(0o700)  # nobody else's: neither is what is made of it
+    for name in ("private", "private.safetensors"):
+        merge_adapter(MergeConfig(adapter=erased[0], base=str(base), output=tmp_path / name))
+    for path in (tmp_path / "private.safetensors", tmp_path / "private", *(tmp_path / "private").rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
 
 def test_several_adapters_add_up(erased, small_sd, tmp_path):

@@ -14,11 +14,13 @@ from PIL import Image
 import esd_peft
 from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
-from esd_peft.backbones import flux
+from esd_peft.backbones import flux, open_backbone
 from esd_peft.command_line import parse
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
+from esd_peft.evaluation.models import Model
 from esd_peft.evaluation.table import result_table
+from esd_peft.saved_adapters import read_adapter
 from families import save_family
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
@@ -84,6 +86,49 @@ def test_every_part_on_a_pipeline_of_ones_own(adapter, models, tmp_path):
     with pytest.raises(UserError, match=r"--output holds .*--overwrite"):
         evaluate(config.model_copy(update={"seed": 1}))
     assert times(tmp_path / "out").keys() == before.keys()
+
+
+def test_pictures_of_another_adapter_config_are_not_taken_for_its_own(adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "erased")
+    options = {"suite": "csv", "prompts": prompts_file(tmp_path / "p.csv"), "output": tmp_path / "out", **FAST}
+    evaluate(EvaluateConfig(erased=copy, **options))
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 4 * settings["lora_alpha"]}))
+    with pytest.raises(UserError, match=r"holds .*after, made by another model"):
+        evaluate(EvaluateConfig(erased=copy, **options))
+    evaluate(EvaluateConfig(erased=copy, overwrite=True, **options))
+    (tmp_path / "out" / "pictures" / "after" / "mine.png").write_text("precious")
+    with pytest.raises(UserError, match=r"holds mine.png, which esd_peft did not write"):
+        evaluate(EvaluateConfig(erased=copy, overwrite=True, seed=1, **options))
+    assert (tmp_path / "out" / "pictures" / "after" / "mine.png").is_file()
+
+
+@pytest.mark.parametrize("option", ["reference", "attack_reference"])
+def test_pictures_that_cannot_be_read_are_noticed_before_others_are_made(adapter, models, tmp_path, option):
+    (tmp_path / "real").mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "real" / "1.png").write_bytes((tmp_path / "real" / "1.png").read_bytes()[:-30])
+    more = {"attack": ["textual-inversion"]} if option == "attack_reference" else {"features": str(models[1])}
+    source = prompts_file(tmp_path / "p.csv")
+    config = EvaluateConfig(erased=adapter, suite="csv", prompts=source, detector=str(models[0]), output=tmp_path / "out",
+                            **more, **{option: tmp_path / "real"}, **FAST)  # fmt: skip
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} .*1.png cannot be read as a picture"):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["base/unet/config.json", "base/tokenizer/merges.txt", "base/model_index.json",
+    "base/scheduler/scheduler_config.json", "base/vae/diffusion_pytorch_model.safetensors", "erased/adapter_config.json",
+    "erased/adapter_model.safetensors", "base/tokenizer/added_tokens.json"])  # fmt: skip
+def test_a_model_is_told_by_all_of_its_files(adapter, small_sd, tmp_path, file):
+    base, copy = shutil.copytree(small_sd, tmp_path / "base"), shutil.copytree(adapter, tmp_path / "erased")
+    backbone, opened = open_backbone(str(base)), read_adapter(copy)
+    before = Model(backbone, opened).fingerprint()
+    with (tmp_path / file).open("ab") as changed:
+        changed.write(b" ")
+    assert Model(backbone, opened).fingerprint() != before
+    assert (Model(backbone).fingerprint() != Model(open_backbone(str(small_sd))).fingerprint()) == file.startswith("base")
 
 
 def test_a_merged_pipeline_says_what_was_erased_and_shows_what_the_adapter_shows(adapter, small_sd, tmp_path):

@@ -355,7 +355,6 @@ def checkpoint(folder):
     config = EraseConfig(concept="circle", output=folder / "out", overwrite=True)
     checkpoints = Checkpoints(config, {"unet": "0"})
     checkpoints.save(3, {"weights": {1: torch.ones(2)}, "seed": 4}, {"after": torch.ones(2)})
-    checkpoints._lock.close()
     return config.model_copy(update={"overwrite": False, "resume": True}), (checkpoints.folder / "step-00000003.safetensors")
 
 
@@ -372,18 +371,21 @@ def sealed(path, values):
 @given(data=st.data())
 def test_checkpoint(folder, checkpoint, data):
     config, path = checkpoint
-    good = {"config": {}, "base": {"unet": "0"}, "bank": None, "state": {"pairs": [[1, {"tensor": "00000"}]]}}
-    values = maps("config", "base", "bank", "state", "pairs", "tensor").map(good.__or__) | VALUES
+    good = {
+        "config": {},
+        "base": {"unet": "0"},
+        "bank": None,
+        "made_with": {},
+        "state": {"pairs": [[1, {"tensor": "00000"}]]},
+    }
+    values = maps("config", "base", "bank", "made_with", "state", "pairs", "tensor").map(good.__or__) | VALUES
     whole = sealed(folder / "sealed.safetensors", good)
     forged = values.map(lambda v: sealed(folder / "sealed.safetensors", v))
     content = data.draw(forged | damaged(whole) | safetensors_files())
     path.write_bytes(content)
 
     checkpoints = Checkpoints(config, {"unet": "0"})
-    try:
-        read(folder, checkpoints.load)
-    finally:
-        checkpoints._lock.close()
+    read(folder, checkpoints.load)
 
 
 def fresh(path):

@@ -8,9 +8,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from esd_peft.backbones import EMBEDDED, open_backbone
+from esd_peft.errors import UserError
+from esd_peft.outputs import check_output
 from esd_peft.randomness import generator
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import load_classifier
+from esd_peft.shapes.train import train
 
 
 def test_what_ships_is_small_plain_and_half_precision():
@@ -69,3 +72,18 @@ def test_prompts_and_attributes_are_inverse(prompt):
 
 def test_unseen_words_are_found():
     assert open_backbone(None).unseen_words("a striped zebra") == ["zebra"]
+
+
+def test_training_goes_into_a_directory_of_its_own(tmp_path):
+    steps = {"vae": 1, "classifier": 1, "denoiser": 1}
+    train(tmp_path / "new", ["tokenizer", "classifier"], steps, seed=0)
+    train(tmp_path / "new", ["tokenizer"], steps, seed=0)
+    check_output(tmp_path / "new", overwrite=True)  # it knows all files as its own
+    (tmp_path / "mine" / "pipeline" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "mine" / "pipeline" / "tokenizer" / "vocab.json").write_text("precious")
+    with pytest.raises(UserError, match="holds files that esd_peft did not write"):
+        train(tmp_path / "mine", ["tokenizer"], steps, seed=0)
+    assert (tmp_path / "mine" / "pipeline" / "tokenizer" / "vocab.json").read_text() == "precious"
+    (tmp_path / "new" / "training.json").write_text("[")
+    with pytest.raises(UserError, match=r"training.json is damaged"):
+        train(tmp_path / "new", ["tokenizer"], steps, seed=0)

@@ -16,6 +16,7 @@ from esd_peft.evaluation.tables import tables
 from esd_peft.evaluation.text import as_markdown, as_text
 
 HOSTILE = "<script>document.title='broken'</script>|<img src=x onerror=\"document.title='broken'\">"
+UNSEEN = "red\x1b[2J\x00\u202e\ud800\r\nstar ![](http://x) `=1+1`"
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
 
 
@@ -107,13 +108,22 @@ def test_the_same_figures_in_every_form():
     assert result.command in page and result.command in markdown
 
 
-def hostile():
-    others = {HOSTILE: {HOSTILE: change(50, 49)}}
-    attack = Attack(HOSTILE, HOSTILE, HOSTILE, [(1, change(50, 1)), (5, change(50, 9))])
-    result = dataclasses.replace(evaluation(others=others), concepts=[HOSTILE], notes=[HOSTILE], attacks=[attack],
-                                 command=HOSTILE, config={"seed": HOSTILE}, about=HOSTILE)  # fmt: skip
-    figure = {"prompt": HOSTILE, "before": [PIXEL, PIXEL], "after": [PIXEL, PIXEL]}
-    return result, render(result, {f"Asked for: {HOSTILE}": [figure]})
+def hostile(text=HOSTILE):
+    others = {text: {text: change(50, 49)}}
+    attack = Attack(text, text, text, [(1, change(50, 1)), (5, change(50, 9))])
+    result = dataclasses.replace(evaluation(others=others), concepts=[text], notes=[text], attacks=[attack],
+                                 command=text, config={"seed": text}, about=text)  # fmt: skip
+    figure = {"prompt": text, "before": [PIXEL, PIXEL], "after": [PIXEL, PIXEL]}
+    return result, render(result, {f"Asked for: {text}": [figure]})
+
+
+def test_what_cannot_be_seen_is_shown():
+    result, page = hostile(UNSEEN)
+    for form in (page, as_markdown(result)):
+        assert all(char.isprintable() or char in "\n\xa0" for char in form)
+        assert r"red\x1b[2J\x00\u202e\ud800" in form.replace(r"\\", "\\").replace(r"\[", "[")
+        form.encode()
+    assert not re.search(r"(?<!\\)!?\[", re.sub(r"(?m)^    .*", "", as_markdown(result)))  # no picture is fetched
 
 
 def test_no_text_breaks_out_of_the_report():

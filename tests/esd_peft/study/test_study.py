@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -226,6 +227,40 @@ def test_files_that_do_not_fit(answered, tmp_path):
         analyse_study(AnalyseStudyConfig(answers=[key], key=key))
     with pytest.raises(UserError, match="--answers: name the CSV files"):
         AnalyseStudyConfig(key=key)
+
+
+def test_an_analysis_replaces_nothing_but_an_earlier_one(answered, tmp_path):
+    key, paths = answered
+    (tmp_path / "mine.json").write_text('{"precious": 1}')
+    (tmp_path / "key link.json").symlink_to(key)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output in (key, paths[0], tmp_path / "key link.json", tmp_path / "mine.json"):
+        with pytest.raises(UserError, match=r"--output .* (is or holds|was not written by this command)"):
+            analyse_study(AnalyseStudyConfig(answers=paths, key=key, output=output))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):
+        analyse_study(AnalyseStudyConfig(answers=paths, key=key, output=key.parent / "result.json"))
+
+
+@pytest.mark.parametrize("changes", [{"question": 3}, {"question": ""}, {"study": None}, {"study": ["s"]}, {"items": []},
+    {"items": {"1": "a"}}, {"items": {"1": {"condition": ["a"]}}}, {"items": {}, "conditions": []}, {"conditions": "real"},
+    {"conditions": ["real"]}, {"conditions": {"real": 1}}])  # fmt: skip
+def test_keys_of_wrong_types(answered, changes):
+    key, paths = answered
+    key.write_text(json.dumps(json.loads(key.read_text()) | changes))
+    with pytest.raises(UserError, match="is no key of a study"):
+        analyse_study(AnalyseStudyConfig(answers=paths, key=key))
+
+
+def test_a_rater_is_no_formula_in_a_spreadsheet():
+    """Answers are sent as CSV, whose cells a spreadsheet takes for formulas where they begin with one of these."""
+    page = (files("esd_peft.study") / "page.html").read_text()
+    pattern = re.search(r'id="rater"[^>]*pattern="([^"]*)"', page).group(1)
+    pattern = pattern.replace(r"\p{L}\p{N}", r"\w")  # as Python says letters and digits, but for _
+    for name in ("Ann", " Bob-2", "4", "Ä. Ö_ü"):
+        assert re.fullmatch(pattern, name), name
+    for name in ("=1+1", "+1", "-1", "@a", "-Ann", " =1", "\t=1", "a,b", 'a"b', "a\nb", ""):
+        assert not re.fullmatch(pattern, name), name
 
 
 def test_the_commands(folders, tmp_path):
