@@ -6,7 +6,6 @@ one before goes only then: a kill at any moment leaves a checkpoint to resume fr
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from esd_peft import locks
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.outputs import new_file
@@ -40,15 +40,14 @@ class Checkpoints:
         self.base = base
         self.folder = config.output.with_name(f"{config.output.name}.checkpoint")
         self.every = config.checkpoint_every
+        self._held = contextlib.ExitStack()
         with _writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except BlockingIOError:
-            raise UserError(f"--output {config.output}: another run is writing there; name another directory") from None
-        except OSError:
-            pass  # a file system without locks
+            (self.folder / "lock").touch()
+            try:
+                self._held.enter_context(locks.hold(self.folder / "lock"))
+            except BlockingIOError:
+                raise UserError(f"--output {config.output}: another run is writing there; name another directory") from None
         try:
             self._claim(config)
         except UserError:
@@ -120,7 +119,7 @@ class Checkpoints:
         """The run is done and needs them no more; or it is not, and they stay, if there are any."""
         if kind is None or not self._steps():
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        self._held.close()
 
     def _steps(self) -> list[Path]:
         return [*self.folder.glob("step-*.safetensors")]
@@ -186,7 +185,9 @@ def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     os.fsync(handle)
     os.close(handle)
 

@@ -4,7 +4,6 @@ Such a draft is locked as long as its process lives; the next run removes those 
 """
 
 import contextlib
-import fcntl
 import glob
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from esd_peft import locks
 from esd_peft.errors import UserError
 
 
@@ -100,9 +100,9 @@ def remove_left(path: Path) -> None:
         else:
             old.rename(path)
     for draft in path.parent.glob(f".{glob.escape(path.name)}.draft-*"):
-        with contextlib.suppress(OSError), _opened(draft) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(draft)
+        with contextlib.suppress(OSError), locks.hold(draft) as sure:
+            if sure:  # without locks nobody knows whose it is
+                shutil.rmtree(draft)
 
 
 @contextlib.contextmanager
@@ -110,21 +110,10 @@ def _draft(path: Path) -> Iterator[Path]:
     """A folder beside `path`, removed at the end if it is still there; its lock goes with the process, however that ends."""
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.draft-", dir=path.parent))
     try:
-        with _opened(draft) as handle:
-            with contextlib.suppress(OSError):  # a file system without locks: there nobody removes what others left
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locks.hold(draft):
             yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _unwritable(error: Exception, path: Path, option: str = "--output") -> Exception:
