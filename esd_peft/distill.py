@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import bitsandbytes
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from esd_peft.checkpoint import Checkpoints
 from esd_peft.errors import UserError
 from esd_peft.objectives import Batch, Objective, Supply
 from esd_peft.probe import EVERY, Probe
+from esd_peft.quantize import bitsandbytes
 from esd_peft.tracking import Report
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
@@ -32,7 +32,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_
     if name == "AdamW":
         # fused: all tensors in one launch, and float16's loss scaling is looked at on the GPU instead of by the host
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].is_cuda)
-    return getattr(bitsandbytes.optim, name)(parameters, lr=lr, weight_decay=weight_decay)
+    return getattr(bitsandbytes(f"--optimizer {name}").optim, name)(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def distill(

@@ -37,7 +37,7 @@ from esd_peft.phases import Costs
 from esd_peft.plan import Sizes, make_plan, plan_table, smaller, within_budget
 from esd_peft.probe import Probe
 from esd_peft.prompt_maps import prompt_maps
-from esd_peft.quantize import load_quantized
+from esd_peft.quantize import check_bitsandbytes, load_quantized
 from esd_peft.randomness import generator
 from esd_peft.robust import RobustTarget
 from esd_peft.rollout import Rollout, make_table
@@ -72,6 +72,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     if distributed.first():
         check_output(config.output, config.overwrite or config.resume, inputs)
     check_tracker(config)
+    check_bitsandbytes(config.quantize, config.optimizer)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)

@@ -20,6 +20,7 @@ from esd_peft.evaluation.suites import Prompt, Suite, ask, load_suite
 from esd_peft.evaluation.text import as_text
 from esd_peft.outputs import check_output
 from esd_peft.phases import Costs
+from esd_peft.quantize import check_bitsandbytes
 from esd_peft.shapes.world import SIZE
 
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
@@ -33,6 +34,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    check_bitsandbytes(config.quantize)
     models = open_models(config)
     suite_name = config.suite or ("shapes" if models.base.embedded else "concept")
     suite = _configured(load_suite(suite_name), config)
