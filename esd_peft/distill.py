@@ -1,21 +1,17 @@
 """The training loop: batches in, a trained student out."""
 
 import bisect
-import contextlib
 import itertools
 import math
-import signal
 import warnings
-from collections.abc import Iterator
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from esd_peft import distributed
+from esd_peft import distributed, interrupts
 from esd_peft.adapters import Student
 from esd_peft.checkpoint import Checkpoints
 from esd_peft.errors import UserError
@@ -60,27 +56,39 @@ def distill(
     batches = objective.batches(generator, supply)
     with (
         tqdm(total=training.steps, initial=training.step, desc="distill", disable=not distributed.first()) as bar,
-        _interrupts() as seen,
+        interrupts.noted() as seen,
     ):
+        begun = training.step
         while training.step < training.steps:
-            training.take(next(batches))
-            enough = probe is not None and training.step % EVERY == 0 and distributed.any_of(probe.enough(training.step))
-            interrupted = distributed.any_of(bool(seen))
-            done = enough or training.step == training.steps
-            if training.step % LOSS_EVERY == 0 or done:
-                report(training.read_loss(), training.step)
-                bar.set_postfix(loss=f"{training.losses[-1]:.5f}", refresh=False)
-            bar.update()
+            try:
+                training.take(next(batches))
+            except interrupts.InterruptedBetweenSteps:  # while the bank was filled or words were sought
+                interrupted, done = True, False
+            else:
+                due = probe is not None and training.step % EVERY == 0
+                enough = due and distributed.any_of(probe is not None and probe.enough(training.step))
+                interrupted = distributed.any_of(bool(seen))
+                done = enough or training.step == training.steps
+                if training.step % LOSS_EVERY == 0 or done:
+                    report(training.read_loss(), training.step)
+                    bar.set_postfix(loss=f"{training.losses[-1]:.5f}", refresh=False)
+                bar.update()
             if done:
                 break
-            if checkpoints is not None and (interrupted or training.step % checkpoints.every == 0):
+            if checkpoints is not None and training.step > begun and (interrupted or training.step % checkpoints.every == 0):
                 checkpoints.save(training.step, *training.state())
             if interrupted:
                 distributed.any_of(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
-                raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
+                _stop(training)
     if config.gradient_checkpointing:
         student.denoiser.disable_gradient_checkpointing()
     return training.losses
+
+
+def _stop(training: "_Training") -> NoReturn:
+    if not training.step:
+        raise KeyboardInterrupt
+    raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
 
 
 class _Training:
@@ -198,24 +206,3 @@ class _Training:
         self.rollout.costs.forward_equivalents = values["forwards"]
         self.rollout.costs.training_tuples = values["tuples"]
         return Supply(self.step, values["before"], bank, values["words"])
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM as a list that fills, for the loop to look at; a second one ends it at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs us there handles them
-        before = {}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

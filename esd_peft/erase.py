@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
 from esd_peft.devices import place, release, resolve_device, resolve_dtype
 from esd_peft.distill import distill
-from esd_peft.errors import OutOfMemory, UserError, run_command
-from esd_peft.evaluate import evaluate
+from esd_peft.errors import OutOfMemory, UserError, out_of_memory, run_command
+from esd_peft.evaluate import command_of, evaluate
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
 from esd_peft.evaluation.rates import Shares
@@ -41,6 +42,7 @@ from esd_peft.quantize import check_bitsandbytes, load_quantized
 from esd_peft.randomness import generator
 from esd_peft.robust import RobustTarget
 from esd_peft.rollout import Rollout, make_table
+from esd_peft.terminal import say
 from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import add_metadata, sha256
 
@@ -59,7 +61,8 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     except OutOfMemory as error:
         raise OutOfMemory(error.phase, _LESS_MEMORY) from None
     if config.evaluate and distributed.first():  # what training held is free again
-        found = evaluate(_evaluation(config, result["config"]))
+        with _finished(config, command_of(_evaluation(config, result["config"]))):
+            found = evaluate(_evaluation(config, result["config"]))
         if found.accuracies is not None:
             result["concepts"], result["others"] = found.accuracies.shares
         result["evaluation"] = found.to_dict()
@@ -152,7 +155,7 @@ def _run(
     concepts: Shares = {}
     others: Shares = {}
     if before is not None:
-        with costs.phase("evaluate"), _finished(config):
+        with costs.phase("evaluate"), _finished(config, command_of(EvaluateConfig(erased=config.output))):
             after = gallery.take(denoiser, "after")
             concepts, others = gallery.rates(before, after)
             with new_file(config.output / "before_after.png") as draft:
@@ -184,14 +187,23 @@ def _record(
 
 
 @contextlib.contextmanager
-def _finished(config: EraseConfig) -> Iterator[None]:
-    """The adapter is not trained again because its pictures need too much memory. Raises `UserError` if they do."""
+def _finished(config: EraseConfig, command: str) -> Iterator[None]:
+    """The adapter is not trained again because its pictures need too much memory, or time; `command` takes them.
+
+    Raises `UserError` for the former.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"over its pictures, but the adapter in {config.output} is finished; for the pictures: {command}"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             f"the adapter in {config.output} is finished, but the device ran out of memory over its pictures; take them "
-            "with python -m esd_peft.evaluate and a smaller --batch-size"
+            f"with a smaller --batch-size: {command}"
         ) from None
 
 
@@ -280,12 +292,13 @@ def main() -> None:
     """The command line."""
     config = parse(EraseConfig, "erase")
     if config.plan:
-        print(plan_table(make_plan(config, open_backbone(config.model, options=config, weights=False))))
+        say(plan_table(make_plan(config, open_backbone(config.model, options=config, weights=False))))
         return
-    result = erase(config)
-    print(result_table(result))
-    merge = f"python -m esd_peft.merge_adapter --adapter {config.output} --output MERGED"
-    print(f"\nThe adapter, its pictures and result.json are in {config.output}. To make it permanent:\n  {merge}")
+    with distributed.joined():
+        result = erase(config)
+        say(result_table(result))
+        merge = shlex.join(["python", "-m", "esd_peft.merge_adapter", "--adapter", str(config.output), "--output", "MERGED"])
+        say(f"\nThe adapter, its pictures and result.json are in {config.output}. To make it permanent:\n  {merge}")
 
 
 if __name__ == "__main__":

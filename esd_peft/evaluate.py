@@ -22,6 +22,7 @@ from esd_peft.outputs import check_output
 from esd_peft.phases import Costs
 from esd_peft.quantize import check_bitsandbytes
 from esd_peft.shapes.world import SIZE
+from esd_peft.terminal import say
 
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
 
@@ -144,8 +145,8 @@ def command_of(config: EvaluateConfig) -> str:
 def main() -> None:
     """The command line."""
     config = parse(EvaluateConfig, "evaluate")
-    print(as_text(evaluate(config)))
-    print(f"\nThe report is {config.output / 'report.html'}; report.md, result.json and the pictures are beside it.")
+    say(as_text(evaluate(config)))
+    say(f"\nThe report is {config.output / 'report.html'}; report.md, result.json and the pictures are beside it.")
 
 
 if __name__ == "__main__":
