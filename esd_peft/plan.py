@@ -12,7 +12,7 @@ from torch import Tensor
 from esd_peft.adapters import make_student
 from esd_peft.attacks.attack import BATCH_SIZE
 from esd_peft.backbones import Backbone, PromptEmbeds
-from esd_peft.backbones.backbone import ENCODE_BATCH, TOGETHER, encoder_bytes
+from esd_peft.backbones.backbone import ENCODE_BATCH, encoder_bytes
 from esd_peft.compilation import repeated_blocks
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
@@ -108,16 +108,15 @@ class Sizes:
         return [self._work(count, learns=True, checkpointing=checkpointing) for count in (1, 2)]
 
     def _encoding(self) -> tuple[int, int, PromptEmbeds]:
-        """Bytes of the text encoders and what they need at work, in turns where they are large, and together; the
+        """Bytes of the text encoders and what they need at work, layer by layer where they are large, and as a whole; the
         embeddings of one prompt."""
         pipe = self.backbone.assemble(self.backbone.text_parts, self.dtype, empty=True)
         encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         with metered(*encoders) as meter, torch.no_grad():
             embeds = self.backbone.encode_prompts(pipe, ["a picture"] * min(ENCODE_BATCH, len(self.prompts.texts)), META)
-        largest, together = encoder_bytes(pipe)
-        in_turns = together if together <= TOGETHER else largest
+        there, whole = encoder_bytes(pipe)
         one = {name: value[:1].clone() for name, value in embeds.items()}
-        return in_turns + meter.peak, together + meter.peak, one
+        return there + meter.peak, whole + meter.peak, one
 
     def _decoding(self, latents: Tensor) -> int:
         """Bytes of the VAE and what it needs to draw one picture."""

@@ -109,7 +109,7 @@ def test_amounts_of_memory(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-3GiB", "0GiB", "GiB", "9" * 400, "1" + "0" * 4299 + "GiB", "１２"])
+@pytest.mark.parametrize("text", ["", "lots", "-3GiB", "0GiB", "GiB", "9" * 200, "1" + "0" * 200 + "GiB", "１２"])
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(UserError, match="12GiB, for example"):
         EraseConfig(concept="circle", memory_budget=text)
