@@ -6,19 +6,21 @@ import io
 import re
 import reprlib
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_origin
+from typing import Any, TypeVar, get_origin
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from esd_peft import text_files
 from esd_peft.errors import UserError
-from esd_peft.text_files import shown
 
 Config = TypeVar("Config", bound="CommandConfig")
+_LONGEST = 4000  # characters; names of files have 255 bytes at most
+_PROMPTS = ("concept", "erase_from", "map_to", "preserve", "question", "low", "high")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
@@ -34,14 +36,13 @@ class CommandConfig(BaseModel):
         except ValidationError as error:
             raise UserError(_sentence(error)) from None
 
-    @model_validator(mode="after")
-    def _can_be_written(self) -> Self:
-        """Names and prompts go into files: what is no text there is refused where it comes in."""
-        for name in type(self).model_fields:
-            for text in _texts(getattr(self, name)):
-                if "\0" in text or text != text.encode(errors="replace").decode():
-                    raise ValueError(f"--{name.replace('_', '-')} {shown(text)} is no UTF-8 text; rename it")
-        return self
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Names and prompts are printed, go into files and are looked for on disks: what cannot is refused at once."""
+        for text in _texts(value):
+            _check_text(text, is_name=info.field_name not in _PROMPTS)
+        return value
 
     def to_yaml(self) -> str:
         """The fields as YAML that `--config` reads."""
@@ -56,6 +57,18 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
     elif isinstance(value, BaseModel):
         yield from _texts([*vars(value).values()])
+
+
+def _check_text(text: str, is_name: bool) -> None:
+    """Raise `ValueError` for what is no prompt, or cannot be the name of a file."""
+    if odd := [char for char in text if unicodedata.category(char) in ("Cc", "Cs")]:
+        raise ValueError(f"{odd[0]!a} is no character of a name or prompt; leave it out")
+    if len(text) > _LONGEST or (is_name and any(len(part.encode()) > 255 for part in text.split("/"))):
+        raise ValueError("longer than any name or prompt; shorten it")
+    try:
+        Path(text).resolve()
+    except RuntimeError:
+        raise ValueError("a link in a circle of links; name another file") from None
 
 
 def parse(config: type[Config], command: str, argv: list[str] | None = None) -> Config:

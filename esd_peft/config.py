@@ -141,9 +141,9 @@ class EraseConfig(ModelOptions):
     """Layers that read the prompt learn only outside the subspace with this share of the energy of prompts to preserve
     (--preserve and a built-in list); 0: off. Of adapters lora and none; left out: 0.999, 0.99 with --erase-from, or 0.97
     with --robust."""
-    min_timestep: Annotated[int, Field(ge=0)] = 0
+    min_timestep: Annotated[int, Field(ge=0, le=10**6)] = 0
     """Train from this timestep on (0: the last, least noisy one)."""
-    max_timestep: Annotated[int, Field(ge=0)] = 1000
+    max_timestep: Annotated[int, Field(ge=0, le=10**6)] = 1000
     """Train up to this timestep. Keys and values know no timestep: what they learn, and the closed form, acts at all."""
     snr_gamma: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Weigh timesteps by min-SNR with this gamma (5 is usual); left out: all alike."""
@@ -152,10 +152,10 @@ class EraseConfig(ModelOptions):
 
     rollout: Literal["teacher", "student"] = "teacher"
     """Whose trajectories: the frozen teacher's, or the student's as it is now (the paper)."""
-    trajectories: Annotated[int, Field(ge=1)] | None = None
+    trajectories: Annotated[int, Field(ge=1, le=10**5)] | None = None
     """Denoising trajectories in the bank; left out: 8, and 4 more for each concept after the first; three times that
     with --erase-from or where not all that learns is a LoRA under --null-space."""
-    preserve_trajectories: Annotated[int, Field(ge=1)] | None = None
+    preserve_trajectories: Annotated[int, Field(ge=1, le=10**5)] | None = None
     """Trajectories of --preserve prompts in the bank; left out: one for each prompt."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Denoising steps of a trajectory; left out: 25, or 4 for few-step models."""
@@ -163,29 +163,29 @@ class EraseConfig(ModelOptions):
     """Classifier-free guidance of the trajectories; left out: 3, or 1 (none) for models that are made to go without."""
     anticipate: Annotated[float, Field(ge=0, le=1)] = 0.5
     """With teacher rollouts: share of the trajectories driven by the guided target, to where the student will be."""
-    rollout_batch_size: Annotated[int, Field(ge=1)] = 12
+    rollout_batch_size: Annotated[int, Field(ge=1, le=10**5)] = 12
     """Trajectories denoised side by side."""
-    refill_every: Annotated[int, Field(ge=1)] | None = None
+    refill_every: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Optimizer steps between refills of the bank; 1 is the paper's procedure (with student rollouts) and that of the
     authors' scripts (with the teacher's); left out: teacher rollouts are run once, student's every 25 steps."""
 
-    max_train_steps: Annotated[int, Field(ge=1)] | None = None
+    max_train_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Optimizer steps; left out: 40, and 20 more for each concept after the first; eight times that with --erase-from or
     where not all that learns is a LoRA under --null-space; with --robust N 1 + 2 N times that (contrastive: 10 epochs)."""
-    train_batch_size: Annotated[int, Field(ge=1)] | None = None
+    train_batch_size: Annotated[int, Field(ge=1, le=10**5)] | None = None
     """Samples a step; left out: 8, or 32 with --objective contrastive."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    micro_batch_size: Annotated[int, Field(ge=1, le=10**5)] | None = None
     """Samples of a step that are on the device at a time; left out: all, or as many as --memory-budget allows."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; left out: 0.01 where all that learns is a LoRA under --null-space, otherwise 0.001; 0.0001
     with --objective contrastive."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """The learning rate's course."""
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Steps of warm-up, for the schedulers that have one."""
     optimizer: Optimizer = "AdamW"
     """PyTorch's AdamW, or bitsandbytes' 8-bit ones."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one forward more a step."""
@@ -207,14 +207,14 @@ class EraseConfig(ModelOptions):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the denoiser's blocks (torch.compile) for rollouts and training, which takes a minute or more; auto: on a
     GPU, from about 2000 calls of the denoiser on (a default run makes 65), a threshold that is not measured yet."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 25
+    checkpoint_every: Annotated[int, Field(ge=1, le=10**9)] = 25
     """Optimizer steps between checkpoints in OUTPUT.checkpoint, which go when the run is done; also written on Ctrl-C."""
     resume: bool = False
     """Go on from the checkpoint of a run that was interrupted: the adapter becomes the same, bit for bit."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and config give the same adapter."""
 
-    eval_seeds: Annotated[int, Field(ge=0)] = 2
+    eval_seeds: Annotated[int, Field(ge=0, le=10**4)] = 2
     """Pictures a prompt, before and after; on the embedded pipeline they are judged. 0: none."""
     evaluate: bool = False
     """Take and judge them by python -m esd_peft.evaluate once the adapter is there; its report goes to evaluation/ in

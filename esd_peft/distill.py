@@ -4,13 +4,9 @@ import bisect
 import contextlib
 import itertools
 import math
-import signal
 import warnings
-from collections.abc import Iterator
-from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
-import bitsandbytes
 import torch
 from diffusers.optimization import get_scheduler
 from pydantic import ConfigDict, TypeAdapter, with_config
@@ -18,12 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from esd_peft import distributed
+from esd_peft import distributed, interrupts
 from esd_peft.adapters import Student
 from esd_peft.checkpoint import Checkpoints
 from esd_peft.errors import UserError
 from esd_peft.objectives import Batch, Objective, Supply
 from esd_peft.probe import EVERY, Probe
+from esd_peft.quantize import bitsandbytes
 from esd_peft.tracking import Report
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
@@ -34,7 +31,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_
     if name == "AdamW":
         # fused: all tensors in one launch, and float16's loss scaling is looked at on the GPU instead of by the host
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].is_cuda)
-    return getattr(bitsandbytes.optim, name)(parameters, lr=lr, weight_decay=weight_decay)
+    return getattr(bitsandbytes(f"--optimizer {name}").optim, name)(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def distill(
@@ -62,30 +59,42 @@ def distill(
     batches, begun = objective.batches(generator, supply), training.step
     with (
         tqdm(total=training.steps, initial=training.step, desc="distill", disable=not distributed.first()) as bar,
-        _interrupts() as seen,
+        interrupts.noted() as seen,
     ):
+        begun = training.step
         while training.step < training.steps:
-            training.take(next(batches))
-            enough = probe is not None and training.step % EVERY == 0 and distributed.any_of(probe.enough(training.step))
-            interrupted = distributed.any_of(bool(seen))
-            done = enough or training.step == training.steps
-            if training.step % LOSS_EVERY == 0 or done:
-                report(training.read_loss(), training.step)
-                bar.set_postfix(loss=f"{training.losses[-1]:.5f}", refresh=False)
-            bar.update()
+            try:
+                training.take(next(batches))
+            except interrupts.InterruptedBetweenSteps:  # while the bank was filled or words were sought
+                interrupted, done = True, False
+            else:
+                due = probe is not None and training.step % EVERY == 0
+                enough = due and distributed.any_of(probe is not None and probe.enough(training.step))
+                interrupted = distributed.any_of(bool(seen))
+                done = enough or training.step == training.steps
+                if training.step % LOSS_EVERY == 0 or done:
+                    report(training.read_loss(), training.step)
+                    bar.set_postfix(loss=f"{training.losses[-1]:.5f}", refresh=False)
+                bar.update()
             if done:
                 break
-            if checkpoints is not None and (interrupted or training.step % checkpoints.every == 0):
+            if checkpoints is not None and training.step > begun and (interrupted or training.step % checkpoints.every == 0):
                 checkpoints.save(training.step, *training.state())
             if interrupted:
                 distributed.any_of(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
-                raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
+                _stop(training)
     if checkpoints is not None and training.step > begun:
         with contextlib.suppress(UserError):  # a disk too full for it may have room for the adapter
             checkpoints.save(training.step, training.state(done=True)[0], None)
     if config.gradient_checkpointing:
         student.denoiser.disable_gradient_checkpointing()
     return training.losses
+
+
+def _stop(training: "_Training") -> NoReturn:
+    if not training.step:
+        raise KeyboardInterrupt
+    raise KeyboardInterrupt(f"after step {training.step} of {training.steps}; --resume goes on from there")
 
 
 class _Training:
@@ -258,24 +267,3 @@ def _same_kind(given: Any, known: Any) -> None:
             _same_kind(one, other)
     elif isinstance(known, int | float) != isinstance(given, int | float):
         raise TypeError(f"{given!r} is not like {known!r}")
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM as a list that fills, for the loop to look at; a second one ends it at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs us there handles them
-        before = {}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

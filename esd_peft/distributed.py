@@ -6,6 +6,7 @@ one process nothing here does anything, and `torch.distributed` is not started.
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -23,19 +24,38 @@ _store: Store | None = None  # what the processes tell each other outside of col
 
 
 def start() -> None:
-    """Join the processes that the launcher's environment tells of, once; nothing where there is one."""
+    """Join the processes that the launcher's environment tells of, once; nothing where there is one.
+
+    Raises `UserError` if what it tells makes no sense.
+    """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     global _store
-    with _together():
+    try:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < world or not os.environ["MASTER_ADDR"] or not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise UserError(
+            "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment do not fit together; start with accelerate "
+            "launch, or unset RANK for a run of one process"
+        ) from None
+    if rank == 0:
+        print(f"note: this is one of {world} processes, as WORLD_SIZE says; unset RANK for a run of one", file=sys.stderr)
+    with _together():
         _store, *_ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
-def stop() -> None:
-    """Take leave of the others, at the end."""
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """The others joined, and at the end left; only the first one speaks on standard output."""
+    start()
+    with contextlib.ExitStack() as stack:
+        if not first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +21,10 @@ from esd_peft.compilation import check_compiler, compiled
 from esd_peft.concepts import PromptPlan, plan_prompts
 from esd_peft.config import EraseConfig
 from esd_peft.contrastive import make_contrastive
-from esd_peft.devices import place, release, resolve_device, resolve_dtype
+from esd_peft.devices import current, place, release, resolve_device, resolve_dtype
 from esd_peft.distill import distill
-from esd_peft.errors import OutOfMemory, UserError, run_command
-from esd_peft.evaluate import evaluate
+from esd_peft.errors import OutOfMemory, UserError, out_of_memory, run_command
+from esd_peft.evaluate import command_of, evaluate
 from esd_peft.evaluation.config import WITHIN, EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
 from esd_peft.evaluation.rates import Shares
@@ -38,11 +39,12 @@ from esd_peft.phases import Costs
 from esd_peft.plan import Sizes, make_plan, plan_table, smaller, within_budget
 from esd_peft.probe import Probe
 from esd_peft.prompt_maps import prompt_maps
-from esd_peft.quantize import load_quantized
+from esd_peft.quantize import check_bitsandbytes, load_quantized
 from esd_peft.randomness import generator
 from esd_peft.robust import RobustTarget
 from esd_peft.rollout import Rollout, make_table
 from esd_peft.surroundings import surroundings
+from esd_peft.terminal import say
 from esd_peft.tracking import check_tracker, tracker
 from esd_peft.weights import add_metadata, sha256
 
@@ -57,13 +59,15 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     """
     with only_job():
         distributed.start()
-        with hold(config.output) if distributed.first() else contextlib.nullcontext():
+        own = hold(config.output) if distributed.first() else contextlib.nullcontext()
+        with own, current(resolve_device(config.device)):
             try:
                 result = _erase(config)
             except OutOfMemory as error:
                 raise OutOfMemory(error.phase, _LESS_MEMORY) from None
             if config.evaluate and distributed.first():  # what training held is free again
-                found = evaluate(_evaluation(config, result["config"]))
+                with _finished(config, command_of(_evaluation(config, result["config"]))):
+                    found = evaluate(_evaluation(config, result["config"]))
                 if found.accuracies is not None:
                     result["concepts"], result["others"] = found.accuracies.shares
                 result["evaluation"] = found.to_dict()
@@ -77,6 +81,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
         inputs = [config.model, config.checkpoint_config, config.reference, file]
         check_output(config.output, config.overwrite or config.resume, inputs)
     check_tracker(config)
+    check_bitsandbytes(config.quantize, config.optimizer)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)
@@ -157,7 +162,7 @@ def _run(
     concepts: Shares = {}
     others: Shares = {}
     if before is not None:
-        with costs.phase("evaluate"), _finished(config):
+        with costs.phase("evaluate"), _finished(config, command_of(EvaluateConfig(erased=config.output))):
             after = gallery.take(denoiser, "after")
             concepts, others = gallery.rates(before, after)
             with new_file(config.output / "before_after.png") as draft:
@@ -189,14 +194,23 @@ def _record(
 
 
 @contextlib.contextmanager
-def _finished(config: EraseConfig) -> Iterator[None]:
-    """The adapter is not trained again because its pictures need too much memory. Raises `UserError` if they do."""
+def _finished(config: EraseConfig, command: str) -> Iterator[None]:
+    """The adapter is not trained again because its pictures need too much memory, or time; `command` takes them.
+
+    Raises `UserError` for the former.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"over its pictures, but the adapter in {config.output} is finished; for the pictures: {command}"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             f"the adapter in {config.output} is finished, but the device ran out of memory over its pictures; take them "
-            "with python -m esd_peft.evaluate and a smaller --batch-size"
+            f"with a smaller --batch-size: {command}"
         ) from None
 
 
@@ -292,12 +306,13 @@ def main() -> None:
     """The command line."""
     config = parse(EraseConfig, "erase")
     if config.plan:
-        print(plan_table(make_plan(config, open_backbone(config.model, options=config, weights=False))))
+        say(plan_table(make_plan(config, open_backbone(config.model, options=config, weights=False))))
         return
-    result = erase(config)
-    print(result_table(result))
-    merge = f"python -m esd_peft.merge_adapter --adapter {config.output} --output MERGED"
-    print(f"\nThe adapter, its pictures and result.json are in {config.output}. To make it permanent:\n  {merge}")
+    with distributed.joined():
+        result = erase(config)
+        say(result_table(result))
+        merge = shlex.join(["python", "-m", "esd_peft.merge_adapter", "--adapter", str(config.output), "--output", "MERGED"])
+        say(f"\nThe adapter, its pictures and result.json are in {config.output}. To make it permanent:\n  {merge}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The one exception for what a user can mend: its text is one sentence that names the option and the fix."""
 
-import contextlib
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 
+import torch
 import transformers
 
 _TOKEN = re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}")  # of the hub
@@ -33,24 +32,31 @@ class OutOfMemory(UserError):
         self.phase = phase
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2."""
-    transformers.utils.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written goes away then too
-    from esd_peft import distributed  # which raises `UserError` itself
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the GPU or the host has too little memory; PyTorch has no class of its own for the latter."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2, and so does too little
+    memory."""
+    transformers.utils.logging.disable_progress_bar()
+    from esd_peft import distributed, interrupts, terminal  # which raise `UserError` themselves
+
+    interrupts.at_once()
     try:
-        distributed.start()
-        with contextlib.ExitStack() as stack:
-            if not distributed.first():
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        with terminal.forgiving_streams():
             main()
-        distributed.stop()
+        return
     except UserError as error:
-        if distributed.first_to_fail():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        said, code = f"error: {error}", 2
     except KeyboardInterrupt as why:
-        if distributed.first_to_fail():
-            print(f"interrupted {why}" if why.args else "interrupted: nothing unfinished was kept", file=sys.stderr)
-        sys.exit(130)
+        said, code = f"interrupted {why}" if why.args else "interrupted: nothing unfinished was kept", 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said, code = "error: this machine has too little memory for that; take smaller numbers or a smaller model", 2
+    if distributed.first_to_fail():
+        with terminal.forgiving_streams():
+            print(said, file=sys.stderr)
+    sys.exit(code)

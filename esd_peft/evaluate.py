@@ -8,7 +8,7 @@ import torch
 from esd_peft import __version__
 from esd_peft.attacks.run import Arena, make_attacks
 from esd_peft.command_line import parse
-from esd_peft.devices import resolve_device, resolve_dtype
+from esd_peft.devices import current, resolve_device, resolve_dtype
 from esd_peft.errors import UserError, run_command
 from esd_peft.evaluation import judging
 from esd_peft.evaluation.album import Album
@@ -22,8 +22,10 @@ from esd_peft.evaluation.text import as_text
 from esd_peft.jobs import hold, only_job
 from esd_peft.outputs import check_folder, take_folder
 from esd_peft.phases import Costs
+from esd_peft.quantize import check_bitsandbytes
 from esd_peft.shapes.world import SIZE
 from esd_peft.surroundings import surroundings
+from esd_peft.terminal import say
 
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
 
@@ -34,13 +36,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Pictures that an earlier run with the same models and options left there are used again. Raises `UserError` for input
     that cannot work; a detector or a package that is missing is noticed before pictures are made.
     """
-    with only_job(), hold(config.output):
+    with only_job(), hold(config.output), current(resolve_device(config.device)):
         return _evaluate(config)
 
 
 def _evaluate(config: EvaluateConfig) -> Evaluation:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    check_bitsandbytes(config.quantize)
     models = open_models(config)
     suite_name = config.suite or ("shapes" if models.base.embedded else "concept")
     suite = _configured(load_suite(suite_name), config)
@@ -160,8 +163,8 @@ def command_of(config: EvaluateConfig) -> str:
 def main() -> None:
     """The command line."""
     config = parse(EvaluateConfig, "evaluate")
-    print(as_text(evaluate(config)))
-    print(f"\nThe report is {config.output / 'report.html'}; report.md, result.json and the pictures are beside it.")
+    say(as_text(evaluate(config)))
+    say(f"\nThe report is {config.output / 'report.html'}; report.md, result.json and the pictures are beside it.")
 
 
 if __name__ == "__main__":

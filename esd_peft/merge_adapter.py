@@ -22,6 +22,7 @@ from esd_peft.model_card import base_licence, model_card, public_config
 from esd_peft.model_source import is_snapshot
 from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
 from esd_peft.saved_adapters import Adapter, Change, read_adapter
+from esd_peft.terminal import say
 from esd_peft.verify import Verification
 from esd_peft.weights import check_finite, copy_with_sha256, find_weights, open_tensors
 
@@ -248,16 +249,16 @@ def main() -> None:
     config = parse(MergeConfig, "merge_adapter")
     record = merge_adapter(config)
     concepts = ", ".join(record["concept"]) or "the adapter"
-    print(f"merged {record['merged_tensors']} tensors: {concepts}")
+    say(f"merged {record['merged_tensors']} tensors: {concepts}")
     if not record["base"]["trained_on_it"]:
-        print("note: the adapter was trained on other weights than these; check that the concept is gone")
+        say("note: the adapter was trained on other weights than these; check that the concept is gone")
     if "verification" in record:
         found = record["verification"]
-        print(
+        say(
             f"verified layer by layer: the adapter changes outputs by up to {found['adapter_changes']:.2%}, merged and "
             f"base + adapter differ by at most {found['largest_difference']:.2%} (rounding allows {found['bound']:.2%})"
         )
-    print(f"{config.output} is a plain {'checkpoint file' if config.single_file else 'diffusers pipeline'}")
+    say(f"{config.output} is a plain {'checkpoint file' if config.single_file else 'diffusers pipeline'}")
 
 
 if __name__ == "__main__":

@@ -165,14 +165,14 @@ class GuidedTarget(Objective):
     def _filled(self, pairs: Tensor, generator: torch.Generator, keep: int | None, resume: Supply | None) -> Bank:
         if resume is not None and resume.before is not None:
             generator.set_state(resume.before)
-        self._before = generator.get_state()
+        before = generator.get_state()
         if resume is not None and resume.bank is not None:
             parts = dict(resume.bank)
             generator.set_state(parts.pop("after"))
             bank = Bank(**parts)
         else:
             bank = self.rollout.fill(pairs, generator, keep, progress=self.rollout.config.steps_per_bank is None)
-        self._bank = {**vars(bank), "after": generator.get_state()}
+        self._before, self._bank = before, {**vars(bank), "after": generator.get_state()}
         return bank
 
     def supply(self, taken: int) -> Supply:

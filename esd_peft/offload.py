@@ -21,3 +21,10 @@ def offload_base(denoiser: nn.Module, device: torch.device) -> None:
                 parameter.data = parameter.data.to(device)
         elif own:
             add_hook_to_module(module, AlignDevicesHook(execution_device=device, offload=True), append=True)
+
+
+def streamed_bytes(module: nn.Module) -> int:
+    """What of `module` is on the device at a time: its first layer, and one other."""
+    layers = [sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in module.modules()]
+    layers = [size for size in layers if size]
+    return layers[0] + max(layers[1:], default=0)

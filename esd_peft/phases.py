@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from esd_peft.errors import OutOfMemory
+from esd_peft.errors import OutOfMemory, out_of_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -40,7 +40,9 @@ class Costs:
         self._switch(name)
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             raise OutOfMemory(name) from None
         finally:
             self._switch(outer)

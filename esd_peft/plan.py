@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from diffusers import ModelMixin
@@ -11,7 +12,7 @@ from torch import Tensor
 from esd_peft.adapters import make_student
 from esd_peft.attacks.attack import BATCH_SIZE
 from esd_peft.backbones import Backbone, PromptEmbeds
-from esd_peft.backbones.backbone import ENCODE_BATCH, TOGETHER, encoder_bytes
+from esd_peft.backbones.backbone import ENCODE_BATCH, encoder_bytes
 from esd_peft.compilation import repeated_blocks
 from esd_peft.concepts import plan_prompts
 from esd_peft.config import EraseConfig
@@ -55,11 +56,17 @@ def make_plan(config: EraseConfig, backbone: Backbone) -> Plan:
     half = torch.bfloat16 if imagined and config.dtype == "auto" else resolve_dtype(config.dtype, device)
     budget = parse_bytes(config.memory_budget) if config.memory_budget != "auto" else None
     if budget is None and device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0]
+        budget = _free(device)
     elif budget is None and imagined:
         budget = 12 * GIB
     sizes = Sizes(config, backbone, half)
     return sizes.plan(config) if budget is None else fit(sizes, config, budget)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of the GPU that nobody uses; PyTorch keeps for itself what this process has freed."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def within_budget(config: EraseConfig, backbone: Backbone) -> EraseConfig:
@@ -90,6 +97,8 @@ class Sizes:
         learning = sum(p.numel() for p in student.parameters) * 4
         # two moments, in 8 bits a quarter of their size; and the adapter, or the teacher's copy of the weights
         self.learning = int(learning * (1 + (0.5 if "8bit" in config.optimizer else 2)))
+        if denoiser.dtype != dtype:  # autocast keeps a copy of each weight for the backward pass
+            self.learning += sum(p.numel() for p in denoiser.parameters()) * dtype.itemsize
         self._work = functools.partial(_activations, backbone, denoiser, noise, embeds)
         self.running = [self._work(count) for count in (1, 2)]
 
@@ -99,16 +108,15 @@ class Sizes:
         return [self._work(count, learns=True, checkpointing=checkpointing) for count in (1, 2)]
 
     def _encoding(self) -> tuple[int, int, PromptEmbeds]:
-        """Bytes of the text encoders and what they need at work, in turns where they are large, and together; the
+        """Bytes of the text encoders and what they need at work, layer by layer where they are large, and as a whole; the
         embeddings of one prompt."""
         pipe = self.backbone.assemble(self.backbone.text_parts, self.dtype, empty=True)
         encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         with metered(*encoders) as meter, torch.no_grad():
             embeds = self.backbone.encode_prompts(pipe, ["a picture"] * min(ENCODE_BATCH, len(self.prompts.texts)), META)
-        largest, together = encoder_bytes(pipe)
-        in_turns = together if together <= TOGETHER else largest
+        there, whole = encoder_bytes(pipe)
         one = {name: value[:1].clone() for name, value in embeds.items()}
-        return in_turns + meter.peak, together + meter.peak, one
+        return there + meter.peak, whole + meter.peak, one
 
     def _decoding(self, latents: Tensor) -> int:
         """Bytes of the VAE and what it needs to draw one picture."""
@@ -199,7 +207,7 @@ def _settings(config: EraseConfig) -> Iterator[dict[str, object]]:
     bases: list[dict[str, object]] = [{}]
     offloadable = config.adapter != "none" and config.compile != "on"
     if config.quantize == "none" and not config.offload:
-        bases += [{"quantize": "nf4"}] if config.adapter == "lora" else []
+        bases += [{"quantize": "nf4"}] if config.adapter == "lora" and find_spec("bitsandbytes") else []
         bases += [{"offload": True, "gradient_checkpointing": True}] if offloadable else []
     batch = config.micro_batch_size or _batch_size(config)
     default = EraseConfig.model_fields["rollout_batch_size"].default
@@ -259,13 +267,17 @@ def _activations(
     learns: bool = False,
     checkpointing: bool = False,
 ) -> int:
-    """Bytes that a forward pass of `count` samples needs besides the weights; with a backward pass if it learns."""
+    """Bytes that a forward pass of `count` samples needs besides the weights; with a backward pass if it learns.
+
+    All in the denoiser's dtype: where autocast would compute in half precision it is more than that takes.
+    """
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
     else:
         denoiser.disable_gradient_checkpointing()
     latents = noise.expand(count, *noise.shape[1:]).to(META, denoiser.dtype)
     told = {name: value.expand(count, *value.shape[1:]) for name, value in embeds.items()}
+    told = {name: value.to(denoiser.dtype) if value.is_floating_point() else value for name, value in told.items()}
     with metered(denoiser) as meter, torch.set_grad_enabled(learns):
         prediction = backbone.predict(denoiser, latents, torch.zeros(count, device=META), told)
         if learns:

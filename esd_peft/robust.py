@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from esd_peft import interrupts
 from esd_peft.attacks.attack import BATCH_SIZE
 from esd_peft.attacks.inversion import learn_words
 from esd_peft.attacks.tokens import NewTokens
@@ -129,4 +130,4 @@ class RobustTarget(GuidedTarget):
             return (seen.float() - tuples.teacher[1].float()).square().mean()
 
         for _ in itertools.islice(learn_words(tokens, loss), STEPS):
-            pass
+            interrupts.stop_here()

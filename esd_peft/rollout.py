@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from esd_peft import distributed
+from esd_peft import distributed, interrupts
 from esd_peft.backbones import Backbone, PromptEmbeds
 from esd_peft.backbones.backbone import pick
 from esd_peft.concepts import PromptPlan
@@ -174,6 +174,7 @@ class Rollout:
         timesteps = send(scheduler.timesteps, self.device)
         banks = []
         for i, timestep in enumerate(scheduler.timesteps):
+            interrupts.stop_here()
             inputs = self.backbone.scale_input(scheduler, latents, timestep)
             answer = None
             if self.config.rollout == "teacher":

@@ -17,12 +17,13 @@ from esd_peft.backbones.rehearsal import rehearse
 from esd_peft.devices import release
 from esd_peft.errors import UserError
 from esd_peft.model_source import hub_id
+from esd_peft.offload import offload_base, streamed_bytes
 from esd_peft.weights import find_weights, sha256
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
 ENCODE_BATCH = 16  # prompts at a time
-TOGETHER = 10 * 2**30  # bytes up to which text encoders are on the device at once: a 12 GB card holds that and their work
+LARGE = 6 * 2**30  # bytes from which a text encoder (T5-XXL) stays in host memory, its layers on the GPU one by one
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
@@ -133,12 +134,12 @@ class Backbone(ABC):
     def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         """Text encoders in, embeddings out, text encoders freed. The null prompt is "".
 
-        Encoders too large to be together are on a GPU in turns. The pipeline itself encodes: padding, masks and layers are
-        its own.
+        Of a large encoder one layer at a time is on a GPU: the same embeddings, in little memory. The pipeline itself
+        encodes: padding, masks and layers are its own.
         """
         pipe = self.assemble(self.text_parts, dtype)
-        if device.type == "cuda" and encoder_bytes(pipe)[1] > TOGETHER:
-            pipe.enable_model_cpu_offload(device=device)
+        if device.type == "cuda":
+            bring_encoders(pipe, device)
         else:
             pipe.to(device)
         embeds = self.encode_many(pipe, prompts, device, torch.device("cpu"))
@@ -386,14 +387,27 @@ class Backbone(ABC):
         return prompts | nulls | settings
 
 
+def bring_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """The pipeline's text encoders to the device, layer by layer as they compute where they are large."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            if module_bytes(part) > LARGE:
+                offload_base(part.requires_grad_(False), device)
+            else:
+                part.to(device)
+
+
 def encoder_bytes(pipe: DiffusionPipeline) -> tuple[int, int]:
-    """Of the largest text encoder, and of all of them."""
-    sizes = [
-        sum(p.numel() * p.element_size() for p in part.parameters())
-        for part in pipe.components.values()
-        if isinstance(part, nn.Module)
-    ]
-    return max(sizes), sum(sizes)
+    """Of all text encoders: on a GPU while prompts are encoded (`bring_encoders`), and as a whole."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    sizes = [*map(module_bytes, parts)]
+    there = [streamed_bytes(part) if size > LARGE else size for part, size in zip(parts, sizes, strict=True)]
+    return sum(there), sum(sizes)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Of its parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def pick(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:

@@ -31,15 +31,15 @@ class EvaluateConfig(CommandConfig):
     overwrite: bool = False
     """Remove pictures in the output directory that were made by other models or with other options."""
 
-    seeds: Annotated[int, Field(ge=1)] | None = None
+    seeds: Annotated[int, Field(ge=1, le=10**4)] | None = None
     """Pictures of each prompt; left out: as many as the suite says."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Use only so many of the suite's prompts for each concept, and as many others, evenly spread; left out: all."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Denoising steps of a picture; left out: as the suite says."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Classifier-free guidance of the pictures; left out: as the suite says."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1, le=10**5)] = 16
     """Pictures made, and judged, side by side."""
 
     detector: str | None = None
@@ -58,11 +58,11 @@ class EvaluateConfig(CommandConfig):
     attack: Annotated[list[AttackName], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """Try to bring the concept back: textual-inversion, prefix, prompts or fine-tuning (docs/attacks.md); repeat the
     option for several."""
-    attack_steps: Annotated[int, Field(ge=1)] | None = None
+    attack_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Steps of each attack that learns; left out: textual inversion 300, prefix 40, fine-tuning 64."""
-    attack_pictures: Annotated[int, Field(ge=1)] = 48
+    attack_pictures: Annotated[int, Field(ge=1, le=10**5)] = 48
     """Pictures that are judged at each point of an attack."""
-    attack_examples: Annotated[int, Field(ge=1)] = 32
+    attack_examples: Annotated[int, Field(ge=1, le=10**5)] = 32
     """Pictures of the concept that attacks learn from: the base's."""
     attack_reference: Path | None = None
     """A folder of pictures of the concept to learn from instead."""

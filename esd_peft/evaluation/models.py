@@ -48,7 +48,8 @@ class Model:
             denoiser = load_quantized(self.backbone, quantize, dtype, device)
         if self.adapter is not None:
             denoiser = self.adapter.apply(denoiser)
-            stay_packed(denoiser)
+            if quantize == "nf4":
+                stay_packed(denoiser)
         return denoiser.to(device)
 
     def pipeline(self, device: torch.device, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:

@@ -1,5 +1,6 @@
 """python -m esd_peft.study make|analyse: a blinded rating page for people, and what their answers say."""
 
+import shlex
 import sys
 
 from esd_peft.command_line import parse
@@ -7,6 +8,7 @@ from esd_peft.errors import UserError, run_command
 from esd_peft.study.analyse import analyse_study, study_table
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import KEY, PAGE, make_study
+from esd_peft.terminal import say
 
 USAGE = """usage: python -m esd_peft.study make     write a blinded rating page (--help lists the options)
        python -m esd_peft.study analyse  what the answers say (--help lists the options)"""
@@ -15,13 +17,14 @@ USAGE = """usage: python -m esd_peft.study make     write a blinded rating page 
 def _make(argv: list[str]) -> None:
     config = parse(MakeStudyConfig, "study make", argv)
     record = make_study(config)
-    print(f"{len(record['items'])} pictures of {len(config.condition)} conditions")
-    print(f"{config.output / PAGE} goes to the raters; keep {config.output / KEY} to yourself. When they have sent answers:")
-    print(f"  python -m esd_peft.study analyse --key {config.output / KEY} --answers FILE.csv --answers FILE.csv ...")
+    say(f"{len(record['items'])} pictures of {len(config.condition)} conditions")
+    say(f"{config.output / PAGE} goes to the raters; keep {config.output / KEY} to yourself. When they have sent answers:")
+    key = shlex.quote(str(config.output / KEY))
+    say(f"  python -m esd_peft.study analyse --key {key} --answers FILE.csv --answers FILE.csv ...")
 
 
 def _analyse(argv: list[str]) -> None:
-    print(study_table(analyse_study(parse(AnalyseStudyConfig, "study analyse", argv))))
+    say(study_table(analyse_study(parse(AnalyseStudyConfig, "study analyse", argv))))
 
 
 def main() -> None:

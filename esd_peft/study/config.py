@@ -28,7 +28,7 @@ class MakeStudyConfig(CommandConfig):
     """What 5 means."""
     reference: Path | None = None
     """A folder of pictures that raters see beside every question, for example the artist's own works."""
-    per_condition: Annotated[int, Field(ge=1)] | None = None
+    per_condition: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Pictures of each condition, drawn at random; left out: all."""
     max_size: Annotated[int, Field(ge=16, le=4096)] = 768
     """Longer side of the pictures in the page, in pixels; larger ones are scaled down."""

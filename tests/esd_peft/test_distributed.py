@@ -110,3 +110,35 @@ def test_what_only_the_first_process_finds_ends_both(tmp_path):
     assert [line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("error:")] == [
         "error: --output erased is not empty; name another directory or add --overwrite"
     ]
+
+
+LEFT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("erase --help", 0),
+        ("erase --concept circle --print-config", 0),
+        ("erase --concept circle --plan --wordings bare", 0),
+        ("erase", 2),
+        ("merge_adapter --adapter nowhere --output merged", 2),
+        ("evaluate --erased nowhere", 2),
+        ("study analyse --answers nowhere", 2),
+    ],
+)
+def test_what_a_scheduler_left_in_the_environment_stops_no_command_of_one_process(tmp_path, command, code):
+    words = [sys.executable, "-m", *f"esd_peft.{command}".split()]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | LEFT, cwd=tmp_path, timeout=90)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: ") if code else done.stdout
+
+
+@pytest.mark.parametrize(
+    "broken", [{"RANK": "x"}, {"RANK": "4"}, {"WORLD_SIZE": "many"}, {"MASTER_ADDR": ""}, {"MASTER_PORT": "99999"}], ids=str
+)
+def test_an_environment_that_makes_no_sense_is_said(tmp_path, monkeypatch, broken):
+    for name, value in (LEFT | broken).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT .* do not fit together"):
+        erase(EraseConfig(concept="circle", output=tmp_path / "out"))

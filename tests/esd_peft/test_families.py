@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft.backbones import backbone as backbone_module
 from esd_peft.backbones import flux, open_backbone
 from esd_peft.concepts import Pair, PromptPlan
 from esd_peft.phases import Costs
@@ -151,3 +152,20 @@ def test_half_precision_and_little_memory(family, tmp_path, quantize):
     result = erase(EraseConfig(concept="circle", model=str(family), output=tmp_path / "erased", **options))
     assert result["loss"]["last"] < 10
     assert (tmp_path / "erased" / "before_after.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux dev", "pixart", "sana"])
+def test_large_text_encoders_give_the_same_embeddings_layer_by_layer(name, tmp_path, monkeypatch):
+    backbone = open_backbone(str(save_family(name, tmp_path / "model")))
+    cpu, prompts = torch.device("cpu"), ["a circle", "", "a red square"]
+    plain = backbone.encode(prompts, cpu, torch.float32)
+    monkeypatch.setattr(backbone_module, "LARGE", 0)
+    pipe = backbone.assemble(backbone.text_parts, torch.float32)
+    there, whole = backbone_module.encoder_bytes(pipe)
+    backbone_module.bring_encoders(pipe, cpu)
+    encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    stays = sum(p.numel() * p.element_size() for part in encoders for p in part.parameters() if not p.is_meta)
+    assert stays < there < 0.8 * whole  # on the device between layers, and with the largest of these
+    with torch.no_grad():
+        streamed = backbone.encode_many(pipe, prompts, cpu, cpu)
+    assert all(torch.equal(streamed[key], plain[key]) for key in plain)

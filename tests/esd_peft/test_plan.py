@@ -8,7 +8,7 @@ from esd_peft import EraseConfig, erase
 from esd_peft.adapters import make_student
 from esd_peft.backbones import open_backbone
 from esd_peft.errors import UserError
-from esd_peft.plan import Sizes, fit, make_plan
+from esd_peft.plan import Sizes, _free, fit, make_plan
 from esd_peft.units import parse_bytes
 from families import save_family
 from pipelines import small_stable_diffusion
@@ -109,7 +109,47 @@ def test_amounts_of_memory(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-3GiB", "0GiB", "GiB"])
+@pytest.mark.parametrize("text", ["", "lots", "-3GiB", "0GiB", "GiB", "9" * 200, "1" + "0" * 200 + "GiB", "１２"])
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(UserError, match="12GiB, for example"):
         EraseConfig(concept="circle", memory_budget=text)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr", "none"])
+def test_every_adapter_in_every_dtype_and_scope_has_a_plan(small_sd, adapter, dtype):
+    backbone = open_backbone(str(small_sd))
+    for scope in ("esd-x-strict", "esd-u", "full"):
+        config = EraseConfig(concept="x", model=str(small_sd), adapter=adapter, dtype=dtype, scope=scope, device="cpu")
+        assert make_plan(config, backbone).peak > 2**20
+
+
+def test_what_autocast_takes_is_within_the_plan(small_sd):
+    count, half = 3, torch.bfloat16
+    config = EraseConfig(concept="x", model=str(small_sd), adapter="none", scope="full", dtype="bfloat16", device="cpu")
+    backbone = open_backbone(str(small_sd))
+    sizes = Sizes(config, backbone, half)
+    denoiser = backbone.load_denoiser(torch.float32)
+    student = make_student(backbone, denoiser, config)
+    embeds = backbone.encode(["a circle"] * count, CPU, half)
+    latents = backbone.initial_latents(count, denoiser, torch.Generator().manual_seed(0)).to(half)
+
+    def train():
+        with torch.autocast("cpu", half):
+            prediction = backbone.predict(denoiser, latents, torch.full((count,), 500.0), embeds)
+        prediction.float().square().mean().backward()
+        for parameter in student.parameters:
+            parameter.grad = None
+
+    weights = sum(p.numel() for p in student.parameters)
+    learning = sizes.learning - 3 * 4 * weights  # without the teacher's copy and Adam's moments: those of autocast
+    line = sizes.training(False)
+    taken = allocated(train)
+    assert taken <= line[0] + (count - 1) * (line[1] - line[0]) + learning <= 2.2 * taken
+
+
+def test_what_pytorch_keeps_of_a_gpu_is_free_as_well(monkeypatch):
+    sizes = {"memory_reserved": 5 * 2**30, "memory_allocated": 2 * 2**30, "mem_get_info": (2**30, 12 * 2**30)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert _free(torch.device("cuda:0")) == 4 * 2**30
