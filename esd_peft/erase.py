@@ -260,8 +260,8 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hash
         for file in draft.glob("*.safetensors"):
             add_metadata(file, metadata)
         write_kohya_lora(draft, backbone, config, metadata)
-        base["files"] = {file.name: sha256(file) for file in sorted(draft.glob("*.safetensors"))}
         (draft / "config.yaml").write_text(text, encoding="utf-8")
+        base["files"] = {file.name: sha256(file) for file in sorted(draft.iterdir()) if file.is_file()}
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 

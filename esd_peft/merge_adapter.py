@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esd_peft import __version__
 from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.changes import Change
 from esd_peft.command_line import parse
 from esd_peft.config import EraseConfig, ModelOptions
 from esd_peft.errors import UserError, run_command
@@ -21,7 +22,7 @@ from esd_peft.merge_config import MergeConfig
 from esd_peft.model_card import base_licence, model_card, public_config
 from esd_peft.model_source import is_snapshot
 from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
-from esd_peft.saved_adapters import Adapter, Change, read_adapter
+from esd_peft.saved_adapters import Adapter, read_adapter
 from esd_peft.verify import Verification
 from esd_peft.weights import check_finite, copy_with_sha256, find_weights, open_tensors
 
@@ -138,7 +139,7 @@ def _changes(backbone: Backbone, adapters: list[Adapter]) -> Changes:
     changes: Changes = {}
     for adapter in adapters:
         for name, change in adapter.changes(backbone.empty_denoiser()).items():
-            if name in changes and not adapter.adds:
+            if name in changes and not change.adds:
                 raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
             changes.setdefault(name, []).append(change)
     stored = {name for file in backbone.denoiser_files() for name in open_tensors(file).entries}
