@@ -138,7 +138,7 @@ def _changes(backbone: Backbone, adapters: list[Adapter]) -> Changes:
     """What happens to which weight. Raises `UserError` if the adapters do not fit the base, or each other."""
     changes: Changes = {}
     for adapter in adapters:
-        for name, change in adapter.changes(backbone.empty_denoiser()).items():
+        for name, change in adapter.fitting(backbone.empty_denoiser()).items():
             if name in changes and not change.adds:
                 raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
             changes.setdefault(name, []).append(change)

@@ -86,6 +86,13 @@ class Adapter(ABC):
         Raises `UserError` if the adapter does not fit.
         """
 
+    def fitting(self, denoiser: ModelMixin) -> dict[str, Change]:
+        """`changes`, after one of them was tried: before any work. Raises `UserError` if the adapter does not fit."""
+        changes = self.changes(denoiser)
+        for name, change in [*changes.items()][:1]:
+            change.on(torch.zeros(denoiser.get_parameter(name).shape))
+        return changes
+
     @torch.no_grad()
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
         """The loaded `denoiser` with the adapter merged into its weights, in place, each rounded once; quantized layers get

@@ -108,7 +108,7 @@ def open_models(config: EvaluateConfig) -> Comparison:
             raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was trained on")
         before = open_backbone(base, "--base")
         with _named_erased():
-            adapter.changes(before.empty_denoiser())  # now, rather than after the base's pictures
+            adapter.fitting(before.empty_denoiser())  # now, rather than after the base's pictures
         erased, notes = Model(before, adapter), _notes(before, adapter)
         concepts = erased_concepts(adapter)
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
