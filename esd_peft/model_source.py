@@ -24,6 +24,7 @@ from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.outputs import new_directory
 from esd_peft.text_files import UnreadableError, read_json
+from esd_peft.text_parts import write_for_every_version
 from esd_peft.weights import sha256
 
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
@@ -298,4 +299,5 @@ def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: 
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(f"{option} {sources[0]} does not fit its configs ({reason})") from None
             pipeline.save_pretrained(draft)
+            write_for_every_version(draft)
     return target

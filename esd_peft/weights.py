@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -208,6 +209,22 @@ def add_metadata(path: Path, metadata: dict[str, str]) -> None:
         known = file.metadata() or {}
     data = path.read_bytes()[tensors.start :]
     path.write_bytes(_header({"__metadata__": {**known, **metadata}, **tensors.entries}) + data)
+
+
+def rename_tensors(path: Path, rename: Callable[[str], str]) -> None:
+    """Give the tensors of a safetensors file other names, as large as it may be; without any, the file stays as it is."""
+    tensors = open_tensors(path)
+    if all(rename(name) == name for name in tensors.entries):
+        return
+    with safe_open(path, framework="pt") as file:
+        known = file.metadata() or {}
+    renamed = path.with_name(f"{path.name}.renamed")
+    with path.open("rb") as old, renamed.open("wb") as new:
+        new.write(_header({"__metadata__": known, **{rename(name): entry for name, entry in tensors.entries.items()}}))
+        old.seek(tensors.start)
+        shutil.copyfileobj(old, new, 2**20)
+    shutil.copymode(path, renamed)
+    renamed.replace(path)
 
 
 def _header(values: dict[str, Any]) -> bytes:
