@@ -1,7 +1,6 @@
 """python -m esd_peft.merge_adapter: base weights + adapter → a plain pipeline without the concept."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ from esd_peft.merge_config import MergeConfig
 from esd_peft.model_card import base_licence, model_card, public_config
 from esd_peft.model_source import is_snapshot
 from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
+from esd_peft.pipeline_files import copy_pipeline
 from esd_peft.saved_adapters import Adapter, read_adapter
+from esd_peft.text_parts import write_for_every_version
 from esd_peft.verify import Verification
-from esd_peft.weights import check_finite, copy_with_sha256, find_weights, open_tensors
+from esd_peft.weights import check_finite, open_tensors
 
 RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
 Changes = dict[str, list[Change]]  # of each weight that changes
 
 
@@ -59,6 +59,7 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
         for file, digest, copy in copy_pipeline(backbone, draft):
             merge_in_place(copy, changes, verification)  # while the page cache still has it
             hashes[file] = digest
+        write_for_every_version(draft)
         record = _record(backbone, adapters, changes, hashes, verification)
         (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(model_card(record, backbone, adapters, config.output.name), encoding="utf-8")
@@ -176,39 +177,6 @@ def erased_concepts(adapter: Adapter) -> list[str]:
     """The concepts that the adapter erases; none where another tool made it."""
     fields: dict[str, Any] = {key: adapter.config.get(key) for key in ("concept", "erase_from")}
     return EraseConfig(**fields).concept_names if fields["concept"] else []
-
-
-def copy_pipeline(backbone: Backbone, target: Path) -> Iterator[tuple[str, str, Path]]:
-    """Copy what `from_pretrained` reads, under its plain names.
-
-    Yields each file of the denoiser as soon as it is there: the base's name for it, the hash of the base's, the copy. Other
-    variants of the weights, and single-file checkpoints in the root, still hold the concept: they stay behind.
-    """
-    shutil.copyfile(backbone.path / "model_index.json", target / "model_index.json")
-    for licence in backbone.path.glob("LICENSE*"):
-        shutil.copyfile(licence, target / licence.name)
-    folders = [name for name, part in backbone.index.items() if isinstance(part, list) and part[0] is not None]
-    for name in folders:
-        source, copy = backbone.path / name, target / name
-        if not any(source.glob("*.safetensors")):  # a tokenizer or scheduler; a safety checker may hold what it likes
-            if source.is_dir():
-                shutil.copytree(source, copy, copy_function=shutil.copyfile)
-            continue
-        shutil.copytree(source, copy, copy_function=shutil.copyfile, ignore=_weights_in)
-        weights = find_weights(source, backbone.variant)
-        for file in weights.files:
-            digest = copy_with_sha256(file, copy / weights.plain_name(file))
-            if name == backbone.denoiser_part:
-                yield file.name, digest, copy / weights.plain_name(file)
-        if weights.index:
-            shards = json.loads(weights.index.read_text(encoding="utf-8"))
-            shards["weight_map"] = {key: weights.plain_name(Path(file)) for key, file in shards["weight_map"].items()}
-            text = json.dumps(shards, indent=2) + "\n"
-            (copy / weights.plain_name(weights.index)).write_text(text, encoding="utf-8")
-
-
-def _weights_in(_folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.endswith(WEIGHTS) or ".index." in name]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from esd_peft.text_files import UnreadableError, parse_json, read_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
 NAME = f"{STEMS[0]}.safetensors"
+PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 CHUNK = 2**18  # bytes; 1 MiB took nearly three times the processor time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -71,6 +72,8 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if name not in there:
             raise UserError(f"{folder} lacks the shard {name} that its index names; restore it")
+    if len({(folder / name).resolve() for name in names}) < len(names):
+        raise UserError(f"{index} names one file several times, through links; restore it")
     return [folder / name for name in names]
 
 
