@@ -15,7 +15,14 @@ from esd_peft.changes import Change
 from esd_peft.command_line import parse
 from esd_peft.config import EraseConfig, ModelOptions
 from esd_peft.errors import UserError, run_command
-from esd_peft.export import check_single_file, modelspec, own_metadata, read_checkpoint_denoiser, write_checkpoint
+from esd_peft.export import (
+    ONE_TRANSFORMER,
+    check_single_file,
+    modelspec,
+    own_metadata,
+    read_checkpoint_denoiser,
+    write_checkpoint,
+)
 from esd_peft.jobs import hold, only_job
 from esd_peft.merge_config import MergeConfig
 from esd_peft.model_card import base_licence, model_card, public_config
@@ -97,7 +104,7 @@ def _merge_into_file(
     hashes = backbone.denoiser_hashes()
     record = _record(backbone, adapters, changes, hashes, None)
     scopes = [adapter.config.get("scope", "") for adapter in adapters]
-    metadata = modelspec(backbone, layout, config.output.stem, record["concept"], lora=False)
+    metadata = modelspec(backbone, layout, config.output.stem, record["concept"], lora=False) if layout else {}
     metadata |= own_metadata(record["concept"], scopes, record["base"], [adapter.config_sha256 for adapter in adapters])
     licence = base_licence(backbone.path).get("license")
     with new_file(config.output, _private(backbone)) as draft:
@@ -226,7 +233,11 @@ def main() -> None:
             f"verified layer by layer: the adapter changes outputs by up to {found['adapter_changes']:.2%}, merged and "
             f"base + adapter differ by at most {found['largest_difference']:.2%} (rounding allows {found['bound']:.2%})"
         )
-    print(f"{config.output} is a plain {'checkpoint file' if config.single_file else 'diffusers pipeline'}")
+    kind = "diffusers pipeline"
+    if config.single_file:
+        alone = record["base"]["class"] in ONE_TRANSFORMER
+        kind = 'transformer file, for ComfyUI\'s "Load Diffusion Model"' if alone else "checkpoint file"
+    print(f"{config.output} is a plain {kind}")
 
 
 if __name__ == "__main__":

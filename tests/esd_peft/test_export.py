@@ -11,15 +11,16 @@ from huggingface_hub import constants
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters import make_student
-from esd_peft.backbones import open_backbone
+from esd_peft.backbones import flux, open_backbone
 from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.export import KOHYA_FILE, write_checkpoint, write_kohya_lora
 from esd_peft.ldm_names import clip_sources, unet_name, vae_name
+from esd_peft.weights import NAME
 from families import save_family
 from pipelines import small_stable_diffusion
 
@@ -160,6 +161,82 @@ def test_a_checkpoint_trains_and_merges_like_its_directory(small_sd, tmp_path, m
     assert json.loads(said["esd_peft.concept"]) == ["circle"] and json.loads(said["esd_peft.scope"]) == ["esd-x-strict"]
     with pytest.raises(UserError, match=r"merged.safetensors is already there"):
         merge_adapter(MergeConfig(adapter=adapters[1], output=tmp_path / "merged.safetensors"))
+
+
+EDM = {"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "markers"),
+    [
+        ({}, set()),
+        ({"prediction_type": "v_prediction"}, {"v_pred"}),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
+        (EDM | {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"},
+         {"edm_vpred.sigma_max", "edm_vpred.sigma_min"}),
+        (EDM | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"}, {"edm_mean", "edm_std"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_of_sdxl_says_what_it_predicts(sdxl, tmp_path, scheduler, markers):
+    """By the tensors that ComfyUI's SDXL.model_type looks for: their names, and the two sigmas' values."""
+    model = shutil.copytree(sdxl, tmp_path / "sdxl")
+    for file, values in (("scheduler/scheduler_config.json", scheduler), ("vae/config.json", {"latents_mean": [1.0] * 4,
+                         "latents_std": [2.0] * 4})):  # fmt: skip
+        (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | values))
+    index = json.loads((model / "model_index.json").read_text())
+    if "_class_name" in scheduler:
+        (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler["_class_name"]]}))
+    write_checkpoint(tmp_path / "xl.safetensors", open_backbone(str(model)), lambda name, weight: weight, {})
+    found = load_file(tmp_path / "xl.safetensors")
+    assert {name for name in found if "." not in name or name.startswith("edm")} == markers
+    if "edm_vpred.sigma_max" in markers:
+        assert (found["edm_vpred.sigma_max"].item(), found["edm_vpred.sigma_min"].item()) == (120.0, pytest.approx(0.002))
+    pipe = StableDiffusionXLPipeline.from_single_file(tmp_path / "xl.safetensors", config=str(model))
+    expected = UNet2DConditionModel.from_pretrained(model / "unet").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_pipeline_with_tokens_of_its_own_has_no_file(small_sd, tmp_path):
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    tokens = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokens.add_tokens(["<my-style>"])
+    tokens.save_pretrained(model / "tokenizer")
+    text = CLIPTextModel.from_pretrained(model / "text_encoder")
+    text.resize_token_embeddings(len(tokens))
+    text.save_pretrained(model / "text_encoder")
+    erase(EraseConfig(concept="<my-style>", model=str(model), output=tmp_path / "a", **QUICK))
+    with pytest.raises(
+        UserError, match=r"one.safetensors: the tokenizer has tokens of its own, <my-style>.* name a directory"
+    ):
+        merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "one.safetensors"))
+    merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("family", ["flux dev", "sd3", "pixart"])
+def test_a_transformer_in_shards_merges_into_one_file(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
+    model = save_family(family, tmp_path / "model")
+    whole = load_file(model / "transformer" / NAME)
+    transformer = open_backbone(str(model)).load_denoiser(torch.float32)
+    shutil.rmtree(model / "transformer")
+    transformer.save_pretrained(model / "transformer", max_shard_size="40KB")
+    assert len([*model.glob("transformer/*.safetensors")]) > 2
+    erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "a", **QUICK))
+    merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "merged"))
+    record = merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "one.safetensors"))
+    assert record["verification"]["adapter_changes"] > 1e-4
+    found = load_file(tmp_path / "one.safetensors")
+    expected = {n: v for file in (tmp_path / "merged").glob("transformer/*.safetensors") for n, v in load_file(file).items()}
+    assert found.keys() == expected.keys() == whole.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+    assert any(not torch.equal(found[n], whole[n]) for n in found)
+    assert json.loads(metadata_of(tmp_path / "one.safetensors")["esd_peft.concept"]) == ["circle"]
+
+
+def test_no_tool_reads_sana_from_one_file(tmp_path):
+    model = save_family("sana", tmp_path / "model")
+    with pytest.raises(UserError, match="a SanaPipeline has no single-file checkpoint here"):
+        write_checkpoint(tmp_path / "x", open_backbone(str(model)), lambda name, weight: weight, {})
 
 
 @pytest.mark.parametrize("options", [{"scope": "full"}, {"scope": "esd-x", "alpha": 7.0}], ids=str)
