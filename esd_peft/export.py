@@ -28,6 +28,7 @@ from esd_peft.weights import NewTensor, TensorFile, as_bytes, find_weights, open
 KOHYA_FILE = "kohya_lora.safetensors"
 # whose transformer ComfyUI's "Load Diffusion Model" reads from one file, under diffusers' names
 ONE_TRANSFORMER = ("FluxPipeline", "StableDiffusion3Pipeline", "PixArtSigmaPipeline")
+_OUTER = {"conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding"}  # no module that kohya adapts
 Merge = Callable[[str, Tensor], Tensor]  # a weight's name and the weight, as stored → as it is to be written
 
 
@@ -111,6 +112,19 @@ def write_kohya_lora(adapter: Path, backbone: Backbone, config: EraseConfig, met
         **modelspec(backbone, layout, config.output.name, config.concept_names, lora=True),
     }
     write_tensors(adapter / KOHYA_FILE, [_new(name, value) for name, value in tensors.items()], described | metadata)
+
+
+def limits(backbone: Backbone, layers: list[str]) -> list[str]:
+    """What other tools do not make of a LoRA on `layers`, a sentence each; as they behave today (docs/formats.md)."""
+    said = []
+    if layout_of(backbone):
+        if outer := sorted({name.split(".")[0] for name in layers} & _OUTER):
+            said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
+        if not any("attn2.to_k" in name or "attn2.to_v" in name for name in layers):
+            said.append(f"{KOHYA_FILE}: Invoke knows a LoRA's base by cross-attention, which is not in it; merge for Invoke")
+    elif backbone.pipeline_class.__name__ == "FluxPipeline" and not any("transformer_blocks" in name for name in layers):
+        said.append("pytorch_lora_weights.safetensors: Invoke knows a FLUX LoRA by its blocks, and none is in it; merge")
+    return said
 
 
 def check_single_file(backbone: Backbone, output: Path) -> Layout | None:

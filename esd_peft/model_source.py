@@ -105,20 +105,23 @@ def check_classes(index: dict[str, Any], option: str) -> None:
             raise UserError(f"{option}: its {part} is no class of diffusers or transformers; restore {INDEX}")
 
 
+def inside_model(path: Path, file: Path) -> bool:
+    """Whether `file` lies in the directory `path`, wherever links lead; a snapshot's link to the blobs of its repository."""
+    root = path.resolve()
+    return file.resolve().is_relative_to(root.parents[1] if is_snapshot(root) else root)
+
+
 def check_links(path: Path, index: dict[str, Any], option: str) -> None:
     """Raise `UserError` for a part or a file that lies outside the directory: it would be copied into what is published.
 
     A snapshot in the hub's cache links to the `blobs` of its own repository.
     """
-    root = path.resolve()
-    if is_snapshot(root):
-        root = root.parents[1]
     parts = [name for name, value in index.items() if isinstance(value, list)]
     if strange := [part for part in parts if Path(part).name != part]:
         raise UserError(f"{option} {path}: {INDEX} names the part {strange[0]}, outside the directory; restore it")
     for part in parts:
         for file in [path / part, *(path / part).rglob("*")]:
-            if not file.resolve().is_relative_to(root):
+            if not inside_model(path, file):
                 raise UserError(f"{option} {path}: {file.relative_to(path)} links out of the directory; put the file there")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from esd_peft.backbones import Backbone
 from esd_peft.errors import UserError
-from esd_peft.model_source import INDEX, is_snapshot
+from esd_peft.model_source import INDEX, inside_model
 from esd_peft.text_files import UnreadableError, read_json
 from esd_peft.weights import PICKLES, StoredWeights, copy_with_sha256, find_weights
 
@@ -58,9 +58,7 @@ def copy_pipeline(backbone: Backbone, target: Path) -> Iterator[tuple[str, str, 
 
 def _copy(backbone: Backbone, file: Path, copy: Path) -> str:
     """Copy a file that belongs to the model; its hash."""
-    root = backbone.path.resolve()
-    root = root.parents[1] if is_snapshot(root) else root  # which links to the blobs of its repository
-    if not file.resolve().is_relative_to(root) or not file.is_file():
+    if not inside_model(backbone.path, file) or not file.is_file():
         raise UserError(f"{backbone.option} {backbone.path}: {file.name} is no file of that directory; put it there")
     if file.suffix == ".json":
         try:

@@ -338,6 +338,22 @@ def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_p
     assert said[f"{backbone.denoiser_part}.lora_alpha"] == said[f"{backbone.denoiser_part}.r"] == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, []),
+        ({"scope": "full"}, ["kohya's tools and stable-diffusion.cpp skip conv_in, conv_out, time_embedding"]),
+        ({"scope": "selfattn"}, ["Invoke knows a LoRA's base by cross-attention"]),
+        ({"scope": "esd-u"}, ["skip conv_in, conv_out, time_embedding", "Invoke knows"]),
+    ],
+    ids=str,
+)
+def test_what_other_tools_leave_out_is_said(small_sd, tmp_path, capsys, options, says):
+    erase(EraseConfig(concept="circle", model=str(small_sd), output=tmp_path / "a", **(QUICK | options)))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(says) and all(word in note for word, note in zip(says, notes, strict=True))
+
+
 def test_no_file_to_be_passed_on_says_where_the_base_lay(small_sd, tmp_path):
     model = shutil.copytree(small_sd, tmp_path / "private place")
     erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "a", **QUICK))
