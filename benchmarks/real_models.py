@@ -21,9 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from esd_peft.shapes.train import make_scheduler, make_tokenizer
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+OPEN_CLIP = {"hidden_act": "gelu"}  # by which the checkpoint's layout is known
+CLIP_H = OPEN_CLIP | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP_G = OPEN_CLIP | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 UNETS: dict[str, dict[str, Any]] = {
     "SD 1.5": {"sample_size": 64, "cross_attention_dim": 768},
     "SD 2.1": {
@@ -57,7 +58,7 @@ def _tokenizer():  # type: ignore[no-untyped-def]
     return tokenizer
 
 
-def _clip(sizes: dict[str, int], projects: bool = False) -> nn.Module:
+def _clip(sizes: dict[str, Any], projects: bool = False) -> nn.Module:
     config = CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, projection_dim=sizes["hidden_size"], **sizes)
     return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
 

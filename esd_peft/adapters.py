@@ -112,8 +112,9 @@ class _AdapterStudent(Student):
         with torch.random.fork_rng(devices=[]):  # peft draws the initial weights from the global generator
             torch.manual_seed(seed_for(config.seed, "adapter"))
             self.peft = peft.get_peft_model(denoiser, made)
-        self.peft.peft_config["default"].base_model_name_or_path = config.model
         compute_in_inputs_dtype(denoiser)
+        # where the base lies here is nobody's business: `base.json` has it
+        self.peft.peft_config["default"].base_model_name_or_path = None
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self._projected = [
             (parameter, projections[kind])
@@ -142,14 +143,22 @@ class _AdapterStudent(Student):
         return self.peft.disable_adapter()
 
     def save(self, directory: Path) -> None:
-        """PEFT's own files; for LoRA also the one file that diffusers' `load_lora_weights` reads."""
+        """PEFT's own files; for LoRA also the one file that diffusers' `load_lora_weights` reads.
+
+        That file acts as trained at strength 1 in whatever reads it: α/r is in its weights, because ComfyUI, Invoke and
+        diffusers before 0.35 know nothing of the metadata in which α would be.
+        """
         self.peft.save_pretrained(directory, save_embedding_layers=False)
-        (directory / "README.md").unlink(missing_ok=True)  # peft's card, empty but for a local path
+        (directory / "README.md").unlink(missing_ok=True)  # peft's card, which is empty
         config = self.peft.peft_config["default"]
         if config.peft_type == peft.PeftType.LORA:
             layers = peft.get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-            layers = {name.removeprefix("base_model.model."): value.cpu() for name, value in layers.items()}
-            self.backbone.save_lora(directory, layers, config.to_dict())
+            scale = config.lora_alpha / config.r
+            layers = {
+                name.removeprefix("base_model.model."): value.cpu() * (scale if "lora_B" in name else 1)
+                for name, value in layers.items()
+            }
+            self.backbone.save_lora(directory, layers, config.to_dict() | {"lora_alpha": config.r})
 
 
 def compute_in_inputs_dtype(denoiser: ModelMixin) -> None:

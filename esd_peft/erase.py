@@ -29,7 +29,7 @@ from esd_peft.evaluation.config import WITHIN, EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
 from esd_peft.evaluation.rates import Shares
 from esd_peft.evaluation.table import result_table
-from esd_peft.export import own_metadata, write_kohya_lora
+from esd_peft.export import limits, own_metadata, write_kohya_lora
 from esd_peft.jobs import hold, only_job
 from esd_peft.model_source import commit_of
 from esd_peft.objectives import GuidedTarget, Objective
@@ -274,9 +274,12 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hash
         for file in draft.glob("*.safetensors"):
             add_metadata(file, metadata)
         write_kohya_lora(draft, backbone, config, metadata)
-        base["files"] = {file.name: sha256(file) for file in sorted(draft.glob("*.safetensors"))}
         (draft / "config.yaml").write_text(text, encoding="utf-8")
+        base["files"] = {file.name: sha256(file) for file in sorted(draft.iterdir()) if file.is_file()}
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+    if config.adapter == "lora":
+        for note in limits(backbone, scope_modules(backbone, student.denoiser, config.learning_scope)):
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _given_texts(config: EraseConfig, plan: PromptPlan) -> dict[str, list[str]]:

@@ -1,13 +1,13 @@
 """Files that other tools read: a kohya/ComfyUI LoRA beside the adapter, and a merged single-file checkpoint.
 
 Both exist for Stable Diffusion 1.x, 2.x and XL, whose tools have names of their own. For the transformer families
-ComfyUI reads diffusers' names, so `pytorch_lora_weights.safetensors` is the file. LoHa, LoKr and `--adapter none` have
-no file here: merge them.
+ComfyUI reads diffusers' names, so `pytorch_lora_weights.safetensors` is the file, and of a merged model the transformer in
+one file. LoHa, LoKr and `--adapter none` have no file here: merge them.
 """
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from esd_peft.ldm_names import clip_sources, unet_name, vae_name
 from esd_peft.weights import NewTensor, TensorFile, as_bytes, find_weights, open_tensors, read_tensors, write_tensors
 
 KOHYA_FILE = "kohya_lora.safetensors"
+# whose transformer ComfyUI's "Load Diffusion Model" reads from one file, under diffusers' names
+ONE_TRANSFORMER = ("FluxPipeline", "StableDiffusion3Pipeline", "PixArtSigmaPipeline")
+_OUTER = {"conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding"}  # no module that kohya adapts
 Merge = Callable[[str, Tensor], Tensor]  # a weight's name and the weight, as stored → as it is to be written
 
 
@@ -108,37 +111,106 @@ def write_kohya_lora(adapter: Path, backbone: Backbone, config: EraseConfig, met
         "ss_training_comment": f"erases {', '.join(config.concept_names)} (scope {config.learning_scope})",
         **modelspec(backbone, layout, config.output.name, config.concept_names, lora=True),
     }
-    new = [
-        NewTensor(n, "F32", [*t.shape], t.numel() * 4, functools.partial(as_bytes, t.float().contiguous()))
-        for n, t in tensors.items()
-    ]
-    write_tensors(adapter / KOHYA_FILE, new, described | metadata)
+    write_tensors(adapter / KOHYA_FILE, [_new(name, value) for name, value in tensors.items()], described | metadata)
 
 
-def check_single_file(backbone: Backbone, output: Path) -> Layout:
-    """Raise `UserError` now if the family has no single-file checkpoint that this module writes."""
+def limits(backbone: Backbone, layers: list[str]) -> list[str]:
+    """What other tools do not make of a LoRA on `layers`, a sentence each; as they behave today (docs/formats.md)."""
+    said = []
+    if layout_of(backbone):
+        if outer := sorted({name.split(".")[0] for name in layers} & _OUTER):
+            said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
+        if not any("attn2.to_k" in name or "attn2.to_v" in name for name in layers):
+            said.append(f"{KOHYA_FILE}: Invoke knows a LoRA's base by cross-attention, which is not in it; merge for Invoke")
+    elif backbone.pipeline_class.__name__ == "FluxPipeline" and not any("transformer_blocks" in name for name in layers):
+        said.append("pytorch_lora_weights.safetensors: Invoke knows a FLUX LoRA by its blocks, and none is in it; merge")
+    return said
+
+
+def check_single_file(backbone: Backbone, output: Path) -> Layout | None:
+    """The layout of the family's checkpoints; none for a family whose file is the denoiser's alone.
+
+    Raises `UserError` now if no tool would read the file, or if the prompts that it was made for could not be said with it.
+    """
     layout = layout_of(backbone)
-    if layout is None:
-        name = backbone.pipeline_class.__name__
+    name = backbone.pipeline_class.__name__
+    if layout is None and name not in ONE_TRANSFORMER:
         raise UserError(f"--output {output}: a {name} has no single-file checkpoint here; name a directory")
+    for part in [part for part in backbone.text_parts if "tokenizer" in part and backbone.has(part)] if layout else []:
+        tokenizer = backbone.load_part(part).backend_tokenizer
+        if added := sorted(tokenizer.get_vocab().keys() - tokenizer.get_vocab(with_added_tokens=False).keys()):
+            raise UserError(
+                f"--output {output}: the {part} has tokens of its own, {', '.join(added[:3])}, and a checkpoint file has no "
+                "tokenizer; name a directory"
+            )
     return layout
 
 
 def write_checkpoint(path: Path, backbone: Backbone, merge: Merge, metadata: dict[str, str]) -> None:
-    """Write the pipeline as one file, a tensor at a time; the denoiser's weights go through `merge`."""
+    """Write the pipeline as one file, a tensor at a time; the denoiser's weights go through `merge`.
+
+    Of a family without checkpoints it is the transformer under diffusers' names.
+    """
     layout = check_single_file(backbone, path)
+    if layout is None:
+        tensors = [*_renamed(backbone, backbone.denoiser_part, "", _one_each(lambda name, config: name), merge)]
+        return write_tensors(path, tensors, metadata)
     tensors = [
         *_renamed(backbone, backbone.denoiser_part, "model.diffusion_model.", _one_each(unet_name), merge),
         *_renamed(backbone, "vae", "first_stage_model.", _one_each(vae_name)),
+        *_markers(backbone),
     ]
     for part, prefix in layout.text_encoders.items():
         tensors += _renamed(backbone, part, prefix, clip_sources)
     write_tensors(path, tensors, metadata)
 
 
-def read_checkpoint_denoiser(path: Path, backbone: Backbone) -> dict[str, Tensor]:
+def _markers(backbone: Backbone) -> list[NewTensor]:
+    """Tensors by which ComfyUI, Forge and others know a parameterisation that is not ε: in SDXL they see it nowhere else."""
+    scheduler = backbone.load_part("scheduler").config
+    learns_v = scheduler.get("prediction_type") == "v_prediction"
+    found: dict[str, Tensor] = {}
+    if "sigma_data" in scheduler:  # EDM's schedulers
+        vae = backbone.load_config("vae")
+        if learns_v:
+            found = {f"edm_vpred.{end}": torch.tensor(scheduler[end]) for end in ("sigma_max", "sigma_min")}
+        elif vae.get("latents_mean") and vae.get("latents_std"):
+            found = {f"edm_{end}": torch.tensor(vae[f"latents_{end}"]).view(1, -1, 1, 1) for end in ("mean", "std")}
+    elif learns_v:
+        found = {"v_pred": torch.tensor([])} | (
+            {"ztsnr": torch.tensor([])} if scheduler.get("rescale_betas_zero_snr") else {}
+        )
+    return [_new(name, value) for name, value in found.items()]
+
+
+def _new(name: str, value: Tensor) -> NewTensor:
+    """As it is, in fp32."""
+    value = value.float().contiguous()
+    return NewTensor(name, "F32", [*value.shape], value.numel() * 4, functools.partial(as_bytes, value))
+
+
+def read_checkpoint_denoiser(path: Path, backbone: Backbone) -> Mapping[str, Tensor]:
     """The denoiser's weights in a checkpoint under diffusers' names, by diffusers' own converter, mapped from the disk."""
+    if layout_of(backbone) is None:
+        return _Mapped(open_tensors(path))
     return convert_ldm_unet_checkpoint(load_file(path), backbone.load_config(backbone.denoiser_part))
+
+
+class _Mapped(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for."""
+
+    def __init__(self, tensors: TensorFile) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self.tensors.path.open("rb") as file:
+            return self.tensors.read(file, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors.entries)
+
+    def __len__(self) -> int:
+        return len(self.tensors.entries)
 
 
 def _one_each(rename: Callable[[str, dict[str, Any]], str]) -> Callable[..., dict[str, list[str]]]:

@@ -1,7 +1,6 @@
 """python -m esd_peft.merge_adapter: base weights + adapter → a plain pipeline without the concept."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,31 @@ from torch import Tensor
 
 from esd_peft import __version__
 from esd_peft.backbones import Backbone, open_backbone
+from esd_peft.changes import Change
 from esd_peft.command_line import parse
 from esd_peft.config import EraseConfig, ModelOptions
 from esd_peft.errors import UserError, run_command
-from esd_peft.export import check_single_file, modelspec, own_metadata, read_checkpoint_denoiser, write_checkpoint
+from esd_peft.export import (
+    ONE_TRANSFORMER,
+    check_single_file,
+    modelspec,
+    own_metadata,
+    read_checkpoint_denoiser,
+    write_checkpoint,
+)
 from esd_peft.jobs import hold, only_job
 from esd_peft.merge_config import MergeConfig
 from esd_peft.model_card import base_licence, model_card, public_config
 from esd_peft.model_source import is_snapshot
 from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
-from esd_peft.saved_adapters import Adapter, Change, read_adapter
+from esd_peft.pipeline_files import copy_pipeline
+from esd_peft.saved_adapters import Adapter, read_adapter
 from esd_peft.terminal import say
+from esd_peft.text_parts import write_for_every_version
 from esd_peft.verify import Verification
-from esd_peft.weights import check_finite, copy_with_sha256, find_weights, open_tensors
+from esd_peft.weights import check_finite, open_tensors
 
 RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
 Changes = dict[str, list[Change]]  # of each weight that changes
 
 
@@ -59,6 +67,7 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
         for file, digest, copy in copy_pipeline(backbone, draft):
             merge_in_place(copy, changes, verification)  # while the page cache still has it
             hashes[file] = digest
+        write_for_every_version(draft)
         record = _record(backbone, adapters, changes, hashes, verification)
         (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(model_card(record, backbone, adapters, config.output.name), encoding="utf-8")
@@ -96,7 +105,7 @@ def _merge_into_file(
     hashes = backbone.denoiser_hashes()
     record = _record(backbone, adapters, changes, hashes, None)
     scopes = [adapter.config.get("scope", "") for adapter in adapters]
-    metadata = modelspec(backbone, layout, config.output.stem, record["concept"], lora=False)
+    metadata = modelspec(backbone, layout, config.output.stem, record["concept"], lora=False) if layout else {}
     metadata |= own_metadata(record["concept"], scopes, record["base"], [adapter.config_sha256 for adapter in adapters])
     licence = base_licence(backbone.path).get("license")
     with new_file(config.output, _private(backbone)) as draft:
@@ -138,8 +147,8 @@ def _changes(backbone: Backbone, adapters: list[Adapter]) -> Changes:
     """What happens to which weight. Raises `UserError` if the adapters do not fit the base, or each other."""
     changes: Changes = {}
     for adapter in adapters:
-        for name, change in adapter.changes(backbone.empty_denoiser()).items():
-            if name in changes and not adapter.adds:
+        for name, change in adapter.fitting(backbone.empty_denoiser()).items():
+            if name in changes and not change.adds:
                 raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
             changes.setdefault(name, []).append(change)
     stored = {name for file in backbone.denoiser_files() for name in open_tensors(file).entries}
@@ -176,39 +185,6 @@ def erased_concepts(adapter: Adapter) -> list[str]:
     """The concepts that the adapter erases; none where another tool made it."""
     fields: dict[str, Any] = {key: adapter.config.get(key) for key in ("concept", "erase_from")}
     return EraseConfig(**fields).concept_names if fields["concept"] else []
-
-
-def copy_pipeline(backbone: Backbone, target: Path) -> Iterator[tuple[str, str, Path]]:
-    """Copy what `from_pretrained` reads, under its plain names.
-
-    Yields each file of the denoiser as soon as it is there: the base's name for it, the hash of the base's, the copy. Other
-    variants of the weights, and single-file checkpoints in the root, still hold the concept: they stay behind.
-    """
-    shutil.copyfile(backbone.path / "model_index.json", target / "model_index.json")
-    for licence in backbone.path.glob("LICENSE*"):
-        shutil.copyfile(licence, target / licence.name)
-    folders = [name for name, part in backbone.index.items() if isinstance(part, list) and part[0] is not None]
-    for name in folders:
-        source, copy = backbone.path / name, target / name
-        if not any(source.glob("*.safetensors")):  # a tokenizer or scheduler; a safety checker may hold what it likes
-            if source.is_dir():
-                shutil.copytree(source, copy, copy_function=shutil.copyfile)
-            continue
-        shutil.copytree(source, copy, copy_function=shutil.copyfile, ignore=_weights_in)
-        weights = find_weights(source, backbone.variant)
-        for file in weights.files:
-            digest = copy_with_sha256(file, copy / weights.plain_name(file))
-            if name == backbone.denoiser_part:
-                yield file.name, digest, copy / weights.plain_name(file)
-        if weights.index:
-            shards = json.loads(weights.index.read_text(encoding="utf-8"))
-            shards["weight_map"] = {key: weights.plain_name(Path(file)) for key, file in shards["weight_map"].items()}
-            text = json.dumps(shards, indent=2) + "\n"
-            (copy / weights.plain_name(weights.index)).write_text(text, encoding="utf-8")
-
-
-def _weights_in(_folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.endswith(WEIGHTS) or ".index." in name]
 
 
 @torch.no_grad()
@@ -258,7 +234,11 @@ def main() -> None:
             f"verified layer by layer: the adapter changes outputs by up to {found['adapter_changes']:.2%}, merged and "
             f"base + adapter differ by at most {found['largest_difference']:.2%} (rounding allows {found['bound']:.2%})"
         )
-    say(f"{config.output} is a plain {'checkpoint file' if config.single_file else 'diffusers pipeline'}")
+    kind = "diffusers pipeline"
+    if config.single_file:
+        alone = record["base"]["class"] in ONE_TRANSFORMER
+        kind = 'transformer file, for ComfyUI\'s "Load Diffusion Model"' if alone else "checkpoint file"
+    say(f"{config.output} is a plain {kind}")
 
 
 if __name__ == "__main__":

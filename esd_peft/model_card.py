@@ -1,5 +1,6 @@
 """The README.md of a merged model: licence passed on, what was erased, from what, how, and what evaluation said."""
 
+import contextlib
 import re
 from os.path import exists
 from pathlib import Path
@@ -7,13 +8,16 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 from esd_peft.backbones import Backbone
+from esd_peft.model_source import inside_model
 from esd_peft.saved_adapters import Adapter
+from esd_peft.text_files import UnreadableError, parse_yaml
 
 TAGS = ["text-to-image", "diffusers", "concept-erasure", "esd"]
 _LOCAL = ("output", "overwrite", "preserve_file", "reference", "checkpoint_config", "device", "report_to")
+_HEADER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_LARGEST_HEADER = 2**18  # bytes
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
@@ -60,12 +64,18 @@ def model_card(record: dict[str, Any], backbone: Backbone, adapters: list[Adapte
 
 
 def base_licence(path: Path) -> dict[str, Any]:
-    """`license`, `license_name` and `license_link` of the base's card, as far as it has one."""
-    try:
-        known = metadata_load(path / "README.md") or {}
-    except (OSError, ValueError, yaml.YAMLError):  # no card, or not one that can be read
-        known = {}
-    return {key: known[key] for key in ("license", "license_name", "license_link") if isinstance(known.get(key), str)}
+    """`license`, `license_name` and `license_link` of the base's card, as far as it has one that can be read."""
+    card, known = path / "README.md", None
+    if card.is_file() and inside_model(path, card):
+        with card.open("rb") as file:
+            header = _HEADER.match(file.read(_LARGEST_HEADER).decode("utf-8-sig", "replace"))
+        with contextlib.suppress(UnreadableError):
+            known = parse_yaml(header[1]) if header else None
+    known = known if isinstance(known, dict) else {}
+    found = {key: known.get(key) for key in ("license", "license_name", "license_link")}
+    return {
+        key: value for key, value in found.items() if isinstance(value, str) and value.isprintable() and len(value) < 500
+    }
 
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.outputs import new_directory
 from esd_peft.text_files import UnreadableError, read_json
+from esd_peft.text_parts import write_for_every_version
 from esd_peft.weights import sha256
 
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
@@ -104,20 +105,23 @@ def check_classes(index: dict[str, Any], option: str) -> None:
             raise UserError(f"{option}: its {part} is no class of diffusers or transformers; restore {INDEX}")
 
 
+def inside_model(path: Path, file: Path) -> bool:
+    """Whether `file` lies in the directory `path`, wherever links lead; a snapshot's link to the blobs of its repository."""
+    root = path.resolve()
+    return file.resolve().is_relative_to(root.parents[1] if is_snapshot(root) else root)
+
+
 def check_links(path: Path, index: dict[str, Any], option: str) -> None:
     """Raise `UserError` for a part or a file that lies outside the directory: it would be copied into what is published.
 
     A snapshot in the hub's cache links to the `blobs` of its own repository.
     """
-    root = path.resolve()
-    if is_snapshot(root):
-        root = root.parents[1]
     parts = [name for name, value in index.items() if isinstance(value, list)]
     if strange := [part for part in parts if Path(part).name != part]:
         raise UserError(f"{option} {path}: {INDEX} names the part {strange[0]}, outside the directory; restore it")
     for part in parts:
         for file in [path / part, *(path / part).rglob("*")]:
-            if not file.resolve().is_relative_to(root):
+            if not inside_model(path, file):
                 raise UserError(f"{option} {path}: {file.relative_to(path)} links out of the directory; put the file there")
 
 
@@ -298,4 +302,5 @@ def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: 
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(f"{option} {sources[0]} does not fit its configs ({reason})") from None
             pipeline.save_pretrained(draft)
+            write_for_every_version(draft)
     return target

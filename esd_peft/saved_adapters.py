@@ -1,9 +1,8 @@
 """Adapter directories, read back to be merged: how each changes the base weights."""
 
-import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,13 +10,15 @@ from typing import Any, ClassVar
 import peft
 import torch
 from diffusers import ModelMixin
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.adapters import WEIGHTS_FILE
+from esd_peft.changes import Change, Replacement
 from esd_peft.errors import UserError
+from esd_peft.peft_config import Patterns, fits_base_only, for_layers, read_peft_config
+from esd_peft.peft_layers import MERGES_BIAS, LayerBias, LayerWeight, PeftFiles
 from esd_peft.text_files import UnreadableError, read_json, read_yaml
 from esd_peft.weights import TensorFile, open_tensors, read_tensors, sha256
 
@@ -55,37 +56,15 @@ class _ResultFile(TypedDict, total=False):
     others: dict[str, _RateSaid]
 
 
-class Adapted(ABC):
-    """One base weight with an adapter on it."""
-
-    @abstractmethod
-    def effect(self, inputs: Tensor) -> Tensor:
-        """What the adapter adds to the layer's output for `inputs`, fp32; without a layer: to the weight."""
-
-    @abstractmethod
-    def merge(self) -> Tensor:
-        """The merged weight, fp32. There is no adapter afterwards."""
-
-
-class Change(ABC):
-    """What an adapter does to one base weight."""
-
-    layer: nn.Module | None  # that the weight belongs to, of the base's sizes; none: the weight is looked at by itself
-
-    @abstractmethod
-    def on(self, weight: Tensor) -> Adapted:
-        """The adapter on that weight, which stays as it is."""
-
-
 class Adapter(ABC):
     """A saved adapter directory; `base` and `config` are empty where another tool made it."""
 
-    adds: ClassVar[bool]  # to whatever weight is there; otherwise it replaces the weight
+    adds: ClassVar[bool]  # to whatever weight is there, a quantized one too; otherwise it replaces the weight
 
     def __init__(self, path: Path, scale: float = 1.0) -> None:
         self.path, self.scale = path, scale
         self.base = _read_map(path / "base.json", read_json, _BaseFile)
-        self.config = _read_map(path / "config.yaml", read_yaml, _ConfigFile)
+        self.config = _read_map(self._as_saved("config.yaml"), read_yaml, _ConfigFile)
         self.result = _read_map(path / "result.json", read_json, _ResultFile)
 
     def _as_saved(self, name: str) -> Path:
@@ -107,9 +86,22 @@ class Adapter(ABC):
         Raises `UserError` if the adapter does not fit.
         """
 
-    @abstractmethod
+    def fitting(self, denoiser: ModelMixin) -> dict[str, Change]:
+        """`changes`, after one of them was tried: before any work. Raises `UserError` if the adapter does not fit."""
+        changes = self.changes(denoiser)
+        for name, change in [*changes.items()][:1]:
+            change.on(torch.zeros(denoiser.get_parameter(name).shape))
+        return changes
+
+    @torch.no_grad()
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
-        """The adapter on top of a loaded fp32 `denoiser`; an adapter that is there already is merged by PEFT first."""
+        """The loaded `denoiser` with the adapter merged into its weights, in place, each rounded once; quantized layers get
+        it on top. Raises `UserError` as `changes` does.
+        """
+        weights = dict(denoiser.named_parameters())
+        for name, change in self.changes(denoiser).items():
+            weights[name].copy_(change.on(weights[name].detach()).merge())
+        return denoiser
 
 
 def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
@@ -131,75 +123,49 @@ class _SavedPeft(Adapter):
 
     def __init__(self, path: Path, scale: float = 1.0) -> None:
         super().__init__(path, scale)
-        try:
-            read_json(path / peft.utils.CONFIG_NAME)
-            self.peft = peft.PeftConfig.from_pretrained(path)
-        except Exception as error:  # what PEFT raises for values it does not expect is of many kinds
-            raise UserError(f"--adapter {path}: {peft.utils.CONFIG_NAME} is damaged ({error}); restore it") from None
-        if self.peft.is_prompt_learning or getattr(self.peft, "megatron_config", None):  # would load a tokenizer, or code
-            raise UserError(f"--adapter {path} does not change weights alone, as LoRA does; name one that does")
-        self.tensors = read_tensors(self._as_saved(peft.utils.SAFETENSORS_WEIGHTS_NAME))
+        config = read_peft_config(self._as_saved(peft.utils.CONFIG_NAME).parent)
+        self.files = PeftFiles(path, config, Patterns(path), scale)
+        tensors = read_tensors(self._as_saved(peft.utils.SAFETENSORS_WEIGHTS_NAME))
+        # what was stored in half precision computes in single: the file's rounding is all there is
+        self.tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
     def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
-        modules = dict(denoiser.named_modules())
+        """By layers; tensors named as the base's own (trained biases, `modules_to_save`) take their place."""
+        modules, weights = dict(denoiser.named_modules()), dict(denoiser.named_parameters())
+        found: dict[str, Change] = {}
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in self.tensors.items():
             name = key.removeprefix(_PEFT_PREFIX)
+            own = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if own in weights:
+                if weights[own].shape != value.shape:
+                    raise UserError(f"--adapter {self.path} does not fit the base at {own}")
+                found[own] = Replacement(functools.partial(self.tensors.__getitem__, key), self.scale)
+                continue
             while name and not isinstance(modules.get(name), nn.Linear | nn.Conv2d):
                 name = name.rpartition(".")[0]
             if not name:
-                raise UserError(f"--adapter {self.path} does not fit the base, which has no layer for {key}")
+                raise UserError(
+                    f"--adapter {self.path} does not fit the base, which has no layer for {key}, or is a {self.files.kind} "
+                    "whose layers share weights, which is not merged here; merge it with peft"
+                )
             groups.setdefault(name, {})[key] = value
-        return {f"{name}.weight": _LayerChange(self, name, modules[name], tensors) for name, tensors in groups.items()}
+        adds = not fits_base_only(self.files.config)
+        for name, tensors in groups.items():
+            layer = modules[name]
+            biased = layer.bias is not None and f"{name}.bias" not in found
+            biased = biased and (self.files.kind in MERGES_BIAS or any(key.endswith("bias") for key in tensors))
+            weight = LayerWeight(self.files, name, layer, tensors, biased, adds)
+            found |= {f"{name}.weight": weight} | ({f"{name}.bias": LayerBias(weight)} if biased else {})
+        return found
 
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
-        model = peft.PeftModel.from_pretrained(_plain(denoiser), self.path)
-        _scale(model, self.scale)
-        return model
-
-
-@dataclass(frozen=True)
-class _LayerChange(Change):
-    adapter: _SavedPeft
-    name: str
-    layer: nn.Module
-    tensors: dict[str, Tensor]
-
-    def on(self, weight: Tensor) -> Adapted:
-        """PEFT's layer around one of the base's kind with that weight, in fp32 and without a bias, which none changes."""
-        layer = copy.deepcopy(self.layer).to_empty(device="cpu").float()
-        layer.register_parameter("weight", nn.Parameter(weight.to(torch.float32, copy=True)))
-        layer.register_parameter("bias", None)
-        root = nn.Module()
-        parent = root
-        *path, last = self.name.split(".")
-        for part in path:  # the same name as in the model: the config's rules may depend on it
-            parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, layer)
-        config = copy.deepcopy(self.adapter.peft)
-        config.target_modules = [self.name]
-        config.base_model_name_or_path = None
-        try:
-            wrapped = peft.get_peft_model(root, config)
-            peft.set_peft_model_state_dict(wrapped, self.tensors)
-            _scale(wrapped, self.adapter.scale)
-            return _AdaptedLayer(root.get_submodule(self.name))
-        except Exception as error:  # as for its config
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--adapter {self.adapter.path} does not fit the base at {self.name} ({reason})") from None
-
-
-@dataclass(frozen=True)
-class _AdaptedLayer(Adapted):
-    layer: Any  # of PEFT
-
-    def effect(self, inputs: Tensor) -> Tensor:
-        return self.layer(inputs) - self.layer.base_layer(inputs)
-
-    def merge(self) -> Tensor:
-        self.layer.merge()
-        return self.layer.base_layer.weight.detach()
+        if all(weight.is_floating_point() for weight in denoiser.parameters()):
+            return super().apply(denoiser)
+        names = [name.removesuffix(".weight") for name, change in self.changes(denoiser).items() if change.layer]
+        with self.files.at("its quantized layers"):
+            config = for_layers(self.files.config, names, self.files.patterns)
+            return peft.PeftModel.from_pretrained(denoiser, self.path, config=config)
 
 
 class _SavedWeights(Adapter):
@@ -213,51 +179,12 @@ class _SavedWeights(Adapter):
         for name, entry in saved.entries.items():
             if shapes.get(name) != entry["shape"]:
                 raise UserError(f"--adapter {self.path} does not fit the base at {name}")
-
-        return {name: _WeightChange(self, name, saved) for name in saved.entries}
-
-    def apply(self, denoiser: ModelMixin) -> ModelMixin:
-        denoiser = _plain(denoiser)
-        weights = dict(denoiser.named_parameters())
-        with torch.no_grad():
-            for name, change in self.changes(denoiser).items():
-                weights[name].copy_(change.on(weights[name].data).merge())
-        return denoiser
+        return {name: Replacement(functools.partial(_read, saved, name), self.scale) for name in saved.entries}
 
 
-@dataclass(frozen=True)
-class _WeightChange(Change):
-    adapter: _SavedWeights
-    name: str
-    saved: TensorFile
-    layer: None = None
-
-    def on(self, weight: Tensor) -> Adapted:
-        with self.saved.path.open("rb") as file:
-            return _AdaptedWeight(weight.float(), self.saved.read(file, self.name).float(), self.adapter.scale)
-
-
-@dataclass(frozen=True)
-class _AdaptedWeight(Adapted):
-    weight: Tensor
-    learned: Tensor
-    scale: float
-
-    def effect(self, inputs: Tensor) -> Tensor:
-        return self.scale * (self.learned - self.weight)
-
-    def merge(self) -> Tensor:
-        return self.learned if self.scale == 1 else torch.lerp(self.weight, self.learned, self.scale)
-
-
-def _scale(model: nn.Module, scale: float) -> None:
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.scaling["default"] *= scale
-
-
-def _plain(denoiser: nn.Module) -> nn.Module:
-    return denoiser.merge_and_unload() if isinstance(denoiser, peft.PeftModel) else denoiser
+def _read(saved: TensorFile, name: str) -> Tensor:
+    with saved.path.open("rb") as file:
+        return saved.read(file, name)
 
 
 def _read_map(path: Path, read: Callable[[Path], Any], kind: type) -> dict[str, Any]:

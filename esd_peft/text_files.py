@@ -100,7 +100,11 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_yaml(path: Path | Traversable) -> Any:
     """The file's values. Raises `UnreadableError` for whatever is wrong with it."""
-    text = read_text(path, _LARGEST_YAML)
+    return parse_yaml(read_text(path, _LARGEST_YAML))
+
+
+def parse_yaml(text: str) -> Any:
+    """Values from YAML. Raises `UnreadableError`."""
     try:
         return yaml.load(text, _PlainLoader)
     except Exception as error:  # beside its own kinds, PyYAML lets pass what dates, numbers and booleans raise

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from esd_peft.changes import Change
 from esd_peft.errors import UserError
 from esd_peft.randomness import generator
-from esd_peft.saved_adapters import Change
 
 SAMPLES = 8  # random inputs for each layer
 

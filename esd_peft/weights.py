@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from esd_peft.text_files import UnreadableError, parse_json, read_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
 NAME = f"{STEMS[0]}.safetensors"
+PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 CHUNK = 2**18  # bytes; 1 MiB took nearly three times the processor time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -70,6 +72,8 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if name not in there:
             raise UserError(f"{folder} lacks the shard {name} that its index names; restore it")
+    if len({(folder / name).resolve() for name in names}) < len(names):
+        raise UserError(f"{index} names one file several times, through links; restore it")
     return [folder / name for name in names]
 
 
@@ -208,6 +212,22 @@ def add_metadata(path: Path, metadata: dict[str, str]) -> None:
         known = file.metadata() or {}
     data = path.read_bytes()[tensors.start :]
     path.write_bytes(_header({"__metadata__": {**known, **metadata}, **tensors.entries}) + data)
+
+
+def rename_tensors(path: Path, rename: Callable[[str], str]) -> None:
+    """Give the tensors of a safetensors file other names, as large as it may be; without any, the file stays as it is."""
+    tensors = open_tensors(path)
+    if all(rename(name) == name for name in tensors.entries):
+        return
+    with safe_open(path, framework="pt") as file:
+        known = file.metadata() or {}
+    renamed = path.with_name(f"{path.name}.renamed")
+    with path.open("rb") as old, renamed.open("wb") as new:
+        new.write(_header({"__metadata__": known, **{rename(name): entry for name, entry in tensors.entries.items()}}))
+        old.seek(tensors.start)
+        shutil.copyfileobj(old, new, 2**20)
+    shutil.copymode(path, renamed)
+    renamed.replace(path)
 
 
 def _header(values: dict[str, Any]) -> bytes:

@@ -1,5 +1,7 @@
 """The two models that an evaluation compares."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft.utils import CONFIG_NAME
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.backbones import EMBEDDED, Backbone, open_backbone
 from esd_peft.errors import UserError
@@ -34,7 +38,7 @@ class Model:
         return self.backbone.path == EMBEDDED
 
     def denoiser(self, device: torch.device, dtype: torch.dtype, quantize: str = "none") -> ModelMixin:
-        """The denoiser, loaded; an adapter on it stays in fp32 and casts by itself.
+        """The denoiser, loaded; an adapter is merged into it, or lies on quantized layers.
 
         Raises `UserError` for whole weights (`--adapter none`) on a quantized base.
         """
@@ -47,7 +51,8 @@ class Model:
         else:
             denoiser = load_quantized(self.backbone, quantize, dtype, device)
         if self.adapter is not None:
-            denoiser = self.adapter.apply(denoiser)
+            with _named_erased():
+                denoiser = self.adapter.apply(denoiser)
             if quantize == "nf4":
                 stay_packed(denoiser)
         return denoiser.to(device)
@@ -97,11 +102,14 @@ def open_models(config: EvaluateConfig) -> Comparison:
         before = open_backbone(base, "--base")
         _check_alike(before, erased.backbone)
     else:
-        adapter = _read_adapter(config.erased)
+        with _named_erased():
+            adapter = read_adapter(config.erased)
         base = config.base if config.base is not None else adapter.base.get("model")
         if base is None and not adapter.base:
             raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was trained on")
         before = open_backbone(base, "--base")
+        with _named_erased():
+            adapter.fitting(before.empty_denoiser())  # now, rather than after the base's pictures
         erased, notes = Model(before, adapter), _notes(before, adapter)
         concepts = erased_concepts(adapter)
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
@@ -115,9 +123,11 @@ def _check_alike(before: Backbone, after: Backbone) -> None:
         raise UserError(f"--base {before.path} and --erased {after.path} draw pictures of other kinds; name the same model")
 
 
-def _read_adapter(path: Path) -> Adapter:
+@contextlib.contextmanager
+def _named_erased() -> Iterator[None]:
+    """What is wrong with an adapter is said of the option that names it here."""
     try:
-        return read_adapter(path)
+        yield
     except UserError as error:
         raise UserError(str(error).replace("--adapter", "--erased", 1)) from None
 
@@ -130,17 +140,24 @@ def _notes(backbone: Backbone, adapter: Adapter) -> list[str]:
     return ["The adapter was trained on other weights than these."]
 
 
-def _trained_on(configs: list[dict[str, Any]]) -> str | None:
-    return configs[0].get("model") if configs else None
+class _RecordFile(TypedDict, total=False):
+    """What is read of `erased.json`, which may hold more."""
+
+    concept: list[str]
+    configs: list[dict[str, Any]]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = read_json(path)
-        if not isinstance(record, dict):
-            raise UnreadableError("it is no map")
-    except UnreadableError:
+        record: dict[str, Any] = read_json(path)
+        TypeAdapter(_RecordFile).validate_python(record, strict=True)
+    except (UnreadableError, ValidationError):
         raise UserError(f"--erased: {path} is damaged; restore it, or remove it and name --base and --concept") from None
     return record
+
+
+def _trained_on(configs: list[dict[str, Any]]) -> str | None:
+    model = configs[0].get("model") if configs else None
+    return model if isinstance(model, str) else None

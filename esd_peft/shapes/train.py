@@ -28,6 +28,7 @@ from esd_peft.outputs import settle, take_folder
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import Classifier
 from esd_peft.text_files import UnreadableError, read_json
+from esd_peft.text_parts import write_for_every_version
 
 CONTEXT = 16  # tokens a prompt
 STEPS = {"vae": 1500, "classifier": 2000, "denoiser": 10000}
@@ -228,6 +229,7 @@ def save_pipeline(
     )
     pipe.vae.register_to_config(_name_or_path="")  # where it lay while training is nobody's business
     pipe.to(torch.float16).save_pretrained(path)
+    write_for_every_version(path)
 
 
 def train(output: Path, stages: list[str], steps: dict[str, int], seed: int) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 import esd_peft
 from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
-from esd_peft.backbones import flux, open_backbone
+from esd_peft.backbones import EMBEDDED, flux, open_backbone
 from esd_peft.command_line import parse
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
@@ -50,6 +50,22 @@ def prompts_file(
 
 def times(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+
+
+@pytest.mark.parametrize(
+    "record", [{"concept": 3}, {"configs": {"a": 1}}, {"configs": [1]}, {"concept": [None]}, [1]], ids=str
+)
+def test_a_record_of_other_types_is_one_sentence(small_sd, tmp_path, record):
+    merged = shutil.copytree(small_sd, tmp_path / "merged")
+    (merged / "erased.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"--erased: .*erased.json is damaged"):
+        evaluate(EvaluateConfig(erased=merged, output=tmp_path / "out", **FAST))
+
+
+def test_an_adapter_that_does_not_fit_is_said_before_the_pictures(adapter, tmp_path):
+    with pytest.raises(UserError, match=r"--erased .* does not fit the base"):
+        evaluate(EvaluateConfig(erased=adapter, base=str(EMBEDDED), output=tmp_path / "out", **FAST))
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_part_on_a_pipeline_of_ones_own(adapter, models, tmp_path):

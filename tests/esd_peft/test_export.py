@@ -1,23 +1,27 @@
 """What other tools read: each file is read back by diffusers' own loaders and converters."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as diffusers_names
 from huggingface_hub import constants
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters import make_student
-from esd_peft.backbones import open_backbone
+from esd_peft.backbones import flux, open_backbone
 from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.export import KOHYA_FILE, write_checkpoint, write_kohya_lora
 from esd_peft.ldm_names import clip_sources, unet_name, vae_name
+from esd_peft.weights import NAME
+from families import save_family
 from pipelines import small_stable_diffusion
 
 QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 3, "rank": 2, "device": "cpu", "eval_seeds": 0,
@@ -127,6 +131,8 @@ def test_a_checkpoint_holds_every_weight_of_the_pipeline(which, request, tmp_pat
     assert len(files) == (4 if which == "sdxl" else 3)
     for file in files:
         was, found = load_file(file), load_file(again.path / file.relative_to(model))
+        if file.parent.name == "text_encoder":  # which is written for every version of transformers
+            was = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in was.items()}
         assert was.keys() == found.keys()
         assert all(torch.equal(was[name], found[name]) and was[name].dtype == found[name].dtype for name in was)
     assert open_backbone(str(tmp_path / "sd.safetensors"), options=options).path == again.path, "converted once"
@@ -155,6 +161,82 @@ def test_a_checkpoint_trains_and_merges_like_its_directory(small_sd, tmp_path, m
     assert json.loads(said["esd_peft.concept"]) == ["circle"] and json.loads(said["esd_peft.scope"]) == ["esd-x-strict"]
     with pytest.raises(UserError, match=r"merged.safetensors is already there"):
         merge_adapter(MergeConfig(adapter=adapters[1], output=tmp_path / "merged.safetensors"))
+
+
+EDM = {"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "markers"),
+    [
+        ({}, set()),
+        ({"prediction_type": "v_prediction"}, {"v_pred"}),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
+        (EDM | {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"},
+         {"edm_vpred.sigma_max", "edm_vpred.sigma_min"}),
+        (EDM | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"}, {"edm_mean", "edm_std"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_of_sdxl_says_what_it_predicts(sdxl, tmp_path, scheduler, markers):
+    """By the tensors that ComfyUI's SDXL.model_type looks for: their names, and the two sigmas' values."""
+    model = shutil.copytree(sdxl, tmp_path / "sdxl")
+    for file, values in (("scheduler/scheduler_config.json", scheduler), ("vae/config.json", {"latents_mean": [1.0] * 4,
+                         "latents_std": [2.0] * 4})):  # fmt: skip
+        (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | values))
+    index = json.loads((model / "model_index.json").read_text())
+    if "_class_name" in scheduler:
+        (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler["_class_name"]]}))
+    write_checkpoint(tmp_path / "xl.safetensors", open_backbone(str(model)), lambda name, weight: weight, {})
+    found = load_file(tmp_path / "xl.safetensors")
+    assert {name for name in found if "." not in name or name.startswith("edm")} == markers
+    if "edm_vpred.sigma_max" in markers:
+        assert (found["edm_vpred.sigma_max"].item(), found["edm_vpred.sigma_min"].item()) == (120.0, pytest.approx(0.002))
+    pipe = StableDiffusionXLPipeline.from_single_file(tmp_path / "xl.safetensors", config=str(model))
+    expected = UNet2DConditionModel.from_pretrained(model / "unet").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_pipeline_with_tokens_of_its_own_has_no_file(small_sd, tmp_path):
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    tokens = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokens.add_tokens(["<my-style>"])
+    tokens.save_pretrained(model / "tokenizer")
+    text = CLIPTextModel.from_pretrained(model / "text_encoder")
+    text.resize_token_embeddings(len(tokens))
+    text.save_pretrained(model / "text_encoder")
+    erase(EraseConfig(concept="<my-style>", model=str(model), output=tmp_path / "a", **QUICK))
+    with pytest.raises(
+        UserError, match=r"one.safetensors: the tokenizer has tokens of its own, <my-style>.* name a directory"
+    ):
+        merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "one.safetensors"))
+    merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("family", ["flux dev", "sd3", "pixart"])
+def test_a_transformer_in_shards_merges_into_one_file(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
+    model = save_family(family, tmp_path / "model")
+    whole = load_file(model / "transformer" / NAME)
+    transformer = open_backbone(str(model)).load_denoiser(torch.float32)
+    shutil.rmtree(model / "transformer")
+    transformer.save_pretrained(model / "transformer", max_shard_size="40KB")
+    assert len([*model.glob("transformer/*.safetensors")]) > 2
+    erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "a", **QUICK))
+    merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "merged"))
+    record = merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "one.safetensors"))
+    assert record["verification"]["adapter_changes"] > 1e-4
+    found = load_file(tmp_path / "one.safetensors")
+    expected = {n: v for file in (tmp_path / "merged").glob("transformer/*.safetensors") for n, v in load_file(file).items()}
+    assert found.keys() == expected.keys() == whole.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+    assert any(not torch.equal(found[n], whole[n]) for n in found)
+    assert json.loads(metadata_of(tmp_path / "one.safetensors")["esd_peft.concept"]) == ["circle"]
+
+
+def test_no_tool_reads_sana_from_one_file(tmp_path):
+    model = save_family("sana", tmp_path / "model")
+    with pytest.raises(UserError, match="a SanaPipeline has no single-file checkpoint here"):
+        write_checkpoint(tmp_path / "x", open_backbone(str(model)), lambda name, weight: weight, {})
 
 
 @pytest.mark.parametrize("options", [{"scope": "full"}, {"scope": "esd-x", "alpha": 7.0}], ids=str)
@@ -229,6 +311,54 @@ def test_an_sdxl_kohya_file_does_what_the_adapter_does(sdxl, tmp_path, scope):
         with torch.no_grad():
             seen.append(pipe.unet(*inputs, added_cond_kwargs=added).sample)
     torch.testing.assert_close(*seen)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux dev", "sana"])
+@pytest.mark.parametrize("alpha", [1.0, 4.0, 3.0])
+def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_path, family, alpha):
+    """ComfyUI, Invoke and older diffusers read B A and no metadata; newer diffusers also what the metadata says."""
+    backbone = open_backbone(str(save_family(family, tmp_path / "model")))
+    config = EraseConfig(concept="circle", rank=2, alpha=alpha, scope="esd-x", output="x", model="x")
+    student = make_student(backbone, backbone.load_denoiser(torch.float32), config)
+    for parameter in student.parameters:
+        parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    student.save(tmp_path)
+    file = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    layers = {n: m for n, m in student.denoiser.named_modules() if isinstance(m, LoraLayer)}
+    assert len(file) == 2 * len(layers)
+    for name, layer in layers.items():
+        found = (
+            file[f"{backbone.denoiser_part}.{name}.lora_B.weight"] @ file[f"{backbone.denoiser_part}.{name}.lora_A.weight"]
+        )
+        up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+        torch.testing.assert_close(
+            found.double(), alpha / 2 * up.detach().double() @ down.detach().double(), rtol=1e-5, atol=1e-5
+        )
+    said = json.loads(metadata_of(tmp_path / "pytorch_lora_weights.safetensors")["lora_adapter_metadata"])
+    assert said[f"{backbone.denoiser_part}.lora_alpha"] == said[f"{backbone.denoiser_part}.r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, []),
+        ({"scope": "full"}, ["kohya's tools and stable-diffusion.cpp skip conv_in, conv_out, time_embedding"]),
+        ({"scope": "selfattn"}, ["Invoke knows a LoRA's base by cross-attention"]),
+        ({"scope": "esd-u"}, ["skip conv_in, conv_out, time_embedding", "Invoke knows"]),
+    ],
+    ids=str,
+)
+def test_what_other_tools_leave_out_is_said(small_sd, tmp_path, capsys, options, says):
+    erase(EraseConfig(concept="circle", model=str(small_sd), output=tmp_path / "a", **(QUICK | options)))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(says) and all(word in note for word, note in zip(says, notes, strict=True))
+
+
+def test_no_file_to_be_passed_on_says_where_the_base_lay(small_sd, tmp_path):
+    model = shutil.copytree(small_sd, tmp_path / "private place")
+    erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "a", **QUICK))
+    where = [file.name for file in sorted((tmp_path / "a").iterdir()) if str(tmp_path).encode() in file.read_bytes()]
+    assert where == ["base.json", "config.yaml", "result.json"]  # from which the merge command finds it
 
 
 @pytest.mark.parametrize("options", [{"adapter": "loha"}, {"adapter": "none", "rank": None}], ids=str)

@@ -166,6 +166,19 @@ def test_an_adapter_of_another_family_is_refused(lora, tmp_path):
         merge_adapter(MergeConfig(adapter=other, output=tmp_path / "merged"))
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "config.yaml", "adapter_model.safetensors"])
+def test_a_flipped_bit_in_any_file_of_the_adapter_is_seen(lora, tmp_path, file):
+    copy = shutil.copytree(lora, tmp_path / "copy")
+    content = bytearray((copy / file).read_bytes())
+    place = {"adapter_config.json": content.find(b'"lora_alpha": 3') + 14, "config.yaml": content.find(b"circle")}.get(
+        file, -1
+    )
+    content[place] ^= 1  # the file is as readable as before: alpha is 2, the concept biscle
+    (copy / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file} is damaged: it is not what was saved"):
+        merge_adapter(MergeConfig(adapter=copy, output=tmp_path / "merged"))
+
+
 def test_an_adapter_cannot_allow_pickles(lora, base, tmp_path):
     copy = shutil.copytree(lora, tmp_path / "copy")
     (tmp_path / "evil.ckpt").write_bytes(b"a pickle")

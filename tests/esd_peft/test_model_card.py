@@ -1,14 +1,16 @@
 """The merged directory's README: readable by the hub, and unbroken by whatever a prompt holds."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
-from esd_peft.model_card import escape, public_config
+from esd_peft.model_card import base_licence, escape, public_config
 
 QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
 AWKWARD = "a | <b>*bold*</b> [link](http://x) ```\n---\n# `code`"
@@ -67,3 +69,33 @@ def test_a_public_config_names_no_place():
     config = {"concept": ["x"], "model": "/home/me/models/sd", "output": "/home/me/out", "preserve": [], "eta": 1.0}
     assert public_config(config) == {"concept": ["x"], "model": "sd", "eta": 1.0}
     assert public_config({"model": "owner/sd"}) == {"model": "owner/sd"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"no header", b"---\n", b"---\nlicense: [1\n---\n", b"---\n- license\n---\n", b"---\njust words\n---\n",
+        b"---\nlicense: 3\nlicense_name: [x]\nlicense_link: {a: b}\n---\n", b"---\nlicense: &a x\nlicense_name: *a\n---\n",
+        b"---\n\xff\xfe\n---\n", b"---\nlicense: 2001-13-40\n---\n", b'---\nlicense: "a\\nb: c"\n---\n',
+        b"---\n" + b"- [" * 50_000 + b"\n---\n", b"---\n" + b"a: b\n" * 10**6 + b"---\n",
+    ],
+    ids=lambda content: content[:30],
+)  # fmt: skip
+def test_a_card_that_says_nothing_to_be_read_gives_no_licence(tmp_path, content):
+    (tmp_path / "README.md").write_bytes(content)
+    start = time.monotonic()
+    assert base_licence(tmp_path) == {}
+    assert time.monotonic() - start < 5
+
+
+def test_a_card_elsewhere_is_not_read_and_a_pipe_not_waited_for(tmp_path):
+    (tmp_path / "secret.md").write_text("---\nlicense: mine\n---\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").symlink_to(tmp_path / "secret.md")
+    assert base_licence(tmp_path / "model") == {}
+    (tmp_path / "model" / "README.md").unlink()
+    os.mkfifo(tmp_path / "model" / "README.md")
+    assert base_licence(tmp_path / "model") == {}
+    (tmp_path / "model" / "README.md").unlink()
+    (tmp_path / "model" / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n# x")
+    assert base_licence(tmp_path / "model") == {"license": "mit"}
