@@ -48,7 +48,7 @@ class Contrastive(Objective):
 
     def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
         rollout, size = self.rollout, self.batch_size
-        kept = rollout.backbone.noise_schedule()
+        kept = rollout.backbone.noise_schedule.alphas_cumprod()
         flat = self.references.flatten(0, 1)
         plain = send(torch.tensor([pairs[0] for pairs in rollout.table.concepts]), rollout.device)
         rows = rollout.table.prompts[plain].repeat_interleave(self.references.shape[1])
@@ -78,7 +78,7 @@ def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastiv
     Raises `UserError` if the folder holds no picture that can be read.
     """
     config, backbone = rollout.config, rollout.backbone
-    if not backbone.predicts_noise:
+    if not backbone.noise_schedule.predicts_noise:
         raise UserError("--objective contrastive compares with noise, which a v-prediction model does not predict; use esd")
     with rollout.costs.phase("references"):
         if config.reference is not None:

@@ -86,6 +86,8 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)
     backbone = open_backbone(config.model, options=config)
+    if config.snr_gamma is not None:
+        backbone.noise_schedule.alphas_cumprod()  # before any work it is said if there are none
     given = config
     if device.type == "cuda" or config.memory_budget != "auto":
         config = distributed.from_first(within_budget(config, backbone))

@@ -53,7 +53,7 @@ def layout_of(backbone: Backbone) -> Layout | None:
     encoders = {"text_encoder": "cond_stage_model."}
     if backbone.load_config("text_encoder").get("hidden_act") != "gelu":
         return Layout("stable-diffusion-v1", "sd_v1", encoders)
-    if backbone.predicts_noise:
+    if backbone.noise_schedule.predicts_noise:
         return Layout("stable-diffusion-v2-512", "sd_v2", encoders)
     return Layout("stable-diffusion-v2-768-v", "sd_v2_v", encoders)
 
@@ -79,7 +79,7 @@ def modelspec(backbone: Backbone, layout: Layout, title: str, concepts: list[str
         "modelspec.implementation": "diffusers" if diffusers_names else "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.description": f"Erases: {', '.join(concepts)}" if lora else f"Erased: {', '.join(concepts)}",
-        "modelspec.prediction_type": "epsilon" if backbone.predicts_noise else "v",
+        "modelspec.prediction_type": "epsilon" if backbone.noise_schedule.predicts_noise else "v",
     }
 
 

@@ -32,7 +32,7 @@ INDEX = "model_index.json"
 CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
 PAPERS = ["README.md", "LICENSE*"]  # what a merged model passes on
-_CONVERSION = 1  # of what is made here of a checkpoint, beside the libraries' versions: to be raised with it
+_CONVERSION = 2  # of what is made here of a checkpoint, beside the libraries' versions: to be raised with it
 _NO_CODE = {"trust_remote_code": False}  # of a repository
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

@@ -182,14 +182,14 @@ class GuidedTarget(Objective):
         """Mean squared error to the guided target."""
         weight = batch.weight
         if self._snr_table is not None:
-            weight = weight * self.rollout.backbone.at_timesteps(self._snr_table, batch.timesteps)
+            weight = weight * self.rollout.backbone.noise_schedule.at_timesteps(self._snr_table, batch.timesteps)
         return guided_mse(prediction, batch.teacher, batch.eta, batch.anchor, weight)
 
     @functools.cached_property
     def _snr_table(self) -> Tensor | None:
         """The weight of every timestep of training, on the training device."""
         gamma, backbone = self.rollout.config.snr_gamma, self.rollout.backbone
-        return None if gamma is None else send(backbone.min_snr_weights(gamma), self.rollout.device)
+        return None if gamma is None else send(backbone.noise_schedule.min_snr_weights(gamma), self.rollout.device)
 
     def _erase_in_turn(self, generator: torch.Generator) -> Iterator[int]:
         """Pairs, the concepts by turns; of each the plain wording first, then the others in random order, and again."""

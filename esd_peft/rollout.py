@@ -164,7 +164,7 @@ class Rollout:
     ) -> Bank:
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = self.backbone.begin(noise, self.num_inference_steps)
-        places = self.backbone.training_timesteps(scheduler.timesteps)
+        places = self.backbone.noise_schedule.training_timesteps(scheduler.timesteps)
         inside = (places >= self.config.min_timestep) & (places <= self.config.max_timestep)
         if not inside.any():
             there = ", ".join(str(int(t)) for t in places)

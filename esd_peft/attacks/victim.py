@@ -34,7 +34,9 @@ class Victim:
         a diffusion model minimises. `generator` is the CPU's."""
         noise = torch.randn(latents.shape, generator=generator)
         levels = torch.rand(len(latents), generator=generator)
-        inputs, timesteps, right = (x.to(self.device) for x in self.backbone.noised(latents, noise, levels))
+        inputs, timesteps, right = (
+            x.to(self.device) for x in self.backbone.noise_schedule.add_noise(latents, noise, levels)
+        )
         seen = self.backbone.predict(self.denoiser, inputs.to(self.dtype), timesteps, embeds)
         self.forward_equivalents += 3 * len(latents)
         return (seen.float() - right).square().mean()

@@ -36,7 +36,7 @@ class StableDiffusion(Backbone):
     @property
     def few_step(self) -> bool:
         """Whether the denoiser was distilled to draw in a few steps without guidance."""
-        return self._is_told_guidance or type(self._scheduler).__name__ in CONSISTENCY_SCHEDULERS
+        return self._is_told_guidance or type(self.noise_schedule.scheduler).__name__ in CONSISTENCY_SCHEDULERS
 
     @property
     def _is_told_guidance(self) -> bool:

@@ -30,9 +30,9 @@ class StableDiffusionXL(StableDiffusion):
 
     @property
     def few_step(self) -> bool:
-        settings, size = self._scheduler.config, self.load_config(self.denoiser_part).get("sample_size")
+        settings, size = self.noise_schedule.scheduler.config, self.load_config(self.denoiser_part).get("sample_size")
         usual = settings.get("rescale_betas_zero_snr") or settings.get("timestep_spacing") != "trailing"
-        turbo = not usual and self.predicts_noise and isinstance(size, int) and size <= 64
+        turbo = not usual and self.noise_schedule.predicts_noise and isinstance(size, int) and size <= 64
         return turbo or super().few_step
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:

@@ -279,7 +279,7 @@ def test_a_conversion_changes_with_the_contents_it_is_made_from(small_sd, checkp
     scheduler = config / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
     second = opened(path, config)
-    assert second.path != first and not second.predicts_noise
+    assert second.path != first and not second.noise_schedule.predicts_noise
     before = path.stat()
     changed(checkpoint, path, lambda weights: {name: 2 * value for name, value in weights.items()})
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # a copy may keep the time, and the size is the same

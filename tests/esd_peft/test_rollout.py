@@ -240,12 +240,12 @@ def test_edm_timesteps_below_zero_are_steps_like_others(small_sd, tmp_path):
     bank = rollout(path).fill(torch.tensor([0]), noise(), progress=False)
     assert len(bank) == STEPS and bank.timesteps.min() < -1 < 1 < bank.timesteps.max()
     # EDM's steps are even in σ^(1/7) (arXiv 2206.00364, eq. 5), so they divide the timesteps of training evenly
-    places = rollout(path).backbone.training_timesteps(bank.timesteps)
+    places = rollout(path).backbone.noise_schedule.training_timesteps(bank.timesteps)
     torch.testing.assert_close(places, torch.linspace(999, 0, STEPS), atol=1.0, rtol=0)
     early = rollout(path, min_timestep=500).fill(torch.tensor([0]), noise(), progress=False)
     assert early.timesteps.tolist() == bank.timesteps[: STEPS // 2].tolist()
     with pytest.raises(UserError, match="noise schedule"):
-        rollout(path).backbone.min_snr_weights(5.0)
+        rollout(path).backbone.noise_schedule.min_snr_weights(5.0)
 
 
 def test_continuous_timesteps_have_the_weights_of_their_noise(small_sd, tmp_path):
@@ -256,21 +256,23 @@ def test_continuous_timesteps_have_the_weights_of_their_noise(small_sd, tmp_path
     assert len(bank) == STEPS and bank.timesteps.min() < 0
     plain = EulerDiscreteScheduler(prediction_type="v_prediction")
     plain.set_timesteps(STEPS)
-    torch.testing.assert_close(ours.backbone.training_timesteps(bank.timesteps), plain.timesteps, atol=1.0, rtol=0)
-    weights = ours.backbone.at_timesteps(ours.backbone.min_snr_weights(5.0), bank.timesteps)
+    torch.testing.assert_close(
+        ours.backbone.noise_schedule.training_timesteps(bank.timesteps), plain.timesteps, atol=1.0, rtol=0
+    )
+    weights = ours.backbone.noise_schedule.at_timesteps(ours.backbone.noise_schedule.min_snr_weights(5.0), bank.timesteps)
     snr = (-8 * bank.timesteps.double()).exp()  # timesteps are (log σ)/4, and SNR is σ^-2
     torch.testing.assert_close(weights.double(), snr.clamp(max=5) / (snr + 1), atol=5e-3, rtol=5e-3)
     every = torch.arange(1000)
-    told = ours.backbone.told_timesteps(every)
-    torch.testing.assert_close(ours.backbone.training_timesteps(told), every.float(), atol=1e-2, rtol=0)
+    told = ours.backbone.noise_schedule.scheduler_timesteps(every)
+    torch.testing.assert_close(ours.backbone.noise_schedule.training_timesteps(told), every.float(), atol=1e-2, rtol=0)
 
 
 def test_timesteps_between_two_of_training(small_sd):
     backbone = open_backbone(str(small_sd))
-    table = backbone.min_snr_weights(5.0)
-    assert torch.equal(backbone.at_timesteps(table, torch.tensor([0, 7, 999])), table[[0, 7, 999]])
+    table = backbone.noise_schedule.min_snr_weights(5.0)
+    assert torch.equal(backbone.noise_schedule.at_timesteps(table, torch.tensor([0, 7, 999])), table[[0, 7, 999]])
     torch.testing.assert_close(
-        backbone.at_timesteps(table, torch.tensor([900.25])), 0.75 * table[[900]] + 0.25 * table[[901]]
+        backbone.noise_schedule.at_timesteps(table, torch.tensor([900.25])), 0.75 * table[[900]] + 0.25 * table[[901]]
     )
 
 

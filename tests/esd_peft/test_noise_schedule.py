@@ -13,7 +13,7 @@ from pipelines import small_stable_diffusion
 def test_diffusion(prediction, tmp_path):
     backbone = open_backbone(str(small_stable_diffusion(tmp_path / "sd", prediction_type=prediction)))
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    inputs, timesteps, right = backbone.noised(latents, noise, torch.tensor([0.0, 0.5, 0.9999]))
+    inputs, timesteps, right = backbone.noise_schedule.add_noise(latents, noise, torch.tensor([0.0, 0.5, 0.9999]))
     assert timesteps.tolist() == [0, 500, 999]
     scheduler = diffusers.DDPMScheduler.from_config(backbone.load_part("scheduler").config)
     torch.testing.assert_close(inputs, scheduler.add_noise(latents, noise, timesteps))
@@ -26,7 +26,7 @@ def test_flows(family, tmp_path):
     backbone = open_backbone(str(save_family(family, tmp_path / "model")))
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     levels = torch.tensor([0.25, 1.0])
-    inputs, timesteps, right = backbone.noised(latents, noise, levels)
+    inputs, timesteps, right = backbone.noise_schedule.add_noise(latents, noise, levels)
     assert timesteps.tolist() == [250, 1000]
     torch.testing.assert_close(inputs[1], noise[1])
     torch.testing.assert_close(inputs - levels.view(-1, 1, 1, 1) * right, latents)  # straight back along the flow

@@ -1,0 +1,95 @@
+"""What a pipeline's scheduler says of the noise that its denoiser was trained on, and of how timesteps count it."""
+
+import functools
+from pathlib import Path
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from esd_peft.errors import UserError
+
+
+class NoiseSchedule:
+    """Of the pipeline in the directory `path`, by its `scheduler`, which is only read."""
+
+    def __init__(self, scheduler: SchedulerMixin, path: Path) -> None:
+        self.scheduler, self.path = scheduler, path
+
+    @property
+    def is_flow_matching(self) -> bool:
+        """Whether the denoiser predicts a flow from noise to pictures."""
+        has_noise_schedule = hasattr(self.scheduler, "alphas_cumprod") or self._counts_log_sigma
+        return not has_noise_schedule or bool(self.scheduler.config.get("use_flow_sigmas"))
+
+    @functools.cached_property
+    def _counts_log_sigma(self) -> bool:
+        """Whether timesteps are (log σ)/4, from about 1 down to below 0, as EDM's and continuous Euler's are."""
+        every = getattr(self.scheduler, "timesteps", None)
+        return every is not None and float(every.min()) < 0
+
+    def training_timesteps(self, timesteps: Tensor) -> Tensor:
+        """Where a scheduler's `timesteps` stand among those of training, of which 0 is the least noisy; fp32 or as given.
+
+        That is what they are themselves, but for schedulers that count (log σ)/4: these stand between two of training.
+        """
+        if not self._counts_log_sigma:
+            return timesteps
+        every = self.scheduler.timesteps.float().to(timesteps.device).flip(0).contiguous()
+        above = torch.searchsorted(every, timesteps.float().contiguous()).clamp(1, len(every) - 1)
+        low, high = every[above - 1], every[above]
+        between = ((timesteps.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        return (above - 1 + between) * ((self.scheduler.config.num_train_timesteps - 1) / (len(every) - 1))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a denoiser is trained on: inputs x_t, timesteps `[B]`, and the predictions that would be right.
+
+        Diffusion: x_t = √ᾱ x_0 + √(1−ᾱ) ε, predicted is ε, or v = √ᾱ ε − √(1−ᾱ) x_0. Flow matching: x_t = (1−σ) x_0 + σ ε,
+        predicted is ε − x_0. `levels` `[B]` in [0, 1) are shares of the training timesteps, of which 0 is the least noisy;
+        all on one device, fp32.
+        """
+        column = (-1, *[1] * (latents.dim() - 1))
+        if self.is_flow_matching:
+            sigma = levels.view(column)
+            count = self.scheduler.config.num_train_timesteps
+            return (1 - sigma) * latents + sigma * noise, levels * count, noise - latents
+        kept = self.alphas_cumprod().to(latents.device)
+        timesteps = (levels * len(kept)).long()
+        signal, rest = kept[timesteps].sqrt().view(column), (1 - kept[timesteps]).sqrt().view(column)
+        right = noise if self.predicts_noise else signal * noise - rest * latents
+        return signal * latents + rest * noise, self.scheduler_timesteps(timesteps), right
+
+    def min_snr_weights(self, gamma: float) -> Tensor:
+        """Loss weights `[num_train_timesteps]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, for v
+        min(SNR, γ)/(SNR + 1).
+
+        Raises `UserError` for a scheduler without the noise schedule (ᾱ) of a diffusion model.
+        """
+        kept = self.alphas_cumprod()
+        snr = kept / (1 - kept)
+        return snr.clamp(max=gamma) / (snr if self.predicts_noise else snr + 1)
+
+    def scheduler_timesteps(self, timesteps: Tensor) -> Tensor:
+        """What the denoiser is told at `timesteps` of training, int64: the inverse of `training_timesteps`."""
+        return self.scheduler.timesteps.flip(0).to(timesteps.device)[timesteps] if self._counts_log_sigma else timesteps
+
+    def at_timesteps(self, table: Tensor, timesteps: Tensor) -> Tensor:
+        """What `table` `[num_train_timesteps]` holds at a scheduler's `timesteps`, also between two of its entries."""
+        last = len(table) - 1
+        places = self.training_timesteps(timesteps).float().clamp(0, last)
+        below = places.long()
+        return torch.lerp(table[below], table[(below + 1).clamp(max=last)], places - below)
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether the denoiser's prediction is ε, and not v or a flow."""
+        return self.scheduler.config.get("prediction_type") == "epsilon"
+
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
+        if self.is_flow_matching or not hasattr(self.scheduler, "alphas_cumprod"):
+            raise UserError(
+                "--snr-gamma and --objective contrastive need a diffusion model's noise schedule, "
+                f"which {self.path} with its {type(self.scheduler).__name__} has not; leave them out"
+            )
+        return self.scheduler.alphas_cumprod.float()
