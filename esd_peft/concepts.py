@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TypeVar
 
@@ -53,6 +53,7 @@ class PromptPlan:
     erasing: list[list[Pair]]  # for each concept its pairs, the plain wording first
     preserve: list[Pair]
     protected: list[str]  # whose embeddings the adapter must not act on
+    asked: list[str] = field(default_factory=list)  # to be preserved, by the config's own words
 
     @property
     def erasing_pairs(self) -> list[Pair]:
@@ -99,7 +100,7 @@ def plan_prompts(config: EraseConfig) -> PromptPlan:
     # layers that no null space protects learn with --robust: these are held to some of what is to stay
     some = spread(protected[1:], HELD) if config.robust else []
     held = dict.fromkeys([*asked, *_sources_otherwise(config), *some])
-    return PromptPlan(erasing, [Pair(prompt, "") for prompt in held], protected)
+    return PromptPlan(erasing, [Pair(prompt, "") for prompt in held], protected, asked)
 
 
 def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:

@@ -96,8 +96,8 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     plan = plan_prompts(config)
     backbone.check_lengths(_given_texts(config, plan))
     if config.model is None:
-        for pair in plan.preserve:
-            _check_words(backbone, "--preserve", pair.prompt)
+        for prompt in plan.asked:
+            _check_words(backbone, "--preserve", prompt)
     hashes = backbone.denoiser_hashes()
     if not distributed.first():  # the first process takes the pictures and writes
         quiet = config.model_copy(update={"eval_seeds": 0, "report_to": "none"})
@@ -148,11 +148,10 @@ def _run(
             denoiser = load_quantized(backbone, config.quantize, dtype, device)
         student = _student(config, plan, backbone, denoiser, embeds, device)
         del embeds  # the table has those that the denoiser is asked
-    with costs.phase("evaluate"), student.teacher():
-        before = gallery.take(denoiser, "before") if config.looks else None
-
     rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, costs)
     objective = _objective(rollout, plan)
+    with costs.phase("evaluate"), student.teacher():
+        before = gallery.take(denoiser, "before") if config.looks else None
     with costs.phase("distill"), compiled(denoiser, objective), tracker(config) as report:
         probe = None if config.until is None else Probe(rollout, generator(config.seed, "probe"))
         bank = generator(config.seed, "bank")
@@ -287,8 +286,8 @@ def save_adapter(student: Student, backbone: Backbone, config: EraseConfig, hash
 def _given_texts(config: EraseConfig, plan: PromptPlan) -> dict[str, list[str]]:
     """What is encoded of each option's words."""
     goals = [f"{goal} {config.source_of(c)}".strip() for c in config.concept if (goal := config.goal_of(c))]
-    kept = [pair.prompt for pair in plan.preserve]
-    return {"--concept": config.concept_names, "--erase-from": config.sources, "--map-to": goals, "--preserve": kept}
+    named = {"--concept": config.concept_names, "--erase-from": config.sources}
+    return named | {"--map-to": goals, "--preserve": plan.asked}
 
 
 def _check_concepts(backbone: Backbone, config: EraseConfig) -> None:

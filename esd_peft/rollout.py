@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -108,6 +108,8 @@ class Rollout:
     A share `config.anticipate` of the teacher's trajectories goes where the finished student will go: they are driven
     by the guided target, which the teacher knows beforehand. The others are driven by the teacher's own guided
     prediction, and show the concept.
+
+    Raises `UserError` if no step lies within the config's timesteps.
     """
 
     backbone: Backbone
@@ -118,6 +120,10 @@ class Rollout:
     device: torch.device
     dtype: torch.dtype
     costs: Costs
+
+    def __post_init__(self) -> None:
+        noise = self.backbone.initial_latents(1, self.denoiser, torch.Generator())
+        self._inside(self.backbone.begin(noise, self.num_inference_steps)[0])
 
     @property
     def num_inference_steps(self) -> int:
@@ -164,12 +170,7 @@ class Rollout:
     ) -> Bank:
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = self.backbone.begin(noise, self.num_inference_steps)
-        places = self.backbone.noise_schedule.training_timesteps(scheduler.timesteps)
-        inside = (places >= self.config.min_timestep) & (places <= self.config.max_timestep)
-        if not inside.any():
-            there = ", ".join(str(int(t)) for t in places)
-            raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
-        kept = _choose(len(pairs), inside, keep, generator)
+        kept = _choose(len(pairs), self._inside(scheduler), keep, generator)
         latents, anticipating, pairs = (send(x, self.device) for x in (latents, anticipating, pairs))
         timesteps = send(scheduler.timesteps, self.device)
         banks = []
@@ -193,6 +194,15 @@ class Rollout:
             latents = self.backbone.scheduler_step(scheduler, guided, timestep, latents, generator)
         finish(self.device)  # what was fetched is there now
         return join(banks)
+
+    def _inside(self, scheduler: SchedulerMixin) -> Tensor:
+        """Which steps of a trajectory lie within the config's timesteps, `[steps]` bool."""
+        places = self.backbone.noise_schedule.training_timesteps(scheduler.timesteps)
+        inside = (places >= self.config.min_timestep) & (places <= self.config.max_timestep)
+        if not inside.any():
+            there = ", ".join(str(int(t)) for t in places)
+            raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
+        return inside
 
     def _guided(self, answer: Tensor, anticipating: Tensor, pairs: Tensor) -> Tensor:
         """The classifier-free-guided prediction that drives the next step."""

@@ -19,6 +19,8 @@ from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.merge_config import MergeConfig
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 
+LORA = {f"base_model.model.time_embedding.linear_1.{name}.weight": torch.zeros(size) for name, size in
+        (("lora_A", (1, 64)), ("lora_B", (256, 1)))}  # fmt: skip
 COMMANDS = {
     "erase": EraseConfig,
     "merge_adapter": MergeConfig,
@@ -278,8 +280,10 @@ def places(tmp_path, monkeypatch):
     (tmp_path / "full" / "mine").write_text("precious")
     (tmp_path / "text").write_text("# a comment\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["to_k"]}')
-    save_file({"base_model.model.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "target_modules": ["linear_1"], "r": 1}'
+    )
+    save_file(LORA, tmp_path / "adapter" / "adapter_model.safetensors")
     Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "one.png")
     (tmp_path / "prompts").write_text("prompt\na circle\na star\n")
     key = {"study": "s", "question": "Round?", "conditions": ["a"], "items": {"1": {"condition": "a", "file": "one.png"}}}

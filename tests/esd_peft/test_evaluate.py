@@ -108,8 +108,9 @@ def test_pictures_of_another_adapter_config_are_not_taken_for_its_own(adapter, t
     copy = shutil.copytree(adapter, tmp_path / "erased")
     options = {"suite": "csv", "prompts": prompts_file(tmp_path / "p.csv"), "output": tmp_path / "out", **FAST}
     evaluate(EvaluateConfig(erased=copy, **options))
-    settings = json.loads((copy / "adapter_config.json").read_text())
+    settings, known = (json.loads((copy / name).read_text()) for name in ("adapter_config.json", "base.json"))
     (copy / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 4 * settings["lora_alpha"]}))
+    (copy / "base.json").write_text(json.dumps({key: value for key, value in known.items() if key != "files"}))
     with pytest.raises(UserError, match=r"holds .*after, made by another model"):
         evaluate(EvaluateConfig(erased=copy, **options))
     evaluate(EvaluateConfig(erased=copy, overwrite=True, **options))

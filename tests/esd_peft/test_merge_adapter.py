@@ -153,7 +153,7 @@ def test_weights_in_8_bits_are_not_merged_into(base, lora, tmp_path):
     model = shutil.copytree(base, tmp_path / "model")
     file = model / "unet" / NAME
     save_file({n: v.to(torch.float8_e4m3fn) if "attn2" in n else v for n, v in load_file(file).items()}, file)
-    with pytest.raises(UserError, match="as F8_E4M3, too coarse to merge into; use the 16- or 32-bit weights"):
+    with pytest.raises(UserError, match="as F8_E4M3, too coarse to erase from; use 16 or 32 bits"):
         merge_adapter(MergeConfig(adapter=lora, base=str(model), output=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 

