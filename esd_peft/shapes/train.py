@@ -7,21 +7,23 @@ DIR/training.json (steps, losses and seconds of each stage). The stages run in t
 `--stages` runs some of them again on top of what DIR holds.
 """
 
-import argparse
 import copy
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pydantic import Field
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from esd_peft.command_line import CommandConfig, parse
 from esd_peft.errors import UserError, run_command
 from esd_peft.jobs import hold
 from esd_peft.outputs import settle, take_folder
@@ -33,6 +35,24 @@ from esd_peft.text_parts import write_for_every_version
 CONTEXT = 16  # tokens a prompt
 STEPS = {"vae": 1500, "classifier": 2000, "denoiser": 10000}
 STAGES = ("tokenizer", *STEPS)
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class TrainConfig(CommandConfig):
+    """Train the embedded pipeline and its classifier from nothing but rendered pictures."""
+
+    output: Path
+    """Where the directory `pipeline`, classifier.safetensors and training.json (steps, losses, seconds) go."""
+    stages: list[Literal["tokenizer", "vae", "classifier", "denoiser"]] = ["tokenizer", "vae", "classifier", "denoiser"]  # noqa: RUF012
+    """The stages to run, on top of what the output holds; left out: all of them."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """The same seed on the same machine trains the same weights."""
+    vae_steps: Steps = STEPS["vae"]
+    """Optimizer steps of the autoencoder."""
+    classifier_steps: Steps = STEPS["classifier"]
+    """Optimizer steps of the classifier."""
+    denoiser_steps: Steps = STEPS["denoiser"]
+    """Optimizer steps of the denoiser and the text encoder."""
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -273,14 +293,8 @@ def _train(output: Path, stages: list[str], steps: dict[str, int], seed: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m esd_peft.shapes.train", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--seed", type=int, default=0)
-    for stage, steps in STEPS.items():
-        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
-    args = parser.parse_args()
-    train(args.output, args.stages, {stage: getattr(args, f"{stage}_steps") for stage in STEPS}, args.seed)
+    config = parse(TrainConfig, "shapes.train")
+    train(config.output, [*config.stages], {stage: getattr(config, f"{stage}_steps") for stage in STEPS}, config.seed)
 
 
 if __name__ == "__main__":

@@ -169,12 +169,12 @@ EDM = {"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0}
 @pytest.mark.parametrize(
     ("scheduler", "markers"),
     [
-        ({}, set()),
-        ({"prediction_type": "v_prediction"}, {"v_pred"}),
-        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
+        ({}, []),
+        ({"prediction_type": "v_prediction"}, ["v_pred"]),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ["v_pred", "ztsnr"]),
         (EDM | {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"},
-         {"edm_vpred.sigma_max", "edm_vpred.sigma_min"}),
-        (EDM | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"}, {"edm_mean", "edm_std"}),
+         ["edm_vpred.sigma_max", "edm_vpred.sigma_min"]),
+        (EDM | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"}, ["edm_mean", "edm_std"]),
     ],
     ids=str,
 )  # fmt: skip
@@ -189,7 +189,7 @@ def test_a_file_of_sdxl_says_what_it_predicts(sdxl, tmp_path, scheduler, markers
         (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler["_class_name"]]}))
     write_checkpoint(tmp_path / "xl.safetensors", open_backbone(str(model)), lambda name, weight: weight, {})
     found = load_file(tmp_path / "xl.safetensors")
-    assert {name for name in found if "." not in name or name.startswith("edm")} == markers
+    assert {name for name in found if "." not in name or name.startswith("edm")} == {*markers}
     if "edm_vpred.sigma_max" in markers:
         assert (found["edm_vpred.sigma_max"].item(), found["edm_vpred.sigma_min"].item()) == (120.0, pytest.approx(0.002))
     pipe = StableDiffusionXLPipeline.from_single_file(tmp_path / "xl.safetensors", config=str(model))

@@ -8,12 +8,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from esd_peft.backbones import EMBEDDED, open_backbone
+from esd_peft.command_line import parse
 from esd_peft.errors import UserError
 from esd_peft.outputs import check_output
 from esd_peft.randomness import generator
 from esd_peft.shapes import world
 from esd_peft.shapes.classifier import load_classifier
-from esd_peft.shapes.train import train
+from esd_peft.shapes.train import TrainConfig, train
 
 
 def test_what_ships_is_small_plain_and_half_precision():
@@ -87,3 +88,19 @@ def test_training_goes_into_a_directory_of_its_own(tmp_path):
     (tmp_path / "new" / "training.json").write_text("[")
     with pytest.raises(UserError, match=r"training.json is damaged"):
         train(tmp_path / "new", ["tokenizer"], steps, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--vae-steps", "-5"], "--vae-steps: .* greater than or equal to 1"),
+        (["--seed", str(10**23)], "--seed: .* less than"),
+        (["--stages", "nonsense"], "invalid choice 'nonsense'"),
+        ([], "--output"),
+    ],
+    ids=str,
+)
+def test_options_of_the_training_command_are_checked(tmp_path, options, says):
+    output = [] if not options else ["--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=says):
+        parse(TrainConfig, "shapes.train", [*output, *options])
