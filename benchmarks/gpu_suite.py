@@ -3,9 +3,10 @@
     python benchmarks/gpu_suite.py --output benchmarks/results            # all of it
     python benchmarks/gpu_suite.py --output benchmarks/results --part 1   # or in three calls, of 9 minutes at most each
 
-Writes OUTPUT/<device>/<section>.json row by row, each as soon as it is measured, and OUTPUT/<device>/summary.md with the
-driver and library versions. What fails loses its own row, and says why in it. Needs no network and no weights: models are
-built at their real size with random ones. What needs a GPU, or more of its memory than there is, is skipped and says so.
+Writes OUTPUT/<device>/<section>.json row by row, each as soon as it is measured, and OUTPUT/<device>/summary.md (with
+--part N summary_N.md) with the driver and library versions. What fails loses its own row, and says why in it. Needs no
+network and no weights: models are built at their real size with random ones. What needs a GPU, or more of its memory than
+there is, is skipped and says so.
 
 The most important figures come first. How long a part takes no run has confirmed yet; the budgets, in seconds, are: part 1
 correctness 10, synchronisation 20, timings 60, erasure 240; part 2 memory 300 (most of it for writing and reading FLUX.1);

@@ -83,9 +83,12 @@ def distill(
             if interrupted:
                 distributed.any_of(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
                 _stop(training)
-    if checkpoints is not None and training.step > begun:
-        with contextlib.suppress(UserError):  # a disk too full for it may have room for the adapter
-            checkpoints.save(training.step, training.state(done=True)[0], None)
+        if checkpoints is not None and training.step > begun:
+            with contextlib.suppress(UserError):  # a disk too full for it may have room for the adapter
+                checkpoints.save(training.step, training.state(done=True)[0], None)
+        if distributed.any_of(bool(seen)):  # during the last step, or since
+            distributed.any_of(True)
+            _stop(training)
     if config.gradient_checkpointing:
         student.denoiser.disable_gradient_checkpointing()
     return training.losses

@@ -86,7 +86,7 @@ def _erase(config: EraseConfig) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype, device)
     check_compiler(config, device)
     backbone = open_backbone(config.model, options=config)
-    if config.snr_gamma is not None:
+    if config.snr_gamma is not None or (config.objective == "contrastive" and backbone.noise_schedule.predicts_noise):
         backbone.noise_schedule.alphas_cumprod()  # before any work it is said if there are none
     given = config
     if device.type == "cuda" or config.memory_budget != "auto":

@@ -52,6 +52,8 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     _check_output(config, models)
     costs = Costs(device)
     attacks = make_attacks(config, suite)
+    if {*config.attack} - {"prompts"}:  # these learn from noised pictures: what cannot be noised is said before any are made
+        models.erased.backbone.noise_schedule.add_noise(*torch.zeros(3, 1))
     with costs.phase("load"):
         judges = judging.load_judges(config, suite, prompts)
     with costs.phase("before"):

@@ -48,9 +48,10 @@ def stop_here() -> None:
 
 
 def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """The handlers until now. A signal that is ignored, as SIGHUP under nohup, stays so; so do all of them in a thread."""
+    """The handlers until now. A signal that is ignored, as SIGHUP under nohup, stays so; so do all of them in a thread, and
+    one whose handler was not set from Python, which could not be put back."""
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     try:
-        return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+        return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)}
     except ValueError:  # not in the main thread: whoever runs us there handles them
         return {}

@@ -30,7 +30,7 @@ def hold(path: Path) -> Iterator[bool]:
     if fcntl is None and path.is_dir():
         yield False
         return
-    process, handle = os.getpid(), os.open(path, os.O_RDONLY if fcntl else os.O_RDWR)
+    process, handle = os.getpid(), os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     _held.add(handle)
     try:
         sure = _lock(handle)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def _check_output(config: MergeConfig, adapters: list[Adapter]) -> None:
 
 def _is_ours(file: Path) -> bool:
     """Whether this package wrote that checkpoint: its header says so."""
+    if not isfile(file):
+        return False
     try:
         with safe_open(file, framework="pt") as opened:
             return "esd_peft.version" in (opened.metadata() or {})
@@ -131,8 +134,7 @@ def _open_base(config: MergeConfig, adapters: list[Adapter]) -> Backbone:
         raise UserError(f"--base is missing, and --adapter {config.adapter[0]} does not say what it was trained on")
     given = {name: getattr(config, name) for name in ModelOptions.model_fields}
     if config.base is None:
-        given = {name: value or first.get(name) for name, value in given.items() if name != "allow_pickle"}
-        given["allow_pickle"] = config.allow_pickle  # never on an adapter's word
+        given |= {name: given[name] or value for name, value in adapters[0].base_options.items()}
     backbone = open_backbone(config.base or first.get("model"), "--base", ModelOptions(**given))
     family = backbone.pipeline_class.__name__
     for adapter in adapters:
@@ -148,7 +150,7 @@ def _changes(backbone: Backbone, adapters: list[Adapter]) -> Changes:
     changes: Changes = {}
     for adapter in adapters:
         for name, change in adapter.fitting(backbone.empty_denoiser()).items():
-            if name in changes and not change.adds:
+            if name in changes and not (change.adds and all(earlier.adds for earlier in changes[name])):
                 raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
             changes.setdefault(name, []).append(change)
     stored = {name for file in backbone.denoiser_files() for name in open_tensors(file).entries}

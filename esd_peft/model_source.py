@@ -252,8 +252,8 @@ def marked(pipeline: diffusers.DiffusionPipeline, tensors: dict[str, torch.Tenso
 
 
 def _dtype(tensors: dict[str, torch.Tensor], path: Path, option: str) -> torch.dtype:
-    """The one dtype that holds all of the checkpoint's weights without loss."""
-    floats = {value.dtype for value in tensors.values() if value.dtype.is_floating_point}
+    """The one dtype that holds all of the checkpoint's weights without loss; markers and other single numbers are none."""
+    floats = {value.dtype for value in tensors.values() if value.dtype.is_floating_point and value.numel() > 1}
     if any(dtype.itemsize < 2 for dtype in floats):
         raise UserError(f"{option} {path} holds weights in 8 bits, too coarse to erase from; use a 16- or 32-bit file")
     return floats.pop() if len(floats) == 1 else torch.float32
@@ -292,7 +292,7 @@ def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: 
     key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
     target = Path(constants.HF_HOME) / "esd_peft" / key / name
     if not (target / INDEX).is_file():
-        with new_directory(target, overwrite=True, option="HF_HOME") as draft:
+        with new_directory(target, overwrite=True, option="HF_HOME", private_as=[sources[0].parent]) as draft:
             try:
                 pipeline = make()
                 _refuse_invented(pipeline, f"{option} {sources[0]}")

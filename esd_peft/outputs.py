@@ -96,7 +96,7 @@ def check_folder(path: Path, inputs: Inputs = (), writes: Iterable[str] = (), op
         if os.path.lexists(real) and not real.is_dir():
             raise UserError(f"{option} {path} is a file; name a directory")
         listed = _listed(real)
-        if listed is None and _filled(real):
+        if listed is None and _filled(real, but=".lock"):  # which `esd_peft.jobs` may have just put there
             raise UserError(f"{option} {path} holds files that esd_peft did not write; name another directory")
         for name in writes:
             if os.path.lexists(real / name) and name not in (listed or ()):
@@ -118,8 +118,8 @@ def empty_folder(path: Path, option: str = "--output") -> None:
     _remove(path.resolve())
 
 
-def _filled(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+def _filled(folder: Path, but: str = "") -> bool:
+    return folder.is_dir() and any(entry.name != but for entry in folder.iterdir())
 
 
 def _check_own(path: Path, option: str) -> None:

@@ -31,7 +31,8 @@ def copy_pipeline(backbone: Backbone, target: Path) -> Iterator[tuple[str, str, 
     Raises `UserError` for a file that lies outside the directory, and for JSON that is none.
     """
     root = backbone.path
-    for file in [root / INDEX, *root.glob(LICENCES)]:
+    licences = [file for file in root.glob(LICENCES) if file.is_symlink() or not file.is_dir()]
+    for file in [root / INDEX, *licences]:
         _copy(backbone, file, target / file.name)
     for name in [name for name, part in backbone.index.items() if isinstance(part, list) and part[0] is not None]:
         source, copy = root / name, target / name
@@ -47,6 +48,8 @@ def copy_pipeline(backbone: Backbone, target: Path) -> Iterator[tuple[str, str, 
         if pickles and not any(source.glob("*.safetensors")):  # of a safety checker, say: the denoiser is always safetensors
             for file in pickles:
                 _copy(backbone, file, copy / file.name)
+            continue
+        if name not in backbone.used and not any(source.glob("*.safetensors")):  # a safety checker without its weights
             continue
         weights = find_weights(source, backbone.variant)
         for file in weights.files:

@@ -20,7 +20,7 @@ from esd_peft.errors import UserError
 from esd_peft.peft_config import Patterns, fits_base_only, for_layers, read_peft_config
 from esd_peft.peft_layers import MERGES_BIAS, LayerBias, LayerWeight, PeftFiles
 from esd_peft.text_files import UnreadableError, read_json, read_yaml
-from esd_peft.weights import TensorFile, open_tensors, read_tensors, sha256
+from esd_peft.weights import TensorFile, check_finite, open_tensors, read_tensors, sha256
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -75,6 +75,11 @@ class Adapter(ABC):
         return path
 
     @property
+    def base_options(self) -> dict[str, Any]:
+        """How its base was read, but for pickles: these never on an adapter's word."""
+        return {name: self.base.get(name) for name in ("variant", "revision", "checkpoint_config")}
+
+    @property
     def config_sha256(self) -> str:
         """The hash of the config that made it; empty where another tool did."""
         return sha256(self.path / "config.yaml") if self.config else ""
@@ -87,10 +92,16 @@ class Adapter(ABC):
         """
 
     def fitting(self, denoiser: ModelMixin) -> dict[str, Change]:
-        """`changes`, after one of them was tried: before any work. Raises `UserError` if the adapter does not fit."""
+        """`changes`, after the first of each kind was tried on a weight of zeros: before any work.
+
+        Raises `UserError` if the adapter does not fit, or makes values that are no numbers.
+        """
         changes = self.changes(denoiser)
-        for name, change in [*changes.items()][:1]:
-            change.on(torch.zeros(denoiser.get_parameter(name).shape))
+        kinds = {(type(change), type(change.layer)): name for name, change in reversed(changes.items())}
+        for name in kinds.values():
+            change = changes[name]
+            merged = change.on(torch.zeros(denoiser.get_parameter(name).shape)).merge()
+            check_finite(f"--adapter {self.path}: {name}", merged)
         return changes
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from esd_peft.errors import UserError
+from esd_peft.text_files import shown_lines
 
 
 class _Stream:
@@ -61,4 +62,4 @@ def forgiving_streams() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print `text`, with names that others chose: what a terminal would obey, but for ends of lines, is escaped."""
-    print("".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text))
+    print(shown_lines(text))

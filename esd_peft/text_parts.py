@@ -12,6 +12,7 @@ from esd_peft.text_files import UnreadableError, read_json
 from esd_peft.weights import rename_tensors
 
 _PREFIX = "text_model."
+_OWN = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
 def write_for_every_version(pipeline: Path) -> None:
@@ -29,7 +30,8 @@ def write_for_every_version(pipeline: Path) -> None:
 
 
 def _old_name(name: str) -> str:
-    return name if name.startswith(_PREFIX) else _PREFIX + name
+    """Of the encoder's own weights; a projection beside it has no prefix in any version."""
+    return _PREFIX + name if name.startswith(_OWN) else name
 
 
 def _write_slow_files(tokenizer: Path) -> None:

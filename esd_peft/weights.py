@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from os.path import exists, isfile  # false for a name that is too long, where Path's raise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,6 +88,12 @@ def check_finite(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def check_regular(path: Path) -> None:
+    """Raise `UserError` for a pipe or a device, which would be read without end; a file that is not there is said later."""
+    if exists(path) and not isfile(path):
+        raise UserError(f"{path} is no regular file; restore it")
+
+
 def sha256(path: Path) -> str:
     """The file's hash, in hex."""
     with path.open("rb") as file:
@@ -111,6 +118,7 @@ def copy_with_sha256(source: Path, target: Path) -> str:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of one file. Raises `UserError` if it is truncated or damaged."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}
@@ -161,6 +169,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 def open_tensors(path: Path) -> TensorFile:
     """Read the header. Raises `UserError` if the file is truncated or damaged."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt"):  # checks the header, the offsets and the length
             pass

@@ -53,9 +53,14 @@ class Backbone(ABC):
     def __init__(self, path: Path, index: dict[str, Any], option: str = "--model", variant: str | None = None) -> None:
         self.path, self.index, self.option, self.variant = path, index, option, variant
         self.name = hub_id(path) or path.resolve().name  # to be published: without a path of this machine
-        for part in (*self.text_parts, self.denoiser_part, "vae", "scheduler"):
+        for part in self.used:
             if not self.has(part) and part not in self.optional_parts:
                 raise UserError(f"{option} {path} lacks its {part}; restore that folder")
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The parts that are read here; a pipeline may come with others, a safety checker for example."""
+        return (*self.text_parts, self.denoiser_part, "vae", "scheduler")
 
     def has(self, part: str) -> bool:
         """Whether the pipeline comes with that component."""
@@ -96,7 +101,7 @@ class Backbone(ABC):
 
     def check(self, weights: bool) -> None:
         """Raise `UserError` unless every part is whole and they work together, before any work; loads no weights."""
-        parts = [self.part(n) for n in (*self.text_parts, self.denoiser_part, "vae", "scheduler") if self.has(n)]
+        parts = [self.part(name) for name in self.used if self.has(name)]
         for part in parts:
             if part.has_weights or "Scheduler" in part.family.__name__:
                 part.check_config()

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.backbones import EMBEDDED, Backbone, open_backbone
+from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.merge_adapter import RECORD, erased_concepts
@@ -107,7 +108,7 @@ def open_models(config: EvaluateConfig) -> Comparison:
         base = config.base if config.base is not None else adapter.base.get("model")
         if base is None and not adapter.base:
             raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was trained on")
-        before = open_backbone(base, "--base")
+        before = open_backbone(base, "--base", ModelOptions(**adapter.base_options) if config.base is None else None)
         with _named_erased():
             adapter.fitting(before.empty_denoiser())  # now, rather than after the base's pictures
         erased, notes = Model(before, adapter), _notes(before, adapter)

@@ -18,7 +18,7 @@ from esd_peft.backbones import EMBEDDED, flux, open_backbone
 from esd_peft.command_line import parse
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
-from esd_peft.evaluation.models import Model
+from esd_peft.evaluation.models import Model, open_models
 from esd_peft.evaluation.table import result_table
 from esd_peft.saved_adapters import read_adapter
 from families import save_family
@@ -320,3 +320,22 @@ def test_the_command_exits_with_2_and_one_line(tmp_path):
 
 def test_it_is_a_function_of_the_package():
     assert callable(esd_peft.evaluate)
+
+
+def test_the_base_is_read_as_the_adapter_says(small_sd, tmp_path):
+    """Of a variant, where that is all there is."""
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    for file in model.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    options = {
+        "num_inference_steps": 2,
+        "trajectories": 1,
+        "max_train_steps": 1,
+        "rank": 2,
+        "device": "cpu",
+        "eval_seeds": 0,
+    }
+    erase(EraseConfig(concept="circle", model=str(model), variant="fp16", output=tmp_path / "erased", **options))
+    assert open_models(EvaluateConfig(erased=tmp_path / "erased")).base.backbone.variant == "fp16"
+    with pytest.raises(UserError, match="--variant fp16"):
+        open_models(EvaluateConfig(erased=tmp_path / "erased", base=str(model)))

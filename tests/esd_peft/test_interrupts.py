@@ -147,3 +147,25 @@ def test_without_sighup(monkeypatch):
     with interrupts.noted() as seen:
         signal.raise_signal(signal.SIGTERM)
     assert seen == [signal.SIGTERM]
+
+
+def test_a_signal_in_the_last_step_is_not_lost(small_sd, tmp_path, signalled):
+    steps = []
+
+    def in_the_second_training_step():
+        if torch.is_grad_enabled():
+            steps.append(1)
+        return len(steps) == 2
+
+    signalled(signal.SIGTERM, in_the_second_training_step)
+    config = EraseConfig(model=str(small_sd), output=tmp_path / "erased", max_train_steps=2, **QUICK)
+    with pytest.raises(KeyboardInterrupt, match="after step 2 of 2; --resume goes on from there"):
+        erase(config)
+    assert not (tmp_path / "erased").exists()
+    erase(config.model_copy(update={"resume": True}))
+    assert len(steps) == 2 and (tmp_path / "erased" / "adapter_model.safetensors").is_file()
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    assert interrupts._handle(signal.default_int_handler) == {}

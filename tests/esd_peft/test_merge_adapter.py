@@ -1,6 +1,7 @@
 """Merging: how much, into what, and what is checked; what is read from where is in test_model_source."""
 
 import json
+import os
 import shutil
 
 import peft
@@ -207,3 +208,17 @@ def test_a_copy_is_hashed_on_the_way(tmp_path):
     source.write_bytes(bytes(range(256)) * 200_000)  # more than one chunk
     assert copy_with_sha256(source, tmp_path / "copy") == sha256(source)
     assert source.read_bytes() == (tmp_path / "copy").read_bytes()
+
+
+def test_whole_weights_and_an_adapter_of_one_layer_are_not_added_up(base, lora, tmp_path):
+    run(base, tmp_path / "weights", adapter="none", rank=None)
+    for order in ([tmp_path / "weights", lora], [lora, tmp_path / "weights"]):
+        with pytest.raises(UserError, match=r"replaces weights that another adapter changes; merge it first"):
+            merge_adapter(MergeConfig(adapter=order, base=str(base), output=tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_pipe_is_no_checkpoint_of_ours(lora, base, tmp_path):
+    os.mkfifo(tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match="was not written by this command"):
+        merge_adapter(MergeConfig(adapter=lora, base=str(base), output=tmp_path / "out.safetensors", overwrite=True))

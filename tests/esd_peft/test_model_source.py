@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from esd_peft import EraseConfig
+from esd_peft import EraseConfig, model_source
 from esd_peft.backbones import EMBEDDED, open_backbone
 from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
@@ -315,3 +315,16 @@ def test_a_checkpoint_that_lacks_weights_or_has_more(small_sd, checkpoint, tmp_p
 
 def test_config_names_the_options():
     assert EraseConfig(concept="x", model="a/b", revision="r", variant="fp16").variant == "fp16"
+
+
+def test_markers_have_no_say_in_the_dtype(tmp_path):
+    weights = {"a": torch.zeros(2, 2, dtype=torch.float16), "v_pred": torch.zeros(0), "logit_scale": torch.zeros(())}
+    assert model_source._dtype(weights, tmp_path, "--model") == torch.float16
+    assert model_source._dtype(weights | {"b": torch.zeros(2)}, tmp_path, "--model") == torch.float32
+
+
+def test_a_private_checkpoint_is_converted_in_private(checkpoint, small_sd, tmp_path, home):
+    (tmp_path / "mine").mkdir(mode=0o700)
+    shutil.copyfile(checkpoint, tmp_path / "mine" / "own.safetensors")
+    found = open_backbone(str(tmp_path / "mine" / "own.safetensors"), options=ModelOptions(checkpoint_config=str(small_sd)))
+    assert {path.stat().st_mode & 0o077 for path in found.path.rglob("*")} == {0}

@@ -339,3 +339,13 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         check_output(tmp_path / "file" / "out", overwrite=False)
     with pytest.raises(UserError, match="--overwrite"):
         check_output(tmp_path, overwrite=False)
+
+
+def test_the_lock_of_the_run_itself_is_no_file_of_somebody_else(tmp_path):
+    """It lies inside where the folder above may not be written, as that of a mounted directory."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_bytes(b"esd_peft\n")
+    check_folder(tmp_path / "out")
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(UserError, match="holds files that esd_peft did not write"):
+        check_folder(tmp_path / "out")

@@ -90,3 +90,16 @@ def test_json_that_is_none_is_not_published(adapter, model, tmp_path, name):
     with pytest.raises(UserError, match=rf"{name.split('/')[1]} is damaged|cannot be loaded"):
         merge(adapter, model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_folders_that_hold_no_weights_or_no_licence_are_no_obstacle(adapter, model, tmp_path):
+    index = json.loads((model / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "config.json").write_text("{}")
+    (model / "LICENSES").mkdir()
+    (model / "LICENSES" / "MIT.txt").write_text("do as you like")
+    merge(adapter, model, tmp_path / "merged")
+    assert names(tmp_path / "merged" / "safety_checker") == ["config.json"]
+    assert not (tmp_path / "merged" / "LICENSES").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 import warnings
 
@@ -225,3 +226,21 @@ def test_tensors_that_nothing_reads_are_refused(tmp_path):
     save_file(load_file(file) | {"base_model.model.to_k.lora_magnitude_vector": torch.ones(64)}, file)
     with pytest.raises(UserError, match=r"there is no use for .*lora_magnitude_vector"):
         merged_here(path)
+
+
+def test_each_kind_of_change_is_tried_before_any_work(tmp_path):
+    """Also where the first tensors of the file take the place of the base's own, and are no reason to complain."""
+    path = saved(tmp_path / "a", peft.LoraConfig(target_modules=LINEAR, modules_to_save=["norm"]))
+    adapter = read_adapter(path)
+    assert any("norm" in name for name in adapter.fitting(Net()))
+    edited(path, lora_alpha=float("inf"))
+    with pytest.raises(UserError, match="there are NaN or infinite values in it"):
+        read_adapter(path).fitting(Net())
+
+
+def test_a_pipe_in_the_place_of_its_weights_is_refused(tmp_path):
+    path = saved(tmp_path / "a", peft.LoraConfig(target_modules=LINEAR))
+    (path / "adapter_model.safetensors").unlink()
+    os.mkfifo(path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_adapter(path)

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from esd_peft import text_parts
 from esd_peft.backbones import EMBEDDED
 from esd_peft.text_parts import write_for_every_version
 
@@ -51,3 +52,8 @@ def test_what_is_in_that_form_stays_as_it_is(tmp_path):
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
     write_for_every_version(path)
     assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_projection_beside_the_encoder_keeps_its_name():
+    names = ["encoder.layers.0.mlp.fc1.weight", "text_model.embeddings.position_embedding.weight", "text_projection.weight"]
+    assert [text_parts._old_name(name) for name in names] == [f"text_model.{names[0]}", *names[1:]]
