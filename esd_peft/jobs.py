@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def only_job() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold(path: Path, option: str = "--output") -> Iterator[None]:
-    """Nobody else writes the output `path` meanwhile. Raises `UserError` if somebody does already."""
+def hold(path: Path, option: str = "--output", wait: bool = False) -> Iterator[None]:
+    """Nobody else writes the output `path` meanwhile. Raises `UserError` if somebody does already, or waits for the end."""
     process = os.getpid()
     with contextlib.ExitStack() as stack:
         try:
@@ -38,7 +39,7 @@ def hold(path: Path, option: str = "--output") -> Iterator[None]:
             real.parent.mkdir(parents=True, exist_ok=True)
             beside = real.name and (os.access(real.parent, os.W_OK) or not real.is_dir())
             file = real.with_name(f".{real.name}.lock") if beside else real / ".lock"
-            stack.enter_context(_held(file))
+            stack.enter_context(_held(file, wait))
         except BlockingIOError:
             raise UserError(
                 f"{option} {path}: another run is writing there; wait for it, or name another directory"
@@ -55,7 +56,7 @@ def hold(path: Path, option: str = "--output") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held(file: Path) -> Iterator[None]:
+def _held(file: Path, wait: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         held = False
         while not held:
@@ -64,8 +65,13 @@ def _held(file: Path) -> Iterator[None]:
             with contextlib.suppress(FileNotFoundError):  # whoever held it has removed it meanwhile: once more
                 if not _is_ours(file):
                     raise OSError(None, f"{file} is in the way")
-                stack.enter_context(locks.hold(file))
-                held = True
+                try:
+                    stack.enter_context(locks.hold(file))
+                    held = True
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    time.sleep(0.2)
         yield
 
 

@@ -22,6 +22,7 @@ from huggingface_hub import constants, errors, hf_hub_download, snapshot_downloa
 
 from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
+from esd_peft.jobs import hold
 from esd_peft.outputs import new_directory
 from esd_peft.text_files import UnreadableError, read_json
 from esd_peft.text_parts import write_for_every_version
@@ -292,15 +293,21 @@ def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: 
     key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
     target = Path(constants.HF_HOME) / "esd_peft" / key / name
     if not (target / INDEX).is_file():
-        with new_directory(target, overwrite=True, option="HF_HOME", private_as=[sources[0].parent]) as draft:
-            try:
-                pipeline = make()
-                _refuse_invented(pipeline, f"{option} {sources[0]}")
-            except UserError:
-                raise
-            except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(f"{option} {sources[0]} does not fit its configs ({reason})") from None
-            pipeline.save_pretrained(draft)
-            write_for_every_version(draft)
+        with hold(target, "HF_HOME", wait=True):  # all processes of a run want it at once
+            if not (target / INDEX).is_file():
+                _convert(make, sources[0], target, option)
     return target
+
+
+def _convert(make: Callable[[], Any], source: Path, target: Path, option: str) -> None:
+    with new_directory(target, overwrite=True, option="HF_HOME", private_as=[source.parent]) as draft:
+        try:
+            pipeline = make()
+            _refuse_invented(pipeline, f"{option} {source}")
+        except UserError:
+            raise
+        except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{option} {source} does not fit its configs ({reason})") from None
+        pipeline.save_pretrained(draft)
+        write_for_every_version(draft)

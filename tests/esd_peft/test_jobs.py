@@ -124,3 +124,22 @@ def test_what_is_being_written_inside_is_not_replaced(tmp_path):
     with hold(tmp_path / "out" / "evaluation"), pytest.raises(UserError, match="another run is writing there"):
         check_output(tmp_path / "out", overwrite=True)
     check_output(tmp_path / "out", overwrite=True)
+
+
+def test_whoever_waits_is_next(tmp_path):
+    """As the processes of a run do that all want the same checkpoint converted."""
+    order, held, done = [], threading.Event(), threading.Event()
+
+    def first():
+        with hold(tmp_path / "out"):
+            held.set()
+            done.wait(0.5)
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    held.wait()
+    with hold(tmp_path / "out", wait=True):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
