@@ -27,11 +27,13 @@ is empty, the explanation says what happens if the option is left out.
 def commands() -> dict[str, type[CommandConfig]]:
     """The class of options of each command, found where the command line is parsed."""
     package = ROOT / "esd_peft"
-    for path in package.rglob("*config.py"):
-        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    for path, text in sources.items():
+        if re.search(r"class \w+Config\(", text):
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     known = {kind.__name__: kind for kind in _subclasses(CommandConfig)}
-    sources = (path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py")))
-    return {name: known[kind] for text in sources for kind, name in re.findall(r'\bparse\((\w+), "([\w ]+)"', text)}
+    found = (match for text in sources.values() for match in re.findall(r'\bparse\((\w+), "([\w. ]+)"', text))
+    return {name: known[kind] for kind, name in found}
 
 
 def _subclasses(kind: type[CommandConfig]) -> Iterator[type[CommandConfig]]:

@@ -58,9 +58,9 @@ def roll(path, monkeypatch, scale):
     monkeypatch.setattr(backbone, "begin", noted_begin)
     monkeypatch.setattr(backbone, "scheduler_step", noted_step)
     teacher = torch.no_grad
-    ours = Rollout(backbone, denoiser, table, teacher, config, CPU, torch.float32, Costs(CPU))
+    ours = Rollout(backbone, denoiser, table, teacher, config, CPU, torch.float32, Costs(CPU))  # begins one, and looks at it
     bank = ours.fill(torch.tensor([0]), generator, progress=False)
-    return noise[0], torch.Generator().set_state(states[0]), latents, bank, table, backbone, denoiser
+    return noise[-1], torch.Generator().set_state(states[-1]), latents, bank, table, backbone, denoiser
 
 
 def draw(pipe, denoiser, noise, generator, scale):
