@@ -34,13 +34,13 @@ def child(script, *arguments):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": "float32"},
+        {"dtype": "float32", "until": 0.0},
         {"dtype": "float16", "scope": "full"},  # with loss scaling
         {"dtype": "bfloat16", "optimizer": "AdamW8bit", "snr_gamma": 5.0},
         {"dtype": "bfloat16", "adapter": "none", "scope": "esd-x"},  # under autocast
         {"dtype": "float32", "offload": True, "gradient_checkpointing": True},
         {"dtype": "float32", "rollout": "student", "refill_every": 1, "adapter": "lokr"},
-        {"dtype": "float32", "micro_batch_size": 1, "map_to": "square", "until": 0.0},
+        {"dtype": "float32", "micro_batch_size": 1, "map_to": "square"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
