@@ -145,7 +145,8 @@ def test_what_cannot_be_seen_is_shown():
 @pytest.mark.parametrize("text", ["a\0b", "a\udcff", "\ud800"])
 def test_options_that_could_not_be_written(text):
     for options in ({"output": text}, {"preserve": ["a star", text]}, {"model": text}, {"preserve_file": text}):
-        with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')}.* is no character of a name or prompt; leave it out"):
+        flag = "--" + next(iter(options)).replace("_", "-")
+        with pytest.raises(UserError, match=f"{flag}.* is no character of a name or prompt; leave it out"):
             EraseConfig(concept="circle", **options)
     with pytest.raises(UserError, match="--concept"):
         EraseConfig(concept=text)
