@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esd_peft.config import EraseConfig
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, system_reason
 from esd_peft.outputs import empty_folder, new_file, remove_left, take_folder
 from esd_peft.text_files import UnreadableError, parse_json
 
@@ -212,4 +212,5 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output: {folder} cannot be written: {error.strerror}; free some space or name another") from None
+        reason = system_reason(error)
+        raise UserError(f"--output: {folder} cannot be written: {reason}; free some space or name another") from None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from esd_peft.config import EraseConfig
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.objectives import Objective
 
 AUTO_CALLS = 2000  # calls of the denoiser from which `auto` compiles: a guess, not measured yet
@@ -92,5 +92,5 @@ def _obstacle(device: torch.device) -> str | None:
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # each backend fails in its own way
-        return " ".join(str(error).split())[:200]
+        return in_brief(error)
     return None

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from esd_peft import distributed, interrupts
 from esd_peft.adapters import Student
 from esd_peft.checkpoint import Checkpoints
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.objectives import Batch, Objective, Supply
 from esd_peft.probe import EVERY, Probe
 from esd_peft.quantize import bitsandbytes
@@ -206,7 +206,7 @@ class _Training:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # PyTorch's kinds for a state that is another's are many
-            reason = " ".join(str(error).split())[:200]
+            reason = in_brief(error)
             raise UserError(f"--resume: the checkpoint does not fit ({reason}); add --overwrite to start anew") from None
 
     def _restored(self, values: dict[str, Any], bank: dict[str, Tensor] | None) -> Supply:

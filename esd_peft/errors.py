@@ -32,6 +32,16 @@ class OutOfMemory(UserError):
         self.phase = phase
 
 
+def in_brief(error: BaseException) -> str:
+    """What another library's error says, on one line, of no more than a sentence can quote; its class if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def system_reason(error: BaseException) -> str:
+    """What the system has against a file: without its number and name, if it says so."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that the GPU or the host has too little memory; PyTorch has no class of its own for the latter."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from esd_peft import locks
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, system_reason
 
 _CONTENT = b"esd_peft\n"  # of a lock file: nobody else's file is taken for one, and removed
 _job = threading.RLock()  # a job may run another one inside, as erase runs evaluate
@@ -45,7 +46,7 @@ def hold(path: Path, option: str = "--output", wait: bool = False) -> Iterator[N
                 f"{option} {path}: another run is writing there; wait for it, or name another directory"
             ) from None
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links that go in a circle
-            reason = getattr(error, "strerror", None) or error
+            reason = system_reason(error)
             raise UserError(f"{option} {path} cannot be written: {reason}; name a writable directory") from None
         try:
             yield
@@ -66,7 +67,8 @@ def _held(file: Path, wait: bool) -> Iterator[None]:
                 if not _is_ours(file):
                     raise OSError(None, f"{file} is in the way")
                 try:
-                    stack.enter_context(locks.hold(file))
+                    if not stack.enter_context(locks.hold(file)):
+                        print(f"note: {file.parent} has no locks: see that no other run writes there", file=sys.stderr)
                     held = True
                 except BlockingIOError:
                     if not wait:

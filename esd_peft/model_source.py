@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_sin
 from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
 from esd_peft.config import ModelOptions
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.jobs import hold
 from esd_peft.outputs import new_directory
 from esd_peft.text_files import UnreadableError, read_json
@@ -182,7 +182,7 @@ def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option:
         elif "safetensors" in str(error):
             problem = "lacks safetensors files; name another --variant or --revision, or add --allow-pickle"
         else:
-            problem = f"cannot be downloaded ({' '.join(str(error).split())[:200]})"
+            problem = f"cannot be downloaded ({in_brief(error)})"
         raise UserError(f"{option} {model}{at} {problem}") from None
 
 
@@ -195,7 +195,7 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Coll
     try:
         tensors = load_single_file_checkpoint(str(path))
     except Exception as error:  # the libraries raise many kinds for a damaged file
-        raise UserError(f"{option} {path} cannot be read ({' '.join(str(error).split())[:200]}); restore it") from None
+        raise UserError(f"{option} {path} cannot be read ({in_brief(error)}); restore it") from None
     if not any(name.startswith("model.diffusion_model.") for name in tensors):
         raise UserError(f"{option} {path} is not a whole checkpoint: it has no model.diffusion_model layers")
     config = options.checkpoint_config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
@@ -307,7 +307,6 @@ def _convert(make: Callable[[], Any], source: Path, target: Path, option: str) -
         except UserError:
             raise
         except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{option} {source} does not fit its configs ({reason})") from None
+            raise UserError(f"{option} {source} does not fit its configs ({in_brief(error)})") from None
         pipeline.save_pretrained(draft)
         write_for_every_version(draft)

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from esd_peft import locks
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, system_reason
 from esd_peft.jobs import is_lock
 
 MARK = ".esd_peft"  # a name a line, in JSON
@@ -301,8 +301,7 @@ def _said(path: Path, option: str = "--output") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle; ValueError: a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {path} cannot be written: {reason}; name a writable directory") from None
+        raise UserError(f"{option} {path} cannot be written: {system_reason(error)}; name a writable directory") from None
 
 
 def _unwritable(error: Exception, real: Path, path: Path, option: str = "--output") -> Exception:
@@ -310,5 +309,5 @@ def _unwritable(error: Exception, real: Path, path: Path, option: str = "--outpu
     names = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
     if names and not any(name.startswith(f"{real.parent / f'.{real.name}.'}") for name in names):
         return error
-    reason = error.args[0][0][2] if isinstance(error, shutil.Error) else getattr(error, "strerror", None) or error
+    reason = error.args[0][0][2] if isinstance(error, shutil.Error) else system_reason(error)
     return UserError(f"{option} {path} cannot be written: {reason}; free some space or name another directory")

@@ -14,11 +14,11 @@ from typing import Any
 import peft
 import regex
 
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.text_files import UnreadableError, read_json
 
 SECONDS = 5.0  # for all patterns of an adapter together; usual ones take some milliseconds
-BYTES = 4 * 2**20
+_LARGEST = 4 * 2**20  # bytes
 _LONGEST = 500  # characters of a pattern
 _MOST = 2**16  # of a rank, or whatever else a number may be of
 # what changes more than the weights of layers that are there, or what no file of the adapter holds
@@ -62,10 +62,8 @@ def read_peft_config(path: Path) -> peft.PeftConfig:
     """
     file = path / peft.utils.CONFIG_NAME
     try:
-        if file.stat().st_size > BYTES:
-            raise UnreadableError("it is too large")
-        values = {**read_json(file)}
-    except (UnreadableError, OSError, TypeError) as error:
+        values = {**read_json(file, _LARGEST)}
+    except (UnreadableError, TypeError) as error:
         raise _wrong(path, f"is damaged ({error}); restore it") from None
     kind = values.get("peft_type")
     for field in _REFUSED:
@@ -90,7 +88,7 @@ def read_peft_config(path: Path) -> peft.PeftConfig:
     try:
         return made(**values)
     except Exception as error:  # what PEFT raises for values it does not expect is of many kinds
-        raise _wrong(path, f"is damaged ({' '.join(str(error).split())[:200]}); restore it") from None
+        raise _wrong(path, f"is damaged ({in_brief(error)}); restore it") from None
 
 
 def fits_base_only(config: peft.PeftConfig) -> bool:

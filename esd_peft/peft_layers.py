@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esd_peft.changes import Adapted, Change
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.peft_config import REPEATED, Patterns, for_layers
 
 MERGES_BIAS = ("IA3", "ROAD", "BEFT")  # methods that change the bias of a layer without a tensor of that name
@@ -44,10 +44,8 @@ class PeftFiles:
         except UserError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--adapter {self.path}: its {self.kind} does not fit the base at {name}, or cannot be merged ({reason})"
-            ) from None
+            said = f"does not fit the base at {name}, or cannot be merged ({in_brief(error)})"
+            raise UserError(f"--adapter {self.path}: its {self.kind} {said}") from None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from esd_peft.errors import system_reason
+
 _FLAGS = os.O_RDONLY  # and where the system knows it: a pipe without a writer opens at once, lines end as they do
 for _flag in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
     _FLAGS |= getattr(os, _flag, 0)
@@ -39,7 +41,7 @@ def read_bytes(path: Path, largest: int) -> bytes:
                 raise UnreadableError("it is no regular file")
             content = file.read(largest + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise UnreadableError(str(getattr(error, "strerror", None) or error)) from None
+        raise UnreadableError(system_reason(error)) from None
     if len(content) > largest:
         raise UnreadableError(f"it is larger than {largest // 2**10} KiB")
     return content
@@ -83,9 +85,9 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise UnreadableError(f"it is not CSV: {error}") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, largest: int = _LARGEST) -> Any:
     """The file's values. Raises `UnreadableError` for whatever is wrong with it."""
-    return parse_json(read_text(path))
+    return parse_json(read_text(path, largest))
 
 
 def parse_json(text: str | bytes) -> Any:

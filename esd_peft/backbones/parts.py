@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.text_files import UnreadableError, read_json
 from esd_peft.weights import DTYPES, check_finite, find_weights
 
@@ -37,8 +37,7 @@ def reading(place: str, fix: str = "restore its files") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{place} cannot be loaded ({reason}); {fix}") from None
+        raise UserError(f"{place} cannot be loaded ({in_brief(error)}); {fix}") from None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 
 
 def load_pretrained(kind: Any, model: str, option: str, **options: Any) -> Any:
@@ -15,9 +15,8 @@ def load_pretrained(kind: Any, model: str, option: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(model, trust_remote_code=False, **options)
     except Exception as error:  # transformers and the hub raise many kinds
-        reason = " ".join(str(error).split())[:200]
         fix = "restore the folder" if Path(model).is_dir() else "name a local folder, or a hub id while online"
-        raise UserError(f"{option} {model} cannot be loaded ({reason}); {fix}") from None
+        raise UserError(f"{option} {model} cannot be loaded ({in_brief(error)}); {fix}") from None
 
 
 def describe_version(model: Any) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from esd_peft import text_files
 from esd_peft.concepts import TEMPLATES, everyday_prompts, names, spread
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.shapes import world
 
 EVERYDAY = 24  # of the built-in prompts, in suite concept
@@ -158,8 +158,7 @@ def _local(source: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
     except Exception as error:  # the hub's errors are of many kinds: offline, no such file, no access
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({reason})") from None
+        raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({in_brief(error)})") from None
 
 
 def ask(suite: Suite, concepts: list[str], source: str | None, limit: int | None) -> tuple[list[Prompt], "Roles"]:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from esd_peft import locks
 from esd_peft.errors import UserError
 from esd_peft.jobs import hold, only_job
 from esd_peft.outputs import check_output, take_folder
@@ -143,3 +144,10 @@ def test_whoever_waits_is_next(tmp_path):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_a_place_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(locks, "_lock", lambda handle: False)
+    with hold(tmp_path / "out"):
+        assert capsys.readouterr().err == f"note: {tmp_path} has no locks: see that no other run writes there\n"
+    assert not list(tmp_path.iterdir())
