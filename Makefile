@@ -5,7 +5,7 @@ test:
 	pytest
 
 coverage:
-	OMP_NUM_THREADS=1 pytest -n 2 --cov --ignore tests/esd_peft/test_compilation.py
+	OMP_NUM_THREADS=1 pytest -n 2 --cov --ignore tests/esd_peft/models/test_compilation.py
 
 audit:
 	pip check

@@ -14,11 +14,11 @@ setup(
     package_dir={"esd_kernels": "kernels/esd_kernels"},
     packages=[*find_packages(include=["esd_peft", "esd_peft.*"]), "esd_kernels"],
     package_data={
-        "esd_peft": ["everyday.txt"],
+        "esd_peft.prompts": ["retain_prompts.txt"],
         "esd_peft.attacks": ["prompts.txt"],
         "esd_peft.evaluation": ["report.html", "suites/*.yaml"],
         "esd_peft.study": ["page.html"],
-        "esd_peft.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
+        "esd_peft.worlds.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
     },
     # the lowest versions are those with which CI runs the default command once (torch and triton apart: see .ci/run)
     install_requires=[

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, ModelMixin
 
-from esd_peft.backbones import open_backbone
-from esd_peft.backbones.backbone import PromptEmbeds
-from esd_peft.devices import finish
+from esd_peft.models import open_backbone
+from esd_peft.models.family import PromptEmbeds
+from esd_peft.runtime.devices import finish
 
 STEPS, SAMPLED, GUIDANCE = 50, 24, 3.0
 

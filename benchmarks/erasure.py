@@ -111,9 +111,9 @@ def run(job: tuple[str, dict, str, int], pictures: int) -> dict:
 
     torch.set_num_threads(1)  # workers share the cores
     from esd_peft import EraseConfig, erase
-    from esd_peft.backbones import open_backbone
+    from esd_peft.adapters.saved import read_adapter
     from esd_peft.evaluation.gallery import Gallery
-    from esd_peft.saved_adapters import read_adapter
+    from esd_peft.models import open_backbone
 
     method, options, concept, seed = job
     if "preserve" in options:

@@ -42,16 +42,16 @@ from real_models import make_model
 
 from esd_kernels import guided_mse
 from esd_peft import EraseConfig, erase
-from esd_peft.adapters import Student, make_student, scope_modules
-from esd_peft.backbones import open_backbone
-from esd_peft.compilation import compiled
-from esd_peft.concepts import plan_prompts
-from esd_peft.devices import place, release, resolve_device, resolve_dtype
-from esd_peft.distill import distill
-from esd_peft.objectives import GuidedTarget
-from esd_peft.phases import Costs
-from esd_peft.plan import describe, make_plan
-from esd_peft.rollout import Rollout, make_table
+from esd_peft.memory.planner import describe, make_plan
+from esd_peft.models import open_backbone
+from esd_peft.models.compilation import compiled
+from esd_peft.prompts.plan import plan_prompts
+from esd_peft.runtime.devices import place, release, resolve_device, resolve_dtype
+from esd_peft.runtime.profiling import Costs
+from esd_peft.training.esd import GuidedTarget
+from esd_peft.training.rollout import Rollout, make_table
+from esd_peft.training.student import Student, make_student, scope_modules
+from esd_peft.training.trainer import distill
 
 GIB = 2**30
 BATCH = 4  # of the step timings

@@ -28,9 +28,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from esd_peft import MergeConfig, merge_adapter
-from esd_peft.adapters import scope_modules
-from esd_peft.backbones import EMBEDDED, open_backbone
-from esd_peft.weights import STEMS, NewTensor, as_bytes, write_tensors
+from esd_peft.io.tensors import STEMS, NewTensor, as_bytes, write_tensors
+from esd_peft.models import EMBEDDED, open_backbone
+from esd_peft.training.student import scope_modules
 
 GIB = 2**30
 LIMIT = 2 * GIB  # above the largest shard

@@ -10,8 +10,8 @@ from pathlib import Path
 from real_models import MODELS, make_model
 
 from esd_peft import EraseConfig, UserError
-from esd_peft.backbones import open_backbone
-from esd_peft.plan import amount, describe, make_plan
+from esd_peft.memory.planner import amount, describe, make_plan
+from esd_peft.models import open_backbone
 
 BUDGETS = ("4GiB", "8GiB", "12GiB", "24GiB")
 PHASES = ("encode", "load", "rollout", "distill", "evaluate")

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from esd_kernels import guided_mse
-from esd_peft.adapters import compute_in_inputs_dtype
+from esd_peft.training.student import compute_in_inputs_dtype
 
 BATCH = 4  # trajectories, or training samples
 RANK = 8
@@ -194,7 +194,7 @@ def rollout_step(unet: nn.Module, prompt: dict[str, Any], latents: Tensor, autoc
 
 
 def training_step(unet: nn.Module, prompt: dict[str, Any], latents: Tensor, autocast: bool) -> Step:
-    """Prediction, loss, backward pass and update, as in `esd_peft.distill`."""
+    """Prediction, loss, backward pass and update, as in `esd_peft.training.trainer`."""
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     times = torch.full((BATCH,), 500, device=latents.device)

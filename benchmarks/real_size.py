@@ -15,7 +15,7 @@ import torch
 from real_models import make_model
 
 from esd_peft import EraseConfig, erase
-from esd_peft.command_line import parse
+from esd_peft.cli import parse
 from esd_peft.evaluation.table import result_table
 
 

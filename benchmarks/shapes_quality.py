@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from esd_peft.backbones import open_backbone
-from esd_peft.evaluation.pictures import encode_prompts, make_pictures
-from esd_peft.shapes import world
-from esd_peft.shapes.classifier import load_classifier
+from esd_peft.models import open_backbone
+from esd_peft.models.sampling import encode_prompts, make_pictures
+from esd_peft.worlds.shapes import world
+from esd_peft.worlds.shapes.classifier import load_classifier
 
 HELD_OUT = 1024
 

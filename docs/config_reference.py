@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from esd_peft.command_line import CommandConfig
+from esd_peft.cli import CommandConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "config.md"

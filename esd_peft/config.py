@@ -17,8 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from esd_peft.command_line import CommandConfig
-from esd_peft.units import parse_bytes
+from esd_peft.cli import CommandConfig, parse_bytes
 
 Scope = Literal["esd-x", "esd-x-strict", "esd-u", "selfattn", "full"]
 Adapter = Literal["lora", "loha", "lokr", "none"]

@@ -12,41 +12,42 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from esd_peft import __version__, distributed
-from esd_peft.adapters import Student, make_student, scope_modules
-from esd_peft.backbones import Backbone, PromptEmbeds, open_backbone
-from esd_peft.checkpoint import Checkpoints
-from esd_peft.command_line import parse
-from esd_peft.compilation import check_compiler, compiled
-from esd_peft.concepts import PromptPlan, plan_prompts
+from esd_peft._version import __version__
+from esd_peft.adapters.export import limits, own_metadata, write_kohya_lora
+from esd_peft.cli import parse, run_command
 from esd_peft.config import EraseConfig
-from esd_peft.contrastive import make_contrastive
-from esd_peft.devices import current, place, release, resolve_device, resolve_dtype
-from esd_peft.distill import distill
-from esd_peft.errors import OutOfMemory, UserError, out_of_memory, run_command
+from esd_peft.errors import OutOfMemory, UserError, out_of_memory
 from esd_peft.evaluate import command_of, evaluate
-from esd_peft.evaluation.config import WITHIN, EvaluateConfig
 from esd_peft.evaluation.gallery import Gallery, check_concepts
+from esd_peft.evaluation.options import WITHIN, EvaluateConfig
 from esd_peft.evaluation.rates import Shares
 from esd_peft.evaluation.table import result_table
-from esd_peft.export import limits, own_metadata, write_kohya_lora
-from esd_peft.jobs import hold, only_job
-from esd_peft.model_source import commit_of
-from esd_peft.objectives import GuidedTarget, Objective
-from esd_peft.offload import offload_base
-from esd_peft.outputs import check_output, new_directory, new_file
-from esd_peft.phases import Costs
-from esd_peft.plan import Sizes, make_plan, plan_table, smaller, within_budget
-from esd_peft.probe import Probe
-from esd_peft.prompt_maps import prompt_maps
-from esd_peft.quantize import check_bitsandbytes, load_quantized
-from esd_peft.randomness import generator
-from esd_peft.robust import RobustTarget
-from esd_peft.rollout import Rollout, make_table
-from esd_peft.surroundings import surroundings
-from esd_peft.terminal import say
-from esd_peft.tracking import check_tracker, tracker
-from esd_peft.weights import add_metadata, sha256
+from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.outputs import check_output, new_directory, new_file
+from esd_peft.io.tensors import add_metadata, sha256
+from esd_peft.io.terminal import say
+from esd_peft.memory.planner import Sizes, make_plan, plan_table, smaller, within_budget
+from esd_peft.models import Backbone, PromptEmbeds, open_backbone
+from esd_peft.models.compilation import check_compiler, compiled
+from esd_peft.models.offload import offload_base
+from esd_peft.models.quantize import check_bitsandbytes, load_quantized
+from esd_peft.models.sources import commit_of
+from esd_peft.prompts.plan import PromptPlan, plan_prompts
+from esd_peft.runtime import distributed
+from esd_peft.runtime.devices import current, place, release, resolve_device, resolve_dtype
+from esd_peft.runtime.profiling import Costs
+from esd_peft.runtime.seeds import generator
+from esd_peft.runtime.surroundings import surroundings
+from esd_peft.runtime.tracking import check_tracker, tracker
+from esd_peft.training.adversarial import RobustTarget
+from esd_peft.training.checkpoint import Checkpoints
+from esd_peft.training.contrastive import make_contrastive
+from esd_peft.training.early_stopping import Probe
+from esd_peft.training.esd import GuidedTarget, Objective
+from esd_peft.training.prompt_maps import prompt_maps
+from esd_peft.training.rollout import Rollout, make_table
+from esd_peft.training.student import Student, make_student, scope_modules
+from esd_peft.training.trainer import distill
 
 _LESS_MEMORY = "plan for less with --memory-budget, or add --quantize nf4 or --offload, or take a smaller model"
 

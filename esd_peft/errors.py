@@ -2,11 +2,8 @@
 
 import os
 import re
-import sys
-from collections.abc import Callable
 
 import torch
-import transformers
 
 _TOKEN = re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}")  # of the hub
 
@@ -25,7 +22,7 @@ class UserError(Exception):
 
 
 class OutOfMemory(UserError):
-    """The device has too little memory for a phase of a job (`esd_peft.phases`)."""
+    """The device has too little memory for a phase of a job (`esd_peft.runtime.profiling`)."""
 
     def __init__(self, phase: str, advice: str = "take smaller batches, or add --quantize nf4") -> None:
         super().__init__(f"the device ran out of memory in {phase}; {advice}")
@@ -45,28 +42,3 @@ def system_reason(error: BaseException) -> str:
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that the GPU or the host has too little memory; PyTorch has no class of its own for the latter."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def run_command(main: Callable[[], object]) -> None:
-    """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2, and so does too little
-    memory."""
-    transformers.utils.logging.disable_progress_bar()
-    from esd_peft import distributed, interrupts, terminal  # which raise `UserError` themselves
-
-    interrupts.at_once()
-    try:
-        with terminal.forgiving_streams():
-            main()
-        return
-    except UserError as error:
-        said, code = f"error: {error}", 2
-    except KeyboardInterrupt as why:
-        said, code = f"interrupted {why}" if why.args else "interrupted: nothing unfinished was kept", 130
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        said, code = "error: this machine has too little memory for that; take smaller numbers or a smaller model", 2
-    if distributed.first_to_fail():
-        with terminal.forgiving_streams():
-            print(said, file=sys.stderr)
-    sys.exit(code)

@@ -5,27 +5,27 @@ import shlex
 
 import torch
 
-from esd_peft import __version__
+from esd_peft._version import __version__
 from esd_peft.attacks.run import Arena, make_attacks
-from esd_peft.command_line import parse
-from esd_peft.devices import current, resolve_device, resolve_dtype
-from esd_peft.errors import UserError, run_command
+from esd_peft.cli import parse, run_command
+from esd_peft.errors import UserError
 from esd_peft.evaluation import judging
-from esd_peft.evaluation.album import Album
-from esd_peft.evaluation.config import WITHIN, EvaluateConfig
+from esd_peft.evaluation.image_cache import Album
 from esd_peft.evaluation.models import Comparison, Model, open_models
-from esd_peft.evaluation.pictures import encode_prompts, picture_batches
+from esd_peft.evaluation.options import WITHIN, EvaluateConfig
 from esd_peft.evaluation.report import REPORT, write_report
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Prompt, Suite, ask, load_suite
 from esd_peft.evaluation.text import as_text
-from esd_peft.jobs import hold, only_job
-from esd_peft.outputs import check_folder, take_folder
-from esd_peft.phases import Costs
-from esd_peft.quantize import check_bitsandbytes
-from esd_peft.shapes.world import SIZE
-from esd_peft.surroundings import surroundings
-from esd_peft.terminal import say
+from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.outputs import check_folder, take_folder
+from esd_peft.io.terminal import say
+from esd_peft.models.quantize import check_bitsandbytes
+from esd_peft.models.sampling import encode_prompts, picture_batches
+from esd_peft.runtime.devices import current, resolve_device, resolve_dtype
+from esd_peft.runtime.profiling import Costs
+from esd_peft.runtime.surroundings import surroundings
+from esd_peft.worlds.shapes.world import SIZE
 
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
 

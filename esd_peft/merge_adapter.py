@@ -10,13 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from esd_peft import __version__
-from esd_peft.backbones import Backbone, open_backbone
-from esd_peft.changes import Change
-from esd_peft.command_line import parse
-from esd_peft.config import EraseConfig, ModelOptions
-from esd_peft.errors import UserError, run_command
-from esd_peft.export import (
+from esd_peft._version import __version__
+from esd_peft.adapters.deltas import Change
+from esd_peft.adapters.export import (
     ONE_TRANSFORMER,
     check_single_file,
     modelspec,
@@ -24,17 +20,21 @@ from esd_peft.export import (
     read_checkpoint_denoiser,
     write_checkpoint,
 )
-from esd_peft.jobs import hold, only_job
-from esd_peft.merge_config import MergeConfig
-from esd_peft.model_card import base_licence, model_card, public_config
-from esd_peft.model_source import is_snapshot
-from esd_peft.outputs import check_new_file, check_output, new_directory, new_file
-from esd_peft.pipeline_files import copy_pipeline
-from esd_peft.saved_adapters import Adapter, read_adapter
-from esd_peft.terminal import say
-from esd_peft.text_parts import write_for_every_version
-from esd_peft.verify import Verification
-from esd_peft.weights import check_finite, open_tensors
+from esd_peft.adapters.model_card import base_licence, model_card, public_config
+from esd_peft.adapters.options import MergeConfig
+from esd_peft.adapters.saved import Adapter, read_adapter
+from esd_peft.adapters.verify import Verification
+from esd_peft.cli import parse, run_command
+from esd_peft.config import EraseConfig, ModelOptions
+from esd_peft.errors import UserError
+from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.outputs import check_new_file, check_output, new_directory, new_file
+from esd_peft.io.tensors import check_finite, open_tensors
+from esd_peft.io.terminal import say
+from esd_peft.models import Backbone, open_backbone
+from esd_peft.models.pipeline_files import copy_pipeline
+from esd_peft.models.sources import is_snapshot
+from esd_peft.models.text_parts import write_for_every_version
 
 RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
 Changes = dict[str, list[Change]]  # of each weight that changes

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from esd_peft.attacks.victim import Victim
-from esd_peft.backbones import PromptEmbeds
-from esd_peft.randomness import generator
+from esd_peft.models import PromptEmbeds
+from esd_peft.runtime.seeds import generator
 
 BATCH_SIZE = 8  # of attacks that learn
 

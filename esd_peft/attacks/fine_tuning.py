@@ -7,8 +7,8 @@ import torch
 
 from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
 from esd_peft.attacks.victim import Victim
-from esd_peft.backbones import PromptEmbeds
-from esd_peft.backbones.backbone import pick
+from esd_peft.models import PromptEmbeds
+from esd_peft.models.family import pick
 
 LEARNING_RATE = 1e-4
 

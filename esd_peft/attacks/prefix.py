@@ -9,7 +9,7 @@ from torch import Tensor
 from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim
-from esd_peft.backbones import PromptEmbeds
+from esd_peft.models import PromptEmbeds
 
 LEARNING_RATE, WEIGHT_DECAY = 0.01, 0.1
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from esd_peft.attacks.attack import Attack, Goal
 from esd_peft.attacks.victim import Victim
-from esd_peft.backbones import PromptEmbeds
 from esd_peft.errors import UserError
-from esd_peft.text_files import UnreadableError, read_lines
+from esd_peft.io.text import UnreadableError, read_lines
+from esd_peft.models import PromptEmbeds
 
 
 class Prompts(Attack):

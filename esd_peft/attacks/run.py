@@ -14,19 +14,19 @@ from esd_peft.attacks.prefix import Prefix
 from esd_peft.attacks.prompts import Prompts
 from esd_peft.attacks.textual_inversion import TextualInversion
 from esd_peft.attacks.victim import Victim, load_encoders
-from esd_peft.backbones import PromptEmbeds
-from esd_peft.concepts import spread
 from esd_peft.errors import UserError
 from esd_peft.evaluation import result
-from esd_peft.evaluation.album import Album
-from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.detectors import Detector
+from esd_peft.evaluation.image_cache import Album
 from esd_peft.evaluation.models import Comparison, Model
-from esd_peft.evaluation.picture_files import checked_pictures, read_pictures, to_pixels
-from esd_peft.evaluation.pictures import EncodedPrompts, Place, picture_batches, to_image
+from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.evaluation.rates import Change, Rate, rate
 from esd_peft.evaluation.suites import Prompt, Roles, Suite
-from esd_peft.randomness import generator
+from esd_peft.io.images import checked_pictures, read_pictures, to_pixels
+from esd_peft.models import PromptEmbeds
+from esd_peft.models.sampling import EncodedPrompts, Place, picture_batches, to_image
+from esd_peft.prompts.plan import spread
+from esd_peft.runtime.seeds import generator
 
 
 def make_attacks(config: EvaluateConfig, suite: Suite) -> list[Attack]:

@@ -9,7 +9,7 @@ from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
 from esd_peft.attacks.inversion import LEARNING_RATE, learn_words
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim
-from esd_peft.backbones import PromptEmbeds
+from esd_peft.models import PromptEmbeds
 
 
 class TextualInversion(Attack):

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from esd_peft.backbones import Backbone, PromptEmbeds
+from esd_peft.models import Backbone, PromptEmbeds
 
 
 @dataclass

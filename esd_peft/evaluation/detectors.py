@@ -13,11 +13,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from esd_peft.errors import UserError
 from esd_peft.evaluation.clip import Clip
-from esd_peft.evaluation.picture_files import to_pixels
 from esd_peft.evaluation.pretrained import describe_version, load_pretrained
 from esd_peft.evaluation.suites import DetectorSpec
-from esd_peft.shapes.classifier import load_classifier
-from esd_peft.shapes.world import SIZE
+from esd_peft.io.images import to_pixels
+from esd_peft.worlds.shapes.classifier import load_classifier
+from esd_peft.worlds.shapes.world import SIZE
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ShapesDetector(Detector):
 
     def __init__(self) -> None:
         self.model = load_classifier()
-        self.about = About("esd_peft.shapes classifier", version("esd_peft"), "the most likely of each kind")
+        self.about = About("esd_peft.worlds.shapes classifier", version("esd_peft"), "the most likely of each kind")
 
     def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
         if any(picture.size != (SIZE, SIZE) for picture in pictures):

@@ -7,15 +7,15 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from esd_peft.backbones import Backbone
 from esd_peft.config import EraseConfig
-from esd_peft.devices import autocast
 from esd_peft.errors import UserError
-from esd_peft.evaluation.pictures import before_after_grid, encode_prompts, make_pictures
 from esd_peft.evaluation.rates import Shares, accuracies
 from esd_peft.evaluation.suites import Prompt, assign_roles, load_suite, world_prompts
-from esd_peft.shapes import world
-from esd_peft.shapes.classifier import load_classifier
+from esd_peft.models import Backbone
+from esd_peft.models.sampling import before_after_grid, encode_prompts, make_pictures
+from esd_peft.runtime.devices import autocast
+from esd_peft.worlds.shapes import world
+from esd_peft.worlds.shapes.classifier import load_classifier
 
 SMALL_BATCH = 48  # pictures side by side on the embedded pipeline
 UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")

@@ -9,21 +9,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from esd_peft import __version__
+from esd_peft._version import __version__
 from esd_peft.errors import UserError
-from esd_peft.evaluation.album import Album
 from esd_peft.evaluation.clip import Clip
-from esd_peft.evaluation.config import EvaluateConfig
 from esd_peft.evaluation.detectors import About, Detector, NudeNet, load_detector
 from esd_peft.evaluation.distributions import Features, fid, kid
+from esd_peft.evaluation.image_cache import Album
 from esd_peft.evaluation.intervals import bootstrap_mean
-from esd_peft.evaluation.picture_files import checked_pictures, open_picture
-from esd_peft.evaluation.pictures import Place
+from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.evaluation.pretrained import describe_version
 from esd_peft.evaluation.rates import Accuracies, accuracies
 from esd_peft.evaluation.result import Measure, Score
 from esd_peft.evaluation.similarity import LPIPS_SIZE, Lpips, pixel_distances
 from esd_peft.evaluation.suites import Prompt, Roles, Suite
+from esd_peft.io.images import checked_pictures, open_picture
+from esd_peft.models.sampling import Place
 
 ASKING, OTHER = "prompts that ask for it", "other prompts"
 HALVES = ("before", "after")

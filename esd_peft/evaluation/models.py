@@ -12,16 +12,16 @@ from peft.utils import CONFIG_NAME
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from esd_peft.backbones import EMBEDDED, Backbone, open_backbone
+from esd_peft.adapters.saved import Adapter, read_adapter
 from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
-from esd_peft.evaluation.config import EvaluateConfig
+from esd_peft.evaluation.options import EvaluateConfig
+from esd_peft.io.tensors import sha256
+from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.merge_adapter import RECORD, erased_concepts
-from esd_peft.model_source import INDEX
-from esd_peft.quantize import load_quantized, stay_packed
-from esd_peft.saved_adapters import Adapter, read_adapter
-from esd_peft.text_files import UnreadableError, read_json
-from esd_peft.weights import sha256
+from esd_peft.models import EMBEDDED, Backbone, open_backbone
+from esd_peft.models.quantize import load_quantized, stay_packed
+from esd_peft.models.sources import INDEX
 
 _NOT_READ = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")  # the same weights in other formats
 

@@ -12,15 +12,15 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from esd_peft.evaluation.album import Album
+from esd_peft.evaluation.image_cache import Album
 from esd_peft.evaluation.plots import attack_success, erased_against_kept
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Prompt, Roles
 from esd_peft.evaluation.tables import tables
 from esd_peft.evaluation.text import MARKS, as_markdown
-from esd_peft.outputs import new_file
-from esd_peft.randomness import generator
-from esd_peft.text_files import shown_lines
+from esd_peft.io.outputs import new_file
+from esd_peft.io.text import shown_lines
+from esd_peft.runtime.seeds import generator
 
 SHOWN, SHOWN_SEEDS = 6, 2  # prompts of each kind, and pictures of each
 _SIZE = 256  # pixels

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esd_peft import text_files
-from esd_peft.concepts import TEMPLATES, everyday_prompts, names, spread
 from esd_peft.errors import UserError, in_brief
-from esd_peft.shapes import world
+from esd_peft.io import text as text_files
+from esd_peft.prompts.plan import TEMPLATES, everyday_prompts, names, spread
+from esd_peft.worlds.shapes import world
 
 EVERYDAY = 24  # of the built-in prompts, in suite concept
 _FOLDER = files("esd_peft.evaluation") / "suites"

@@ -4,7 +4,7 @@ import re
 
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.tables import Table, tables
-from esd_peft.text_files import shown, shown_lines
+from esd_peft.io.text import shown, shown_lines
 
 MARKS = {"good": "✓", "partial": "~", "bad": "✗", "unknown": "?"}
 

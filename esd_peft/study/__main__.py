@@ -3,12 +3,12 @@
 import shlex
 import sys
 
-from esd_peft.command_line import parse
-from esd_peft.errors import UserError, run_command
+from esd_peft.cli import parse, run_command
+from esd_peft.errors import UserError
+from esd_peft.io.terminal import say
 from esd_peft.study.analyse import analyse_study, study_table
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import KEY, PAGE, make_study
-from esd_peft.terminal import say
 
 USAGE = """usage: python -m esd_peft.study make     write a blinded rating page (--help lists the options)
        python -m esd_peft.study analyse  what the answers say (--help lists the options)"""

@@ -10,11 +10,11 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
-from esd_peft.jobs import hold
-from esd_peft.outputs import check_new_file, new_file
+from esd_peft.io.jobs import hold
+from esd_peft.io.outputs import check_new_file, new_file
+from esd_peft.io.text import UnreadableError, read_csv, read_json
 from esd_peft.study.agreement import krippendorff_alpha
 from esd_peft.study.config import AnalyseStudyConfig
-from esd_peft.text_files import UnreadableError, read_csv, read_json
 
 SCALE = (1, 2, 3, 4, 5)
 COLUMNS = ("study", "rater", "item", "rating")

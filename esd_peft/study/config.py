@@ -6,8 +6,8 @@ from typing import Annotated
 import tyro
 from pydantic import Field, field_validator
 
-from esd_peft.command_line import CommandConfig
-from esd_peft.text_files import shown
+from esd_peft.cli import CommandConfig
+from esd_peft.io.text import shown
 
 
 def condition_name(folder: Path) -> str:

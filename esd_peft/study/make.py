@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esd_peft.evaluation.picture_files import open_picture, picture_bytes, picture_files
-from esd_peft.jobs import hold
-from esd_peft.outputs import check_output, new_directory
+from esd_peft.io.images import open_picture, picture_bytes, picture_files
+from esd_peft.io.jobs import hold
+from esd_peft.io.outputs import check_output, new_directory
+from esd_peft.io.text import shown
 from esd_peft.study.config import MakeStudyConfig, condition_name
-from esd_peft.text_files import shown
 
 PAGE, KEY = "study.html", "key.json"
 _REFERENCE_SIZE = 384  # pixels

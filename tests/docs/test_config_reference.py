@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from esd_peft.adapters.options import MergeConfig
 from esd_peft.config import Concept, EraseConfig
-from esd_peft.merge_config import MergeConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 

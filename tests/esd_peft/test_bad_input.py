@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
 from esd_peft.errors import UserError
-from esd_peft.jobs import hold, only_job
-from esd_peft.outputs import settle
-from esd_peft.shapes.train import train
+from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.outputs import settle
+from esd_peft.io.tensors import NAME
 from esd_peft.study.analyse import analyse_study
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
-from esd_peft.weights import NAME
+from esd_peft.worlds.shapes.train import train
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 0}
 
@@ -272,7 +272,7 @@ def test_one_thread_at_a_time(mine):
 def test_adapters_that_do_not_fit(adapter, tmp_path):
     embedded = EraseConfig(concept="circle").model  # another architecture: the shapes pipeline
     assert embedded is None
-    from esd_peft.backbones import EMBEDDED
+    from esd_peft.models import EMBEDDED
 
     refused_merge("does not fit the base", tmp_path / "out", adapter=adapter, base=str(EMBEDDED))
     (tmp_path / "empty").mkdir()
@@ -303,8 +303,8 @@ def test_a_shard_outside_the_folder_is_refused(adapter, broken, tmp_path):
 def test_a_scope_that_selects_nothing_lists_those_that_do():
     from torch import nn
 
-    from esd_peft.adapters import scope_modules
-    from esd_peft.backbones import open_backbone
+    from esd_peft.models import open_backbone
+    from esd_peft.training.student import scope_modules
 
     layers = nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(2, 2)})})
     with pytest.raises(UserError, match=r"esd-x selects nothing .* esd-u, selfattn, full"):

@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from esd_peft.backbones import EMBEDDED
+from esd_peft.adapters.options import MergeConfig
+from esd_peft.cli import run_command
 from esd_peft.config import EraseConfig
-from esd_peft.errors import run_command
-from esd_peft.evaluation.config import EvaluateConfig
-from esd_peft.merge_config import MergeConfig
+from esd_peft.evaluation.options import EvaluateConfig
+from esd_peft.models import EMBEDDED
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 
 LORA = {f"base_model.model.time_embedding.linear_1.{name}.weight": torch.zeros(size) for name, size in

@@ -2,10 +2,10 @@
 
 import pytest
 
-from esd_peft.command_line import parse
+from esd_peft.adapters.options import MergeConfig
+from esd_peft.cli import parse
 from esd_peft.config import Concept, EraseConfig
 from esd_peft.errors import UserError
-from esd_peft.merge_config import MergeConfig
 
 
 def erase(*argv: str) -> EraseConfig:

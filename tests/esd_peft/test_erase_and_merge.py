@@ -60,7 +60,7 @@ def test_result_holds_costs_and_config(erased):
 
 def test_the_config_beside_the_adapter_makes_the_same_adapter_again(erased, small_sd, tmp_path):
     output, _ = erased
-    from esd_peft.command_line import parse
+    from esd_peft.cli import parse
 
     config = parse(EraseConfig, "erase", ["--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")])
     erase(config)
@@ -166,7 +166,7 @@ def test_sharded_bases_merge_and_other_variants_stay_behind(tmp_path):
 
 
 def test_a_merge_that_went_wrong_is_noticed_and_leaves_nothing(erased, tmp_path, monkeypatch):
-    from esd_peft import weights
+    from esd_peft.io import tensors as weights
 
     honest = weights.TensorFile.write
 

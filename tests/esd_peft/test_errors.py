@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from esd_peft import EraseConfig, UserError
-from esd_peft.errors import OutOfMemory, run_command
-from esd_peft.phases import Costs
+from esd_peft.cli import run_command
+from esd_peft.errors import OutOfMemory
+from esd_peft.runtime.profiling import Costs
 
 TOKEN = "hf_" + "aB3" * 10
 

@@ -14,13 +14,13 @@ from PIL import Image
 import esd_peft
 from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
-from esd_peft.backbones import EMBEDDED, flux, open_backbone
-from esd_peft.command_line import parse
+from esd_peft.adapters.saved import read_adapter
+from esd_peft.cli import parse
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.models import Model, open_models
 from esd_peft.evaluation.table import result_table
-from esd_peft.saved_adapters import read_adapter
+from esd_peft.models import EMBEDDED, flux, open_backbone
 from families import save_family
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}

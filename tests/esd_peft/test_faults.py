@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
-from esd_peft.distill import _Training
 from esd_peft.errors import UserError
-from esd_peft.weights import NAME
+from esd_peft.io.tensors import NAME
+from esd_peft.training.trainer import _Training
 
 QUICK = {"num_inference_steps": 4, "trajectories": 1, "max_train_steps": 4, "train_batch_size": 2, "checkpoint_every": 1,
          "device": "cpu", "eval_seeds": 0, "rank": 2}  # fmt: skip

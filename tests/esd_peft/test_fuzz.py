@@ -20,19 +20,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from esd_peft import EraseConfig, MergeConfig
-from esd_peft.backbones import open_backbone
-from esd_peft.backbones.parts import Part
-from esd_peft.checkpoint import Checkpoints
-from esd_peft.command_line import read_yaml
-from esd_peft.concepts import plan_prompts
+from esd_peft.adapters.model_card import _evaluation, public_config
+from esd_peft.adapters.saved import read_adapter
+from esd_peft.cli import read_yaml
 from esd_peft.config import Concept
 from esd_peft.errors import UserError
-from esd_peft.evaluation.config import EvaluateConfig
+from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.evaluation.suites import ask, load_suite
+from esd_peft.io.tensors import NAME, find_weights, open_tensors, read_tensors
 from esd_peft.merge_adapter import erased_concepts
-from esd_peft.model_card import _evaluation, public_config
-from esd_peft.saved_adapters import read_adapter
-from esd_peft.weights import NAME, find_weights, open_tensors, read_tensors
+from esd_peft.models import open_backbone
+from esd_peft.models.parts import Part
+from esd_peft.prompts.plan import plan_prompts
+from esd_peft.training.checkpoint import Checkpoints
 
 MEMORY = 512 * 2**20  # what a lie about sizes may cost at most, in bytes
 
@@ -360,7 +360,7 @@ def checkpoint(folder):
 
 def sealed(path, values):
     """A checkpoint of those values whose hash is right."""
-    from esd_peft.checkpoint import _digest
+    from esd_peft.training.checkpoint import _digest
 
     text = json.dumps(values)
     save_file({"00000": torch.ones(2)}, path, {"values": text, "sha256": _digest({"00000": torch.ones(2)}, text)})

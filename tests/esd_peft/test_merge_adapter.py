@@ -11,13 +11,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
-from esd_peft.backbones import open_backbone
-from esd_peft.command_line import parse
+from esd_peft.adapters.saved import read_adapter
+from esd_peft.adapters.verify import Verification
+from esd_peft.cli import parse
 from esd_peft.errors import UserError
+from esd_peft.io.tensors import NAME, copy_with_sha256, sha256
 from esd_peft.merge_adapter import merge_weight
-from esd_peft.saved_adapters import read_adapter
-from esd_peft.verify import Verification
-from esd_peft.weights import NAME, copy_with_sha256, sha256
+from esd_peft.models import open_backbone
 from hub import fill_cache
 from pipelines import small_stable_diffusion
 

@@ -18,7 +18,7 @@ ON_THE_GPU = """
 import importlib, json, sys
 from emulated_cuda import emulated_cuda  # before PyTorch
 from esd_peft import EraseConfig, erase
-robust = importlib.import_module("esd_peft.robust")
+robust = importlib.import_module("esd_peft.training.adversarial")
 robust.STEPS = robust.WORDS = robust.TRAJECTORIES = 1  # enough for every kind of operation
 with emulated_cuda():
     print(json.dumps(erase(EraseConfig(**json.loads(sys.argv[1])))["loss"]))

@@ -16,12 +16,12 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor, CLIPModel
 
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
-from esd_peft.backbones import open_backbone
+from esd_peft.adapters.export import write_checkpoint
 from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.pretrained import load_pretrained
-from esd_peft.export import write_checkpoint
+from esd_peft.models import open_backbone
 from pipelines import small_stable_diffusion
 
 QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 1}

@@ -34,7 +34,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from esd_peft.shapes.train import CONTEXT, make_tokenizer
+from esd_peft.worlds.shapes.train import CONTEXT, make_tokenizer
 
 WORDS = ["a", "an", "picture", "of", "circle", "red", "square", "shape", "style", "the", "in", "photo", "with", "and"]
 

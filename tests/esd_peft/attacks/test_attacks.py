@@ -10,7 +10,7 @@ from esd_peft.attacks.prefix import Prefix, onto_simplex
 from esd_peft.attacks.prompts import Prompts
 from esd_peft.attacks.textual_inversion import TextualInversion
 from esd_peft.attacks.victim import Victim, load_encoders
-from esd_peft.backbones import open_backbone
+from esd_peft.models import open_backbone
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import torch
 
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import load_encoders
-from esd_peft.backbones import open_backbone
+from esd_peft.models import open_backbone
 from families import save_family
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from esd_peft.errors import UserError
 from esd_peft.evaluation.clip import Clip
 from esd_peft.evaluation.detectors import load_detector
 from esd_peft.evaluation.suites import DetectorSpec
-from esd_peft.shapes import world
+from esd_peft.worlds.shapes import world
 
 
 def load(spec, labels, threshold=0.6):

@@ -3,9 +3,9 @@
 import torch
 
 from esd_peft import EraseConfig
-from esd_peft.backbones import open_backbone
 from esd_peft.evaluation.gallery import Gallery
-from esd_peft.shapes import world
+from esd_peft.models import open_backbone
+from esd_peft.worlds.shapes import world
 
 
 def gallery(**options):

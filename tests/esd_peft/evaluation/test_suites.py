@@ -2,9 +2,9 @@
 
 import pytest
 
-from esd_peft.concepts import spread
 from esd_peft.errors import UserError
 from esd_peft.evaluation.suites import Prompt, ask, assign_roles, load_suite, suite_prompts
+from esd_peft.prompts.plan import spread
 
 BUILT_IN = ("artists", "coco", "concept", "csv", "i2p", "imagenette", "shapes")
 

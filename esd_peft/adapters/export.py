@@ -1,0 +1,248 @@
+"""Files that other tools read: a kohya/ComfyUI LoRA beside the adapter, and a merged single-file checkpoint.
+
+Both exist for Stable Diffusion 1.x, 2.x and XL, whose tools have names of their own. For the transformer families
+ComfyUI reads diffusers' names, so `pytorch_lora_weights.safetensors` is the file, and of a merged model the transformer in
+one file. LoHa, LoKr and `--adapter none` have no file here: merge them.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+
+from esd_peft._version import __version__
+from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
+from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError
+from esd_peft.io.tensors import NewTensor, TensorFile, as_bytes, find_weights, open_tensors, read_tensors, write_tensors
+from esd_peft.models import Backbone
+
+KOHYA_FILE = "kohya_lora.safetensors"
+# whose transformer ComfyUI's "Load Diffusion Model" reads from one file, under diffusers' names
+ONE_TRANSFORMER = ("FluxPipeline", "StableDiffusion3Pipeline", "PixArtSigmaPipeline")
+_OUTER = {"conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding"}  # no module that kohya adapts
+Merge = Callable[[str, Tensor], Tensor]  # a weight's name and the weight, as stored → as it is to be written
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tools for single-file checkpoints call a family and its text encoders."""
+
+    architecture: str  # modelspec's
+    version: str  # kohya's ss_base_model_version
+    text_encoders: dict[str, str]  # part: prefix in a checkpoint
+    original_lora_names: bool = False  # kohya trains this UNet under the checkpoint's names, not diffusers'
+
+
+def layout_of(backbone: Backbone) -> Layout | None:
+    """None for a family without single-file tools of its own."""
+    family = backbone.pipeline_class.__name__
+    if family == "StableDiffusionXLPipeline":
+        encoders = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
+        return Layout("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", encoders, original_lora_names=True)
+    if family != "StableDiffusionPipeline":
+        return None
+    encoders = {"text_encoder": "cond_stage_model."}
+    if backbone.load_config("text_encoder").get("hidden_act") != "gelu":
+        return Layout("stable-diffusion-v1", "sd_v1", encoders)
+    if backbone.noise_schedule.predicts_noise:
+        return Layout("stable-diffusion-v2-512", "sd_v2", encoders)
+    return Layout("stable-diffusion-v2-768-v", "sd_v2_v", encoders)
+
+
+def own_metadata(concepts: list[str], scopes: list[str], base: dict[str, Any], configs: list[str]) -> dict[str, str]:
+    """What a safetensors header says of an erasure, whatever tool reads it; `configs` are the hashes of `config.yaml`."""
+    return {
+        "esd_peft.version": __version__,
+        "esd_peft.concept": json.dumps(concepts, ensure_ascii=False),
+        "esd_peft.scope": json.dumps(scopes),
+        "esd_peft.base": base.get("name") or "",
+        "esd_peft.base_sha256": json.dumps(base.get("denoiser_sha256")),
+        "esd_peft.config_sha256": json.dumps(configs),
+    }
+
+
+def modelspec(backbone: Backbone, layout: Layout, title: str, concepts: list[str], lora: bool) -> dict[str, str]:
+    """The model metadata of Stability AI's standard, version 1.0.0; without a date, so that bits stay reproducible."""
+    diffusers_names = lora and not layout.original_lora_names
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": layout.architecture + ("/lora" if lora else ""),
+        "modelspec.implementation": "diffusers" if diffusers_names else "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.description": f"Erases: {', '.join(concepts)}" if lora else f"Erased: {', '.join(concepts)}",
+        "modelspec.prediction_type": "epsilon" if backbone.noise_schedule.predicts_noise else "v",
+    }
+
+
+def write_kohya_lora(adapter: Path, backbone: Backbone, config: EraseConfig, metadata: dict[str, str]) -> None:
+    """Write `kohya_lora.safetensors` beside the PEFT LoRA in `adapter`; nothing for adapters and families without one."""
+    layout = layout_of(backbone)
+    if config.adapter != "lora" or layout is None:
+        return
+    settings = peft.PeftConfig.from_pretrained(adapter)
+    unet = backbone.load_config(backbone.denoiser_part)
+    tensors: dict[str, Tensor] = {}
+    for key, value in read_tensors(adapter / peft.utils.SAFETENSORS_WEIGHTS_NAME).items():
+        module, _, side = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if layout.original_lora_names:
+            module = unet_name(f"{module}.weight", unet).removesuffix(".weight")
+        name = "lora_unet_" + module.replace(".", "_")
+        tensors[f"{name}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value
+        tensors[f"{name}.alpha"] = torch.tensor(float(settings.lora_alpha))
+    convolutions = {"conv_dim": str(settings.r), "conv_alpha": str(settings.lora_alpha)}
+    described = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(settings.r),
+        "ss_network_alpha": str(settings.lora_alpha),
+        "ss_network_args": json.dumps(convolutions if any(t.dim() == 4 for t in tensors.values()) else {}),
+        "ss_v2": str(layout.version.startswith("sd_v2")),
+        "ss_base_model_version": layout.version,
+        "ss_sd_model_name": metadata["esd_peft.base"],
+        "ss_output_name": config.output.name,
+        "ss_training_comment": f"erases {', '.join(config.concept_names)} (scope {config.learning_scope})",
+        **modelspec(backbone, layout, config.output.name, config.concept_names, lora=True),
+    }
+    write_tensors(adapter / KOHYA_FILE, [_new(name, value) for name, value in tensors.items()], described | metadata)
+
+
+def limits(backbone: Backbone, layers: list[str]) -> list[str]:
+    """What other tools do not make of a LoRA on `layers`, a sentence each; as they behave today (docs/formats.md)."""
+    said = []
+    if layout_of(backbone):
+        if outer := sorted({name.split(".")[0] for name in layers} & _OUTER):
+            said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
+        if not any("attn2.to_k" in name or "attn2.to_v" in name for name in layers):
+            said.append(f"{KOHYA_FILE}: Invoke knows a LoRA's base by cross-attention, which is not in it; merge for Invoke")
+    elif backbone.pipeline_class.__name__ == "FluxPipeline" and not any("transformer_blocks" in name for name in layers):
+        said.append("pytorch_lora_weights.safetensors: Invoke knows a FLUX LoRA by its blocks, and none is in it; merge")
+    return said
+
+
+def check_single_file(backbone: Backbone, output: Path) -> Layout | None:
+    """The layout of the family's checkpoints; none for a family whose file is the denoiser's alone.
+
+    Raises `UserError` now if no tool would read the file, or if the prompts that it was made for could not be said with it.
+    """
+    layout = layout_of(backbone)
+    name = backbone.pipeline_class.__name__
+    if layout is None and name not in ONE_TRANSFORMER:
+        raise UserError(f"--output {output}: a {name} has no single-file checkpoint here; name a directory")
+    for part in [part for part in backbone.text_parts if "tokenizer" in part and backbone.has(part)] if layout else []:
+        tokenizer = backbone.load_part(part).backend_tokenizer
+        if added := sorted(tokenizer.get_vocab().keys() - tokenizer.get_vocab(with_added_tokens=False).keys()):
+            raise UserError(
+                f"--output {output}: the {part} has tokens of its own, {', '.join(added[:3])}, and a checkpoint file has no "
+                "tokenizer; name a directory"
+            )
+    return layout
+
+
+def write_checkpoint(path: Path, backbone: Backbone, merge: Merge, metadata: dict[str, str]) -> None:
+    """Write the pipeline as one file, a tensor at a time; the denoiser's weights go through `merge`.
+
+    Of a family without checkpoints it is the transformer under diffusers' names.
+    """
+    layout = check_single_file(backbone, path)
+    if layout is None:
+        tensors = [*_renamed(backbone, backbone.denoiser_part, "", _one_each(lambda name, config: name), merge)]
+        return write_tensors(path, tensors, metadata)
+    tensors = [
+        *_renamed(backbone, backbone.denoiser_part, "model.diffusion_model.", _one_each(unet_name), merge),
+        *_renamed(backbone, "vae", "first_stage_model.", _one_each(vae_name)),
+        *_markers(backbone),
+    ]
+    for part, prefix in layout.text_encoders.items():
+        tensors += _renamed(backbone, part, prefix, clip_sources)
+    write_tensors(path, tensors, metadata)
+
+
+def _markers(backbone: Backbone) -> list[NewTensor]:
+    """Tensors by which ComfyUI, Forge and others know a parameterisation that is not ε: in SDXL they see it nowhere else."""
+    scheduler = backbone.load_part("scheduler").config
+    learns_v = scheduler.get("prediction_type") == "v_prediction"
+    found: dict[str, Tensor] = {}
+    if "sigma_data" in scheduler:  # EDM's schedulers
+        vae = backbone.load_config("vae")
+        if learns_v:
+            found = {f"edm_vpred.{end}": torch.tensor(scheduler[end]) for end in ("sigma_max", "sigma_min")}
+        elif vae.get("latents_mean") and vae.get("latents_std"):
+            found = {f"edm_{end}": torch.tensor(vae[f"latents_{end}"]).view(1, -1, 1, 1) for end in ("mean", "std")}
+    elif learns_v:
+        found = {"v_pred": torch.tensor([])} | (
+            {"ztsnr": torch.tensor([])} if scheduler.get("rescale_betas_zero_snr") else {}
+        )
+    return [_new(name, value) for name, value in found.items()]
+
+
+def _new(name: str, value: Tensor) -> NewTensor:
+    """As it is, in fp32."""
+    value = value.float().contiguous()
+    return NewTensor(name, "F32", [*value.shape], value.numel() * 4, functools.partial(as_bytes, value))
+
+
+def read_checkpoint_denoiser(path: Path, backbone: Backbone) -> Mapping[str, Tensor]:
+    """The denoiser's weights in a checkpoint under diffusers' names, by diffusers' own converter, mapped from the disk."""
+    if layout_of(backbone) is None:
+        return _Mapped(open_tensors(path))
+    return convert_ldm_unet_checkpoint(load_file(path), backbone.load_config(backbone.denoiser_part))
+
+
+class _Mapped(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for."""
+
+    def __init__(self, tensors: TensorFile) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self.tensors.path.open("rb") as file:
+            return self.tensors.read(file, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors.entries)
+
+    def __len__(self) -> int:
+        return len(self.tensors.entries)
+
+
+def _one_each(rename: Callable[[str, dict[str, Any]], str]) -> Callable[..., dict[str, list[str]]]:
+    return lambda names, config: {rename(name, config): [name] for name in names}
+
+
+def _renamed(
+    backbone: Backbone, part: str, prefix: str, sources: Callable[..., dict[str, list[str]]], merge: Merge | None = None
+) -> Iterator[NewTensor]:
+    """A component's tensors as a checkpoint has them: their bytes are read when they are written."""
+    files = [open_tensors(file) for file in find_weights(backbone.path / part, backbone.variant).files]
+    where = {name: file for file in files for name in file.entries}
+    for new, old in sources(where, backbone.load_config(part)).items():
+        entry = where[old[0]].entries[old[0]]
+        shape = [*entry["shape"]]
+        shape[:1] = [shape[0] * len(old)] if shape else []
+        transposed = new.endswith("text_projection")
+        if part == "vae" and len(shape) == 2:  # attention is a 1x1 convolution there
+            shape += [1, 1]
+        size = sum(b - a for a, b in (where[name].entries[name]["data_offsets"] for name in old))
+        read = functools.partial(_bytes, [(where[name], name) for name in old], transposed, merge)
+        yield NewTensor(prefix + new, entry["dtype"], shape[::-1] if transposed else shape, size, read)
+
+
+def _bytes(sources: list[tuple[TensorFile, str]], transposed: bool, merge: Merge | None) -> bytes | bytearray:
+    data = bytearray()
+    for tensors, name in sources:
+        with tensors.path.open("rb") as file:
+            if merge is None and not transposed:
+                data += tensors.read_bytes(file, name)
+                continue
+            stored = tensors.read(file, name)
+        made = stored.T if transposed else stored if merge is None else merge(name, stored)
+        data += as_bytes(made.to(stored.dtype).contiguous())
+    return data

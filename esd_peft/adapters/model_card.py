@@ -1,0 +1,114 @@
+"""The README.md of a merged model: licence passed on, what was erased, from what, how, and what evaluation said."""
+
+import contextlib
+import re
+from os.path import exists
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from esd_peft.adapters.saved import Adapter
+from esd_peft.io.text import UnreadableError, parse_yaml
+from esd_peft.models import Backbone
+from esd_peft.models.sources import inside_model
+
+TAGS = ["text-to-image", "diffusers", "concept-erasure", "esd"]
+_LOCAL = ("output", "overwrite", "preserve_file", "reference", "checkpoint_config", "device", "report_to")
+_HEADER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_LARGEST_HEADER = 2**18  # bytes
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
+
+
+def model_card(record: dict[str, Any], backbone: Backbone, adapters: list[Adapter], title: str) -> str:
+    """The card as Markdown with the hub's YAML header. `record` is what `erased.json` holds."""
+    base = record["base"]["name"]
+    on_hub = "/" in base
+    header = ModelCardData(
+        **base_licence(backbone.path),
+        base_model=base if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=TAGS,
+    )
+    erased = "\n".join(f"- {escape(concept)}" for concept in record["concept"]) or "- (the adapter does not say)"
+    origin = f"[{escape(base)}](https://huggingface.co/{base})" if on_hub else escape(base)
+    origin += f" at `{record['base']['revision']}`" if record["base"]["revision"] else ""
+    return (
+        "\n\n".join(
+            [
+                f"---\n{header.to_yaml()}\n---",
+                f"# {escape(title)}",
+                f"This is {origin} without these concepts, which were erased from its weights:",
+                erased,
+                f"It is a plain diffusers pipeline: `{backbone.pipeline_class.__name__}.from_pretrained` loads it. "
+                "An erased concept may be recovered by fine-tuning or by learned embeddings.",
+                "## How",
+                f"[ESD](https://arxiv.org/abs/2303.07345), with `esd_peft` {escape(record['version'])}; "
+                f"{record['merged_tensors']} weights of the {backbone.denoiser_part} were changed"
+                + _scaled(record["scales"])
+                + ". `python -m esd_peft.erase --config` reads this:",
+                *[_fenced(yaml.safe_dump(c, sort_keys=False, allow_unicode=True)) for c in record["configs"] if c],
+                "The base's denoiser, before: "
+                + ", ".join(
+                    f"{escape(name)} (SHA-256 `{digest}`)" for name, digest in record["base"]["denoiser_sha256"].items()
+                )
+                + ".",
+                "## Evaluation",
+                *(_evaluation(adapter.result) for adapter in adapters),
+            ]
+        ).rstrip()
+        + "\n"
+    )
+
+
+def base_licence(path: Path) -> dict[str, Any]:
+    """`license`, `license_name` and `license_link` of the base's card, as far as it has one that can be read."""
+    card, known = path / "README.md", None
+    if card.is_file() and inside_model(path, card):
+        with card.open("rb") as file:
+            header = _HEADER.match(file.read(_LARGEST_HEADER).decode("utf-8-sig", "replace"))
+        with contextlib.suppress(UnreadableError):
+            known = parse_yaml(header[1]) if header else None
+    known = known if isinstance(known, dict) else {}
+    found = {key: known.get(key) for key in ("license", "license_name", "license_link")}
+    return {
+        key: value for key, value in found.items() if isinstance(value, str) and value.isprintable() and len(value) < 500
+    }
+
+
+def public_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config that made an adapter without what concerns one machine only: paths and devices."""
+    kept = {key: value for key, value in config.items() if key not in _LOCAL and value not in (None, [])}
+    if kept.get("model"):
+        path = Path(kept["model"])
+        kept["model"] = path.name if path.is_absolute() or exists(path) else kept["model"]
+    return kept
+
+
+def escape(text: str) -> str:
+    """`text` as itself in Markdown, on one line: a concept is a prompt, which may hold anything."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+
+
+def _fenced(text: str) -> str:
+    """A code block whose fence is longer than any in `text`."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
+
+
+def _scaled(scales: list[float]) -> str:
+    if all(scale == 1 for scale in scales):
+        return ""
+    return f" (adapters scaled by {', '.join(f'{scale:g}' for scale in scales)})"
+
+
+def _evaluation(result: dict[str, Any]) -> str:
+    rates = {**result.get("concepts", {}), **result.get("others", {})}
+    if not rates:
+        return "No rates were measured on this model: look at pictures before you rely on it."
+    rows = [f"| {escape(name)} | {rate['before']:.1%} | {rate['after']:.1%} |" for name, rate in rates.items()]
+    return "\n".join(
+        ["Recognised in pictures of the adapter, before it was merged:", "", "| | before | after |", "|---|---|---|", *rows]
+    )

@@ -1,0 +1,176 @@
+"""PEFT's own layer around one layer of the base: what it adds, and what it merges to.
+
+So a model of any size is merged in the memory of its largest layer, and any PEFT method merges here that can merge a
+Linear or Conv2d by itself.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from esd_peft.adapters.deltas import Adapted, Change
+from esd_peft.adapters.peft_config import REPEATED, Patterns, for_layers
+from esd_peft.errors import UserError, in_brief
+
+MERGES_BIAS = ("IA3", "ROAD", "BEFT")  # methods that change the bias of a layer without a tensor of that name
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """An adapter as it was read: its directory, config and tensors, and how much of it acts."""
+
+    path: Path
+    config: peft.PeftConfig
+    patterns: Patterns
+    scale: float
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of the method."""
+        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+
+    @contextlib.contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """PEFT at work on the layer `name`: what it raises, of whatever kind, becomes a `UserError`."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            said = f"does not fit the base at {name}, or cannot be merged ({in_brief(error)})"
+            raise UserError(f"--adapter {self.path}: its {self.kind} {said}") from None
+
+
+@dataclass(frozen=True)
+class LayerWeight(Change):
+    """The weight of an adapted layer."""
+
+    files: PeftFiles
+    name: str
+    layer: Any  # Linear or Conv2d
+    tensors: dict[str, Tensor]
+    changes_bias: bool
+    adds: bool
+
+    def on(self, weight: Tensor) -> Adapted:
+        bias = None if self.layer.bias is None else torch.ones(len(weight))
+        return _AdaptedWeight(self, weight.float(), bias, self.wrapped(weight, bias))
+
+    def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A layer of the base's kind with these values, fp32."""
+        layer = copy.deepcopy(self.layer).to_empty(device="cpu").float().requires_grad_(False)
+        layer.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
+        layer.bias = None if bias is None else nn.Parameter(bias.to(torch.float32, copy=True), requires_grad=False)
+        return layer
+
+    def wrapped(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """PEFT's layer around it, for use. Raises `UserError` if the adapter does not fit, or not all of it is needed."""
+        root = nn.Module()
+        parent = root
+        *path, last = self.name.split(".")
+        for part in path:  # the same name as in the model: PEFT looks for it
+            parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, self.plain(weight, bias))
+        with self.files.at(self.name):
+            config = for_layers(self.files.config, [self.name], self.files.patterns)
+            # on the meta device a config asks for no memory: what fits it comes from the file
+            empty = getattr(config, "init_lora_weights", None) not in REPEATED
+            if not empty:
+                _check_rank(config, self.tensors)
+            model = peft.get_peft_model(root, config, low_cpu_mem_usage=empty)
+            result = peft.set_peft_model_state_dict(model, self.tensors, low_cpu_mem_usage=empty)
+            if result.unexpected_keys:
+                raise ValueError(f"there is no use for {result.unexpected_keys[0]}")
+            if missing := [name for name, value in model.named_parameters() if value.is_meta]:
+                raise ValueError(f"there is no {missing[0]}")
+            return model.eval().get_submodule(f"base_model.model.{self.name}")
+
+    def merged(self, layer: Any) -> Any:
+        """What PEFT makes of its layer: a Linear or Conv2d."""
+        with self.files.at(self.name):
+            layer.merge()
+            base = layer.get_base_layer()
+            if not all(value.isfinite().all() for value in base.parameters()):
+                raise ValueError("there are NaN or infinite values in it")
+            return base
+
+
+@dataclass(frozen=True)
+class LayerBias(Change):
+    """The bias of an adapted layer. What a method does to it must not depend on the weight, which lies elsewhere."""
+
+    of: LayerWeight
+    layer: None = None
+    adds: bool = True
+
+    def on(self, weight: Tensor) -> Adapted:
+        shape = self.of.layer.weight.shape
+        rows = torch.linspace(1, 2, shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+        return _AdaptedBias(self.of, weight.float(), *(self.of.wrapped(value, weight) for value in (rows, rows.flip(0))))
+
+
+@dataclass(frozen=True)
+class _AdaptedWeight(Adapted):
+    change: LayerWeight
+    weight: Tensor
+    bias: Tensor | None  # that the layer was given, to see whether it stays
+    layer: Any  # of PEFT
+
+    def effect(self, inputs: Tensor) -> Tensor:
+        """Of the weight alone: biases, the base's and the adapter's, are what is answered to zeros."""
+        with self.change.files.at(self.change.name):
+            answer = self.layer(inputs) - self.layer(torch.zeros_like(inputs))
+        return self.change.files.scale * (answer - self.change.plain(self.weight, None)(inputs))
+
+    def merge(self) -> Tensor:
+        merged = self.change.merged(self.layer)
+        if self.bias is not None and not self.change.changes_bias and not torch.equal(merged.bias, self.bias):
+            raise _entangled(self.change)
+        return _part(self.weight, merged.weight, self.change.files.scale)
+
+
+@dataclass(frozen=True)
+class _AdaptedBias(Adapted):
+    change: LayerWeight
+    bias: Tensor
+    layer: Any  # of PEFT
+    other: Any  # the same, with another weight
+
+    def effect(self, inputs: Tensor) -> Tensor:
+        rows = self.change.layer.weight.shape[1:]
+        zeros = torch.zeros(1, *rows) if len(rows) == 1 else torch.zeros(1, self.change.layer.in_channels, *rows[1:])
+        with self.change.files.at(self.change.name):
+            answer = self.layer(zeros)
+        return self.change.files.scale * (answer.reshape(1, len(self.bias), -1)[0, :, 0] - self.bias)
+
+    def merge(self) -> Tensor:
+        found, other = (self.change.merged(layer).bias for layer in (self.layer, self.other))
+        if not torch.equal(found, other):
+            raise _entangled(self.change)
+        return _part(self.bias, found, self.change.files.scale)
+
+
+def _check_rank(config: peft.PeftConfig, tensors: dict[str, Tensor]) -> None:
+    """Of a layer whose tensors PEFT makes before it reads them."""
+    (rank,) = {len(value) for key, value in tensors.items() if "lora_A" in key}
+    if next(iter((config.rank_pattern or {}).values()), config.r) != rank:
+        raise ValueError(f"its rank is not {rank}")
+
+
+def _part(base: Tensor, merged: Tensor, scale: float) -> Tensor:
+    return merged if scale == 1 else torch.lerp(base, merged, scale)
+
+
+def _entangled(change: LayerWeight) -> UserError:
+    return UserError(
+        f"--adapter {change.files.path}: {change.files.kind} changes the bias of {change.name} together with its weight, "
+        "which is not merged here; merge it with peft"
+    )

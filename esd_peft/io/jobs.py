@@ -1,0 +1,107 @@
+"""Who is at work: one job at a time in a process, and one process at a time on an output."""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from esd_peft.errors import UserError, system_reason
+from esd_peft.io import locks
+
+_CONTENT = b"esd_peft\n"  # of a lock file: nobody else's file is taken for one, and removed
+_job = threading.RLock()  # a job may run another one inside, as erase runs evaluate
+
+
+@contextlib.contextmanager
+def only_job() -> Iterator[None]:
+    """While erase, evaluate or merge_adapter runs: they change what PyTorch and others hold once for a process.
+
+    Raises `UserError` if another thread is at it.
+    """
+    mine = _job
+    if not mine.acquire(blocking=False):
+        raise UserError("another thread of this process is erasing, merging or evaluating; wait for it, or start a process")
+    try:
+        yield
+    finally:
+        mine.release()
+
+
+@contextlib.contextmanager
+def hold(path: Path, option: str = "--output", wait: bool = False) -> Iterator[None]:
+    """Nobody else writes the output `path` meanwhile. Raises `UserError` if somebody does already, or waits for the end."""
+    process = os.getpid()
+    with contextlib.ExitStack() as stack:
+        try:
+            real = path.resolve()
+            real.parent.mkdir(parents=True, exist_ok=True)
+            beside = real.name and (os.access(real.parent, os.W_OK) or not real.is_dir())
+            file = real.with_name(f".{real.name}.lock") if beside else real / ".lock"
+            stack.enter_context(_held(file, wait))
+        except BlockingIOError:
+            raise UserError(
+                f"{option} {path}: another run is writing there; wait for it, or name another directory"
+            ) from None
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links that go in a circle
+            reason = system_reason(error)
+            raise UserError(f"{option} {path} cannot be written: {reason}; name a writable directory") from None
+        try:
+            yield
+        finally:
+            if os.getpid() == process:  # in a fork of this process the lock is the parent's
+                with contextlib.suppress(OSError):  # Windows removes no file that is open
+                    file.unlink()
+
+
+@contextlib.contextmanager
+def _held(file: Path, wait: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        held = False
+        while not held:
+            with contextlib.suppress(FileExistsError), file.open("xb") as made:
+                made.write(_CONTENT)
+            with contextlib.suppress(FileNotFoundError):  # whoever held it has removed it meanwhile: once more
+                if not _is_ours(file):
+                    raise OSError(None, f"{file} is in the way")
+                try:
+                    if not stack.enter_context(locks.hold(file)):
+                        print(f"note: {file.parent} has no locks: see that no other run writes there", file=sys.stderr)
+                    held = True
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    time.sleep(0.2)
+        yield
+
+
+def is_lock(file: Path) -> bool:
+    """Whether it is a lock file of this module. Raises `BlockingIOError` if somebody holds it."""
+    if not file.name.endswith(".lock") or not _is_ours(file):
+        return False
+    with locks.hold(file):
+        return True
+
+
+def _is_ours(file: Path) -> bool:
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        return False
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_CONTENT) + 1) in (b"", _CONTENT)
+    except PermissionError as error:
+        if os.name == "nt":  # where nobody reads what somebody holds
+            raise BlockingIOError(*error.args) from None
+        return False
+
+
+def _forget() -> None:
+    """In a forked child: whatever ran in the parent does not run here."""
+    global _job
+    _job = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,343 @@
+"""The interface of a pipeline family, and what families have in common."""
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from torch import Tensor, nn
+
+from esd_peft.errors import UserError
+from esd_peft.io.tensors import find_weights, sha256
+from esd_peft.models import scopes
+from esd_peft.models.noise_schedule import NoiseSchedule
+from esd_peft.models.offload import offload_base, streamed_bytes
+from esd_peft.models.parts import Part
+from esd_peft.models.rehearsal import rehearse
+from esd_peft.models.sources import hub_id
+from esd_peft.runtime.devices import release
+
+# What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
+PromptEmbeds = dict[str, Tensor]
+ENCODE_BATCH = 16  # prompts at a time
+LARGE = 6 * 2**30  # bytes from which a text encoder (T5-XXL) stays in host memory, its layers on the GPU one by one
+TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
+MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
+
+
+class Backbone(ABC):
+    """A pipeline directory, its parts loaded one at a time.
+
+    Args:
+        path: the directory.
+        index: its parsed `model_index.json`.
+        option: the option that named it, for messages.
+        variant: of the weight files ("fp16"), where a part has it.
+
+    Raises:
+        UserError: a part that the family needs is missing.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    text_parts: ClassVar[tuple[str, ...]]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    denoiser_part: ClassVar[str]
+    prompt_arguments: ClassVar[dict[str, str]]  # of the pipeline's call, for each of the prompt embeddings
+    guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
+    num_inference_steps: int = 25
+
+    def __init__(self, path: Path, index: dict[str, Any], option: str = "--model", variant: str | None = None) -> None:
+        self.path, self.index, self.option, self.variant = path, index, option, variant
+        self.name = hub_id(path) or path.resolve().name  # to be published: without a path of this machine
+        for part in self.used:
+            if not self.has(part) and part not in self.optional_parts:
+                raise UserError(f"{option} {path} lacks its {part}; restore that folder")
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The parts that are read here; a pipeline may come with others, a safety checker for example."""
+        return (*self.text_parts, self.denoiser_part, "vae", "scheduler")
+
+    def has(self, part: str) -> bool:
+        """Whether the pipeline comes with that component."""
+        return self.index.get(part) not in (None, [None, None]) and (self.path / part).is_dir()
+
+    def part(self, name: str) -> Part:
+        """Where that component is read."""
+        return Part(self.path, name, self.index.get(name), self.option, self.variant)
+
+    def load_part(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
+        """One component, on the CPU. Reads safetensors only. Raises `UserError` if it cannot be loaded."""
+        return self.part(part).load(dtype)
+
+    def denoiser_files(self) -> list[Path]:
+        """The files that hold the denoiser's weights."""
+        return find_weights(self.path / self.denoiser_part, self.variant).files
+
+    def denoiser_hashes(self) -> dict[str, str]:
+        """SHA-256 of these files, by name."""
+        return {file.name: sha256(file) for file in self.denoiser_files()}
+
+    def load_denoiser(self, dtype: torch.dtype) -> ModelMixin:
+        """The network that is trained and merged, frozen, in eval mode."""
+        denoiser: ModelMixin = self.load_part(self.denoiser_part, dtype)
+        return denoiser.requires_grad_(False).eval()
+
+    def load_config(self, part: str) -> dict[str, Any]:
+        """A component's config, as stored."""
+        return self.part(part).config()
+
+    def empty_denoiser(self) -> ModelMixin:
+        """The denoiser's structure on the meta device, without weights."""
+        return self.empty_part(self.denoiser_part)
+
+    def empty_part(self, part: str, dtype: torch.dtype = torch.float32, buffers: bool = False) -> Any:
+        """A component's structure on the meta device, without weights; buffers may be real, as no file has all of them."""
+        return self.part(part).empty(dtype, buffers)
+
+    def check(self, weights: bool) -> None:
+        """Raise `UserError` unless every part is whole and they work together, before any work; loads no weights."""
+        parts = [self.part(name) for name in self.used if self.has(name)]
+        for part in parts:
+            if part.has_weights or "Scheduler" in part.family.__name__:
+                part.check_config()
+            if weights and part.has_weights:
+                part.check_weights(merged=part.name == self.denoiser_part)
+        rehearse(self)
+
+    def assemble(self, parts: tuple[str, ...], dtype: torch.dtype, empty: bool = False, **given: Any) -> DiffusionPipeline:
+        """The family's diffusers pipeline with some of its parts only; `empty` ones have no weights."""
+
+        def load(part: str, dtype: torch.dtype) -> Any:
+            return self.empty_part(part, dtype) if empty and "tokenizer" not in part else self.load_part(part, dtype)
+
+        takes = inspect.signature(self.pipeline_class.__init__).parameters
+        settings = {name: value for name, value in self.index.items() if name in takes and not isinstance(value, list)}
+        if "requires_safety_checker" in takes:
+            settings["requires_safety_checker"] = False
+        absent = {name: None for name in takes if isinstance(self.index.get(name), list)}
+        absent |= {name: None for name in ("safety_checker", "feature_extractor") if name in takes}
+        loaded = {part: load(part, dtype) for part in parts if self.has(part)}
+        for part in parts:
+            self._fit_length(loaded.get(part), part)
+        pipe = self.pipeline_class(**settings | absent | loaded | given)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _fit_length(self, tokenizer: Any, part: str) -> None:
+        """Let a tokenizer cut prompts to what its text encoder has positions for; some are stored without a length."""
+        encoder = part.replace("tokenizer", "text_encoder")
+        if encoder != part and tokenizer is not None and self.has(encoder):
+            positions = self.load_config(encoder).get("max_position_embeddings")
+            if isinstance(positions, int):
+                tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        """Text encoders in, embeddings out, text encoders freed. The null prompt is "".
+
+        Of a large encoder one layer at a time is on a GPU: the same embeddings, in little memory. The pipeline itself
+        encodes: padding, masks and layers are its own.
+        """
+        pipe = self.assemble(self.text_parts, dtype)
+        if device.type == "cuda":
+            bring_encoders(pipe, device)
+        else:
+            pipe.to(device)
+        embeds = self.encode_many(pipe, prompts, device, torch.device("cpu"))
+        del pipe
+        release(device)
+        return {name: value.to(device) for name, value in embeds.items()}
+
+    def encode_many(
+        self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device, home: torch.device
+    ) -> PromptEmbeds:
+        """`encode_prompts`, some of however many prompts at a time; what it makes of them goes `home`."""
+        batches = (prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH))
+        parts = [{k: v.to(home) for k, v in self.encode_prompts(pipe, batch, device).items()} for batch in batches]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @abstractmethod
+    def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
+        """What `pipe`, which has nothing but tokenizers and text encoders, makes of the prompts; of "" its null prompt."""
+
+    def check_lengths(self, texts: dict[str, list[str]]) -> None:
+        """Raise `UserError` for a text, of those that options gave, that the text encoder would be shown the beginning of.
+
+        Where there are several encoders, the last one reads the most.
+        """
+        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
+        tokenizer = self.load_part(parts[-1])
+        self._fit_length(tokenizer, parts[-1])
+        own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
+        most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
+        for option, given in texts.items():
+            for text in given:
+                count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+                if count > most:
+                    raise UserError(
+                        f"{option} {text!r} is {count} tokens long and the text encoder reads {most}, so the rest would be "
+                        "left out; use fewer words"
+                    )
+
+    def unseen_words(self, prompt: str) -> list[str]:
+        """Words that the tokenizer has no token for as a whole."""
+        tokenizer = self.load_part("tokenizer")
+        return [word for word in prompt.split() if len(tokenizer.tokenize(word)) != 1]
+
+    def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        """Height and width of the latents the denoiser was made for."""
+        size = denoiser.config.sample_size
+        if size is None:
+            raise UserError(f"{self.part(self.denoiser_part).place} has no sample_size in its config.json; write it there")
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
+        """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
+        return torch.randn(count, denoiser.config.in_channels, *self.latent_size(denoiser), generator=generator)
+
+    def begin(self, noise: Tensor, num_inference_steps: int) -> tuple[SchedulerMixin, Tensor]:
+        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents."""
+        scheduler = self.load_part("scheduler")
+        retrieve_timesteps(
+            scheduler, num_inference_steps, noise.device, **self.schedule(scheduler, noise, num_inference_steps)
+        )
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        return scheduler, noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+    def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
+        """What the pipeline tells its scheduler besides the number of steps."""
+        return {}
+
+    def scale_input(self, scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Latents as the denoiser is fed them. Flow-matching schedulers leave them as they are."""
+        return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+
+    def scheduler_step(
+        self, scheduler: SchedulerMixin, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The next latents; schedulers that draw noise draw it from `generator`."""
+        takes = inspect.signature(scheduler.step).parameters
+        extra = {"generator": generator} if "generator" in takes else {}
+        return scheduler.step(prediction, timestep, latents, **extra).prev_sample
+
+    @abstractmethod
+    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """The denoiser's prediction, in its own parameterisation, for scaled latents `[B, ...]` and timesteps `[B]`."""
+
+    def in_scope(self, scope: str, name: str) -> bool:
+        """Whether the denoiser's module or parameter `name` belongs to `scope`."""
+        return scopes.cross_attention(scope, name)
+
+    def prompt_input(self, name: str) -> str | None:
+        """Which of the prompt embeddings the denoiser's layer `name` is fed, and nothing else; none for most layers."""
+        return TOKENS if self.in_scope("esd-x-strict", name) else None
+
+    def prompt_rows(self, denoiser: ModelMixin, embeds: PromptEmbeds, kind: str) -> Tensor:
+        """The embeddings `kind` as the layers that read them are fed them: `[prompts, tokens, width]`."""
+        value = embeds[kind]
+        return value if value.dim() == 3 else value.unsqueeze(1)
+
+    def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write the denoiser's LoRA as the file that this family's `load_lora_weights` reads by default, if it has one."""
+        if not hasattr(self.pipeline_class, "save_lora_weights"):
+            return
+        part = self.denoiser_part
+        options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+        self.pipeline_class.save_lora_weights(directory, **options)
+
+    @functools.cached_property
+    def vae_factor(self) -> int:
+        """Pixels a latent, along each side."""
+        config = self.load_config("vae")
+        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # the latter of Sana's
+        return 2 ** (len(levels) - 1)
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents in the VAE's layout `[B, channels, height, width]`."""
+        return latents
+
+    def picture_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        """Height and width in pixels of the pictures the denoiser was made for."""
+        (height, width), factor = self.latent_size(denoiser), self.vae_factor
+        return height * factor, width * factor
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Latents of `[N, 3, H, W]` pictures in [0, 1], as the denoiser knows them, fp32 on the CPU."""
+        vae = self.load_part("vae").to(device)
+        latents = []
+        for part in pictures.split(8):
+            encoded = vae.encode(part.to(device) * 2 - 1)
+            if hasattr(encoded, "latent"):  # an autoencoder that is not variational
+                latents.append(encoded.latent.cpu())
+            else:
+                posterior = encoded.latent_dist
+                noise = torch.randn(posterior.mean.shape, generator=generator)
+                latents.append(posterior.mean.cpu() + posterior.std.cpu() * noise)
+        centred = torch.cat(latents) - (vae.config.get("shift_factor") or 0.0)
+        return self.denoiser_latents(centred * vae.config.scaling_factor)
+
+    def denoiser_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `vae_latents`."""
+        return latents
+
+    @functools.cached_property
+    def noise_schedule(self) -> NoiseSchedule:
+        """Of the scheduler in the directory; every trajectory gets a scheduler of its own."""
+        return NoiseSchedule(self.load_part("scheduler"), self.path)
+
+    def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+        """The family's diffusers pipeline around `denoiser`, called with `pipeline_arguments`; VAE in `dtype`.
+
+        It has no text encoders: what encodes is freed before the denoiser is loaded, and FLUX's would not fit beside it.
+        """
+        vae = self.load_part("vae", dtype).to(device)
+        if vae.config.get("sample_size", 512) > 256 and hasattr(vae, "enable_slicing"):
+            vae.enable_slicing()  # one picture at a time: at 512² each takes about a gigabyte
+        return self.assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
+
+    def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
+        """What the pipeline is called with for prompts and as many null prompts, to make pictures of the usual kind."""
+        names = self.prompt_arguments
+        prompts = {names[key]: value for key, value in embeds.items()}
+        nulls = {f"negative_{names[key]}": value for key, value in null.items()}
+        settings = {
+            "negative_prompt": None,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return prompts | nulls | settings
+
+
+def bring_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """The pipeline's text encoders to the device, layer by layer as they compute where they are large."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            if module_bytes(part) > LARGE:
+                offload_base(part.requires_grad_(False), device)
+            else:
+                part.to(device)
+
+
+def encoder_bytes(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Of all text encoders: on a GPU while prompts are encoded (`bring_encoders`), and as a whole."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    sizes = [*map(module_bytes, parts)]
+    there = [streamed_bytes(part) if size > LARGE else size for part, size in zip(parts, sizes, strict=True)]
+    return sum(there), sum(sizes)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Of its parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def pick(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:
+    """Rows of the prompt embeddings: `index` is `[B]` int64."""
+    return {name: value[index] for name, value in embeds.items()}

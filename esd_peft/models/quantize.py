@@ -1,0 +1,97 @@
+"""The frozen base in 4 or 8 bits, through bitsandbytes' layers.
+
+diffusers' own loader refuses to quantize without a GPU; bitsandbytes itself does not, so its layers are put in here. Weights
+are read and quantized one at a time: a base never lies in host memory as a whole.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from esd_peft.errors import UserError
+from esd_peft.io.tensors import check_finite, open_tensors
+from esd_peft.models import Backbone
+
+
+def bitsandbytes(option: str) -> Any:
+    """The library, which is loaded only where it is asked for.
+
+    Raises `UserError`, naming the `option` that asks, where it is not installed or does not load.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except Exception as error:  # what its native parts raise is not only ImportError
+        raise UserError(
+            f"{option} needs the package bitsandbytes, which does not load here ({error}); pip install it, or leave "
+            "the option out"
+        ) from None
+
+
+def check_bitsandbytes(quantize: str, optimizer: str = "AdamW") -> None:
+    """Raises `UserError`, before any work, if one of the two needs bitsandbytes and it is not there."""
+    if quantize != "none":
+        bitsandbytes(f"--quantize {quantize}")
+    if optimizer != "AdamW":
+        bitsandbytes(f"--optimizer {optimizer}")
+
+
+def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
+    """The frozen denoiser on `device`, each `nn.Linear` as bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`) layer.
+
+    Whatever is not a linear layer's weight is in `dtype`, which is also what the layers compute in. Raises `UserError` if
+    the files do not hold all of the denoiser.
+    """
+    bnb = bitsandbytes(f"--quantize {how}")
+    denoiser = backbone.empty_part(backbone.denoiser_part, buffers=True)
+    for path in backbone.denoiser_files():
+        tensors = open_tensors(path)
+        with path.open("rb") as file:
+            for name in tensors.entries:
+                value = tensors.read(file, name)
+                check_finite(f"{backbone.option} {path}: {name}", value)
+                _place(bnb, denoiser, name, value, how, dtype, device)
+    if missing := [name for name, parameter in denoiser.named_parameters() if parameter.is_meta]:
+        raise UserError(f"{backbone.option} {backbone.path} lacks weights, {missing[0]} first; restore its files")
+    # peft picks its layers by these marks, which transformers and diffusers set too
+    setattr(denoiser, "is_loaded_in_4bit" if how == "nf4" else "is_loaded_in_8bit", True)
+    return denoiser.to(device).requires_grad_(False)  # its new layers in train mode: else bitsandbytes repacks them on a CPU
+
+
+def stay_packed(denoiser: nn.Module) -> None:
+    """After an adapter was put on a quantized base: keep bitsandbytes from repacking layers on a CPU, which it does in eval
+    mode only."""
+    bnb = bitsandbytes("--quantize")
+    for layer in denoiser.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.train()
+
+
+def _place(
+    bnb: Any, denoiser: ModelMixin, name: str, value: Tensor, how: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = denoiser.get_submodule(parent)
+    if type(module) is nn.Linear and leaf == "weight":
+        above, _, child = parent.rpartition(".")
+        setattr(denoiser.get_submodule(above), child, _quantized(bnb, module, value, how, dtype, device))
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value.to(device)
+    else:
+        setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+
+
+def _quantized(bnb: Any, linear: nn.Linear, weight: Tensor, how: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """`linear` with `weight`; its bias comes, or has come, by itself."""
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    # on the meta device: bitsandbytes draws initial weights at random, which takes longer than all else
+    if how == "nf4":
+        layer = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
+    else:
+        layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    layer.bias = linear.bias
+    return layer

@@ -1,0 +1,53 @@
+"""Text encoders and tokenizers as every version of transformers, and other tools, read them.
+
+transformers 5.6 took the prefix `text_model.` from the names in a CLIPTextModel. It reads the old names; earlier versions,
+Invoke and ComfyUI do not read the new ones, and go on with random weights without a word. So the old names are written.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from esd_peft.io.tensors import rename_tensors
+from esd_peft.io.text import UnreadableError, read_json
+
+_PREFIX = "text_model."
+_OWN = ("embeddings.", "encoder.", "final_layer_norm.")
+
+
+def write_for_every_version(pipeline: Path) -> None:
+    """Bring the text encoders and tokenizers of a pipeline directory, which is ours to change, to that form."""
+    for config in pipeline.glob("text_encoder*/config.json"):
+        if _map(config).get("architectures") == ["CLIPTextModel"]:
+            for file in config.parent.glob("*.safetensors"):
+                rename_tensors(file, _old_name)
+            for index in config.parent.glob("*.safetensors.index.json"):
+                values = _map(index)
+                values["weight_map"] = {_old_name(name): file for name, file in values.get("weight_map", {}).items()}
+                index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    for tokenizer in pipeline.glob("tokenizer*/tokenizer.json"):
+        _write_slow_files(tokenizer)
+
+
+def _old_name(name: str) -> str:
+    """Of the encoder's own weights; a projection beside it has no prefix in any version."""
+    return _PREFIX + name if name.startswith(_OWN) else name
+
+
+def _write_slow_files(tokenizer: Path) -> None:
+    """`vocab.json` and `merges.txt`, from which CLIP's tokenizer is made where there is no fast one."""
+    folder = tokenizer.parent
+    kind = str(_map(folder / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
+    model = _map(tokenizer).get("model", {})
+    if kind != "CLIPTokenizer" or model.get("type") != "BPE" or (folder / "vocab.json").exists():
+        return
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def _map(path: Path) -> dict[str, Any]:
+    try:
+        return {**read_json(path)}
+    except (UnreadableError, TypeError):  # whoever loads it says so
+        return {}

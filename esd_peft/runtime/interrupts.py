@@ -1,0 +1,57 @@
+"""Signals that end a run (SIGINT, SIGTERM, SIGHUP): at once, or where a loop has nothing half done."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from esd_peft.runtime import distributed
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+_seen: list[int] | None = None  # within `noted`
+
+
+class InterruptedBetweenSteps(KeyboardInterrupt):
+    """A signal was noted, and this is a place to stop."""
+
+
+def at_once() -> None:
+    """Let each of them raise `KeyboardInterrupt` from now on, so that what is half-written goes away."""
+    _handle(signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[int]]:
+    """They fill a list, for a loop to look at, and end `stop_here`; a second one raises `KeyboardInterrupt` at once."""
+    global _seen
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before, _seen = _handle(note), seen
+    try:
+        yield seen
+    finally:
+        _seen = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_here() -> None:
+    """Raises `InterruptedBetweenSteps`, in all processes of the run, if a signal was noted in one of them."""
+    if _seen is not None and distributed.any_of(bool(_seen)):
+        raise InterruptedBetweenSteps
+
+
+def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """The handlers until now. A signal that is ignored, as SIGHUP under nohup, stays so; so do all of them in a thread, and
+    one whose handler was not set from Python, which could not be put back."""
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    try:
+        return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)}
+    except ValueError:  # not in the main thread: whoever runs us there handles them
+        return {}

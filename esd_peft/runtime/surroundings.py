@@ -1,0 +1,30 @@
+"""What the bits of a result depend on beside its config: versions, device, dtype, threads."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from esd_peft._version import __version__
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
+
+
+def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Each by its name, to be kept beside what was made and compared with what goes on from there."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {package: _version(package) for package in _PACKAGES}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": f"{device.type} {name}",
+        "esd_peft": __version__,
+        **versions,
+    }
+
+
+def _version(package: str) -> str:
+    """bitsandbytes need not be there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

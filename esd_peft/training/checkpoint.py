@@ -1,0 +1,216 @@
+"""What a run has so far, on disk, so that `--resume` goes on from there, bit for bit.
+
+Beside the output `DIR` lies `DIR.checkpoint/`: `step-N.safetensors` with what has been learned and where everything stands,
+and `bank-HASH.safetensors` with the tuples it trains on. Each file appears whole (temporary file, fsync, rename), and the
+one before goes only then: a kill at any moment leaves a checkpoint to resume from, or none yet. The last one, of what has
+been learned, stays until the output is there.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError, system_reason
+from esd_peft.io.outputs import empty_folder, new_file, remove_left, take_folder
+from esd_peft.io.text import UnreadableError, parse_json
+
+_BANK = re.compile(r"bank-[0-9a-f]{16}\.safetensors")
+_IN_BANK = {"inputs", "timesteps", "teacher", "pairs", "after"}
+# what may differ between a run and its resumption: it changes nothing in the adapter
+_FREE = {"output", "overwrite", "resume", "plan", "checkpoint_every", "report_to", "eval_seeds", "memory_budget"}
+_FREE |= {"device", "dtype"}  # what these came to is compared
+
+
+class Checkpoints:
+    """The checkpoints of one run, which holds its output (`esd_peft.io.jobs`)."""
+
+    def __init__(self, config: EraseConfig, base: dict[str, str], made_with: dict[str, str] | None = None) -> None:
+        """`base` tells the model's files by their hashes, `made_with` what else the bits depend on."""
+        self.config = self._claimed = _compared(config)
+        self.base = base
+        self.made_with = {**(made_with or {}), "threads": str(torch.get_num_threads())}
+        self.folder = config.output.with_name(f"{config.output.name}.checkpoint")
+        self.every = config.checkpoint_every
+        take_folder(self.folder)
+        try:
+            self._claim(config)
+        except UserError:
+            self.__exit__(UserError)
+            raise
+
+    def _claim(self, config: EraseConfig) -> None:
+        for draft in self.folder.glob(".*.draft-*"):  # of a run that was killed
+            remove_left(self.folder / draft.name[1:].partition(".draft-")[0])
+        if not config.resume and config.overwrite:
+            self._remove(keep=())
+        elif not config.resume and self._steps():
+            raise UserError(
+                f"--output {config.output}: {self.folder} holds an unfinished run; add --resume to go on, or --overwrite to "
+                "start anew"
+            )
+        elif config.resume and not self._steps():
+            raise UserError(f"--resume: {self.folder} holds no checkpoint; leave --resume out to start from the beginning")
+
+    def hand_over(self, config: EraseConfig) -> EraseConfig:
+        """The run starts once more, with the settings of `config`: as returned, from the checkpoint that it left, if any."""
+        self.config = _compared(config)
+        return config.model_copy(update={"resume": bool(self._steps())})
+
+    def save(self, step: int, state: dict[str, Any], bank: dict[str, Tensor] | None) -> None:
+        """Write `state` (dicts and lists of tensors and JSON values) as it is after `step`, and the bank if it is new.
+
+        The checkpoint before is removed when this one is there. Raises `UserError` if the disk is full.
+        """
+        bank_name = None
+        if bank is not None:
+            bank_name = f"bank-{hashlib.sha256(bank['after'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
+            if not (self.folder / bank_name).is_file():
+                self._write(bank_name, bank, {})
+        tensors: dict[str, Tensor] = {}
+        values = {"state": _taken_apart(state, tensors), "config": self.config, "base": self.base, "bank": bank_name}
+        values["made_with"] = self.made_with
+        name = f"step-{step:08d}.safetensors"
+        self._write(name, tensors, values)
+        self._remove(keep=(name, bank_name))
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+        """The newest state, and its bank, none where that is damaged (it is then made anew).
+
+        Raises `UserError` if the checkpoint is damaged, or is of another config, other weights or another dtype. Whatever
+        else the bits depend on is said on stderr if it is another.
+        """
+        path = max(self._steps())
+        tensors, values = _read(path)
+        damaged = UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
+        try:
+            config, base, bank_name, made_with = (values[key] for key in ("config", "base", "bank", "made_with"))
+            state = _put_together(values["state"], tensors)
+            maps = all(isinstance(value, dict) for value in (config, state, made_with))
+            if not maps or (bank_name and not _BANK.fullmatch(bank_name)):
+                raise damaged
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise damaged from None
+        changed = [key for key, value in self._claimed.items() if config.get(key) != value]
+        if changed:
+            said = ", ".join(f"{key.replace('_', '-')} was {config.get(key)}" for key in changed)
+            raise UserError(f"--resume: the config has changed: {said}; use that, or --overwrite to start anew")
+        if base != self.base:
+            raise UserError("--resume: the model's files have changed since; restore them, or --overwrite to start anew")
+        self._compare(made_with)
+        bank = _read(self.folder / bank_name)[0] if bank_name else {}
+        return state, bank if bank.keys() == _IN_BANK else None
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        """With what the checkpoint was made with."""
+        dtype = self.made_with.get("dtype")
+        if before.get("dtype") != dtype:
+            raise UserError(
+                f"--resume: the run was computed in {before.get('dtype')}, not in {dtype}; go on with --dtype "
+                f"{before.get('dtype')}, or add --overwrite to start anew"
+            )
+        if others := [name for name, value in self.made_with.items() if before.get(name) != value]:
+            was, now = (", ".join(f"{name} {values.get(name)}" for name in others) for values in (before, self.made_with))
+            print(
+                f"note: --resume: it began with {was} and goes on with {now}: the last bits may be others", file=sys.stderr
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The run is done and needs them no more; or it is not, and they stay, if there are any."""
+        if kind is None or not self._steps():
+            self._remove(keep=())
+            with contextlib.suppress(UserError, OSError):  # somebody put something else there
+                empty_folder(self.folder)
+
+    def _steps(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*.safetensors") if path.is_file()]
+
+    def _remove(self, keep: tuple[str | None, ...]) -> None:
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in keep and path.is_file():
+                path.unlink(missing_ok=True)
+
+    def _write(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        with _writable(self.folder), new_file(self.folder / name) as draft:
+            text = json.dumps(values)
+            save_file(tensors, draft, {"values": text, "sha256": _digest(tensors, text)})
+            _sync(draft)
+        _sync(self.folder)  # so that the new name is on the disk before the old file goes
+
+
+def _compared(config: EraseConfig) -> dict[str, Any]:
+    return {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and values of a file; nothing and none if it is not what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            header = file.metadata()
+        if header["sha256"] == _digest(tensors, header["values"]):
+            return tensors, parse_json(header["values"])
+    except (SafetensorError, UnreadableError, OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}, None
+
+
+def _digest(tensors: dict[str, Tensor], values: str = "") -> str:
+    digest = hashlib.sha256(values.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {[*tensors[name].shape]}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON in which tensors are `{"tensor": name}`, and dicts lists of pairs, since their keys may be numbers."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):05d}"
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"pairs": [[key, _taken_apart(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_taken_apart(item, tensors) for item in value]
+    return value
+
+
+def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _put_together(item, tensors) for key, item in value["pairs"]}
+    return [_put_together(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = system_reason(error)
+        raise UserError(f"--output: {folder} cannot be written: {reason}; free some space or name another") from None

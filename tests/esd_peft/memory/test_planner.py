@@ -1,0 +1,155 @@
+"""Plans against what PyTorch's allocator says, and the settings that a budget leads to."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from esd_peft import EraseConfig, erase
+from esd_peft.cli import parse_bytes
+from esd_peft.errors import UserError
+from esd_peft.memory.planner import Sizes, _free, fit, make_plan
+from esd_peft.models import open_backbone
+from esd_peft.training.student import make_student
+from families import save_family
+from pipelines import small_stable_diffusion
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl", "flux dev", "pixart", "sana"])
+def model(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model"
+    return small_stable_diffusion(path) if request.param == "sd" else save_family(request.param, path)
+
+
+def allocated(step) -> int:
+    """The most that a step had allocated at a time, as the CPU allocator reports it."""
+    step()  # what is made once and kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    now = peak = 0
+    for event in sorted(
+        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_predicted_and_allocated_memory_of_a_step(model, checkpointing):
+    count = 3
+    config = EraseConfig(concept="circle", model=str(model), gradient_checkpointing=checkpointing, device="cpu")
+    backbone = open_backbone(str(model))
+    sizes = Sizes(config, backbone, torch.float32)
+    denoiser = backbone.load_denoiser(torch.float32)
+    student = make_student(backbone, denoiser, config)
+    embeds = backbone.encode(["a circle"] * count, CPU, torch.float32)
+    latents = backbone.initial_latents(count, denoiser, torch.Generator().manual_seed(0))
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+
+    def predict():
+        return backbone.predict(denoiser, latents, torch.full((count,), 500.0), embeds)
+
+    def train():
+        predict().square().mean().backward()
+        for parameter in student.parameters:
+            parameter.grad = None
+
+    with torch.no_grad():
+        running = allocated(predict)
+    line = sizes.running[0] + (count - 1) * (sizes.running[1] - sizes.running[0])
+    assert line == pytest.approx(running, rel=0.15)
+    line = sizes.training(checkpointing)
+    assert line[0] + (count - 1) * (line[1] - line[0]) == pytest.approx(allocated(train), rel=0.15)
+
+
+def test_a_budget_leads_to_the_cheapest_settings_that_fit(small_sd):
+    config = EraseConfig(concept="circle", model=str(small_sd), device="cpu")
+    sizes = Sizes(config, open_backbone(str(small_sd)), torch.float32)
+    free = fit(sizes, config, 2**40)
+    assert free.config == config
+    tight = fit(sizes, config, int(free.peak * 0.75))
+    assert tight.peak <= 0.75 * free.peak
+    assert tight.config.quantize == "none" and not tight.config.gradient_checkpointing
+    assert tight.config.micro_batch_size < 8
+    with pytest.raises(UserError, match=r"--memory-budget 1.0 MiB is .* short: .* even with the base in"):
+        fit(sizes, config, 2**20)
+
+
+def test_a_budget_leaves_what_the_config_sets_itself(small_sd):
+    options = {"quantize": "int8", "micro_batch_size": 8, "gradient_checkpointing": True, "memory_budget": "3MiB"}
+    with pytest.raises(UserError, match="even with the base in int8, activations recomputed, 8 of a batch's samples"):
+        make_plan(EraseConfig(concept="circle", model=str(small_sd), device="cpu", **options), open_backbone(str(small_sd)))
+
+
+@pytest.mark.parametrize("options", [{}, {"robust": 1, "max_train_steps": 3}])
+def test_forwards_and_bank_are_those_of_the_run(small_sd, tmp_path, options):
+    config = EraseConfig(
+        concept="circle",
+        model=str(small_sd),
+        output=tmp_path / "out",
+        device="cpu",
+        eval_seeds=0,
+        num_inference_steps=3,
+        trajectories=5,
+        preserve="a square",
+        **{"max_train_steps": 2} | options,
+    )
+    result = erase(config)
+    assert make_plan(config, open_backbone(str(small_sd))).forward_equivalents == result["forward_equivalents"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GiB", 12 * 2**30), ("12 GB", 12 * 10**9), ("1.5g", 3 * 2**29), ("800M", 800 * 2**20), ("4096", 4096)],
+)
+def test_amounts_of_memory(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3GiB", "0GiB", "GiB", "9" * 200, "1" + "0" * 200 + "GiB", "１２"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(UserError, match="12GiB, for example"):
+        EraseConfig(concept="circle", memory_budget=text)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr", "none"])
+def test_every_adapter_in_every_dtype_and_scope_has_a_plan(small_sd, adapter, dtype):
+    backbone = open_backbone(str(small_sd))
+    for scope in ("esd-x-strict", "esd-u", "full"):
+        config = EraseConfig(concept="x", model=str(small_sd), adapter=adapter, dtype=dtype, scope=scope, device="cpu")
+        assert make_plan(config, backbone).peak > 2**20
+
+
+def test_what_autocast_takes_is_within_the_plan(small_sd):
+    count, half = 3, torch.bfloat16
+    config = EraseConfig(concept="x", model=str(small_sd), adapter="none", scope="full", dtype="bfloat16", device="cpu")
+    backbone = open_backbone(str(small_sd))
+    sizes = Sizes(config, backbone, half)
+    denoiser = backbone.load_denoiser(torch.float32)
+    student = make_student(backbone, denoiser, config)
+    embeds = backbone.encode(["a circle"] * count, CPU, half)
+    latents = backbone.initial_latents(count, denoiser, torch.Generator().manual_seed(0)).to(half)
+
+    def train():
+        with torch.autocast("cpu", half):
+            prediction = backbone.predict(denoiser, latents, torch.full((count,), 500.0), embeds)
+        prediction.float().square().mean().backward()
+        for parameter in student.parameters:
+            parameter.grad = None
+
+    weights = sum(p.numel() for p in student.parameters)
+    learning = sizes.learning - 3 * 4 * weights  # without the teacher's copy and Adam's moments: those of autocast
+    line = sizes.training(False)
+    taken = allocated(train)
+    assert taken <= line[0] + (count - 1) * (line[1] - line[0]) + learning <= 2.2 * taken
+
+
+def test_what_pytorch_keeps_of_a_gpu_is_free_as_well(monkeypatch):
+    sizes = {"memory_reserved": 5 * 2**30, "memory_allocated": 2 * 2**30, "mem_get_info": (2**30, 12 * 2**30)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert _free(torch.device("cuda:0")) == 4 * 2**30

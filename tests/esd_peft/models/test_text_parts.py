@@ -1,0 +1,58 @@
+"""Text encoders and tokenizers in the form that every version of transformers reads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from esd_peft.models import EMBEDDED, text_parts
+from esd_peft.models.text_parts import write_for_every_version
+
+
+def text_names(path):
+    return {name for file in path.glob("*.safetensors") for name in load_file(file)}
+
+
+def test_what_ships_has_the_old_names_and_both_kinds_of_tokenizer_files():
+    assert all(name.startswith("text_model.") for name in text_names(EMBEDDED / "text_encoder"))
+    fast = json.loads((EMBEDDED / "tokenizer" / "tokenizer.json").read_text())["model"]
+    assert json.loads((EMBEDDED / "tokenizer" / "vocab.json").read_text()) == fast["vocab"]
+    lines = (EMBEDDED / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert lines[0].startswith("#version") and [line.split() for line in lines[1:]] == fast["merges"]
+
+
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_any_pipeline_is_written_so_and_loads_as_before(small_sd, tmp_path, shard):
+    path = shutil.copytree(small_sd, tmp_path / "sd")
+    before = CLIPTextModel.from_pretrained(path / "text_encoder")
+    shutil.rmtree(path / "text_encoder")
+    before.save_pretrained(path / "text_encoder", max_shard_size=shard)
+    assert "embeddings.token_embedding.weight" in text_names(path / "text_encoder")  # as transformers writes them now
+    assert bool([*path.glob("text_encoder/*.index.json")]) == (shard == "20KB")
+    words = CLIPTokenizer.from_pretrained(path / "tokenizer")
+    write_for_every_version(path)
+    assert all(name.startswith("text_model.") for name in text_names(path / "text_encoder"))
+    assert not [*path.rglob("*.renamed")]
+    after, loaded = CLIPTextModel.from_pretrained(path / "text_encoder", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    expected = before.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in after.state_dict().items())
+    again = CLIPTokenizer.from_pretrained(path / "tokenizer")
+    assert again.get_vocab() == words.get_vocab() and again("a striped zebra!") == words("a striped zebra!")
+    StableDiffusionPipeline.from_pretrained(path)
+
+
+def test_what_is_in_that_form_stays_as_it_is(tmp_path):
+    path = shutil.copytree(EMBEDDED, tmp_path / "sd")
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
+    write_for_every_version(path)
+    assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_projection_beside_the_encoder_keeps_its_name():
+    names = ["encoder.layers.0.mlp.fc1.weight", "text_model.embeddings.position_embedding.weight", "text_projection.weight"]
+    assert [text_parts._old_name(name) for name in names] == [f"text_model.{names[0]}", *names[1:]]

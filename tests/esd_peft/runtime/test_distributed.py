@@ -1,0 +1,144 @@
+"""Two processes, as accelerate launches them, do what one does; none of them outlives another one's end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from esd_peft import EraseConfig, UserError, erase
+from esd_peft.cli import parse
+from esd_peft.training.rollout import Rollout
+
+QUICK = ["--concept", "circle", "--device", "cpu", "--eval-seeds", "0", "--num-inference-steps", "4", "--trajectories", "3",
+         "--train-batch-size", "5", "--max-train-steps", "6", "--preserve", "square"]  # fmt: skip
+
+
+def launch(tmp_path, *arguments):
+    """Both processes' output goes to files: a pipe would stay open as long as one of them lives."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    words = [sys.executable, *launcher, "-m", "esd_peft.erase", *QUICK, *arguments]
+    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
+        return subprocess.Popen(words, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 90
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def workers(launcher):
+    return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "esd_peft.erase" in p.cmdline()]
+
+
+def endless(tmp_path, *arguments):
+    """A run of two that has left a checkpoint and goes on."""
+    run = launch(tmp_path, "--max-train-steps", "100000", "--checkpoint-every", "2", "--output", "erased", *arguments)
+    wait_for(lambda: [*tmp_path.glob("erased.checkpoint/step-*")] or run.poll() is not None)
+    assert run.poll() is None, (tmp_path / "stderr").read_text()
+    return run
+
+
+@pytest.mark.parametrize("options", [[], ["--rollout", "student", "--refill-every", "3", "--until", "-0.9"]])
+def test_two_processes_train_what_one_does(tmp_path, options):
+    command = [sys.executable, "-m", "esd_peft.erase", *QUICK, *options, "--output", "one"]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = launch(tmp_path, *options, "--output", "two")
+    assert run.wait(120) == 0, (tmp_path / "stderr").read_text()
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[1]["loss"]["last"] == pytest.approx(results[0]["loss"]["last"], rel=1e-4)
+    for key in ("forward_equivalents", "training_tuples"):
+        assert results[0][key] == results[1][key]
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-3)
+    assert (tmp_path / "stdout").read_text().count("To make it permanent") == 1
+
+
+def test_a_process_that_is_killed_ends_the_run(tmp_path):
+    run = endless(tmp_path)
+    os.kill(workers(run)[1].pid, signal.SIGKILL)
+    assert run.wait(60) != 0
+    assert (tmp_path / "stderr").read_text().count("another process of this run has died") == 1
+    assert not (tmp_path / "erased").exists() and [*tmp_path.glob("erased.checkpoint/step-*")]
+
+
+def bank_of_one(tmp_path, monkeypatch):
+    """What one process with the same options trains on."""
+    filled = []
+    fill = Rollout.fill
+
+    def only_fill(*args, **kwargs):
+        filled.append(fill(*args, **kwargs))
+        raise UserError("that is all")
+
+    monkeypatch.setattr(Rollout, "fill", only_fill)
+    with pytest.raises(UserError, match="that is all"):
+        erase(parse(EraseConfig, "erase", [*QUICK, "--output", str(tmp_path / "one")]))
+    return filled[0]
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, monkeypatch):
+    run = endless(tmp_path)
+    workers(run)[1].send_signal(signal.SIGINT)
+    assert run.wait(60) != 0
+    said = (tmp_path / "stderr").read_text()
+    assert said.count("--resume goes on from there") == 1
+    assert "error:" not in said  # neither found the other one gone
+    assert [*tmp_path.glob("erased.checkpoint/step-*")] and not (tmp_path / "erased").exists()
+    # and both had the bank that one process has
+    (path,) = tmp_path.glob("erased.checkpoint/bank-*")
+    bank = load_file(path)
+    for name, value in vars(bank_of_one(tmp_path, monkeypatch)).items():
+        torch.testing.assert_close(bank[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_what_only_the_first_process_finds_ends_both(tmp_path):
+    (tmp_path / "erased").mkdir()
+    (tmp_path / "erased" / "file").touch()
+    run = launch(tmp_path, "--output", "erased")
+    assert run.wait(60) != 0
+    assert [line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("error:")] == [
+        "error: --output erased is not empty; name another directory or add --overwrite"
+    ]
+
+
+LEFT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("erase --help", 0),
+        ("erase --concept circle --print-config", 0),
+        ("erase --concept circle --plan --wordings bare", 0),
+        ("erase", 2),
+        ("merge_adapter --adapter nowhere --output merged", 2),
+        ("evaluate --erased nowhere", 2),
+        ("study analyse --answers nowhere", 2),
+    ],
+)
+def test_what_a_scheduler_left_in_the_environment_stops_no_command_of_one_process(tmp_path, command, code):
+    words = [sys.executable, "-m", *f"esd_peft.{command}".split()]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | LEFT, cwd=tmp_path, timeout=90)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: ") if code else done.stdout
+
+
+@pytest.mark.parametrize(
+    "broken", [{"RANK": "x"}, {"RANK": "4"}, {"WORLD_SIZE": "many"}, {"MASTER_ADDR": ""}, {"MASTER_PORT": "99999"}], ids=str
+)
+def test_an_environment_that_makes_no_sense_is_said(tmp_path, monkeypatch, broken):
+    for name, value in (LEFT | broken).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT .* do not fit together"):
+        erase(EraseConfig(concept="circle", output=tmp_path / "out"))

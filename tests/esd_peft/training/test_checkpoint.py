@@ -1,0 +1,249 @@
+"""A run that is interrupted, anywhere and in any way, ends with the same adapter when it is resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from esd_peft import EraseConfig, erase
+from esd_peft.errors import UserError
+from esd_peft.training import adversarial as robust
+from esd_peft.training.checkpoint import Checkpoints, _digest
+from esd_peft.training.student import _AdapterStudent
+from esd_peft.training.trainer import _Training
+
+QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 8, "train_batch_size": 4, "checkpoint_every": 2,
+         "device": "cpu", "eval_seeds": 0}  # fmt: skip
+
+
+def config(model, output, **options):
+    return EraseConfig(concept="circle", model=str(model), output=output, **(QUICK | options))
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """Runs a config and breaks off after that many steps."""
+
+    def run(step, given):
+        take = _Training.take
+
+        def counted(self, batch):
+            if self.step == step:
+                raise Stop
+            take(self, batch)
+
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(_Training, "take", counted)
+            erase(given)
+
+    return run
+
+
+VARIANTS = [
+    {},
+    {"rollout": "student", "refill_every": 3},
+    {"refill_every": 2, "preserve": ["a square", "a star"]},
+    {"optimizer": "AdamW8bit", "adapter": "none", "scope": "esd-x", "learning_rate": 1e-3},
+    {"dtype": "bfloat16", "until": -0.99, "lr_scheduler": "linear", "lr_warmup_steps": 2},
+    {"objective": "contrastive", "num_inference_steps": None, "trajectories": None, "learning_rate": 1e-3},
+    {"robust": 1},
+    {"robust": 1, "refill_every": 2},
+]
+
+
+def adapter(folder):
+    name = "denoiser_weights" if (folder / "denoiser_weights.safetensors").is_file() else "adapter_model"
+    return load_file(folder / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("step", "options"), [(2, {}), (7, {}), (4, VARIANTS[1]), (3, {"robust": 1}), *((5, options) for options in VARIANTS)]
+)
+def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, options, step):
+    monkeypatch.setattr(robust, "STEPS", 2)
+    whole = erase(config(small_sd, tmp_path / "whole", **options))
+    stopped_at(step, config(small_sd, tmp_path / "parts", **options))
+    assert not (tmp_path / "parts").exists()
+    parts = erase(config(small_sd, tmp_path / "parts", resume=True, **options))
+    first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for key in ("loss", "direction_left", "training_tuples"):
+        assert parts[key] == whole[key], key
+    assert not (tmp_path / "parts.checkpoint").exists()
+
+
+def test_twice_interrupted(small_sd, tmp_path, stopped_at):
+    erase(config(small_sd, tmp_path / "whole"))
+    stopped_at(3, config(small_sd, tmp_path / "parts"))
+    stopped_at(6, config(small_sd, tmp_path / "parts", resume=True))
+    erase(config(small_sd, tmp_path / "parts", resume=True))
+    first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_a_damaged_bank_is_made_again(small_sd, tmp_path, stopped_at, damage):
+    erase(config(small_sd, tmp_path / "whole"))
+    stopped_at(5, config(small_sd, tmp_path / "parts"))
+    (bank,) = (tmp_path / "parts.checkpoint").glob("bank-*")
+    if damage is None:  # one bit
+        content = bytearray(bank.read_bytes())
+        content[-100] ^= 1
+        bank.write_bytes(content)
+    else:
+        bank.write_bytes(damage)
+    erase(config(small_sd, tmp_path / "parts", resume=True))
+    first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
+    with pytest.raises(UserError, match="holds no checkpoint; leave --resume out"):
+        erase(config(small_sd, tmp_path / "parts", resume=True))
+    assert not [*tmp_path.iterdir()]
+    stopped_at(5, config(small_sd, tmp_path / "parts"))
+    with pytest.raises(UserError, match="add --resume to go on, or --overwrite"):
+        erase(config(small_sd, tmp_path / "parts"))
+    with pytest.raises(UserError, match=r"learning-rate was None, seed was 0"):
+        erase(config(small_sd, tmp_path / "parts", resume=True, seed=1, learning_rate=1e-4))
+    (state,) = (tmp_path / "parts.checkpoint").glob("step-*")
+    content = bytearray(state.read_bytes())
+    content[-9] ^= 4
+    state.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged; remove"):
+        erase(config(small_sd, tmp_path / "parts", resume=True))
+    erase(config(small_sd, tmp_path / "parts", overwrite=True))
+    assert not (tmp_path / "parts.checkpoint").exists()
+
+
+def test_an_output_that_cannot_be_written_costs_no_training(small_sd, tmp_path, monkeypatch):
+    whole = erase(config(small_sd, tmp_path / "whole"))
+    take, output = _Training.take, tmp_path / "parts"
+
+    def spoils(self, batch):
+        take(self, batch)
+        output.mkdir(exist_ok=True)
+        (output / "mine").write_text("precious")
+
+    given = config(small_sd, output, checkpoint_every=100)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"--output .* is not empty"):
+        patch.setattr(_Training, "take", spoils)
+        erase(given)
+    assert [path.name for path in output.iterdir()] == ["mine"]
+    (output / "mine").unlink()
+    monkeypatch.setattr(_Training, "take", None)
+    parts = erase(given.model_copy(update={"resume": True}))
+    first, second = adapter(tmp_path / "whole"), adapter(output)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert parts["loss"] == whole["loss"] and parts["training_tuples"] == whole["training_tuples"]
+    assert not (tmp_path / "parts.checkpoint").exists()
+
+
+def test_a_run_that_said_enough_is_done(small_sd, tmp_path, monkeypatch):
+    given = config(small_sd, tmp_path / "out", until=0.99, max_train_steps=200, checkpoint_every=1000)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(_AdapterStudent, "save", lambda *_: (_ for _ in ()).throw(Stop))
+        erase(given)
+    monkeypatch.setattr(_Training, "take", None)
+    assert erase(given.model_copy(update={"resume": True}))["direction_left"][-1][0] < 200
+
+
+def test_what_else_the_bits_depend_on(small_sd, tmp_path, stopped_at, capsys, monkeypatch):
+    given = config(small_sd, tmp_path / "out")
+    stopped_at(5, given)
+    with pytest.raises(UserError, match="was computed in float32, not in bfloat16; go on with --dtype float32"):
+        erase(given.model_copy(update={"resume": True, "dtype": "bfloat16"}))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    monkeypatch.setattr("esd_peft.runtime.surroundings.__version__", "0.0.1")
+    erase(given.model_copy(update={"resume": True, "dtype": "float32"}))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --resume")]
+    assert len(said) == 1 and "goes on with esd_peft 0.0.1, threads 97: the last bits may be others" in said[0]
+
+
+def test_a_checkpoint_folder_of_somebody_else(small_sd, tmp_path):
+    folder = tmp_path / "out.checkpoint"
+    folder.mkdir()
+    (folder / "step-1.safetensors").write_text("precious")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match=r"out.checkpoint holds files that esd_peft did not write"):
+            erase(config(small_sd, tmp_path / "out", **options))
+    assert (folder / "step-1.safetensors").read_text() == "precious"
+
+
+def changed(state, **values):
+    """A state, as it is stored, with other values; `...` takes one out."""
+    pairs = dict(state["pairs"]) | values
+    return {"pairs": [[key, value] for key, value in pairs.items() if value is not ...]}
+
+
+SPOILT = [{"step": ...}, {"step": "x"}, {"step": 10**9}, {"step": -1}, {"step": [3]}, {"done": ...}, {"parameters": []},
+          {"parameters": 5}, {"parameters": [{"tensor": "00000"}] * 500}, {"optimizer": {"pairs": []}}, {"optimizer": None},
+          {"schedule": {"pairs": [["last_epoch", "x"]]}}, {"losses": "x"}, {"unread": [1]}, {"before": 3}, {"words": 5},
+          {"curve": [[1]]}, {"forwards": None}]  # fmt: skip
+
+
+def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
+    given = config(small_sd, tmp_path / "out")
+    stopped_at(5, given)
+    (path,) = (tmp_path / "out.checkpoint").glob("step-*")
+    whole = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()["values"])
+    tensors = load_file(path)
+    restored = []
+    monkeypatch.setattr(_Training, "restore", lambda self, *values: restored.append(self) or (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        erase(given.model_copy(update={"resume": True}))
+    monkeypatch.undo()
+    for spoilt in SPOILT:
+        text = json.dumps(values | {"state": changed(values["state"], **spoilt)})
+        save_file(tensors, path, {"values": text, "sha256": _digest(tensors, text)})
+        checkpoints = Checkpoints(given.model_copy(update={"resume": True}), values["base"], values["made_with"])
+        with pytest.raises(UserError, match=r"--resume: the checkpoint does not fit"):
+            restored[0].restore(*checkpoints.load())
+    path.write_bytes(whole)
+    restored[0].restore(*checkpoints.load())
+
+
+def command(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [
+        sys.executable,
+        "-m",
+        "esd_peft.erase",
+        "--concept",
+        "circle",
+        "--device",
+        "cpu",
+        "--eval-seeds",
+        "0",
+        *arguments,
+    ]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_checkpoint_and_say_so(tmp_path, number):
+    output = tmp_path / "erased"
+    run = command("--output", str(output), "--max-train-steps", "100000", "--checkpoint-every", "2")
+    deadline = time.monotonic() + 120
+    while not [*tmp_path.glob("erased.checkpoint/step-*")] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = command("--output", str(output))
+    assert "another run is writing there" in second.communicate(timeout=120)[1] and second.returncode == 2
+    run.send_signal(number)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130
+    assert "--resume goes on from there" in said.splitlines()[-1]
+    assert [*tmp_path.glob("erased.checkpoint/step-*")] and not output.exists()

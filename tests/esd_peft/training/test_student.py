@@ -1,0 +1,111 @@
+"""Scopes at real size, and students that are their own teachers."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+
+from esd_peft.config import SCOPES, EraseConfig
+from esd_peft.models import open_backbone
+from esd_peft.models.scopes import joint_attention
+from esd_peft.training.student import make_student, scope_modules, scope_parameters
+from families import save_family
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    with torch.device("meta"):
+        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+
+
+@pytest.mark.parametrize(("scope", "millions"), [("esd-x", 44.0), ("esd-x-strict", 19.2), ("esd-u", 815), ("full", 860)])
+def test_scope_sizes_of_stable_diffusion_1(sd15, scope, millions):
+    parameters = dict(sd15.named_parameters())
+    names = scope_parameters(open_backbone(None), sd15, scope)
+    assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+@pytest.mark.parametrize(("scope", "millions"), [("esd-x", 546), ("esd-x-strict", 341), ("full", 2567)])
+def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            use_linear_projection=True,
+        )
+    parameters = dict(unet.named_parameters())
+    names = scope_parameters(open_backbone(None), unet, scope)
+    assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_scopes_of_joint_attention():
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    names = [name for name, module in flux.named_modules() if isinstance(module, torch.nn.Linear)]
+    chosen = {scope: {n for n in names if joint_attention(scope, n)} for scope in SCOPES}
+    assert chosen["esd-x-strict"] == {"context_embedder", "time_text_embed.text_embedder.linear_1"}
+    block = "transformer_blocks.1.attn."
+    assert chosen["esd-x"] - chosen["esd-x-strict"] >= {
+        block + n for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    }
+    assert {block + "to_k", "single_transformer_blocks.0.attn.to_v"} < chosen["selfattn"] < chosen["esd-u"]
+    assert chosen["esd-x"] | chosen["esd-u"] == chosen["full"] == set(names)
+    assert not chosen["esd-x"] & chosen["esd-u"]
+
+
+def test_scopes_select_what_they_say(sd15):
+    chosen = {
+        s: set(scope_modules(open_backbone(None), sd15, s)) for s in ("esd-x", "esd-x-strict", "esd-u", "selfattn", "full")
+    }
+    assert chosen["esd-x-strict"] < chosen["esd-x"] < chosen["full"]
+    assert chosen["selfattn"] < chosen["esd-u"]
+    assert chosen["esd-x"] | chosen["esd-u"] == chosen["full"]
+    assert not chosen["esd-x"] & chosen["esd-u"]
+    assert len(chosen["esd-x-strict"]) == 32 and len(chosen["esd-x"]) == 64  # 16 blocks of k, v (and q, out)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr", "none"])
+def test_a_student_is_its_own_teacher(small_sd, adapter):
+    backbone = open_backbone(str(small_sd))
+    denoiser = backbone.load_denoiser(torch.float32)
+    embeds = {"encoder_hidden_states": torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(0))}
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def predict():
+        return backbone.predict(denoiser, latents, torch.tensor([300]), embeds)
+
+    base = predict()
+    student = make_student(
+        backbone, denoiser, EraseConfig(concept="x", adapter=adapter, rank=None if adapter == "none" else 2)
+    )
+    assert torch.equal(predict(), base), "an untrained adapter changes nothing"
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in student.parameters)
+    with torch.no_grad():
+        for p in student.parameters:
+            p += 0.1
+    assert (predict() - base).abs().max() > 1e-3
+    with student.teacher():
+        assert torch.equal(predict(), base)
+    assert (predict() - base).abs().max() > 1e-3
+    assert all(p.requires_grad for p in student.parameters)
+
+
+@pytest.mark.parametrize("scope", ["full", "esd-u"])
+@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr"])
+def test_depthwise_convolutions_are_left_out(tmp_path, scope, adapter):
+    backbone = open_backbone(str(save_family("sana", tmp_path / "sana")))
+    denoiser = backbone.load_denoiser(torch.float32)
+    depthwise = {n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1}
+    chosen = set(scope_modules(backbone, denoiser, scope))
+    assert depthwise and not depthwise & chosen
+    assert {name.replace("conv_depth", "conv_inverted") for name in depthwise} <= chosen
+    make_student(backbone, denoiser, EraseConfig(concept="circle", scope=scope, adapter=adapter, rank=3))
+    assert {name.split(".base_layer")[0] for name, _ in denoiser.named_parameters() if "base_layer" in name} == chosen
