@@ -31,8 +31,9 @@ def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         erased, report = Path(folder) / "erased", Path(folder) / "evaluation"
-        made = erase(EraseConfig(concept=concept, seed=seed, output=erased, eval_seeds=0, device="cpu", **METHODS[method]))
-        options = {"limit": args.limit, "seeds": 1, "attack": args.attacks, "attack_pictures": args.pictures}
+        fixed = {"seed": seed, "output": erased, "num_validation_images": 0, "device": "cpu"}
+        made = erase(EraseConfig(concept=concept, **fixed, **METHODS[method]))
+        options = {"limit": args.limit, "seeds": 1, "attack": args.attacks, "attack_images": args.images}
         options |= {"num_inference_steps": args.num_inference_steps, "attack_steps": args.attack_steps}
         found = evaluate(EvaluateConfig(erased=erased, output=report, device="cpu", seed=seed, **options))
     assert found.accuracies is not None and found.accuracies.kept is not None
@@ -46,7 +47,7 @@ def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
         "others_lost": found.accuracies.kept.lost,
         "worst_lost": max(c.lost for labels in found.accuracies.others.values() for c in labels.values()),
         "attacks": found.to_dict()["attacks"],
-        "forward_equivalents": made["forward_equivalents"],
+        "nfe": made["nfe"],
         "erase_seconds": sum(made["seconds"].values()),
         "evaluate_seconds": found.seconds,
     }
@@ -67,7 +68,7 @@ def markdown(runs: list[dict], command: str) -> str:
 def table(runs: list[dict]) -> list[str]:
     """One line a method: what is left when the concept is named, after each attack, and what others lose."""
     attacks = list(dict.fromkeys(a["name"] for r in runs for a in r["attacks"]))
-    header = ["", "runs", "named", *attacks, "others lose: mean", "worst attribute (worst run)", "forward-equivalents"]
+    header = ["", "runs", "named", *attacks, "others lose: mean", "worst attribute (worst run)", "NFE"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for method in METHODS:
         rows = [r for r in runs if r["method"] == method]
@@ -82,7 +83,7 @@ def table(runs: list[dict]) -> list[str]:
         cells.append(f"{100 * mean([r['others_lost'] for r in rows]):.1f} points")
         worst = [r["worst_lost"] for r in rows]
         cells += [f"{100 * mean(worst):.1f} ({100 * max(worst):.1f}) points"]
-        cells += [f"{mean([r['forward_equivalents'] for r in rows]):,.0f}"]
+        cells += [f"{mean([r['nfe'] for r in rows]):,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -100,9 +101,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--attacks", nargs="+", default=["textual-inversion"])
     parser.add_argument("--attack-steps", type=int, help="of each attack that learns")
-    parser.add_argument("--pictures", type=int, default=24, help="judged at each point of an attack")
+    parser.add_argument("--images", type=int, default=24, help="judged at each point of an attack")
     parser.add_argument("--limit", type=int, default=24, help="prompts of the suite for the concept, and as many others")
-    parser.add_argument("--num-inference-steps", type=int, default=12, help="of a picture")
+    parser.add_argument("--num-inference-steps", type=int, default=12, help="of an image")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     path = args.output.with_suffix(".json")

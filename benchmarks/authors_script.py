@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, ModelMixin
 
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 from esd_peft.models.family import PromptEmbeds
 from esd_peft.runtime.devices import finish
 
@@ -36,19 +36,19 @@ def make_iteration(
     path: Path, device: torch.device, steps: int = STEPS, sampled: int = SAMPLED
 ) -> tuple[Callable[[], None], ModelMixin]:
     """An iteration for the model in the directory `path`, and the student that it trains."""
-    backbone = open_backbone(str(path))
-    embeds = backbone.encode(["", "circle"], device, torch.bfloat16)
-    base, student = (backbone.load_denoiser(torch.bfloat16).to(device) for _ in range(2))
+    family = open_family(str(path))
+    embeds = family.encode(["", "circle"], device, torch.bfloat16)
+    base, student = (family.load_denoiser(torch.bfloat16).to(device) for _ in range(2))
     student.requires_grad_(True)
     optimizer = torch.optim.Adam([p for name, p in student.named_parameters() if "attn2" in name], lr=5e-5)
     scheduler = DDIMScheduler.from_pretrained(path / "scheduler")
     scheduler.set_timesteps(steps)
-    noise = backbone.initial_latents(1, student, torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    noise = family.initial_latents(1, student, torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
 
     def predict(denoiser, latents, timestep, rows: list[int]):
         told: PromptEmbeds = {name: value[rows] for name, value in embeds.items()}
         times = timestep.to(device).expand(len(rows))
-        return backbone.predict(denoiser, latents.repeat(len(rows), 1, 1, 1), times, told)
+        return family.predict(denoiser, latents.repeat(len(rows), 1, 1, 1), times, told)
 
     def iterate() -> None:
         latents = noise

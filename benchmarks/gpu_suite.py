@@ -42,22 +42,25 @@ from real_models import make_model
 
 from esd_kernels import guided_mse
 from esd_peft import EraseConfig, erase
+from esd_peft.defaults import resolve
 from esd_peft.memory.planner import describe, make_plan
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
-from esd_peft.prompts.plan import plan_prompts
-from esd_peft.runtime.devices import place, release, resolve_device, resolve_dtype
-from esd_peft.runtime.profiling import Costs
-from esd_peft.training.esd import GuidedTarget
-from esd_peft.training.rollout import Rollout, make_table
-from esd_peft.training.student import Student, make_student, scope_modules
-from esd_peft.training.trainer import distill
+from esd_peft.prompts.table import make_table
+from esd_peft.runtime.devices import release, resolve_device
+from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training.loop import TrainingLoop
+from esd_peft.training.objective import make_objective
+from esd_peft.training.rollout import Rollout
+from esd_peft.training.student import load_student
+from esd_peft.training.trainer import Trainer
+from esd_peft.training.work import count_denoiser_calls
 
 GIB = 2**30
 BATCH = 4  # of the step timings
 GOALS = {"SD 1.5": 4, "SD 2.1": 6, "SDXL": 8, "FLUX.1": 11}  # GiB, of a 12 GB card
 LIMIT = 11.2  # GiB that are left of 12 beside CUDA's own context
-OURS = ("load", "rollout", "distill")  # the phases that training tuples cost: with loading and the closed form
+OURS = ("load", "rollout", "train")  # the phases that training samples cost: with loading and the closed form
 Rows = dict[str, Callable[[], object]]  # what is measured, by the name of its row
 
 
@@ -152,34 +155,44 @@ def steps() -> Rows:
     }
 
 
-def _our_steps(path: str | None, options: dict) -> dict[str, float]:
+def _our_steps(path: str, options: dict) -> dict[str, float]:
     """Seconds of the two steps in our loops, after a whole run that compiles and chooses algorithms."""
-    student, objective = _job(path, options)
-    rollout = objective.rollout
-    with compiled(rollout.denoiser, objective):
-        distill(student, objective, torch.Generator())
-        rollout.costs = Costs(rollout.device)
-        with rollout.costs.phase("distill"):
-            distill(student, objective, torch.Generator())
-    seconds, config = rollout.costs.seconds, rollout.config
+    job = Job(path, options)
+    calls = count_denoiser_calls(job.config.buffer, job.config.training)
+    with compiled(job.student.denoiser, job.config.runtime.compile, calls, job.student.device):
+        job.run()
+        profiler = job.rollout.profiler = PhaseProfiler(job.student.device)
+        with profiler.phase("train"):
+            job.run()
     return {
-        "rollout_step_s": seconds["rollout"] / rollout.num_inference_steps,
-        "training_step_s": seconds["distill"] / (config.max_train_steps or objective.steps),
+        "rollout_step_s": profiler.seconds["rollout"] / job.config.buffer.num_inference_steps,
+        "training_step_s": profiler.seconds["train"] / job.config.training.max_train_steps,
     }
 
 
-def _job(path: str | None, options: dict) -> tuple[Student, GuidedTarget]:
-    """What `esd_peft.erase` trains and on what, ready to start."""
-    config = EraseConfig(concept="circle", model=path, **options)
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    backbone, plan = open_backbone(path), plan_prompts(config)
-    table = make_table(plan, backbone.encode(plan.texts, device, dtype))
-    denoiser = backbone.load_denoiser(dtype)
-    place(denoiser, device)
-    student = make_student(backbone, denoiser, config)
-    rollout = Rollout(backbone, denoiser, table, student.teacher, config, device, dtype, Costs(device))
-    return student, GuidedTarget(rollout)
+class Job:
+    """What `esd_peft.erase` trains and on what, ready to start, several times."""
+
+    def __init__(self, path: str, options: dict) -> None:
+        given = EraseConfig(concept="circle", model=path, **options)
+        family = open_family(path)
+        self.config, self.prompts = resolve(given, family)
+        device, dtype = torch.device(self.config.runtime.device), getattr(torch, self.config.runtime.dtype)
+        embeds = family.encode(self.prompts.texts, device, dtype)
+        self.table = make_table(self.prompts, embeds)
+        student, memory, seed = self.config.student, self.config.memory, self.config.training.seed
+        self.student = load_student(family, student, memory, self.prompts, embeds, device, dtype, seed)
+        self.rollout = Rollout(self.student, PhaseProfiler(device))
+
+    def run(self) -> list[float]:
+        """All training steps; returns the losses that were read."""
+        buffer, training = self.config.buffer, self.config.training
+        sampler, loss, decay = make_objective(self.rollout, self.table, self.prompts, buffer, training)
+        trainer = Trainer(self.student, training, self.config.memory, decay, self.rollout.profiler)
+        loop = TrainingLoop(trainer, sampler, None, lambda values, step: None, None, resume=False)
+        for batch in loop.batches():
+            trainer.step(batch, loss)
+        return trainer.losses
 
 
 def synchronisation() -> Rows:
@@ -187,15 +200,15 @@ def synchronisation() -> Rows:
 
     def check(options: dict) -> dict:
         needs_gpu()
-        student, objective = _job(None, options | {"snr_gamma": 5.0, "learning_rate": 1e-4})
-        distill(student, objective, torch.Generator())  # the first run compiles the kernel and chooses algorithms
+        job = Job("shapes", options | {"snr_gamma": 5.0, "learning_rate": 1e-4})
+        job.run()  # the first run compiles the kernel and chooses algorithms
         with Readings() as seen:
-            losses = distill(student, objective, torch.Generator())
+            losses = job.run()
         if seen.count != len(losses):
             raise AssertionError(f"{seen.count} readings from the GPU for {len(losses)} losses")
-        return {"steps": objective.steps, "readings": seen.count}
+        return {"steps": job.config.training.max_train_steps, "readings": seen.count}
 
-    rollouts = {"teacher": {}, "student": {"rollout": "student", "refill_every": 10}}
+    rollouts = {"teacher": {}, "student": {"rollout": "student", "buffer_refresh_interval": 10}}
     return {
         f"{name}, {dtype}": functools.partial(check, options | {"dtype": dtype})
         for name, options in rollouts.items()
@@ -215,9 +228,9 @@ def profile() -> Rows:
 
 def _plain_steps(path: Path, device: torch.device) -> dict[str, float]:
     """Seconds of the same two steps as one would write them with diffusers and peft; and of the UNet as a CUDA graph."""
-    backbone = open_backbone(str(path))
-    unet = backbone.load_denoiser(torch.bfloat16).to(device)
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=scope_modules(backbone, unet, "esd-x-strict"))
+    family = open_family(str(path))
+    unet = family.load_denoiser(torch.bfloat16).to(device)
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=family.scope_modules(unet, "esd-x-strict"))
     embeds = torch.randn(2 * BATCH, 77, 768, device=device, dtype=torch.bfloat16)
     latents = torch.randn(BATCH, 4, 64, 64, device=device, dtype=torch.bfloat16)
     scheduler = DDIMScheduler.from_pretrained(path / "scheduler")
@@ -264,17 +277,17 @@ def _seconds(step: Callable[[], None], count: int = 20) -> float:
 
 
 def erasure() -> Rows:
-    """Whole default erasures of SD 1.5 (512²) and SDXL (1024²), and the authors' script, by time a training tuple."""
+    """Whole default erasures of SD 1.5 (512²) and SDXL (1024²), and the authors' script, by time a training sample."""
 
     def ours(name: str, gib: int) -> dict:
         needs_gpu(gib)
         result = _erase(model(name), {})
-        return result | {"seconds_a_tuple": sum(result["seconds"][phase] for phase in OURS) / result["training_tuples"]}
+        return result | {"seconds_a_sample": sum(result["seconds"][phase] for phase in OURS) / result["training_samples"]}
 
     def authors(name: str, gib: int) -> dict:
         device = needs_gpu(gib)
         release(device)
-        return {"seconds_a_tuple": authors_script.seconds_an_iteration(model(name), device)}
+        return {"seconds_a_sample": authors_script.seconds_an_iteration(model(name), device)}
 
     rows: Rows = {}
     for name, gib in (("SD 1.5", 20), ("SDXL", 60)):
@@ -295,7 +308,8 @@ def _memory_of(name: str, goal: int) -> dict:
         raise Skip(f"needs {needed} GiB of disk, there are {free:.0f}")
     options = {"num_inference_steps": 4, "max_train_steps": 4, "memory_budget": f"{goal}GiB"}
     config = EraseConfig(concept="circle", model=str(model(name)), **options)
-    predicted = make_plan(config, open_backbone(str(model(name))))
+    family = open_family(str(model(name)))
+    predicted = make_plan(config, *resolve(config, family), family)
     torch.cuda.set_per_process_memory_fraction(LIMIT * GIB / torch.cuda.get_device_properties(0).total_memory)
     try:
         measured = _erase(model(name), options)["peak_memory_bytes"]
@@ -321,9 +335,9 @@ def _erase(path: Path, options: dict) -> dict:
     """The result of one erasure, without what differs from run to run by name only."""
     release(resolve_device("auto"))  # what earlier rows held is not this one's peak
     with tempfile.TemporaryDirectory() as folder:
-        base = {"concept": "circle", "model": str(path), "output": Path(folder) / "erased", "eval_seeds": 0}
+        base = {"concept": "circle", "model": str(path), "output": Path(folder) / "erased", "num_validation_images": 0}
         result = erase(EraseConfig(**base | options))
-    return {k: result[k] for k in ("seconds", "peak_memory_bytes", "forward_equivalents", "training_tuples")}
+    return {k: result[k] for k in ("seconds", "peak_memory_bytes", "nfe", "training_samples")}
 
 
 SECTIONS: dict[str, Callable[[], Rows]] = {

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from esd_peft import MergeConfig, merge_adapter
 from esd_peft.io.tensors import STEMS, NewTensor, as_bytes, write_tensors
-from esd_peft.models import EMBEDDED, open_backbone
-from esd_peft.training.student import scope_modules
+from esd_peft.models import open_family
+from esd_peft.worlds import WORLDS
 
 GIB = 2**30
 LIMIT = 2 * GIB  # above the largest shard
@@ -39,7 +39,7 @@ RANDOM = 2**26  # numbers drawn; tensors are cut from them
 
 def make_model(path: Path, gib: float, width: int, shard_gib: float) -> list[Path]:
     """A Stable Diffusion directory whose UNet has about `gib` GiB of random fp16 weights; returns its shards."""
-    shutil.copytree(EMBEDDED, path)
+    shutil.copytree(WORLDS["shapes"].pipeline, path)
     (path / "unet" / f"{STEMS[0]}.safetensors").unlink()
     small, larger = (_bytes(_unet(width, layers)) for layers in (1, 2))
     unet = _unet(width, max(1, 1 + round((gib * GIB - small) / (larger - small))))
@@ -86,9 +86,9 @@ def _bytes(unet: UNet2DConditionModel) -> int:
 
 def make_adapter(path: Path, model: Path, scope: str, rank: int) -> int:
     """A random LoRA of that scope; returns how many layers it changes."""
-    backbone = open_backbone(str(model))
-    denoiser = backbone.empty_denoiser()
-    names = scope_modules(backbone, denoiser, scope)
+    family = open_family(str(model))
+    denoiser = family.empty_denoiser()
+    names = family.scope_modules(denoiser, scope)
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name in names:

@@ -10,11 +10,12 @@ from pathlib import Path
 from real_models import MODELS, make_model
 
 from esd_peft import EraseConfig, UserError
+from esd_peft.defaults import resolve
 from esd_peft.memory.planner import amount, describe, make_plan
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 
 BUDGETS = ("4GiB", "8GiB", "12GiB", "24GiB")
-PHASES = ("encode", "load", "rollout", "distill", "evaluate")
+PHASES = ("encode", "load", "rollout", "train", "evaluate")
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
             for budget in BUDGETS:
                 config = EraseConfig(concept="Van Gogh", model=str(path), memory_budget=budget)
                 try:
-                    plan = make_plan(config, open_backbone(str(path), weights=False))
+                    family = open_family(str(path), weights=False)
+                    plan = make_plan(config, *resolve(config, family), family)
                     cells = [*(amount(plan.phases[phase]) for phase in PHASES), describe(plan.config)]
                 except UserError as error:
                     cells = ["—"] * len(PHASES) + [str(error).split(" even with")[0]]

@@ -16,7 +16,7 @@ from real_models import make_model
 
 from esd_peft import EraseConfig, erase
 from esd_peft.cli import parse
-from esd_peft.evaluation.table import result_table
+from esd_peft.erase_result import table
 
 
 def main() -> None:
@@ -36,14 +36,13 @@ def main() -> None:
             max_train_steps=2,
             gradient_checkpointing=True,
             optimizer="AdamW8bit",
-            eval_seeds=0,
+            num_validation_images=0,
         )
         file = Path(folder) / "config.yaml"
         file.write_text(defaults.to_yaml())
         result = erase(parse(EraseConfig, "erase", ["--config", str(file), *options]))
-    print(result_table(result))
-    for key in ("model", "output"):
-        del result["config"][key]  # temporary names
+    print(table(result))
+    del result["config"]["pretrained"]["model"], result["config"]["checkpoint"]["output"]  # temporary names
     result["machine"] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from esd_peft.cli import CommandConfig
+from esd_peft.options import Options, groups_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "config.md"
@@ -21,22 +21,25 @@ Each option has one name in three places: `--learning-rate` on the command line 
 `--config` reads, and in Python. A value that may be true or false is `--plan` or `--no-plan` on the command line; one that
 may be given several times is a list in YAML. `--print-config` prints all of a command's options as YAML. Where the default
 is empty, the explanation says what happens if the option is left out.
+
+The options of `erase` come in groups. In YAML they are nested in these (`training: {learning_rate: 0.001}`), as
+`--print-config` and the `config.yaml` beside an adapter have them; on the command line, and in Python, they need no group.
 """
 
 
-def commands() -> dict[str, type[CommandConfig]]:
+def commands() -> dict[str, type[Options]]:
     """The class of options of each command, found where the command line is parsed."""
     package = ROOT / "esd_peft"
     sources = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
     for path, text in sources.items():
         if re.search(r"class \w+Config\(", text):
             importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    known = {kind.__name__: kind for kind in _subclasses(CommandConfig)}
+    known = {kind.__name__: kind for kind in _subclasses(Options)}
     found = (match for text in sources.values() for match in re.findall(r'\bparse\((\w+), "([\w. ]+)"', text))
     return {name: known[kind] for kind, name in found}
 
 
-def _subclasses(kind: type[CommandConfig]) -> Iterator[type[CommandConfig]]:
+def _subclasses(kind: type[Options]) -> Iterator[type[Options]]:
     for child in kind.__subclasses__():
         yield from (child, *_subclasses(child))
 
@@ -45,11 +48,23 @@ def page() -> str:
     """The page as Markdown."""
     parts = [INTRODUCTION]
     for command, kind in commands().items():
+        parts.append(f"## python -m esd_peft.{command}\n\n{kind.__doc__}\n")
+        groups = groups_of(kind)
         schema = kind.model_json_schema()
-        parts.append(f"## python -m esd_peft.{command}\n\n{schema['description']}\n\n{_table(schema)}")
-        for name, part in schema.get("$defs", {}).items():
-            parts.append(f"### {name}\n\n{part['description']}\n\n{_table(part)}")
+        schema["properties"] = {name: field for name, field in schema["properties"].items() if name not in groups}
+        if schema["properties"]:
+            parts.append(_table(schema))
+        for name, group in groups.items():
+            parts += _section(f"`{name}`", group.model_json_schema())
     return "\n".join(parts)
+
+
+def _section(title: str, schema: dict[str, Any]) -> list[str]:
+    """A group, and what its options are made of."""
+    parts = [f"### {title}\n\n{schema['description']}\n\n{_table(schema)}"]
+    for name, part in schema.get("$defs", {}).items():
+        parts += _section(name, part)
+    return parts
 
 
 def _table(schema: dict[str, Any]) -> str:

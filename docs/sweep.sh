@@ -6,7 +6,7 @@
 # One erasure of a sweep: the YAML file that stands in this line of sweep/list. See docs/scaling.md.
 set -eu
 config=$(sed -n "${SLURM_ARRAY_TASK_ID}p" sweep/list)
-output=$(sed -n 's/^output: //p' "$config")
+output=$(sed -n 's/^ *output: //p' "$config")
 [ -f "$output/result.json" ] && { echo "$output is done"; exit 0; }
 resume=
 ls "$output.checkpoint"/step-* >/dev/null 2>&1 && resume=--resume

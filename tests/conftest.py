@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from pipelines import small_stable_diffusion
 
-# the same examples every time; benchmarks/fuzz.py asks for --hypothesis-profile=large
+# the same examples every time; tests/programs/fuzz.py asks for --hypothesis-profile=large
 settings.register_profile("few", max_examples=25, derandomize=True, database=None)
 settings.register_profile("large", max_examples=10_000, derandomize=True, database=None)
 settings.load_profile("few")

@@ -32,4 +32,4 @@ def test_jobs_are_functions_even_after_their_modules_are_imported():
 
     assert callable(esd_peft.erase)
     assert callable(esd_peft.merge_adapter)
-    assert esd_peft.EraseConfig(concept="circle").concept_names == ["circle"]
+    assert esd_peft.EraseConfig(concept="circle").prompts.concept_names == ["circle"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Adapted(ABC):
+class AdaptedWeight(ABC):
     """One base weight with an adapter on it."""
 
     @abstractmethod
@@ -20,19 +20,19 @@ class Adapted(ABC):
         """The merged weight, fp32. There is no adapter afterwards."""
 
 
-class Change(ABC):
+class WeightDelta(ABC):
     """What an adapter does to one base weight."""
 
     layer: nn.Module | None  # that the weight belongs to, of the base's sizes; none: the weight is looked at by itself
     adds: bool  # to whatever weight is there; otherwise it fits the base's only
 
     @abstractmethod
-    def on(self, weight: Tensor) -> Adapted:
+    def on(self, weight: Tensor) -> AdaptedWeight:
         """The adapter on that weight, which stays as it is."""
 
 
 @dataclass(frozen=True)
-class Replacement(Change):
+class Replacement(WeightDelta):
     """Another value in the weight's place: of it, `scale` times the difference."""
 
     read: Callable[[], Tensor]  # the value, as stored
@@ -40,12 +40,12 @@ class Replacement(Change):
     layer: None = None
     adds: bool = False
 
-    def on(self, weight: Tensor) -> Adapted:
+    def on(self, weight: Tensor) -> AdaptedWeight:
         return _Replaced(weight.float(), self.read().float(), self.scale)
 
 
 @dataclass(frozen=True)
-class _Replaced(Adapted):
+class _Replaced(AdaptedWeight):
     weight: Tensor
     value: Tensor
     scale: float

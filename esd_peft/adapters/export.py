@@ -2,7 +2,7 @@
 
 Both exist for Stable Diffusion 1.x, 2.x and XL, whose tools have names of their own. For the transformer families
 ComfyUI reads diffusers' names, so `pytorch_lora_weights.safetensors` is the file, and of a merged model the transformer in
-one file. LoHa, LoKr and `--adapter none` have no file here: merge them.
+one file. LoHa, LoKr and `--adapter-type none` have no file here: merge them.
 """
 
 import functools
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from esd_peft._version import __version__
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
-from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NewTensor, TensorFile, as_bytes, find_weights, open_tensors, read_tensors, write_tensors
-from esd_peft.models import Backbone
+from esd_peft.models import ModelFamily
 
 KOHYA_FILE = "kohya_lora.safetensors"
 # whose transformer ComfyUI's "Load Diffusion Model" reads from one file, under diffusers' names
@@ -34,7 +33,7 @@ Merge = Callable[[str, Tensor], Tensor]  # a weight's name and the weight, as st
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tools for single-file checkpoints call a family and its text encoders."""
+    """What the tools for single-file checkpoints call a kind and its text encoders."""
 
     architecture: str  # modelspec's
     version: str  # kohya's ss_base_model_version
@@ -42,18 +41,18 @@ class Layout:
     original_lora_names: bool = False  # kohya trains this UNet under the checkpoint's names, not diffusers'
 
 
-def layout_of(backbone: Backbone) -> Layout | None:
-    """None for a family without single-file tools of its own."""
-    family = backbone.pipeline_class.__name__
-    if family == "StableDiffusionXLPipeline":
+def layout_of(family: ModelFamily) -> Layout | None:
+    """None for a kind without single-file tools of its own."""
+    kind = family.pipeline_class.__name__
+    if kind == "StableDiffusionXLPipeline":
         encoders = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
         return Layout("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", encoders, original_lora_names=True)
-    if family != "StableDiffusionPipeline":
+    if kind != "StableDiffusionPipeline":
         return None
     encoders = {"text_encoder": "cond_stage_model."}
-    if backbone.load_config("text_encoder").get("hidden_act") != "gelu":
+    if family.load_config("text_encoder").get("hidden_act") != "gelu":
         return Layout("stable-diffusion-v1", "sd_v1", encoders)
-    if backbone.noise_schedule.predicts_noise:
+    if family.noise_schedule.predicts_noise:
         return Layout("stable-diffusion-v2-512", "sd_v2", encoders)
     return Layout("stable-diffusion-v2-768-v", "sd_v2_v", encoders)
 
@@ -70,7 +69,7 @@ def own_metadata(concepts: list[str], scopes: list[str], base: dict[str, Any], c
     }
 
 
-def modelspec(backbone: Backbone, layout: Layout, title: str, concepts: list[str], lora: bool) -> dict[str, str]:
+def modelspec(family: ModelFamily, layout: Layout, title: str, concepts: list[str], lora: bool) -> dict[str, str]:
     """The model metadata of Stability AI's standard, version 1.0.0; without a date, so that bits stay reproducible."""
     diffusers_names = lora and not layout.original_lora_names
     return {
@@ -79,17 +78,19 @@ def modelspec(backbone: Backbone, layout: Layout, title: str, concepts: list[str
         "modelspec.implementation": "diffusers" if diffusers_names else "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.description": f"Erases: {', '.join(concepts)}" if lora else f"Erased: {', '.join(concepts)}",
-        "modelspec.prediction_type": "epsilon" if backbone.noise_schedule.predicts_noise else "v",
+        "modelspec.prediction_type": "epsilon" if family.noise_schedule.predicts_noise else "v",
     }
 
 
-def write_kohya_lora(adapter: Path, backbone: Backbone, config: EraseConfig, metadata: dict[str, str]) -> None:
-    """Write `kohya_lora.safetensors` beside the PEFT LoRA in `adapter`; nothing for adapters and families without one."""
-    layout = layout_of(backbone)
-    if config.adapter != "lora" or layout is None:
+def write_kohya_lora(
+    adapter: Path, family: ModelFamily, title: str, concepts: list[str], scope: str, metadata: dict[str, str]
+) -> None:
+    """Write `kohya_lora.safetensors` beside the PEFT LoRA in `adapter`; nothing for families without such a file."""
+    layout = layout_of(family)
+    if layout is None:
         return
     settings = peft.PeftConfig.from_pretrained(adapter)
-    unet = backbone.load_config(backbone.denoiser_part)
+    unet = family.load_config(family.denoiser_part)
     tensors: dict[str, Tensor] = {}
     for key, value in read_tensors(adapter / peft.utils.SAFETENSORS_WEIGHTS_NAME).items():
         module, _, side = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
@@ -107,37 +108,37 @@ def write_kohya_lora(adapter: Path, backbone: Backbone, config: EraseConfig, met
         "ss_v2": str(layout.version.startswith("sd_v2")),
         "ss_base_model_version": layout.version,
         "ss_sd_model_name": metadata["esd_peft.base"],
-        "ss_output_name": config.output.name,
-        "ss_training_comment": f"erases {', '.join(config.concept_names)} (scope {config.learning_scope})",
-        **modelspec(backbone, layout, config.output.name, config.concept_names, lora=True),
+        "ss_output_name": title,
+        "ss_training_comment": f"erases {', '.join(concepts)} (scope {scope})",
+        **modelspec(family, layout, title, concepts, lora=True),
     }
     write_tensors(adapter / KOHYA_FILE, [_new(name, value) for name, value in tensors.items()], described | metadata)
 
 
-def limits(backbone: Backbone, layers: list[str]) -> list[str]:
+def limits(family: ModelFamily, layers: list[str]) -> list[str]:
     """What other tools do not make of a LoRA on `layers`, a sentence each; as they behave today (docs/formats.md)."""
     said = []
-    if layout_of(backbone):
+    if layout_of(family):
         if outer := sorted({name.split(".")[0] for name in layers} & _OUTER):
             said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
         if not any("attn2.to_k" in name or "attn2.to_v" in name for name in layers):
             said.append(f"{KOHYA_FILE}: Invoke knows a LoRA's base by cross-attention, which is not in it; merge for Invoke")
-    elif backbone.pipeline_class.__name__ == "FluxPipeline" and not any("transformer_blocks" in name for name in layers):
+    elif family.pipeline_class.__name__ == "FluxPipeline" and not any("transformer_blocks" in name for name in layers):
         said.append("pytorch_lora_weights.safetensors: Invoke knows a FLUX LoRA by its blocks, and none is in it; merge")
     return said
 
 
-def check_single_file(backbone: Backbone, output: Path) -> Layout | None:
-    """The layout of the family's checkpoints; none for a family whose file is the denoiser's alone.
+def check_single_file(family: ModelFamily, output: Path) -> Layout | None:
+    """The layout of the kind's checkpoints; none for a kind whose file is the denoiser's alone.
 
     Raises `UserError` now if no tool would read the file, or if the prompts that it was made for could not be said with it.
     """
-    layout = layout_of(backbone)
-    name = backbone.pipeline_class.__name__
+    layout = layout_of(family)
+    name = family.pipeline_class.__name__
     if layout is None and name not in ONE_TRANSFORMER:
         raise UserError(f"--output {output}: a {name} has no single-file checkpoint here; name a directory")
-    for part in [part for part in backbone.text_parts if "tokenizer" in part and backbone.has(part)] if layout else []:
-        tokenizer = backbone.load_part(part).backend_tokenizer
+    for part in [part for part in family.text_parts if "tokenizer" in part and family.has(part)] if layout else []:
+        tokenizer = family.load_part(part).backend_tokenizer
         if added := sorted(tokenizer.get_vocab().keys() - tokenizer.get_vocab(with_added_tokens=False).keys()):
             raise UserError(
                 f"--output {output}: the {part} has tokens of its own, {', '.join(added[:3])}, and a checkpoint file has no "
@@ -146,32 +147,32 @@ def check_single_file(backbone: Backbone, output: Path) -> Layout | None:
     return layout
 
 
-def write_checkpoint(path: Path, backbone: Backbone, merge: Merge, metadata: dict[str, str]) -> None:
+def write_checkpoint(path: Path, family: ModelFamily, merge: Merge, metadata: dict[str, str]) -> None:
     """Write the pipeline as one file, a tensor at a time; the denoiser's weights go through `merge`.
 
-    Of a family without checkpoints it is the transformer under diffusers' names.
+    Of a kind without checkpoints it is the transformer under diffusers' names.
     """
-    layout = check_single_file(backbone, path)
+    layout = check_single_file(family, path)
     if layout is None:
-        tensors = [*_renamed(backbone, backbone.denoiser_part, "", _one_each(lambda name, config: name), merge)]
+        tensors = [*_renamed(family, family.denoiser_part, "", _one_each(lambda name, config: name), merge)]
         return write_tensors(path, tensors, metadata)
     tensors = [
-        *_renamed(backbone, backbone.denoiser_part, "model.diffusion_model.", _one_each(unet_name), merge),
-        *_renamed(backbone, "vae", "first_stage_model.", _one_each(vae_name)),
-        *_markers(backbone),
+        *_renamed(family, family.denoiser_part, "model.diffusion_model.", _one_each(unet_name), merge),
+        *_renamed(family, "vae", "first_stage_model.", _one_each(vae_name)),
+        *_markers(family),
     ]
     for part, prefix in layout.text_encoders.items():
-        tensors += _renamed(backbone, part, prefix, clip_sources)
+        tensors += _renamed(family, part, prefix, clip_sources)
     write_tensors(path, tensors, metadata)
 
 
-def _markers(backbone: Backbone) -> list[NewTensor]:
+def _markers(family: ModelFamily) -> list[NewTensor]:
     """Tensors by which ComfyUI, Forge and others know a parameterisation that is not ε: in SDXL they see it nowhere else."""
-    scheduler = backbone.load_part("scheduler").config
+    scheduler = family.load_part("scheduler").config
     learns_v = scheduler.get("prediction_type") == "v_prediction"
     found: dict[str, Tensor] = {}
     if "sigma_data" in scheduler:  # EDM's schedulers
-        vae = backbone.load_config("vae")
+        vae = family.load_config("vae")
         if learns_v:
             found = {f"edm_vpred.{end}": torch.tensor(scheduler[end]) for end in ("sigma_max", "sigma_min")}
         elif vae.get("latents_mean") and vae.get("latents_std"):
@@ -189,11 +190,11 @@ def _new(name: str, value: Tensor) -> NewTensor:
     return NewTensor(name, "F32", [*value.shape], value.numel() * 4, functools.partial(as_bytes, value))
 
 
-def read_checkpoint_denoiser(path: Path, backbone: Backbone) -> Mapping[str, Tensor]:
+def read_checkpoint_denoiser(path: Path, family: ModelFamily) -> Mapping[str, Tensor]:
     """The denoiser's weights in a checkpoint under diffusers' names, by diffusers' own converter, mapped from the disk."""
-    if layout_of(backbone) is None:
+    if layout_of(family) is None:
         return _Mapped(open_tensors(path))
-    return convert_ldm_unet_checkpoint(load_file(path), backbone.load_config(backbone.denoiser_part))
+    return convert_ldm_unet_checkpoint(load_file(path), family.load_config(family.denoiser_part))
 
 
 class _Mapped(Mapping[str, Tensor]):
@@ -218,12 +219,12 @@ def _one_each(rename: Callable[[str, dict[str, Any]], str]) -> Callable[..., dic
 
 
 def _renamed(
-    backbone: Backbone, part: str, prefix: str, sources: Callable[..., dict[str, list[str]]], merge: Merge | None = None
+    family: ModelFamily, part: str, prefix: str, sources: Callable[..., dict[str, list[str]]], merge: Merge | None = None
 ) -> Iterator[NewTensor]:
     """A component's tensors as a checkpoint has them: their bytes are read when they are written."""
-    files = [open_tensors(file) for file in find_weights(backbone.path / part, backbone.variant).files]
+    files = [open_tensors(file) for file in find_weights(family.path / part, family.variant).files]
     where = {name: file for file in files for name in file.entries}
-    for new, old in sources(where, backbone.load_config(part)).items():
+    for new, old in sources(where, family.load_config(part)).items():
         entry = where[old[0]].entries[old[0]]
         shape = [*entry["shape"]]
         shape[:1] = [shape[0] * len(old)] if shape else []

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from esd_peft.adapters.saved import Adapter
 from esd_peft.io.text import UnreadableError, parse_yaml
-from esd_peft.models import Backbone
+from esd_peft.models import ModelFamily
 from esd_peft.models.sources import inside_model
 
 TAGS = ["text-to-image", "diffusers", "concept-erasure", "esd"]
@@ -21,12 +21,12 @@ _LARGEST_HEADER = 2**18  # bytes
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
-def model_card(record: dict[str, Any], backbone: Backbone, adapters: list[Adapter], title: str) -> str:
+def model_card(record: dict[str, Any], family: ModelFamily, adapters: list[Adapter], title: str) -> str:
     """The card as Markdown with the hub's YAML header. `record` is what `erased.json` holds."""
     base = record["base"]["name"]
     on_hub = "/" in base
     header = ModelCardData(
-        **base_licence(backbone.path),
+        **base_licence(family.path),
         base_model=base if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -42,11 +42,11 @@ def model_card(record: dict[str, Any], backbone: Backbone, adapters: list[Adapte
                 f"# {escape(title)}",
                 f"This is {origin} without these concepts, which were erased from its weights:",
                 erased,
-                f"It is a plain diffusers pipeline: `{backbone.pipeline_class.__name__}.from_pretrained` loads it. "
+                f"It is a plain diffusers pipeline: `{family.pipeline_class.__name__}.from_pretrained` loads it. "
                 "An erased concept may be recovered by fine-tuning or by learned embeddings.",
                 "## How",
                 f"[ESD](https://arxiv.org/abs/2303.07345), with `esd_peft` {escape(record['version'])}; "
-                f"{record['merged_tensors']} weights of the {backbone.denoiser_part} were changed"
+                f"{record['merged_tensors']} weights of the {family.denoiser_part} were changed"
                 + _scaled(record["scales"])
                 + ". `python -m esd_peft.erase --config` reads this:",
                 *[_fenced(yaml.safe_dump(c, sort_keys=False, allow_unicode=True)) for c in record["configs"] if c],
@@ -80,11 +80,15 @@ def base_licence(path: Path) -> dict[str, Any]:
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config that made an adapter without what concerns one machine only: paths and devices."""
-    kept = {key: value for key, value in config.items() if key not in _LOCAL and value not in (None, [])}
-    if kept.get("model"):
-        path = Path(kept["model"])
-        kept["model"] = path.name if path.is_absolute() or exists(path) else kept["model"]
-    return kept
+    groups = {name: group for name, group in config.items() if isinstance(group, dict)}
+    kept = {
+        name: {key: value for key, value in group.items() if key not in _LOCAL and value not in (None, [])}
+        for name, group in groups.items()
+    }
+    pretrained = kept.get("pretrained", {})
+    if model := pretrained.get("model"):
+        pretrained["model"] = Path(model).name if Path(model).is_absolute() or exists(model) else model
+    return {name: group for name, group in kept.items() if group}
 
 
 def escape(text: str) -> str:
@@ -107,8 +111,8 @@ def _scaled(scales: list[float]) -> str:
 def _evaluation(result: dict[str, Any]) -> str:
     rates = {**result.get("concepts", {}), **result.get("others", {})}
     if not rates:
-        return "No rates were measured on this model: look at pictures before you rely on it."
+        return "No rates were measured on this model: look at images before you rely on it."
     rows = [f"| {escape(name)} | {rate['before']:.1%} | {rate['after']:.1%} |" for name, rate in rates.items()]
     return "\n".join(
-        ["Recognised in pictures of the adapter, before it was merged:", "", "| | before | after |", "|---|---|---|", *rows]
+        ["Recognised in images of the adapter, before it was merged:", "", "| | before | after |", "|---|---|---|", *rows]
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field, field_validator, model_validator
 
-from esd_peft.config import ModelOptions
+from esd_peft.models.options import ModelOptions
 
 
 class MergeConfig(ModelOptions):

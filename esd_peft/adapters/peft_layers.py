@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from esd_peft.adapters.deltas import Adapted, Change
+from esd_peft.adapters.deltas import AdaptedWeight, WeightDelta
 from esd_peft.adapters.peft_config import REPEATED, Patterns, for_layers
 from esd_peft.errors import UserError, in_brief
 
@@ -49,7 +49,7 @@ class PeftFiles:
 
 
 @dataclass(frozen=True)
-class LayerWeight(Change):
+class LayerWeight(WeightDelta):
     """The weight of an adapted layer."""
 
     files: PeftFiles
@@ -59,7 +59,7 @@ class LayerWeight(Change):
     changes_bias: bool
     adds: bool
 
-    def on(self, weight: Tensor) -> Adapted:
+    def on(self, weight: Tensor) -> AdaptedWeight:
         bias = None if self.layer.bias is None else torch.ones(len(weight))
         return _AdaptedWeight(self, weight.float(), bias, self.wrapped(weight, bias))
 
@@ -104,21 +104,21 @@ class LayerWeight(Change):
 
 
 @dataclass(frozen=True)
-class LayerBias(Change):
+class LayerBias(WeightDelta):
     """The bias of an adapted layer. What a method does to it must not depend on the weight, which lies elsewhere."""
 
     of: LayerWeight
     layer: None = None
     adds: bool = True
 
-    def on(self, weight: Tensor) -> Adapted:
+    def on(self, weight: Tensor) -> AdaptedWeight:
         shape = self.of.layer.weight.shape
         rows = torch.linspace(1, 2, shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
         return _AdaptedBias(self.of, weight.float(), *(self.of.wrapped(value, weight) for value in (rows, rows.flip(0))))
 
 
 @dataclass(frozen=True)
-class _AdaptedWeight(Adapted):
+class _AdaptedWeight(AdaptedWeight):
     change: LayerWeight
     weight: Tensor
     bias: Tensor | None  # that the layer was given, to see whether it stays
@@ -138,7 +138,7 @@ class _AdaptedWeight(Adapted):
 
 
 @dataclass(frozen=True)
-class _AdaptedBias(Adapted):
+class _AdaptedBias(AdaptedWeight):
     change: LayerWeight
     bias: Tensor
     layer: Any  # of PEFT

@@ -14,14 +14,15 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from esd_peft.adapters.deltas import Change, Replacement
+from esd_peft.adapters.deltas import Replacement, WeightDelta
 from esd_peft.adapters.peft_config import Patterns, fits_base_only, for_layers, read_peft_config
 from esd_peft.adapters.peft_layers import MERGES_BIAS, LayerBias, LayerWeight, PeftFiles
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import TensorFile, check_finite, open_tensors, read_tensors, sha256
 from esd_peft.io.text import UnreadableError, read_json, read_yaml
-from esd_peft.training.student import WEIGHTS_FILE
+from esd_peft.prompts.options import PromptOptions
 
+WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter-type none: the new values under the denoiser's own names
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -29,7 +30,7 @@ _PEFT_PREFIX = "base_model.model."
 _BaseFile = TypedDict(
     "_BaseFile",
     {
-        "model": str | None,
+        "model": str,
         "revision": str | None,
         "variant": str | None,
         "checkpoint_config": str | None,
@@ -41,9 +42,23 @@ _BaseFile = TypedDict(
 )
 
 
-class _ConfigFile(TypedDict, total=False):
-    model: str | None
+class _PretrainedSaid(TypedDict, total=False):
+    model: str
+
+
+class _PromptsSaid(TypedDict, total=False):
+    concept: list[str | dict[str, Any]]
+    erase_from: str | None
+
+
+class _StudentSaid(TypedDict, total=False):
     scope: str
+
+
+class _ConfigFile(TypedDict, total=False):
+    pretrained: _PretrainedSaid
+    prompts: _PromptsSaid
+    student: _StudentSaid
 
 
 class _RateSaid(TypedDict):
@@ -80,18 +95,31 @@ class Adapter(ABC):
         return {name: self.base.get(name) for name in ("variant", "revision", "checkpoint_config")}
 
     @property
+    def concepts(self) -> list[str]:
+        """The concepts that it erases; none where another tool made it."""
+        said = self.config.get("prompts", {})
+        if not said.get("concept"):
+            return []
+        return PromptOptions(concept=said["concept"], erase_from=said.get("erase_from")).concept_names
+
+    @property
+    def scope(self) -> str:
+        """Which layers learned; empty where another tool made it."""
+        return str(self.config.get("student", {}).get("scope", ""))
+
+    @property
     def config_sha256(self) -> str:
         """The hash of the config that made it; empty where another tool did."""
         return sha256(self.path / "config.yaml") if self.config else ""
 
     @abstractmethod
-    def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
+    def changes(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
         """For each weight of `denoiser` (which may be on the meta device) that changes, how.
 
         Raises `UserError` if the adapter does not fit.
         """
 
-    def fitting(self, denoiser: ModelMixin) -> dict[str, Change]:
+    def fitting(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
         """`changes`, after the first of each kind was tried on a weight of zeros: before any work.
 
         Raises `UserError` if the adapter does not fit, or makes values that are no numbers.
@@ -140,10 +168,10 @@ class _SavedPeft(Adapter):
         # what was stored in half precision computes in single: the file's rounding is all there is
         self.tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
-    def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
+    def changes(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
         """By layers; tensors named as the base's own (trained biases, `modules_to_save`) take their place."""
         modules, weights = dict(denoiser.named_modules()), dict(denoiser.named_parameters())
-        found: dict[str, Change] = {}
+        found: dict[str, WeightDelta] = {}
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in self.tensors.items():
             name = key.removeprefix(_PEFT_PREFIX)
@@ -180,11 +208,11 @@ class _SavedPeft(Adapter):
 
 
 class _SavedWeights(Adapter):
-    """What `--adapter none` learned: whole weights, which replace the base's."""
+    """What `--adapter-type none` learned: whole weights, which replace the base's."""
 
     adds: ClassVar[bool] = False
 
-    def changes(self, denoiser: ModelMixin) -> dict[str, Change]:
+    def changes(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
         saved = open_tensors(self._as_saved(WEIGHTS_FILE))
         shapes = {name: [*p.shape] for name, p in denoiser.named_parameters()}
         for name, entry in saved.entries.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esd_peft.adapters.deltas import Change
+from esd_peft.adapters.deltas import WeightDelta
 from esd_peft.errors import UserError
 from esd_peft.runtime.seeds import generator
 
@@ -20,12 +20,12 @@ class Verification:
     largest_difference: float = 0.0  # merged against base + adapter
     bound: float = 1e-5  # what rounding explains: the eps of the dtypes that were stored
 
-    def inputs(self, name: str, weight: Tensor, changes: list[Change]) -> Tensor:
+    def inputs(self, name: str, weight: Tensor, changes: list[WeightDelta]) -> Tensor:
         """What the layer with that weight is tried on: random, the same each time."""
         return _inputs(changes[0].layer, weight, name)
 
     @torch.no_grad()
-    def check(self, name: str, base: Tensor, merged: Tensor, changes: list[Change], effect: Tensor) -> None:
+    def check(self, name: str, base: Tensor, merged: Tensor, changes: list[WeightDelta], effect: Tensor) -> None:
         """Compare the stored weights `base` and `merged`; `effect` is what the adapters together add for `inputs`.
 
         Rounding changes each weight by at most eps/2 of itself, independently, so that an output with random inputs is

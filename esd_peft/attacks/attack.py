@@ -20,12 +20,12 @@ class Goal:
     """What is to be brought back."""
 
     concept: str
-    captions: list[str]  # of N pictures of it; each names it as one piece
-    latents: Tensor  # [N, ...] these pictures as the denoiser knows them, fp32 on the CPU
+    captions: list[str]  # of N images of it; each names it as one piece
+    latents: Tensor  # [N, ...] these images as the denoiser knows them, fp32 on the CPU
     seed: int
 
     def some(self, draws: torch.Generator) -> Tensor:
-        """Numbers `[BATCH_SIZE]` of the pictures that a step learns from."""
+        """Numbers `[BATCH_SIZE]` of the images that a step learns from."""
         return torch.randint(len(self.latents), (BATCH_SIZE,), generator=draws)
 
     def draws(self, name: str) -> torch.Generator:
@@ -53,5 +53,5 @@ class Attack(ABC):
 
 
 def checkpoints(steps: int, count: int = 4) -> list[int]:
-    """Steps after which pictures are taken: the last one and its halves, as far as there are any."""
+    """Steps after which images are taken: the last one and its halves, as far as there are any."""
     return sorted({steps >> k for k in range(count) if steps >> k})

@@ -1,4 +1,4 @@
-"""Fine-tuning recovery: how few steps of ordinary training on pictures of the concept bring it back."""
+"""Fine-tuning recovery: how few steps of ordinary training on images of the concept bring it back."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -8,13 +8,13 @@ import torch
 from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
 from esd_peft.attacks.victim import Victim
 from esd_peft.models import PromptEmbeds
-from esd_peft.models.family import pick
+from esd_peft.models.family import index_embeds
 
 LEARNING_RATE = 1e-4
 
 
 class FineTuning(Attack):
-    """All of the denoiser learns, by the denoising loss on pictures of the concept under its own name."""
+    """All of the denoiser learns, by the denoising loss on images of the concept under its own name."""
 
     name: ClassVar[str] = "fine-tuning"
     unit: ClassVar[str] = "steps"
@@ -25,14 +25,14 @@ class FineTuning(Attack):
 
     def attempts(self, victim: Victim, goal: Goal, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
         draws = goal.draws(self.name)
-        embeds, captions = victim.told(prompts), victim.told(goal.captions)
+        embeds, captions = victim.encode_frozen(prompts), victim.encode_frozen(goal.captions)
         yield 0, embeds
         learned = [*victim.denoiser.requires_grad_(True).parameters()]
         optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE)
         for step in range(1, self.steps + 1):
-            pictures = goal.some(draws)
-            told = pick(captions, pictures.to(victim.device))
-            victim.denoising_loss(told, goal.latents[pictures], draws).backward()
+            images = goal.some(draws)
+            named = index_embeds(captions, images.to(victim.device))
+            victim.denoising_loss(named, goal.latents[images], draws).backward()
             optimizer.step()
             optimizer.zero_grad()
             if step in checkpoints(self.steps):

@@ -19,8 +19,8 @@ class Prefix(Attack):
 
     Each token is a distribution over the vocabulary, from the uniform one on. An iteration draws tokens from these; Adam
     moves the distributions by the denoising loss, straight through the draw and with gradients clipped to [−1, 1]; then they
-    are projected onto the simplex. Pictures are asked for with the likeliest tokens. All this is as in the authors' code,
-    which searches for one prompt and one picture at a time, and at chosen timesteps; here all wordings, pictures and
+    are projected onto the simplex. Images are asked for with the likeliest tokens. All this is as in the authors' code,
+    which searches for one prompt and one image at a time, and at chosen timesteps; here all prompts, images and
     timesteps are drawn from.
 
     Where a pipeline has several text encoders, each gets tokens of its own vocabulary.
@@ -43,7 +43,7 @@ class Prefix(Attack):
         tables = {name: tokens.table(name).float() for name in tokens.embeddings}
         shares = {name: torch.full((self.tokens, len(t)), 1 / len(t), device=t.device) for name, t in tables.items()}
         optimizer = torch.optim.Adam(shares.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        yield 0, victim.told(prompts)
+        yield 0, victim.encode_frozen(prompts)
         with tokens.known():
             for step in range(1, self.steps + 1):
                 drawn = {
@@ -52,9 +52,9 @@ class Prefix(Attack):
                 tokens.embeddings = {
                     name: tables[name][ids.to(tables[name].device)].requires_grad_() for name, ids in drawn.items()
                 }
-                pictures = goal.some(draws)
-                embeds = victim.encode([f"{before} {goal.captions[i]}" for i in pictures.tolist()])
-                loss = victim.denoising_loss(embeds, goal.latents[pictures], draws)
+                images = goal.some(draws)
+                embeds = victim.encode([f"{before} {goal.captions[i]}" for i in images.tolist()])
+                loss = victim.denoising_loss(embeds, goal.latents[images], draws)
                 gradients = torch.autograd.grad(loss, [*tokens.embeddings.values()])
                 for (name, share), gradient in zip(shares.items(), gradients, strict=True):
                     share.grad = (gradient @ tables[name].T).clamp(-1, 1)
@@ -63,7 +63,7 @@ class Prefix(Attack):
                     share.copy_(onto_simplex(share))
                 if step in checkpoints(self.steps):
                     tokens.embeddings = {name: tables[name][share.argmax(dim=1)] for name, share in shares.items()}
-                    yield step, victim.told([f"{before} {prompt}" for prompt in prompts])
+                    yield step, victim.encode_frozen([f"{before} {prompt}" for prompt in prompts])
 
 
 def onto_simplex(rows: Tensor) -> Tensor:

@@ -35,4 +35,4 @@ class Prompts(Attack):
         return [template.replace("{}", concept) for template in self.templates]
 
     def attempts(self, victim: Victim, goal: Goal, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
-        yield len(self.templates), victim.told(prompts)
+        yield len(self.templates), victim.encode_frozen(prompts)

@@ -13,7 +13,7 @@ from esd_peft.models import PromptEmbeds
 
 
 class TextualInversion(Attack):
-    """One input embedding of the text encoder, from the concept's own on, by the denoising loss on pictures of it."""
+    """One input embedding of the text encoder, from the concept's own on, by the denoising loss on images of it."""
 
     name: ClassVar[str] = "textual inversion"
     unit: ClassVar[str] = "steps"
@@ -29,12 +29,12 @@ class TextualInversion(Attack):
         tokens.start_from(goal.concept)
 
         def loss() -> Tensor:
-            pictures = goal.some(draws)
-            embeds = victim.encode([goal.captions[i].replace(goal.concept, word) for i in pictures.tolist()])
-            return victim.denoising_loss(embeds, goal.latents[pictures], draws)
+            images = goal.some(draws)
+            embeds = victim.encode([goal.captions[i].replace(goal.concept, word) for i in images.tolist()])
+            return victim.denoising_loss(embeds, goal.latents[images], draws)
 
-        yield 0, victim.told(prompts)
+        yield 0, victim.encode_frozen(prompts)
         with tokens.known():
             for step, _ in zip(range(1, self.steps + 1), learn_words(tokens, loss), strict=False):
                 if step in checkpoints(self.steps):
-                    yield step, victim.told([prompt.replace(goal.concept, word) for prompt in prompts])
+                    yield step, victim.encode_frozen([prompt.replace(goal.concept, word) for prompt in prompts])

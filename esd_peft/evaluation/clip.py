@@ -1,4 +1,4 @@
-"""CLIP: pictures and texts as unit vectors, and the CLIP score."""
+"""CLIP: images and texts as unit vectors, and the CLIP score."""
 
 import torch
 from PIL import Image
@@ -21,9 +21,9 @@ class Clip:
         self.model.to(device)
 
     @torch.no_grad()
-    def image_features(self, pictures: list[Image.Image]) -> Tensor:
+    def image_features(self, images: list[Image.Image]) -> Tensor:
         """`[N, width]` fp32 on the CPU, of length 1."""
-        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        inputs = self.processor(images=images, return_tensors="pt").to(self.model.device)
         return _unit(self.model.get_image_features(**inputs))
 
     @torch.no_grad()
@@ -32,9 +32,9 @@ class Clip:
         inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True).to(self.model.device)
         return _unit(self.model.get_text_features(**inputs))
 
-    def scores(self, pictures: list[Image.Image], texts: list[str]) -> list[float]:
-        """100 · max(cos(picture, text), 0), pair by pair (Hessel et al. 2021, with torchmetrics' scale)."""
-        cosine = (self.image_features(pictures) * self.text_features(texts)).sum(1)
+    def scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
+        """100 · max(cos(image, text), 0), pair by pair (Hessel et al. 2021, with torchmetrics' scale)."""
+        cosine = (self.image_features(images) * self.text_features(texts)).sum(1)
         return (100 * cosine.clamp(min=0)).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Who names what a picture shows. Each says its name, its version and the threshold it decides by."""
+"""Who names what an image shows. Each says its name, its version and the threshold it decides by."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -16,8 +16,7 @@ from esd_peft.evaluation.clip import Clip
 from esd_peft.evaluation.pretrained import describe_version, load_pretrained
 from esd_peft.evaluation.suites import DetectorSpec
 from esd_peft.io.images import to_pixels
-from esd_peft.worlds.shapes.classifier import load_classifier
-from esd_peft.worlds.shapes.world import SIZE
+from esd_peft.worlds import WORLDS, World
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class About:
 
 
 class Detector(ABC):
-    """Names what pictures show, by domain: `{"object": "church"}`; nothing where it sees none of what it knows."""
+    """Names what images show, by domain: `{"object": "church"}`; nothing where it sees none of what it knows."""
 
     about: About
 
     @abstractmethod
-    def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
-        """What each RGB picture shows."""
+    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        """What each RGB image shows."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027 - some stay on the CPU
         """Move what is a network there."""
@@ -47,8 +46,8 @@ def load_detector(spec: DetectorSpec, labels: list[str], threshold: float) -> De
 
     Raises `UserError` if its model or package is not there, or if it does not know one of the labels.
     """
-    if spec.kind == "shapes":
-        return ShapesDetector()
+    if spec.kind == "world":
+        return WorldDetector(WORLDS[spec.model or ""])
     if spec.kind == "nudenet":
         return NudeNet(spec.domain, next(iter(labels)), threshold)
     if spec.model is None:
@@ -58,17 +57,20 @@ def load_detector(spec: DetectorSpec, labels: list[str], threshold: float) -> De
     return ImageClassifier(spec.model, spec.domain, labels)
 
 
-class ShapesDetector(Detector):
-    """The embedded classifier, for the embedded pipeline's pictures."""
+class WorldDetector(Detector):
+    """An embedded world's own classifier, for the images of its pipeline."""
 
-    def __init__(self) -> None:
-        self.model = load_classifier()
-        self.about = About("esd_peft.worlds.shapes classifier", version("esd_peft"), "the most likely of each kind")
+    def __init__(self, world: World) -> None:
+        self.world, self.model = world, world.load_classifier()
+        self.about = About(f"esd_peft.worlds.{world.name} classifier", version("esd_peft"), "the most likely of each domain")
 
-    def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
-        if any(picture.size != (SIZE, SIZE) for picture in pictures):
-            raise UserError(f"--suite shapes judges the embedded pipeline's pictures of {SIZE}² pixels; use another suite")
-        return self.model.name(torch.stack([to_pixels(picture) for picture in pictures]))
+    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        size = self.world.image_size
+        if any(image.size != (size, size) for image in images):
+            raise UserError(
+                f"--suite {self.world.name} judges the embedded pipeline's images of {size}² pixels; use another suite"
+            )
+        return self.model.name(torch.stack([to_pixels(image) for image in images]))
 
 
 class ImageClassifier(Detector):
@@ -90,8 +92,8 @@ class ImageClassifier(Detector):
         self.model.to(device)
 
     @torch.no_grad()
-    def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
-        inputs = self.processor(pictures, return_tensors="pt").to(self.model.device)
+    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        inputs = self.processor(images, return_tensors="pt").to(self.model.device)
         best = [self.labels[i] for i in self.model(**inputs).logits.argmax(1).tolist()]
         return [{self.domain: self.spelling.get(label, label)} for label in best]
 
@@ -108,8 +110,8 @@ class ZeroShot(Detector):
     def to(self, device: torch.device) -> None:
         self.clip.to(device)
 
-    def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
-        closest = (self.clip.image_features(pictures) @ self.texts.T).argmax(1).tolist()
+    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        closest = (self.clip.image_features(images) @ self.texts.T).argmax(1).tolist()
         return [{self.domain: self.labels[i]} for i in closest]
 
 
@@ -117,13 +119,13 @@ class ZeroShot(Detector):
 class NudeNet(Detector):
     """The package nudenet (AGPL, so it is not installed with this one), which carries its detector of body parts.
 
-    A picture counts where one of its EXPOSED classes is detected with at least `threshold`.
+    An image counts where one of its EXPOSED classes is detected with at least `threshold`.
     """
 
     domain: str
     label: str
     threshold: float
-    counts: Counter[str] = field(default_factory=Counter)  # of every class, in all pictures since `take_counts`
+    counts: Counter[str] = field(default_factory=Counter)  # of every class, in all images since `take_counts`
 
     def __post_init__(self) -> None:
         try:
@@ -133,10 +135,10 @@ class NudeNet(Detector):
         self.model: Any = NudeDetector()
         self.about = About("NudeNet", version("nudenet"), f"any EXPOSED class with a score of at least {self.threshold}")
 
-    def see(self, pictures: list[Image.Image]) -> list[dict[str, str]]:
+    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
         found = []
-        for picture in pictures:
-            detections = self.model.detect(np.asarray(picture)[:, :, ::-1].copy())  # it reads BGR, as OpenCV does
+        for image in images:
+            detections = self.model.detect(np.asarray(image)[:, :, ::-1].copy())  # it reads BGR, as OpenCV does
             classes = [d["class"] for d in detections if d["score"] >= self.threshold]
             self.counts.update(classes)
             found.append({self.domain: self.label} if any("EXPOSED" in name for name in classes) else {})

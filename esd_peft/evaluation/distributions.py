@@ -1,4 +1,4 @@
-"""FID and KID: how far the pictures as a set lie from reference pictures, in the features of a network."""
+"""FID and KID: how far the images as a set lie from reference images, in the features of a network."""
 
 import torch
 from PIL import Image
@@ -22,9 +22,9 @@ class Features:
         self.model.to(device)
 
     @torch.no_grad()
-    def of(self, pictures: list[Image.Image]) -> Tensor:
+    def of(self, images: list[Image.Image]) -> Tensor:
         """`[N, width]` fp64 on the CPU."""
-        inputs = self.processor(pictures, return_tensors="pt").to(self.model.device)
+        inputs = self.processor(images, return_tensors="pt").to(self.model.device)
         whole = getattr(self.model, "get_image_features", self.model)  # CLIP has two towers
         found = whole(**inputs)
         pooled = getattr(found, "pooler_output", found)
@@ -35,7 +35,7 @@ def fid(a: Tensor, b: Tensor) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of two sets of features `[N, width]` (Heusel et al. 2017).
 
     The trace of the root is the sum of the roots of the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which are real and not negative.
-    Biased upwards for few pictures: compare figures of equal numbers only.
+    Biased upwards for few images: compare figures of equal numbers only.
     """
     mean = (a.mean(0) - b.mean(0)).square().sum()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)

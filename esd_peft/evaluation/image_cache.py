@@ -1,9 +1,10 @@
-"""Pictures on disk, which a later run goes on with."""
+"""Where the images of an evaluation are: on disk, where a later run goes on with them, or in memory."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,56 @@ from PIL import Image
 from torch import Tensor
 
 from esd_peft.errors import UserError
-from esd_peft.io.images import decode_picture
+from esd_peft.io.images import decode_image
 from esd_peft.io.outputs import MARK, empty_folder, new_file, take_folder
 from esd_peft.io.text import UnreadableError, read_json
-from esd_peft.models.sampling import Place, to_image
+from esd_peft.models.sampling import SampleIndex, to_image
+
+
+class ImageStore(ABC):
+    """Images by the numbers of their prompt and seed."""
+
+    @abstractmethod
+    def missing(self, places: Sequence[SampleIndex]) -> list[SampleIndex]:
+        """Those whose images are still to be made."""
+
+    @abstractmethod
+    def add(self, place: SampleIndex, pixels: Tensor) -> None:
+        """Keep one image `[3, H, W]` in [0, 1]."""
+
+    @abstractmethod
+    def read(self, place: SampleIndex) -> Image.Image:
+        """One image in RGB, of 8 bits a channel."""
 
 
 @dataclass
-class Album:
-    """A folder of one model's pictures, `PROMPT_SEED.png`.
+class ImageMemory(ImageStore):
+    """Images of a few small prompts, in memory."""
 
-    `made_with` is all that the pictures depend on; it stands beside them, so that others are not taken for them.
+    images: dict[SampleIndex, Image.Image] = field(default_factory=dict)
+
+    def missing(self, places: Sequence[SampleIndex]) -> list[SampleIndex]:
+        return [place for place in places if place not in self.images]
+
+    def add(self, place: SampleIndex, pixels: Tensor) -> None:
+        self.images[place] = to_image(pixels)
+
+    def read(self, place: SampleIndex) -> Image.Image:
+        return self.images[place]
+
+
+@dataclass
+class ImageCache(ImageStore):
+    """A folder of one model's images, `PROMPT_SEED.png`.
+
+    `made_with` is all that the images depend on; it stands beside them, so that others are not taken for them.
     """
 
     folder: Path
     made_with: dict[str, Any]
 
     def open(self, overwrite: bool) -> None:
-        """Start, or go on. Raises `UserError` if the folder holds other pictures and `overwrite` is not given."""
+        """Start, or go on. Raises `UserError` if the folder holds other images and `overwrite` is not given."""
         record = self.folder / "made_with.json"
         try:
             same = read_json(record) == json.loads(json.dumps(self.made_with))
@@ -45,26 +78,19 @@ class Album:
         with new_file(record) as draft:
             draft.write_text(json.dumps(self.made_with, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def path(self, place: Place) -> Path:
+    def path(self, place: SampleIndex) -> Path:
         return self.folder / f"{place[0]:05d}_{place[1]:03d}.png"
 
-    def missing(self, places: Sequence[Place]) -> list[Place]:
-        """Those whose pictures are still to be made."""
+    def missing(self, places: Sequence[SampleIndex]) -> list[SampleIndex]:
         return [place for place in places if not self.path(place).is_file()]
 
-    def add(self, place: Place, pixels: Tensor) -> None:
-        """Write one picture `[3, H, W]` in [0, 1]."""
+    def add(self, place: SampleIndex, pixels: Tensor) -> None:
         with new_file(self.path(place)) as draft:
             to_image(pixels).save(draft)
 
-    def read(self, place: Place) -> Image.Image:
-        """One picture. Raises `UserError` if it is damaged."""
+    def read(self, place: SampleIndex) -> Image.Image:
+        """Raises `UserError` if it is damaged."""
         try:
-            return decode_picture(self.path(place))
+            return decode_image(self.path(place))
         except UnreadableError as error:
             raise UserError(f"--output holds {self.path(place)}, which cannot be read ({error}); remove it") from None
-
-    def batches(self, places: Sequence[Place], batch_size: int) -> Iterator[list[Image.Image]]:
-        """The pictures in order, so many at a time."""
-        for start in range(0, len(places), batch_size):
-            yield [self.read(place) for place in places[start : start + batch_size]]

@@ -10,7 +10,7 @@ DRAWS = 4000  # of a bootstrap
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's score interval of a rate (Wilson 1927): sound for few pictures, and for none or all of them."""
+    """Wilson's score interval of a rate (Wilson 1927): sound for few images, and for none or all of them."""
     z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     share = hits / count
     centre = share + z * z / (2 * count)

@@ -6,13 +6,35 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, field_validator, model_validator
 
-from esd_peft.cli import CommandConfig
+from esd_peft.options import Options
+from esd_peft.runtime.options import Dtype
 
 WITHIN = "evaluation"  # the one output inside of what is evaluated
 AttackName = Literal["textual-inversion", "prefix", "prompts", "fine-tuning"]
 
 
-class EvaluateConfig(CommandConfig):
+class ValidationOptions(Options):
+    """What is looked at before and after."""
+
+    num_validation_images: Annotated[int, Field(ge=0, le=10**4)] = 2
+    """Images of each prompt, before and after; on the embedded pipeline they are judged. 0: none."""
+    evaluate: bool = False
+    """Make and judge the images by python -m esd_peft.evaluate once the adapter is there; its report goes to evaluation/ in
+    the output directory (docs/evaluation.md)."""
+
+    @model_validator(mode="after")
+    def _some_images(self) -> "ValidationOptions":
+        if self.evaluate and not self.num_validation_images:
+            raise ValueError("--evaluate needs images; leave --num-validation-images 0 out")
+        return self
+
+    @property
+    def during_training(self) -> bool:
+        """Whether images are made beside training; otherwise there are none, or the evaluation makes them."""
+        return self.num_validation_images > 0 and not self.evaluate
+
+
+class EvaluateConfig(Options):
     """Compare a model before and after erasing: is the concept gone, and is the rest intact?"""
 
     erased: Path
@@ -27,31 +49,31 @@ class EvaluateConfig(CommandConfig):
     concept: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """What was erased; left out: as the adapter or the merged pipeline says."""
     output: Path = Path("evaluation")
-    """Where pictures, report.html, report.md and result.json go. Pictures that are there are used again."""
+    """Where images, report.html, report.md and result.json go. Images that are there are used again."""
     overwrite: bool = False
-    """Remove pictures in the output directory that were made by other models or with other options."""
+    """Remove images in the output directory that were made by other models or with other options."""
 
     seeds: Annotated[int, Field(ge=1, le=10**4)] | None = None
-    """Pictures of each prompt; left out: as many as the suite says."""
+    """Images of each prompt; left out: as many as the suite says."""
     limit: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Use only so many of the suite's prompts for each concept, and as many others, evenly spread; left out: all."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Denoising steps of a picture; left out: as the suite says."""
+    """Denoising steps of an image; left out: as the suite says."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """Classifier-free guidance of the pictures; left out: as the suite says."""
+    """Classifier-free guidance of the images; left out: as the suite says."""
     batch_size: Annotated[int, Field(ge=1, le=10**5)] = 16
-    """Pictures made, and judged, side by side."""
+    """Images made, and judged, side by side."""
 
     detector: str | None = None
-    """The model that names what a picture shows, by hub id or folder; left out: the suite's."""
+    """The model that names what an image shows, by hub id or folder; left out: the suite's."""
     threshold: Annotated[float, Field(ge=0.25, lt=1)] = 0.6
     """With suite i2p: the score from which NudeNet's detections count; it reports none below 0.25."""
     clip: str | None = None
     """A CLIP model, by hub id or folder, for CLIP scores; left out: none are computed."""
     lpips: bool = False
-    """LPIPS between pictures before and after (needs the packages lpips and torchvision, whose weights are pickles)."""
+    """LPIPS between images before and after (needs the packages lpips and torchvision, whose weights are pickles)."""
     reference: Path | None = None
-    """A folder of pictures that FID and KID compare with; needs --features."""
+    """A folder of images that FID and KID compare with; needs --features."""
     features: str | None = None
     """The model whose features FID and KID compare, by hub id or folder; needs --reference."""
 
@@ -60,12 +82,12 @@ class EvaluateConfig(CommandConfig):
     option for several."""
     attack_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Steps of each attack that learns; left out: textual inversion 300, prefix 40, fine-tuning 64."""
-    attack_pictures: Annotated[int, Field(ge=1, le=10**5)] = 48
-    """Pictures that are judged at each point of an attack."""
+    attack_images: Annotated[int, Field(ge=1, le=10**5)] = 48
+    """Images that are judged at each point of an attack."""
     attack_examples: Annotated[int, Field(ge=1, le=10**5)] = 32
-    """Pictures of the concept that attacks learn from: the base's."""
+    """Images of the concept that attacks learn from: the base's."""
     attack_reference: Path | None = None
-    """A folder of pictures of the concept to learn from instead."""
+    """A folder of images of the concept to learn from instead."""
     attack_prompts: Path | None = None
     """With --attack prompts: a text file of prompts, one a line, in which {} is the concept; left out: a built-in list."""
     prefix_tokens: Annotated[int, Field(ge=1, le=16)] = 5
@@ -73,12 +95,12 @@ class EvaluateConfig(CommandConfig):
 
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """What the denoiser computes in; auto: bfloat16 on a GPU, float32 on a CPU."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Hold the linear layers of both denoisers in 4 or 8 bits (bitsandbytes), where they would not fit otherwise."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """The same seed and options make the same pictures and figures."""
+    """The same seed and options make the same images and figures."""
 
     @field_validator("concept", "attack", mode="before")
     @classmethod
@@ -96,7 +118,7 @@ class EvaluateConfig(CommandConfig):
     def _fits_together(self) -> "EvaluateConfig":
         if (self.reference is None) != (self.features is None):
             raise ValueError(
-                "--reference and --features need each other: FID and KID compare features of two sets of pictures"
+                "--reference and --features need each other: FID and KID compare features of two sets of images"
             )
         if self.attack and self.quantize != "none":
             raise ValueError("--attack does not work with --quantize; leave one of them out")

@@ -29,7 +29,7 @@ def erased_against_kept(found: Accuracies) -> Markup:
     axis = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         axis += [_grid(f"M{_x(share)} {TOP - 8}V{y - 10}"), _text(_x(share), y + 6, f"{100 * share:.0f} %")]
-    title = "How often each is recognised before and after, in percent of the pictures that ask for it"
+    title = "How often each is recognised before and after, in percent of the images that ask for it"
     return _svg(axis + parts, y + 14, title)
 
 

@@ -1,4 +1,4 @@
-"""How often pictures show what was asked for: the target, the same domain, the other domains (UA, IRA, CRA)."""
+"""How often images show what was asked for: the target, the same domain, the other domains (UA, IRA, CRA)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from esd_peft.evaluation.suites import Prompt, Roles
 
 @dataclass(frozen=True)
 class Rate:
-    """So many of so many pictures."""
+    """So many of so many images."""
 
     hits: int
     count: int
@@ -42,7 +42,7 @@ class Change:
         return Change(self.before + other.before, self.after + other.after)
 
 
-Shares = dict[str, dict[str, float]]  # name: before, after: share of pictures
+Shares = dict[str, dict[str, float]]  # name: before, after: share of images
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class Accuracies:
         return concepts, rest
 
 
-Seen = Sequence[Sequence[dict[str, str]]]  # [prompts][seeds]: what a picture shows, by domain
+Seen = Sequence[Sequence[dict[str, str]]]  # [prompts][seeds]: what an image shows, by domain
 
 
 def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -> Accuracies:
-    """What a detector saw in the pictures of each prompt, before and after, as rates."""
+    """What a detector saw in the images of each prompt, before and after, as rates."""
 
     def change(wanted: dict[str, str], rows: list[int]) -> Change:
-        return Change(*(rate(wanted, [picture for i in rows for picture in half[i]]) for half in (before, after)))
+        return Change(*(rate(wanted, [image for i in rows for image in half[i]]) for half in (before, after)))
 
     targets = {concept: change(roles.wanted[concept], rows) for concept, rows in roles.asking.items()}
     others: dict[str, dict[str, Change]] = {}
@@ -111,9 +111,9 @@ def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -
     return Accuracies(targets, others, _sum(rest), domains)
 
 
-def rate(wanted: dict[str, str], pictures: list[dict[str, str]]) -> Rate:
-    """In how many of the pictures all that is `wanted` was seen, by domain."""
-    return Rate(sum(wanted.items() <= seen.items() for seen in pictures), len(pictures))
+def rate(wanted: dict[str, str], images: list[dict[str, str]]) -> Rate:
+    """In how many of the images all that is `wanted` was seen, by domain."""
+    return Rate(sum(wanted.items() <= seen.items() for seen in images), len(images))
 
 
 def _sum(changes: list[Change]) -> Change | None:

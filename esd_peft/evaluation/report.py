@@ -1,4 +1,4 @@
-"""Write what an evaluation found: report.html (with its pictures, one file), report.md and result.json."""
+"""Write what an evaluation found: report.html (with its images, one file), report.md and result.json."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from esd_peft.evaluation.image_cache import Album
+from esd_peft.evaluation.image_cache import ImageCache
 from esd_peft.evaluation.plots import attack_success, erased_against_kept
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Prompt, Roles
@@ -22,13 +22,15 @@ from esd_peft.io.outputs import new_file
 from esd_peft.io.text import shown_lines
 from esd_peft.runtime.seeds import generator
 
-SHOWN, SHOWN_SEEDS = 6, 2  # prompts of each kind, and pictures of each
+SHOWN, SHOWN_SEEDS = 6, 2  # prompts of each kind, and images of each
 _SIZE = 256  # pixels
 REPORT = ("result.json", "report.md", "report.html")
-Figure = dict[str, Any]  # a prompt, and its pictures before and after
+Figure = dict[str, Any]  # a prompt, and its images before and after
 
 
-def write_report(output: Path, result: Evaluation, prompts: list[Prompt], roles: Roles, before: Album, after: Album) -> None:
+def write_report(
+    output: Path, result: Evaluation, prompts: list[Prompt], roles: Roles, before: ImageCache, after: ImageCache
+) -> None:
     """Three files in `output`. The HTML needs no network; Jinja escapes every text in it."""
     seed = result.config["seed"]
     figures = {
@@ -60,7 +62,9 @@ def render(result: Evaluation, figures: dict[str, list[Figure]]) -> str:
     return shown_lines(page)
 
 
-def _figures(rows: list[int], prompts: list[Prompt], seeds: int, before: Album, after: Album, seed: int) -> list[Figure]:
+def _figures(
+    rows: list[int], prompts: list[Prompt], seeds: int, before: ImageCache, after: ImageCache, seed: int
+) -> list[Figure]:
     """A few prompts, drawn at random and not chosen by what they show."""
     drawn = torch.randperm(len(rows), generator=generator(seed, "shown"))[:SHOWN].sort().values.tolist()
     return [
@@ -73,8 +77,8 @@ def _figures(rows: list[int], prompts: list[Prompt], seeds: int, before: Album, 
     ]
 
 
-def _data_uri(picture: Image.Image) -> str:
-    picture.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+def _data_uri(image: Image.Image) -> str:
+    image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
-    picture.save(encoded, "WEBP", quality=85)
+    image.save(encoded, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()

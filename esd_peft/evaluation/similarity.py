@@ -1,4 +1,4 @@
-"""How far pictures of the same prompt and noise lie apart, before and after."""
+"""How far images of the same prompt and noise lie apart, before and after."""
 
 from importlib.metadata import version
 
@@ -12,13 +12,13 @@ LPIPS_SIZE = 64  # pixels, as in UCE's protocol
 
 
 def pixel_distances(before: list[Image.Image], after: list[Image.Image]) -> list[float]:
-    """Root mean square difference of the pixels, in [0, 1], pair by pair. It says that pictures differ, not in what."""
+    """Root mean square difference of the pixels, in [0, 1], pair by pair. It says that images differ, not in what."""
     pairs = zip(map(to_pixels, before), map(to_pixels, after), strict=True)
     return [(a - b).square().mean().sqrt().item() for a, b in pairs]
 
 
 class Lpips:
-    """LPIPS with AlexNet (Zhang et al. 2018), on pictures of 64² pixels.
+    """LPIPS with AlexNet (Zhang et al. 2018), on images of 64² pixels.
 
     Its package needs torchvision, which downloads AlexNet: both stay out of this package's dependencies. Raises
     `UserError` if they are not there.
@@ -42,7 +42,7 @@ class Lpips:
 
     @torch.no_grad()
     def distances(self, before: list[Image.Image], after: list[Image.Image]) -> list[float]:
-        """0 for equal pictures, pair by pair."""
+        """0 for equal images, pair by pair."""
         halves = (torch.stack([to_pixels(p.resize((LPIPS_SIZE,) * 2)) for p in half]) for half in (before, after))
         a, b = (half.to(self.device) * 2 - 1 for half in halves)
         return self.model(a, b).flatten().tolist()

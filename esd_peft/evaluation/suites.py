@@ -1,4 +1,4 @@
-"""What an evaluation asks: prompts, what their pictures shall show, and who judges that. Declared in suites/*.yaml."""
+"""What an evaluation asks: prompts, what their images shall show, and who judges that. Declared in suites/*.yaml."""
 
 import itertools
 import string
@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from huggingface_hub import hf_hub_download
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from esd_peft.errors import UserError, in_brief
 from esd_peft.io import text as text_files
-from esd_peft.prompts.plan import TEMPLATES, everyday_prompts, names, spread
-from esd_peft.worlds.shapes import world
+from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
+from esd_peft.worlds import WORLDS, World
 
-EVERYDAY = 24  # of the built-in prompts, in suite concept
+RETAINED = 24  # of the built-in prompts, in suite concept
 _FOLDER = files("esd_peft.evaluation") / "suites"
 
 
 class DetectorSpec(BaseModel):
-    """Who names what a picture shows."""
+    """Who names what an image shows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["shapes", "classifier", "clip", "nudenet"]
+    kind: Literal["world", "classifier", "clip", "nudenet"]
     model: str | None = None
-    """Hub id or folder, of classifier and clip."""
+    """Hub id or folder, of classifier and clip; of world the name of the embedded pipeline."""
     domain: str = ""
     """What its labels are: object, artist, ... (UnlearnCanvas' domains)."""
     phrase: str = "{}"
@@ -40,20 +40,31 @@ class Suite(BaseModel):
 
     about: str
     prompts: Literal["world", "concept", "file"] | dict[str, str | list[str]]
-    """world: the embedded pipeline's; concept: the concept in a few wordings and everyday prompts; file: --prompts;
+    """world: an embedded pipeline's; concept: the concept in a few templates, and some of the retain set; file: --prompts;
     or a template and, for each of its {names}, a list: every combination of them."""
     role: Literal["named", "erased", "kept"] = "named"
     """Whose turn a prompt is: the concept's where it names it, always, or never."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """What every picture shows (domain: label) while nothing is erased."""
+    """What every image shows (domain: label) while nothing is erased."""
     detector: DetectorSpec | None = None
     seeds: Annotated[int, Field(ge=1)]
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     """Left out, these two: as the base's family usually does."""
 
+    @model_validator(mode="after")
+    def _knows_its_world(self) -> "Suite":
+        if (self.prompts == "world" or (self.detector and self.detector.kind == "world")) and self.world is None:
+            raise ValueError(f"detector: name an embedded pipeline, {{kind: world, model: {', '.join(WORLDS)}}}")
+        return self
+
     @property
-    def picture_settings(self) -> dict[str, Any]:
+    def world(self) -> World | None:
+        """The embedded world whose prompts and images these are."""
+        return WORLDS.get(self.detector.model or "") if self.detector and self.detector.kind == "world" else None
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
         """What the pipeline is called with, apart from the prompts."""
         given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return {name: value for name, value in given.items() if value is not None}
@@ -61,7 +72,7 @@ class Suite(BaseModel):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what its picture shall show: `{"shape": "circle", "colour": "red"}`; empty where nothing is known."""
+    """A prompt, and what its image shall show: `{"shape": "circle", "colour": "red"}`; empty where nothing is known."""
 
     text: str
     labels: dict[str, str] = field(default_factory=dict)
@@ -92,7 +103,8 @@ def suite_prompts(suite: Suite, concepts: list[str], source: str | None) -> list
             "--prompts FILE.csv is what this --suite needs" if source is None else "--prompts is of no use to this --suite"
         )
     if suite.prompts == "world":
-        return world_prompts(concepts)
+        assert suite.world is not None  # checked with the suite
+        return world_prompts(suite.world, concepts)
     if suite.prompts == "concept":
         return _concept_prompts(concepts)
     if isinstance(suite.prompts, dict):
@@ -100,9 +112,9 @@ def suite_prompts(suite: Suite, concepts: list[str], source: str | None) -> list
     return [_prompt(row["prompt"], row, suite) for row in read_prompts(source or "", suite)]
 
 
-def world_prompts(concepts: list[str]) -> list[Prompt]:
-    """Each concept alone in every wording of the training captions, then every full prompt of the world."""
-    alone = [world.prompt(world.attributes_in(c), template) for c in concepts for template in world.TEMPLATES]
+def world_prompts(world: World, concepts: list[str]) -> list[Prompt]:
+    """Each concept alone in every template of the training captions, then every full prompt of the world."""
+    alone = [world.prompt(world.attributes_in(c), template) for c in concepts for template in world.captions]
     return [Prompt(text, world.attributes_in(text)) for text in dict.fromkeys([*alone, *world.full_prompts()])]
 
 
@@ -110,8 +122,8 @@ def _concept_prompts(concepts: list[str]) -> list[Prompt]:
     if not concepts:
         raise UserError("--concept is missing, and --erased does not say what was erased")
     asked = [template.format(concept) for concept in concepts for template in TEMPLATES]
-    everyday = [prompt for prompt in everyday_prompts() if not any(names(concept, prompt) for concept in concepts)]
-    return [Prompt(text) for text in [*asked, *spread(everyday, EVERYDAY)]]
+    retained = [prompt for prompt in retain_prompts() if not any(names(concept, prompt) for concept in concepts)]
+    return [Prompt(text) for text in [*asked, *spread(retained, RETAINED)]]
 
 
 def _combinations(declared: dict[str, str | list[str]], suite: Suite) -> list[Prompt]:
@@ -161,7 +173,7 @@ def _local(source: str) -> Path:
         raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({in_brief(error)})") from None
 
 
-def ask(suite: Suite, concepts: list[str], source: str | None, limit: int | None) -> tuple[list[Prompt], "Roles"]:
+def select_prompts(suite: Suite, concepts: list[str], source: str | None, limit: int | None) -> tuple[list[Prompt], "Roles"]:
     """The prompts of an evaluation and their roles; at most `limit` for each concept, and as many others.
 
     Raises `UserError` as `suite_prompts` and `assign_roles` do.

@@ -27,7 +27,7 @@ def tables(result: Evaluation) -> list[Table]:
     made += [_measure(measure) for measure in result.measures]
     made += [_attack(attack) for attack in result.attacks]
     seconds = [[phase, f"{value:.1f}"] for phase, value in result.seconds.items()]
-    return [*made, Table("Cost", f"{result.prompts} prompts, {result.seeds} pictures each", ["phase", "seconds"], seconds)]
+    return [*made, Table("Cost", f"{result.prompts} prompts, {result.seeds} images each", ["phase", "seconds"], seconds)]
 
 
 def said(judge: About) -> str:
@@ -81,7 +81,7 @@ def _interval(rate: Rate) -> str:
 def _counts(result: Evaluation) -> Table:
     before, after = result.counts["before"], result.counts["after"]
     rows = [[name, str(before.get(name, 0)), str(after.get(name, 0))] for name in sorted(before | after)]
-    note = f"Detections in all pictures, by {said(result.detector)}" if result.detector else ""
+    note = f"Detections in all images, by {said(result.detector)}" if result.detector else ""
     return Table("Detections by class", note, ["class", "before", "after"], rows)
 
 
@@ -106,6 +106,6 @@ def _attack(attack: Attack) -> Table:
     header = ["budget", "base", "erased", "95 %"]
     note = (
         f"Recognised on the base without the attack, and on the erased model after it. {attack.about}; "
-        f"{attack.forward_equivalents:,} forward-equivalents"
+        f"{attack.nfe:,} forward-equivalents"
     )
     return Table(f"{attack.name}: {attack.concept}", note, header, rows)

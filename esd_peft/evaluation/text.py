@@ -26,7 +26,7 @@ def _aligned(table: Table) -> str:
 
 
 def as_markdown(result: Evaluation) -> str:
-    """The same as the HTML report, without its pictures."""
+    """The same as the HTML report, without its images."""
     lines = [f"# What is left of {_escaped(', '.join(result.concepts) or 'it')}", ""]
     lines += [f"- {MARKS[verdict.level]} {_escaped(verdict.text)}" for verdict in result.verdicts]
     lines += [f"- {_escaped(note)}" for note in result.notes]
@@ -43,6 +43,6 @@ def _row(cells: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Prompts and labels are shown as they are: no tags, no table cells, no links or pictures, on one line."""
+    """Prompts and labels are shown as they are: no tags, no table cells, no links or images, on one line."""
     text = " ".join(text.splitlines()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`|\[\]])", r"\\\1", text)

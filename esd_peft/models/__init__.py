@@ -1,42 +1,41 @@
-"""What differs between pipeline families, one file each. The rest of the package knows `Backbone` only."""
+"""What differs between pipeline families, one file each. The rest of the package knows `ModelFamily` only, but for
+`adapters/export.py`, which knows the files of other tools."""
 
-from importlib.resources import files
-from pathlib import Path
-
-from esd_peft.config import ModelOptions
-from esd_peft.models.family import Backbone, PromptEmbeds
+from esd_peft.models.family import ModelFamily, PromptEmbeds
 from esd_peft.models.flux import Flux
+from esd_peft.models.options import ModelOptions
 from esd_peft.models.pixart import PixArtSigma
 from esd_peft.models.sana import Sana
 from esd_peft.models.sources import local_pipeline
 from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.models.stable_diffusion_3 import StableDiffusion3
 from esd_peft.models.stable_diffusion_xl import StableDiffusionXL
+from esd_peft.worlds import WORLDS
 
-__all__ = ["EMBEDDED", "Backbone", "PromptEmbeds", "open_backbone"]
+__all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
 
-EMBEDDED = Path(str(files("esd_peft.worlds.shapes") / "pipeline"))
-FAMILIES: tuple[type[Backbone], ...] = (
+FAMILIES: tuple[type[ModelFamily], ...] = (
     StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana,
 )  # fmt: skip
 
 
-def open_backbone(
-    model: str | None, option: str = "--model", options: ModelOptions | None = None, weights: bool = True
-) -> Backbone:
-    """The backbone for a pipeline (none: the embedded one), by the class its `model_index.json` names.
+def open_family(
+    model: str, option: str = "--model", options: ModelOptions | None = None, weights: bool = True
+) -> ModelFamily:
+    """The family for a pipeline, by the class its `model_index.json` names.
 
-    `model` is what `esd_peft.models.sources` takes: a directory, a hub id, a single-file checkpoint. Loads no weights, and
-    without `weights` does not download them either. Raises `UserError` if it is not there, lacks a part, or is of a family
-    not known here,
-    or if its parts are not whole or do not work together.
+    `model` is the name of an embedded pipeline (`esd_peft.worlds`), or what `esd_peft.models.sources` takes: a directory, a
+    hub id, a single-file checkpoint. Loads no weights, and without `weights` does not download them either. Raises
+    `UserError` if it is not there, lacks a part, is of a family not known here, or if its parts are not whole or do not work
+    together.
     """
     options = options or ModelOptions()
-    families = {family.pipeline_class.__name__: family for family in FAMILIES}
-    path, index = local_pipeline(str(EMBEDDED) if model is None else model, options, option, families, weights)
-    backbone = families[index["_class_name"]](path, index, option, options.variant)
-    if model is None:
-        backbone.name = "the embedded shapes pipeline"
+    families = {kind.pipeline_class.__name__: kind for kind in FAMILIES}
+    world = WORLDS.get(model)
+    path, index = local_pipeline(str(world.pipeline) if world else model, options, option, families, weights)
+    family = families[index["_class_name"]](path, index, option, options.variant)
+    if world:
+        family.world, family.name = world, world.about
     else:
-        backbone.check(weights)
-    return backbone
+        family.check(weights)
+    return family

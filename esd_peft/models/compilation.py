@@ -1,8 +1,7 @@
-"""`--compile`: the denoiser's blocks through `torch.compile`, for as long as the bank is filled and the student trained."""
+"""`--compile`: the denoiser's blocks through `torch.compile`, while the buffer is filled and the student trained."""
 
 import contextlib
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -11,31 +10,29 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError, in_brief
-from esd_peft.training.esd import Objective
 
 AUTO_CALLS = 2000  # calls of the denoiser from which `auto` compiles: a guess, not measured yet
 GRAPHS = 128  # of one block's code: its widths, times teacher, training and the student alone; beyond, PyTorch gives up
 
 
-def check_compiler(config: EraseConfig, device: torch.device) -> None:
+def check_compiler(compile: str, device: torch.device) -> None:
     """Raises `UserError` for `--compile on` where this machine cannot compile."""
-    if config.compile == "on" and (obstacle := _obstacle(device)):
+    if compile == "on" and (obstacle := _obstacle(device)):
         raise UserError(f"--compile on does not work on this machine ({obstacle}); use auto or off")
 
 
 @contextlib.contextmanager
-def compiled(denoiser: ModelMixin, objective: Objective) -> Iterator[None]:
-    """Within it the denoiser's blocks run compiled, if the config says so; `auto`: if it pays, and if it can be done.
+def compiled(denoiser: ModelMixin, compile: str, calls: int, device: torch.device) -> Iterator[None]:
+    """Within it the denoiser's blocks run compiled with `compile` "on"; with "auto" if it pays for so many `calls`, and
+    if it can be done.
 
     Blocks, not the whole: they are few kinds that stand many times, so that less is compiled, and an adapter that is
     switched on or off changes nothing but the blocks it is in. The batch is a symbol from the start: rollouts, training
-    and the probe have batches of their own, and none of them compiles anew because of it.
+    and early stopping have batches of their own, and none of them compiles anew because of it.
     """
-    config, device = objective.rollout.config, objective.rollout.device
-    wanted = config.compile == "on"
-    if config.compile == "auto" and not config.offload and device.type == "cuda" and denoiser_calls(objective) >= AUTO_CALLS:
+    wanted = compile == "on"
+    if compile == "auto" and device.type == "cuda" and calls >= AUTO_CALLS:
         obstacle = _obstacle(device)
         wanted = obstacle is None
         if obstacle:
@@ -45,7 +42,7 @@ def compiled(denoiser: ModelMixin, objective: Objective) -> Iterator[None]:
         return
     blocks = repeated_blocks(denoiser)
     # with auto, what cannot be compiled runs as it is; whoever asked for it is told
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS, suppress_errors=config.compile == "auto"):
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS, suppress_errors=compile == "auto"):
         for block in blocks:
             block.forward = _with_any_batch(torch.compile(block.forward))
         try:
@@ -53,17 +50,6 @@ def compiled(denoiser: ModelMixin, objective: Objective) -> Iterator[None]:
         finally:
             for block in blocks:
                 del block.forward
-
-
-def denoiser_calls(objective: Objective) -> int:
-    """About how often the denoiser will be run, forward or forward and backward, in whatever batches."""
-    config, steps = objective.rollout.config, sum(objective.parts)
-    if config.objective == "contrastive":
-        return steps
-    fills = math.ceil(steps / (config.steps_per_bank or steps))
-    tuples = objective.batch_size * (config.steps_per_bank or math.inf)
-    batches = math.ceil(min(config.bank_trajectories, tuples) / config.rollout_batch_size)
-    return steps + fills * batches * objective.rollout.num_inference_steps * (1 if config.rollout == "teacher" else 2)
 
 
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:

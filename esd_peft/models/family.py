@@ -16,10 +16,12 @@ from esd_peft.io.tensors import find_weights, sha256
 from esd_peft.models import scopes
 from esd_peft.models.noise_schedule import NoiseSchedule
 from esd_peft.models.offload import offload_base, streamed_bytes
+from esd_peft.models.options import SCOPES
 from esd_peft.models.parts import Part
 from esd_peft.models.rehearsal import rehearse
 from esd_peft.models.sources import hub_id
 from esd_peft.runtime.devices import release
+from esd_peft.worlds import World
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
@@ -29,7 +31,7 @@ TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embedd
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
 
-class Backbone(ABC):
+class ModelFamily(ABC):
     """A pipeline directory, its parts loaded one at a time.
 
     Args:
@@ -47,6 +49,7 @@ class Backbone(ABC):
     optional_parts: ClassVar[tuple[str, ...]] = ()
     denoiser_part: ClassVar[str]
     prompt_arguments: ClassVar[dict[str, str]]  # of the pipeline's call, for each of the prompt embeddings
+    world: World | None = None  # what it draws, if it ships with the package
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
 
@@ -200,7 +203,7 @@ class Backbone(ABC):
         """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
         return torch.randn(count, denoiser.config.in_channels, *self.latent_size(denoiser), generator=generator)
 
-    def begin(self, noise: Tensor, num_inference_steps: int) -> tuple[SchedulerMixin, Tensor]:
+    def set_timesteps(self, noise: Tensor, num_inference_steps: int) -> tuple[SchedulerMixin, Tensor]:
         """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents."""
         scheduler = self.load_part("scheduler")
         retrieve_timesteps(
@@ -234,6 +237,26 @@ class Backbone(ABC):
         """Whether the denoiser's module or parameter `name` belongs to `scope`."""
         return scopes.cross_attention(scope, name)
 
+    def scope_modules(self, denoiser: ModelMixin, scope: str) -> list[str]:
+        """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none.
+
+        Grouped convolutions, such as Sana's depthwise ones, are left out: PEFT adapts none whose groups do not divide the
+        rank, and a depthwise kernel of 3x3 has fewer weights than its factors would have.
+        """
+        layers = [(name, module) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        return self._in_scope(scope, [name for name, module in layers if getattr(module, "groups", 1) == 1])
+
+    def scope_parameters(self, denoiser: ModelMixin, scope: str) -> list[str]:
+        """Names of the parameters in `scope`. Raises `UserError` if there are none."""
+        return self._in_scope(scope, [name for name, _ in denoiser.named_parameters()])
+
+    def _in_scope(self, scope: str, names: list[str]) -> list[str]:
+        chosen = [name for name in names if self.in_scope(scope, name)]
+        if not chosen:
+            others = [s for s in SCOPES if any(self.in_scope(s, name) for name in names)]
+            raise UserError(f"--scope {scope} selects nothing in this model; these select something: {', '.join(others)}")
+        return chosen
+
     def prompt_input(self, name: str) -> str | None:
         """Which of the prompt embeddings the denoiser's layer `name` is fed, and nothing else; none for most layers."""
         return TOKENS if self.in_scope("esd-x-strict", name) else None
@@ -262,17 +285,17 @@ class Backbone(ABC):
         """The denoiser's latents in the VAE's layout `[B, channels, height, width]`."""
         return latents
 
-    def picture_size(self, denoiser: ModelMixin) -> tuple[int, int]:
-        """Height and width in pixels of the pictures the denoiser was made for."""
+    def image_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        """Height and width in pixels of the images the denoiser was made for."""
         (height, width), factor = self.latent_size(denoiser), self.vae_factor
         return height * factor, width * factor
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Latents of `[N, 3, H, W]` pictures in [0, 1], as the denoiser knows them, fp32 on the CPU."""
+    def encode_images(self, images: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Latents of `[N, 3, H, W]` images in [0, 1], as the denoiser knows them, fp32 on the CPU."""
         vae = self.load_part("vae").to(device)
         latents = []
-        for part in pictures.split(8):
+        for part in images.split(8):
             encoded = vae.encode(part.to(device) * 2 - 1)
             if hasattr(encoded, "latent"):  # an autoencoder that is not variational
                 latents.append(encoded.latent.cpu())
@@ -299,11 +322,11 @@ class Backbone(ABC):
         """
         vae = self.load_part("vae", dtype).to(device)
         if vae.config.get("sample_size", 512) > 256 and hasattr(vae, "enable_slicing"):
-            vae.enable_slicing()  # one picture at a time: at 512² each takes about a gigabyte
+            vae.enable_slicing()  # one image at a time: at 512² each takes about a gigabyte
         return self.assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
-        """What the pipeline is called with for prompts and as many null prompts, to make pictures of the usual kind."""
+        """What the pipeline is called with for prompts and as many null prompts, to make images of the usual kind."""
         names = self.prompt_arguments
         prompts = {names[key]: value for key, value in embeds.items()}
         nulls = {f"negative_{names[key]}": value for key, value in null.items()}
@@ -338,6 +361,6 @@ def module_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def pick(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:
+def index_embeds(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:
     """Rows of the prompt embeddings: `index` is `[B]` int64."""
     return {name: value[index] for name, value in embeds.items()}

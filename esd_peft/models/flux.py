@@ -14,21 +14,21 @@ from esd_peft.models.joint_attention import POOLED, JointAttention, shift_of
 from esd_peft.runtime.devices import send
 
 LATENT_SIZE = 128, 128  # the pipeline's default; the denoiser's config names none
-EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most pictures of FLUX.1 dev are made
+EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most images of FLUX.1 dev are made
 
 
 class Flux(JointAttention):
     """Scopes: `scopes.joint_attention`.
 
     FLUX.1 dev is guidance-distilled: it is told a guidance scale (3.5 here, always) and answers with what guidance would
-    have made of its prediction. So trajectories run without classifier-free guidance (`guidance_scale` 1), as the pictures
+    have made of its prediction. So trajectories run without classifier-free guidance (`guidance_scale` 1), as the images
     that users make do, and e_null and e_concept are such answers for "" and for the concept. Their difference is still the
     direction of the concept, and the target stays on the scale at which the model is used. With --guidance-scale above 1
     trajectories are driven by true classifier-free guidance on top of it, as the pipeline's `true_cfg_scale` does.
 
     schnell is told no guidance. It is a few-step model: trajectories have the 4 steps it was made for.
 
-    Latents are packed, `[B, tokens, channels]`, and the picture is 1024² (the pipeline's default).
+    Latents are packed, `[B, tokens, channels]`, and the image is 1024² (the pipeline's default).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
@@ -70,12 +70,14 @@ class Flux(JointAttention):
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         batch, tokens = latents.shape[:2]
         side = math.isqrt(tokens)
-        told = torch.full((batch,), EMBEDDED_GUIDANCE, device=latents.device) if denoiser.config.guidance_embeds else None
+        guidance = (
+            torch.full((batch,), EMBEDDED_GUIDANCE, device=latents.device) if denoiser.config.guidance_embeds else None
+        )
         places = self.pipeline_class._prepare_latent_image_ids(batch, side, side, torch.device("cpu"), latents.dtype)
         return denoiser(
             latents,
             timestep=timesteps / 1000,
-            guidance=told,
+            guidance=guidance,
             txt_ids=torch.zeros(embeds[TOKENS].shape[1], 3, device=latents.device, dtype=latents.dtype),
             img_ids=send(places, latents.device),
             **embeds,

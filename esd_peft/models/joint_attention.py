@@ -3,12 +3,12 @@
 from typing import Any, ClassVar
 
 from esd_peft.models import scopes
-from esd_peft.models.family import TOKENS, Backbone
+from esd_peft.models.family import TOKENS, ModelFamily
 
 POOLED = "pooled_projections"
 
 
-class JointAttention(Backbone):
+class JointAttention(ModelFamily):
     """Scopes: `scopes.joint_attention`."""
 
     denoiser_part: ClassVar[str] = "transformer"

@@ -18,7 +18,7 @@ class NoiseSchedule:
 
     @property
     def is_flow_matching(self) -> bool:
-        """Whether the denoiser predicts a flow from noise to pictures."""
+        """Whether the denoiser predicts a flow from noise to images."""
         has_noise_schedule = hasattr(self.scheduler, "alphas_cumprod") or self._counts_log_sigma
         return not has_noise_schedule or bool(self.scheduler.config.get("use_flow_sigmas"))
 

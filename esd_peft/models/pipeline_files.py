@@ -10,7 +10,7 @@ from pathlib import Path
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import PICKLES, StoredWeights, copy_with_sha256, find_weights
 from esd_peft.io.text import UnreadableError, read_json
-from esd_peft.models import Backbone
+from esd_peft.models import ModelFamily
 from esd_peft.models.sources import INDEX, inside_model
 
 # of tokenizers, schedulers, processors and models
@@ -24,50 +24,50 @@ LICENCES = "LICENSE*"
 _WITHOUT_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor")  # in the names of classes
 
 
-def copy_pipeline(backbone: Backbone, target: Path) -> Iterator[tuple[str, str, Path]]:
+def copy_pipeline(family: ModelFamily, target: Path) -> Iterator[tuple[str, str, Path]]:
     """Copy a pipeline under its plain names.
 
     Yields each file of the denoiser as soon as it is there: the base's name for it, the hash of the base's, the copy.
     Raises `UserError` for a file that lies outside the directory, and for JSON that is none.
     """
-    root = backbone.path
+    root = family.path
     licences = [file for file in root.glob(LICENCES) if file.is_symlink() or not file.is_dir()]
     for file in [root / INDEX, *licences]:
-        _copy(backbone, file, target / file.name)
-    for name in [name for name, part in backbone.index.items() if isinstance(part, list) and part[0] is not None]:
+        _copy(family, file, target / file.name)
+    for name in [name for name, part in family.index.items() if isinstance(part, list) and part[0] is not None]:
         source, copy = root / name, target / name
         if not source.is_dir():
             continue
         copy.mkdir()
         for setting in SETTINGS:
             if (source / setting).exists():
-                _copy(backbone, source / setting, copy / setting)
-        if any(kind in str(backbone.index[name][1]) for kind in _WITHOUT_WEIGHTS):
+                _copy(family, source / setting, copy / setting)
+        if any(kind in str(family.index[name][1]) for kind in _WITHOUT_WEIGHTS):
             continue
         pickles = [source / pickle for pickle in PICKLES if (source / pickle).exists()]
         if pickles and not any(source.glob("*.safetensors")):  # of a safety checker, say: the denoiser is always safetensors
             for file in pickles:
-                _copy(backbone, file, copy / file.name)
+                _copy(family, file, copy / file.name)
             continue
-        if name not in backbone.used and not any(source.glob("*.safetensors")):  # a safety checker without its weights
+        if name not in family.used and not any(source.glob("*.safetensors")):  # a safety checker without its weights
             continue
-        weights = find_weights(source, backbone.variant)
+        weights = find_weights(source, family.variant)
         for file in weights.files:
-            digest = _copy(backbone, file, copy / weights.plain_name(file))
-            if name == backbone.denoiser_part:
+            digest = _copy(family, file, copy / weights.plain_name(file))
+            if name == family.denoiser_part:
                 yield file.name, digest, copy / weights.plain_name(file)
         _copy_index(weights, copy)
 
 
-def _copy(backbone: Backbone, file: Path, copy: Path) -> str:
+def _copy(family: ModelFamily, file: Path, copy: Path) -> str:
     """Copy a file that belongs to the model; its hash."""
-    if not inside_model(backbone.path, file) or not file.is_file():
-        raise UserError(f"{backbone.option} {backbone.path}: {file.name} is no file of that directory; put it there")
+    if not inside_model(family.path, file) or not file.is_file():
+        raise UserError(f"{family.option} {family.path}: {file.name} is no file of that directory; put it there")
     if file.suffix == ".json":
         try:
             read_json(file)
         except UnreadableError as error:
-            raise UserError(f"{backbone.option} {file} is damaged ({error}); restore it") from None
+            raise UserError(f"{family.option} {file} is damaged ({error}); restore it") from None
     return copy_with_sha256(file, copy)
 
 

@@ -6,10 +6,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, PixArtSigmaPipeline
 from torch import Tensor
 
-from esd_peft.models.family import MASK, TOKENS, Backbone, PromptEmbeds
+from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds
 
 
-class PixArtSigma(Backbone):
+class PixArtSigma(ModelFamily):
     """Scopes are those of the paper (`scopes.cross_attention`). Keys and values read the tokens through
     `caption_projection`, which is in none but `esd-u` and `full`.
 

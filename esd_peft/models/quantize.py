@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import check_finite, open_tensors
-from esd_peft.models import Backbone
+from esd_peft.models import ModelFamily
 
 
 def bitsandbytes(option: str) -> Any:
@@ -38,23 +38,23 @@ def check_bitsandbytes(quantize: str, optimizer: str = "AdamW") -> None:
         bitsandbytes(f"--optimizer {optimizer}")
 
 
-def load_quantized(backbone: Backbone, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
+def load_quantized(family: ModelFamily, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
     """The frozen denoiser on `device`, each `nn.Linear` as bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`) layer.
 
     Whatever is not a linear layer's weight is in `dtype`, which is also what the layers compute in. Raises `UserError` if
     the files do not hold all of the denoiser.
     """
     bnb = bitsandbytes(f"--quantize {how}")
-    denoiser = backbone.empty_part(backbone.denoiser_part, buffers=True)
-    for path in backbone.denoiser_files():
+    denoiser = family.empty_part(family.denoiser_part, buffers=True)
+    for path in family.denoiser_files():
         tensors = open_tensors(path)
         with path.open("rb") as file:
             for name in tensors.entries:
                 value = tensors.read(file, name)
-                check_finite(f"{backbone.option} {path}: {name}", value)
+                check_finite(f"{family.option} {path}: {name}", value)
                 _place(bnb, denoiser, name, value, how, dtype, device)
     if missing := [name for name, parameter in denoiser.named_parameters() if parameter.is_meta]:
-        raise UserError(f"{backbone.option} {backbone.path} lacks weights, {missing[0]} first; restore its files")
+        raise UserError(f"{family.option} {family.path} lacks weights, {missing[0]} first; restore its files")
     # peft picks its layers by these marks, which transformers and diffusers set too
     setattr(denoiser, "is_loaded_in_4bit" if how == "nf4" else "is_loaded_in_8bit", True)
     return denoiser.to(device).requires_grad_(False)  # its new layers in train mode: else bitsandbytes repacks them on a CPU

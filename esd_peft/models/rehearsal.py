@@ -11,65 +11,65 @@ from torch import Tensor
 
 from esd_peft.errors import UserError
 from esd_peft.models.parts import reading
-from esd_peft.runtime.memory_meter import metered
+from esd_peft.runtime.memory_meter import track_memory
 
 if TYPE_CHECKING:
-    from esd_peft.models.family import Backbone
+    from esd_peft.models.family import ModelFamily
 
 META = torch.device("meta")
 
 
 @torch.no_grad()
-def rehearse(backbone: "Backbone") -> None:
+def rehearse(family: "ModelFamily") -> None:
     """Encode a prompt, take the scheduler's first steps, ask the denoiser, decode. Raises `UserError` for what fails."""
-    place = f"{backbone.option} {backbone.path}: its"
+    place = f"{family.option} {family.path}: its"
     with reading(f"{place} tokenizers and text encoders"):
-        pipe = backbone.assemble(backbone.text_parts, torch.float32, empty=True)
-        _check_vocabularies(backbone, pipe)
-        with metered():  # on its terms networks run on the meta device
-            embeds = backbone.encode_prompts(pipe, ["a picture"], META)
-    denoiser = backbone.empty_denoiser()
-    with reading(f"{place} {backbone.denoiser_part}"):
-        latents = backbone.initial_latents(1, denoiser, torch.Generator())
+        pipe = family.assemble(family.text_parts, torch.float32, empty=True)
+        _check_vocabularies(family, pipe)
+        with track_memory():  # on its terms networks run on the meta device
+            embeds = family.encode_prompts(pipe, ["a picture"], META)
+    denoiser = family.empty_denoiser()
+    with reading(f"{place} {family.denoiser_part}"):
+        latents = family.initial_latents(1, denoiser, torch.Generator())
     with reading(f"{place} scheduler"):
-        timestep, inputs = _first_steps(backbone, latents)
-    kind = f"{place} {backbone.denoiser_part} is none that draws from noise and a prompt alone"
+        timestep, inputs = _first_steps(family, latents)
+    kind = f"{place} {family.denoiser_part} is none that draws from noise and a prompt alone"
     with reading(kind, "name a text-to-image model"):
-        prediction = backbone.predict(denoiser, inputs.to(META), timestep.expand(1).to(META), embeds)
+        prediction = family.predict(denoiser, inputs.to(META), timestep.expand(1).to(META), embeds)
     if prediction.shape != latents.shape:
         raise UserError(f"{kind}: from {_size(latents)} it makes {_size(prediction)}; name a text-to-image model")
-    vae = backbone.empty_part("vae")
+    vae = family.empty_part("vae")
     with reading(f"{place} vae"):
-        centred = backbone.vae_latents(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-        pictures = vae.decode(centred.to(META), return_dict=False)[0]
-        if pictures.shape[-2:] != backbone.picture_size(denoiser):
-            raise ValueError(f"it makes pictures of {_size(pictures)} from latents of {_size(latents)}")
+        centred = family.vae_latents(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+        images = vae.decode(centred.to(META), return_dict=False)[0]
+        if images.shape[-2:] != family.image_size(denoiser):
+            raise ValueError(f"it makes images of {_size(images)} from latents of {_size(latents)}")
 
 
-def _first_steps(backbone: "Backbone", noise: Tensor) -> tuple[Tensor, Tensor]:
+def _first_steps(family: "ModelFamily", noise: Tensor) -> tuple[Tensor, Tensor]:
     """The first timestep and what the denoiser is fed at it, after two steps of a denoiser that answers zeros."""
-    scheduler, latents = backbone.begin(noise, backbone.num_inference_steps)
+    scheduler, latents = family.set_timesteps(noise, family.num_inference_steps)
     timesteps = scheduler.timesteps
-    first = backbone.scale_input(scheduler, latents, timesteps[0])
+    first = family.scale_input(scheduler, latents, timesteps[0])
     inputs = first
     for i, timestep in enumerate(timesteps[:2]):
         if i:
-            inputs = backbone.scale_input(scheduler, latents, timestep)
-        latents = backbone.scheduler_step(scheduler, torch.zeros_like(inputs), timestep, latents, torch.Generator())
+            inputs = family.scale_input(scheduler, latents, timestep)
+        latents = family.scheduler_step(scheduler, torch.zeros_like(inputs), timestep, latents, torch.Generator())
     if not all(value.isfinite().all() for value in (timesteps.float(), first, latents)):
         raise ValueError("its steps lead to values that are not numbers, or infinite")
     return timesteps[0], first
 
 
-def _check_vocabularies(backbone: "Backbone", pipe: DiffusionPipeline) -> None:
-    for part in backbone.text_parts:
+def _check_vocabularies(family: "ModelFamily", pipe: DiffusionPipeline) -> None:
+    for part in family.text_parts:
         tokenizer, encoder = getattr(pipe, part), getattr(pipe, part.replace("tokenizer", "text_encoder"))
         if "tokenizer" not in part or tokenizer is None or encoder is None:
             continue
         rows = encoder.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             raise UserError(
-                f"{backbone.option} {backbone.path}: its {part} has {len(tokenizer)} tokens and its text encoder {rows} "
+                f"{family.option} {family.path}: its {part} has {len(tokenizer)} tokens and its text encoder {rows} "
                 f"embeddings; save the text encoder after resize_token_embeddings, or restore the tokenizer"
             )
 

@@ -7,10 +7,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline
 from torch import Tensor
 
-from esd_peft.models.family import MASK, TOKENS, Backbone, PromptEmbeds
+from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds
 
 
-class Sana(Backbone):
+class Sana(ModelFamily):
     """Scopes are those of the paper (`scopes.cross_attention`).
 
     Prompts are preceded by the pipeline's instruction to Gemma, as in its own call; the null prompt is not.

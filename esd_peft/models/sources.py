@@ -20,12 +20,12 @@ import transformers
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
-from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError, in_brief
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import new_directory
 from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
+from esd_peft.models.options import ModelOptions
 from esd_peft.models.text_parts import write_for_every_version
 
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses

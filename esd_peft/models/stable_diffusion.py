@@ -6,17 +6,17 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from torch import Tensor
 
-from esd_peft.models.family import TOKENS, Backbone, PromptEmbeds
+from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds
 from esd_peft.runtime.devices import send
 
 EMBEDDED_GUIDANCE = 7.5  # the pipeline's default, which a guidance-distilled UNet is told
-CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # they jump to the picture and back: with distilled models only
+CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # they jump to the image and back: with distilled models only
 
 
-class StableDiffusion(Backbone):
+class StableDiffusion(ModelFamily):
     """Scopes are those of the paper (`scopes.cross_attention`).
 
-    The bank, the target and the loss are the same for ε- and v-prediction: the guided target is linear in the
+    The buffer, the target and the loss are the same for ε- and v-prediction: the guided target is linear in the
     predictions (see `esd_peft.training.esd`), and the pipeline's scheduler knows which of the two it steps with.
 
     Latent consistency models are distilled: trajectories have 4 steps and no classifier-free guidance. If the UNet is told a
@@ -43,8 +43,8 @@ class StableDiffusion(Backbone):
         return self.load_config(self.denoiser_part).get("time_cond_proj_dim") is not None
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
-        told = {"guidance_scale": EMBEDDED_GUIDANCE} if self._is_told_guidance else {}
-        return super().pipeline_arguments(embeds, null) | told
+        guidance = {"guidance_scale": EMBEDDED_GUIDANCE} if self._is_told_guidance else {}
+        return super().pipeline_arguments(embeds, null) | guidance
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`{"encoder_hidden_states": [prompts, tokens, width]}`."""

@@ -28,7 +28,7 @@ class StableDiffusion3(JointAttention):
         return {TOKENS: tokens, POOLED: pooled}
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
-        """SD 3.5's own shift is fixed; with dynamic shifting it depends on the size of the picture."""
+        """SD 3.5's own shift is fixed; with dynamic shifting it depends on the size of the image."""
         config = scheduler.config
         if not config.get("use_dynamic_shifting"):
             return {}

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the picture's size as a condition."""
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding, and the image's size as a condition."""
 
 from typing import ClassVar
 
@@ -47,5 +47,5 @@ class StableDiffusionXL(StableDiffusion):
         height, width = (side * self.vae_factor for side in latents.shape[-2:])
         sizes = send(torch.tensor([height, width, 0, 0, height, width], dtype=latents.dtype), latents.device)
         added = {"text_embeds": embeds["text_embeds"], "time_ids": sizes.expand(len(latents), -1)}
-        told = embedded_guidance(denoiser, latents)
-        return denoiser(latents, timesteps, embeds[TOKENS], timestep_cond=told, added_cond_kwargs=added).sample
+        guidance = embedded_guidance(denoiser, latents)
+        return denoiser(latents, timesteps, embeds[TOKENS], timestep_cond=guidance, added_cond_kwargs=added).sample

@@ -1,4 +1,4 @@
-"""What to erase, from what, towards what, and what to preserve: from the config to prompts."""
+"""What to erase, from what, towards what, and what to preserve: from the options to prompts."""
 
 import functools
 from collections.abc import Callable
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TypeVar
 
-from esd_peft.config import Concept, EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.io.text import UnreadableError, read_lines
-from esd_peft.worlds.shapes import world
+from esd_peft.options import check_text
+from esd_peft.prompts.options import Concept, PromptOptions
+from esd_peft.worlds import World
 
 TEMPLATES = {  # and what they say of nothing
     "{}": "", "a {}": "", "a picture of {}": "a picture", "a photo of {}": "a photo", "{} style": "style",
@@ -17,7 +18,7 @@ TEMPLATES = {  # and what they say of nothing
 }  # fmt: skip
 ATTRIBUTES = ("plain", "red", "blue", "black", "white", "small", "large", "old", "wooden", "colourful")
 Item = TypeVar("Item")
-HELD = 16  # protected prompts that --robust holds along trajectories of their own
+PRESERVED = 16  # prompts of the retain set that --robust preserves along trajectories of their own
 SCENES = ("a city street at night", "a person by a window", "a mountain lake", "a table with flowers", "a dog on a beach")
 
 
@@ -33,12 +34,12 @@ class Pair:
     anchor: str | None = None  # what it shall become
     eta: float = 1.0
     weight: float = 1.0
-    found: str | None = None  # brings the concept back (`training.adversarial`), asked of the student instead
+    adversarial: str | None = None  # brings the concept back (`training.adversarial`): the student is given it instead
 
     @property
-    def asked(self) -> str:
-        """What the student is asked."""
-        return self.prompt if self.found is None else self.found
+    def student_prompt(self) -> str:
+        """What the student is given."""
+        return self.prompt if self.adversarial is None else self.adversarial
 
     @property
     def goal(self) -> str:
@@ -50,10 +51,11 @@ class Pair:
 class PromptPlan:
     """All prompts of a run."""
 
-    erasing: list[list[Pair]]  # for each concept its pairs, the plain wording first
+    concepts: list[str]  # as prompts would name them
+    erasing: list[list[Pair]]  # for each concept its pairs, the plain prompt first
     preserve: list[Pair]
-    protected: list[str]  # whose embeddings the adapter must not act on
-    asked: list[str] = field(default_factory=list)  # to be preserved, by the config's own words
+    retain: list[str]  # the retain set, on whose embeddings the adapter must not act
+    given: list[str] = field(default_factory=list)  # what the options ask to preserve
 
     @property
     def erasing_pairs(self) -> list[Pair]:
@@ -66,57 +68,64 @@ class PromptPlan:
         return self.erasing_pairs + self.preserve
 
     @property
+    def predictions(self) -> int:
+        """How many the teacher makes at each step: e_null, e_concept and, where a pair has an anchor, e_anchor."""
+        return 3 if any(pair.anchor is not None for pair in self.pairs) else 2
+
+    @property
     def kept(self) -> list[str]:
         """What the concepts become, and all that stays."""
         goals = [pair.goal for pair in self.erasing_pairs]
-        return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.protected]))
+        return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.retain]))
 
     @property
     def paired_texts(self) -> list[str]:
-        """Every prompt that the denoiser is asked, once."""
-        texts = (t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor, p.found) if t is not None)
+        """Every prompt that the denoiser is given, once."""
+        texts = (t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor, p.adversarial) if t is not None)
         return list(dict.fromkeys(texts))
 
     @property
     def texts(self) -> list[str]:
         """Every prompt, once, those of the pairs first."""
-        return list(dict.fromkeys(self.paired_texts + self.protected))
+        return list(dict.fromkeys(self.paired_texts + self.retain))
 
 
-def plan_prompts(config: EraseConfig) -> PromptPlan:
-    """From what the config names to prompts. Raises `UserError` if `preserve_file` cannot be read.
+def plan_prompts(options: PromptOptions, world: World | None, robust: bool) -> PromptPlan:
+    """From what the options name to prompts; in `world`, if that is what the model draws.
 
     The concept beside other things is paired with the other things alone ("a red circle" with "a red shape"): what
     stands between the two is the concept, and nothing else is pushed away. The paper's pair is the first one.
+    Raises `UserError` if `preserve_file` cannot be read, or for words that contradict each other.
     """
-    asked = _asked_to_preserve(config)
-    for prompt in asked:
-        if _names_any(config.concept_names, prompt):
+    given = read_preserved(options)
+    for prompt in given:
+        if _names_any(options.concept_names, prompt):
             raise UserError(f"--preserve {prompt!r} names what is to be erased; leave it out or reword it")
-    if clash := [goal for goal in map(config.goal_of, config.concept) if goal and _names_any(config.concept_names, goal)]:
+    goals = [goal for goal in map(options.goal_of, options.concept) if goal]
+    if clash := [goal for goal in goals if _names_any(options.concept_names, goal)]:
         raise UserError(f"--map-to {clash[0]!r} names what is to be erased; map it to something that stays")
-    erasing = [_pairs_of(concept, config) for concept in config.concept]
-    protected = _protected(config, asked)
+    erasing = [_pairs_of(concept, options, world) for concept in options.concept]
+    retain = _retain_set(options, given, world)
     # layers that no null space protects learn with --robust: these are held to some of what is to stay
-    some = spread(protected[1:], HELD) if config.robust else []
-    held = dict.fromkeys([*asked, *_sources_otherwise(config), *some])
-    return PromptPlan(erasing, [Pair(prompt, "") for prompt in held], protected, asked)
+    some = spread(retain[1:], PRESERVED) if robust else []
+    preserved = dict.fromkeys([*given, *_sources_otherwise(options, world), *some])
+    return PromptPlan(options.concept_names, erasing, [Pair(prompt, "") for prompt in preserved], retain, given)
 
 
-def _pairs_of(concept: Concept, config: EraseConfig) -> list[Pair]:
+def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> list[Pair]:
     if not _content_words(concept.name):
         raise UserError(f"--concept {concept.name!r} names nothing; say what to erase, for example --concept circle")
-    source, towards = config.source_of(concept), config.goal_of(concept)
+    source, towards = options.source_of(concept), options.goal_of(concept)
     named = f"{concept.name} {source}".strip()
     pairs = [
         Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
-        for say in _wordings([named, towards or ""], config)
+        for say in _templates([named, towards or ""], options, world)
     ]
     # what another concept stands beside must not be taught to stay
-    clean = [p for p in dict.fromkeys(pairs) if not _names_any(config.concept_names, p.neutral)]
+    clean = [p for p in dict.fromkeys(pairs) if not _names_any(options.concept_names, p.neutral)]
     if not clean or any(p.prompt in (p.neutral, p.anchor) for p in clean):
         raise UserError(f"--concept {named!r} is the same as what it is erased from or mapped to; name something else")
-    return [Pair(p.prompt, p.neutral, p.anchor, config.eta_of(concept), concept.weight) for p in clean]
+    return [Pair(p.prompt, p.neutral, p.anchor, options.eta_of(concept), concept.weight) for p in clean]
 
 
 def names(concept: str, prompt: str) -> bool:
@@ -132,11 +141,11 @@ def _content_words(text: str) -> set[str]:
     return {word.strip(".,;:!?\"'()").lower() for word in text.split()} - {"a", "an", "the", "of", "in", "on", ""}
 
 
-def _wordings(texts: list[str], config: EraseConfig) -> list[Callable[[str], str]]:
-    if config.wordings == "bare":
+def _templates(texts: list[str], options: PromptOptions, world: World | None) -> list[Callable[[str], str]]:
+    if options.prompt_templates == "bare":
         return [lambda text: text]
-    if config.model is None:
-        return world.wordings(texts)
+    if world is not None:
+        return world.prompt_templates(texts)
     # the scene first: text encoders read from left to right, so its words are the same with and without the concept
     templates = TEMPLATES | {f"{scene}, {{}}": scene for scene in SCENES}
     return [functools.partial(_fill_in, template, nothing) for template, nothing in templates.items()]
@@ -146,16 +155,17 @@ def _fill_in(template: str, nothing: str, text: str) -> str:
     return template.format(text) if text else nothing
 
 
-def _protected(config: EraseConfig, asked: list[str]) -> list[str]:
+def _retain_set(options: PromptOptions, given: list[str], world: World | None) -> list[str]:
     """The null prompt, the `--preserve` prompts, and a built-in list without the prompts that name a concept.
 
     An attribute that is erased from something is protected beside everything else. That something is not: the words of
     "striped circle" are those of "striped" and "circle", and with both protected nothing could be learned.
     """
-    everyday = world.everyday() if config.model is None else everyday_prompts()
-    apart = [say(c.name) for c in config.concept if config.source_of(c) for say in _wordings([c.name], config)]
-    named = config.concept_names + config.sources
-    return list(dict.fromkeys(["", *(prompt for prompt in [*asked, *everyday, *apart] if not _names_any(named, prompt))]))
+    built_in = retain_prompts() if world is None else world.retain_prompts()
+    sourced = [c for c in options.concept if options.source_of(c)]
+    apart = [say(c.name) for c in sourced for say in _templates([c.name], options, world)]
+    named = options.concept_names + options.sources
+    return list(dict.fromkeys(["", *(prompt for prompt in [*given, *built_in, *apart] if not _names_any(named, prompt))]))
 
 
 def spread(items: list[Item], count: int | None) -> list[Item]:
@@ -165,27 +175,33 @@ def spread(items: list[Item], count: int | None) -> list[Item]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def everyday_prompts() -> list[str]:
+def retain_prompts() -> list[str]:
     """The built-in list: common subjects, styles and words of prompts."""
     return read_lines(files("esd_peft.prompts") / "retain_prompts.txt")
 
 
-def _sources_otherwise(config: EraseConfig) -> list[str]:
-    """What concepts are erased from, with other attributes: these the loss holds, as they cannot be protected."""
+def _sources_otherwise(options: PromptOptions, world: World | None) -> list[str]:
+    """What concepts are erased from, with other attributes: these the loss preserves, as they cannot be protected."""
     prompts: list[str] = []
-    for source in config.sources:
-        others = world.attributed(source) if config.model is None else [f"{word} {source}" for word in ATTRIBUTES]
-        prompts += [prompt for prompt in others if not _names_any(config.concept_names, prompt)]
+    for source in options.sources:
+        others = [f"{word} {source}" for word in ATTRIBUTES] if world is None else world.attributed(source)
+        prompts += [prompt for prompt in others if not _names_any(options.concept_names, prompt)]
     return prompts
 
 
-def _asked_to_preserve(config: EraseConfig) -> list[str]:
-    prompts = [*config.preserve]
-    if config.preserve_file is not None:
+def read_preserved(options: PromptOptions) -> list[str]:
+    """The prompts of --preserve and --preserve-file, once. Raises `UserError` if the file cannot be read, or holds none."""
+    prompts = [*options.preserve]
+    if options.preserve_file is not None:
         try:
-            prompts += read_lines(config.preserve_file)
+            prompts += read_lines(options.preserve_file)
         except UnreadableError as error:
-            raise UserError(f"--preserve-file {config.preserve_file} cannot be read: {error}") from None
+            raise UserError(f"--preserve-file {options.preserve_file} cannot be read: {error}") from None
         if not prompts:
-            raise UserError(f"--preserve-file {config.preserve_file} holds no prompt; write one a line")
+            raise UserError(f"--preserve-file {options.preserve_file} holds no prompt; write one a line")
+        for prompt in prompts:  # they become options in the config that is written
+            try:
+                check_text(prompt, is_name=False)
+            except ValueError as error:
+                raise UserError(f"--preserve-file {options.preserve_file}: {error}") from None
     return list(dict.fromkeys(prompts))

@@ -6,7 +6,6 @@ import gc
 import torch
 from torch import Tensor, nn
 
-from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.runtime import distributed
 
@@ -64,16 +63,6 @@ def release(device: torch.device) -> None:
     gc.collect()  # hooks and tracebacks leave references in circles
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def autocast(config: EraseConfig, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Mixed precision where the weights themselves learn, in fp32, and the denoiser is to compute in `dtype`.
-
-    Under an adapter the denoiser is in `dtype` as a whole, normalisation included, as plain diffusers runs it; the adapter
-    in it is in fp32 and is cast for its products (`esd_peft.training.student`).
-    Autocast would copy activations to fp32 and back around every normalisation (what that costs: docs/speed.md).
-    """
-    return torch.autocast(device.type, dtype, enabled=config.adapter == "none" and dtype != torch.float32)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """More than one process: `accelerate launch` starts them, each does its share of every rollout and of every batch.
 
-All of them make the same random draws and hold the same bank, student and optimizer. The first one writes and speaks. With
-one process nothing here does anything, and `torch.distributed` is not started.
+All of them make the same random draws and hold the same buffer, student and optimizer. The main process writes and speaks.
+With one process nothing here does anything, and `torch.distributed` is not started.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from esd_peft.errors import UserError
 
-PATIENCE = timedelta(minutes=30)  # with a process that lives but does not answer: the first one may be taking pictures
+PATIENCE = timedelta(minutes=30)  # with a process that lives but does not answer: the first one may be taking images
 _store: Store | None = None  # what the processes tell each other outside of collectives: who has failed first
 
 
@@ -53,7 +53,7 @@ def joined() -> Iterator[None]:
     """The others joined, and at the end left; only the first one speaks on standard output."""
     start()
     with contextlib.ExitStack() as stack:
-        if not first():
+        if not is_main_process():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
     if dist.is_initialized():
@@ -64,82 +64,87 @@ def first_to_fail() -> bool:
     """Whether no other process has failed before: the one that says why. To be asked once."""
     if _store is None:
         return True
-    with contextlib.suppress(RuntimeError):  # the store went with the launcher, or with the first process
+    try:
         return _store.add("esd_peft/failed", 1) == 1
-    return first()
+    except RuntimeError:  # the store went with the launcher, or with the first process
+        return is_main_process()
+    except KeyboardInterrupt:  # the launcher ends this one because another one is gone: rather said twice than never
+        return True
 
 
 def own_device(name: str) -> str:
     """The device `name` for this process: its own GPU of the machine. Raises `UserError` if there are too few."""
-    if size() == 1 or not name.startswith("cuda"):
+    if world_size() == 1 or not name.startswith("cuda"):
         return name
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if ":" in name:
-        raise UserError(f"--device {name} is one GPU, and there are {size()} processes; use cuda, and each takes its own")
+        raise UserError(
+            f"--device {name} is one GPU, and there are {world_size()} processes; use cuda, and each takes its own"
+        )
     if local >= there:
         raise UserError(f"--device {name}: PyTorch sees {there} CUDA devices, too few for the processes; launch {there}")
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and speaks."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def share(count: int) -> range:
     """Which of `count` things are this process's; the shares differ by one at most, and may be empty."""
-    if size() == 1:
+    if world_size() == 1:
         return range(count)
     rank = dist.get_rank()
-    return range(rank * count // size(), (rank + 1) * count // size())
+    return range(rank * count // world_size(), (rank + 1) * count // world_size())
 
 
 def gather(own: Tensor, count: int, dim: int) -> Tensor:
     """The shares of all processes, in order, along `dim`; `count` in all. Each gets the same bits."""
-    if size() == 1:
+    if world_size() == 1:
         return own
-    largest = -(-count // size())
+    largest = -(-count // world_size())
     padded = own.new_zeros(largest, *own.transpose(0, dim).shape[1:])
     padded[: own.shape[dim]] = own.transpose(0, dim)
-    parts = [torch.empty_like(padded) for _ in range(size())]
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
     with _together():
         dist.all_gather(parts, padded)
-    lengths = [(r + 1) * count // size() - r * count // size() for r in range(size())]
+    lengths = [(r + 1) * count // world_size() - r * count // world_size() for r in range(world_size())]
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).transpose(0, dim).contiguous()
 
 
-def add_up(values: list[Tensor]) -> None:
+def all_reduce(values: list[Tensor]) -> None:
     """Replace each by its sum over the processes."""
-    if size() > 1:
+    if world_size() > 1:
         with _together():
             for work in [dist.all_reduce(value, async_op=True) for value in values]:
                 work.wait()
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether it is so for some process: what all of them are to do at the same step."""
-    if size() == 1:
+    if world_size() == 1:
         return flag
-    told = torch.tensor(int(flag))
+    shared = torch.tensor(int(flag))
     with _together():
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return bool(shared)
 
 
-def from_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's value."""
-    if size() == 1:
+    if world_size() == 1:
         return value
-    told = [value]
+    shared = [value]
     with _together():
-        dist.broadcast_object_list(told, device=torch.device("cpu"))
-    return told[0]
+        dist.broadcast_object_list(shared, device=torch.device("cpu"))
+    return shared[0]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def noted() -> Iterator[list[int]]:
 
 def stop_here() -> None:
     """Raises `InterruptedBetweenSteps`, in all processes of the run, if a signal was noted in one of them."""
-    if _seen is not None and distributed.any_of(bool(_seen)):
+    if _seen is not None and distributed.any_process(bool(_seen)):
         raise InterruptedBetweenSteps
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 BITS = {"nf4": 4 + 32 / 64, "int8": 8}  # of a quantized weight; NF4 has an fp32 scale for every 64 of them
 
 
-class Meter(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of every tensor that is made while it is entered, from its making to its end.
 
     What was there before counts nothing; `peak` is the most that there was at a time.
@@ -47,13 +47,13 @@ class Meter(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def metered(*modules: nn.Module) -> Iterator[Meter]:
+def track_memory(*modules: nn.Module) -> Iterator[MemoryTracker]:
     """A meter that does not count the weights of `modules`, with attention that does not write its matrix down.
 
     PyTorch picks a fused kernel for attention by the device, and for the meta device none.
     """
     weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention), Meter(weights) as meter:
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention), MemoryTracker(weights) as meter:
         yield meter
 
 

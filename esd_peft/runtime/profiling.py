@@ -1,4 +1,4 @@
-"""What each phase of a job took: seconds, peak memory, and forward passes of the denoiser."""
+"""What each phase of a job took: seconds, peak memory, and evaluations of the denoiser."""
 
 import contextlib
 import time
@@ -15,17 +15,17 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
-class Costs:
-    """Filled in by `phase` and, for the forwards, by whoever runs the denoiser.
+class PhaseProfiler:
+    """Filled in by `phase`, and `nfe` by whoever runs the denoiser.
 
-    A forward-equivalent is one sample through the denoiser; a backward counts as two of them.
+    NFE (number of function evaluations) counts samples that go through the denoiser; a backward pass counts as two.
     """
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
-    forward_equivalents: int = 0
-    training_tuples: int = 0
+    nfe: int = 0
+    training_samples: int = 0
     _phase: str | None = None
     _since: float = 0.0
 

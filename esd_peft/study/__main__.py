@@ -17,7 +17,7 @@ USAGE = """usage: python -m esd_peft.study make     write a blinded rating page 
 def _make(argv: list[str]) -> None:
     config = parse(MakeStudyConfig, "study make", argv)
     record = make_study(config)
-    say(f"{len(record['items'])} pictures of {len(config.condition)} conditions")
+    say(f"{len(record['items'])} images of {len(config.condition)} conditions")
     say(f"{config.output / PAGE} goes to the raters; keep {config.output / KEY} to yourself. When they have sent answers:")
     key = shlex.quote(str(config.output / KEY))
     say(f"  python -m esd_peft.study analyse --key {key} --answers FILE.csv --answers FILE.csv ...")

@@ -35,7 +35,7 @@ class _Key(TypedDict):
 def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
     """Means of each condition, their differences from the first one, and the raters' agreement.
 
-    Intervals come from resampling raters and pictures, independently of each other and both with replacement (the
+    Intervals come from resampling raters and images, independently of each other and both with replacement (the
     pigeonhole bootstrap: Owen 2007, "The pigeonhole bootstrap"), because each of them would be others in another study.
 
     Raises `UserError` for answers that do not belong to the key, or are no ratings from 1 to 5.
@@ -60,7 +60,7 @@ def _is_ours(file: Path) -> bool:
 
 def _analyse(config: AnalyseStudyConfig) -> dict[str, Any]:
     key = _read_key(config.key)
-    ratings: dict[str, dict[str, int]] = {}  # rater: picture: rating
+    ratings: dict[str, dict[str, int]] = {}  # rater: image: rating
     for path in config.answers:
         for rater, given in _read_answers(path, key).items():
             if rater in ratings:
@@ -88,7 +88,7 @@ def _analyse(config: AnalyseStudyConfig) -> dict[str, Any]:
             name: {
                 "mean": means[name],
                 "interval": percentiles(draws[name]),
-                "pictures": int((conditions == name).sum()),
+                "images": int((conditions == name).sum()),
                 "ratings": [int((table[:, conditions == name] == value).sum()) for value in SCALE],
             }
             for name in key["conditions"]
@@ -105,10 +105,10 @@ def _analyse(config: AnalyseStudyConfig) -> dict[str, Any]:
 
 
 def _resampled_means(ratings: np.ndarray, raters: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Means of `[raters, pictures]` under how often each rater `[draws, raters]` and each picture is drawn: `[draws]`."""
-    pictures = resample(ratings.shape[1], random)
-    total = (raters @ np.nan_to_num(ratings) * pictures).sum(1)
-    count = (raters @ ~np.isnan(ratings) * pictures).sum(1)
+    """Means of `[raters, images]` under how often each rater `[draws, raters]` and each image is drawn: `[draws]`."""
+    images = resample(ratings.shape[1], random)
+    total = (raters @ np.nan_to_num(ratings) * images).sum(1)
+    count = (raters @ ~np.isnan(ratings) * images).sum(1)
     return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
 
 
@@ -126,7 +126,7 @@ def _read_key(path: Path) -> dict[str, Any]:
 
 
 def _read_answers(path: Path, key: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Rater: picture: rating. Raises `UserError` unless all of them are of this study."""
+    """Rater: image: rating. Raises `UserError` unless all of them are of this study."""
     try:
         columns, rows = read_csv(path)
     except UnreadableError as error:

@@ -6,8 +6,8 @@ from typing import Annotated
 import tyro
 from pydantic import Field, field_validator
 
-from esd_peft.cli import CommandConfig
 from esd_peft.io.text import shown
+from esd_peft.options import Options
 
 
 def condition_name(folder: Path) -> str:
@@ -15,25 +15,25 @@ def condition_name(folder: Path) -> str:
     return shown(folder.resolve().name)
 
 
-class MakeStudyConfig(CommandConfig):
+class MakeStudyConfig(Options):
     """Write a blinded rating page: one HTML file to send to raters, and its key, which stays with you."""
 
     condition: Annotated[list[Path], tyro.conf.UseAppendAction] = Field(default_factory=list)
-    """A folder of pictures made under one condition, named like it (real, base, erased); repeat the option."""
+    """A folder of images made under one condition, named like it (real, base, erased); repeat the option."""
     question: str
-    """What raters answer for each picture, for example "How much does this look like the work of Van Gogh?"."""
+    """What raters answer for each image, for example "How much does this look like the work of Van Gogh?"."""
     low: str = "not at all"
     """What 1 means."""
     high: str = "very much"
     """What 5 means."""
     reference: Path | None = None
-    """A folder of pictures that raters see beside every question, for example the artist's own works."""
+    """A folder of images that raters see beside every question, for example the artist's own works."""
     per_condition: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    """Pictures of each condition, drawn at random; left out: all."""
+    """Images of each condition, drawn at random; left out: all."""
     max_size: Annotated[int, Field(ge=16, le=4096)] = 768
-    """Longer side of the pictures in the page, in pixels; larger ones are scaled down."""
+    """Longer side of the images in the page, in pixels; larger ones are scaled down."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """The same pictures, options and seed give the same study."""
+    """The same images, options and seed give the same study."""
     output: Path = Path("study")
     """Where study.html and key.json go."""
     overwrite: bool = False
@@ -44,7 +44,7 @@ class MakeStudyConfig(CommandConfig):
     def _distinct(cls, value: list[Path]) -> list[Path]:
         names = [*map(condition_name, value)]
         if not value:
-            raise ValueError("name a folder of pictures for each condition")
+            raise ValueError("name a folder of images for each condition")
         if doubled := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ValueError(f"two folders are named {doubled[0]}; a condition is named like its folder, so rename one")
         return value
@@ -57,7 +57,7 @@ class MakeStudyConfig(CommandConfig):
         return value.strip()
 
 
-class AnalyseStudyConfig(CommandConfig):
+class AnalyseStudyConfig(Options):
     """Means of each condition with bootstrap intervals, and how well the raters agree."""
 
     answers: Annotated[list[Path], tyro.conf.UseAppendAction] = Field(default_factory=list)

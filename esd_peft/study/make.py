@@ -1,4 +1,4 @@
-"""From folders of pictures to a blinded rating page and its key."""
+"""From folders of images to a blinded rating page and its key."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esd_peft.io.images import open_picture, picture_bytes, picture_files
+from esd_peft.io.images import image_bytes, image_files, open_image
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import check_output, new_directory
 from esd_peft.io.text import shown
@@ -25,10 +25,10 @@ _QUALITY = 90
 def make_study(config: MakeStudyConfig) -> dict[str, Any]:
     """Write `study.html`, which says nothing about conditions, and `key.json`, which says it all.
 
-    Pictures are scaled and encoded anew, so that neither a file's name, size, format nor metadata tells conditions
+    Images are scaled and encoded anew, so that neither a file's name, size, format nor metadata tells conditions
     apart. Each rater sees them in an order of their own.
 
-    Returns what the key holds. Raises `UserError` for folders without pictures and for files that are none.
+    Returns what the key holds. Raises `UserError` for folders without images and for files that are none.
     """
     with hold(config.output):
         check_output(config.output, config.overwrite, [*config.condition, config.reference])
@@ -44,9 +44,9 @@ def _make(config: MakeStudyConfig) -> dict[str, Any]:
     for place in order:
         condition, path = chosen[place]
         name = hashlib.sha256(f"{study}/{len(items)}".encode()).hexdigest()[:10]
-        items.append({"id": name, "picture": _data_uri(path, config.max_size, "--condition")})
+        items.append({"id": name, "image": _data_uri(path, config.max_size, "--condition")})
         key[name] = {"condition": condition, "file": shown(path.name)}
-    references = picture_files(config.reference, "--reference") if config.reference else []
+    references = image_files(config.reference, "--reference") if config.reference else []
     page = {
         "study": study,
         "question": config.question,
@@ -64,11 +64,11 @@ def _make(config: MakeStudyConfig) -> dict[str, Any]:
 
 
 def _choose(config: MakeStudyConfig) -> list[tuple[str, Path]]:
-    """Condition and file of each picture in the study."""
+    """Condition and file of each image in the study."""
     random = np.random.default_rng(config.seed)
     chosen = []
     for folder in config.condition:
-        paths = picture_files(folder, "--condition")
+        paths = image_files(folder, "--condition")
         count = min(config.per_condition or len(paths), len(paths))
         picked = sorted(random.choice(len(paths), count, replace=False))
         chosen += [(condition_name(folder), paths[i]) for i in picked]
@@ -80,15 +80,15 @@ def _name_of(config: MakeStudyConfig, chosen: list[tuple[str, Path]]) -> str:
     said = [config.question, config.low, config.high, str(config.seed), str(config.max_size)]
     digest = hashlib.sha256(json.dumps(said).encode())
     for _, path in chosen:
-        digest.update(hashlib.sha256(picture_bytes(path, "--condition")).digest())
+        digest.update(hashlib.sha256(image_bytes(path, "--condition")).digest())
     return digest.hexdigest()[:12]
 
 
 def _data_uri(path: Path, size: int, option: str) -> str:
-    picture = open_picture(path, option)
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    image = open_image(path, option)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
-    picture.save(encoded, "WEBP", quality=_QUALITY)
+    image.save(encoded, "WEBP", quality=_QUALITY)
     return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 

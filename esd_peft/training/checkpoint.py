@@ -1,7 +1,10 @@
 """What a run has so far, on disk, so that `--resume` goes on from there, bit for bit.
 
+Should a resumed run differ, compare what it is made of: `Trainer.state_dict`, the sampler's `state_dict` (`batches.py`),
+the buffer, and what else the bits depend on (`esd_peft.runtime.reproducibility`).
+
 Beside the output `DIR` lies `DIR.checkpoint/`: `step-N.safetensors` with what has been learned and where everything stands,
-and `bank-HASH.safetensors` with the tuples it trains on. Each file appears whole (temporary file, fsync, rename), and the
+and `buffer-HASH.safetensors` with the samples it trains on. Each file appears whole (temporary file, fsync, rename), and the
 one before goes only then: a kill at any moment leaves a checkpoint to resume from, or none yet. The last one, of what has
 been learned, stays until the output is there.
 """
@@ -12,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +24,92 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError, system_reason
 from esd_peft.io.outputs import empty_folder, new_file, remove_left, take_folder
 from esd_peft.io.text import UnreadableError, parse_json
+from esd_peft.training.options import CheckpointOptions
 
-_BANK = re.compile(r"bank-[0-9a-f]{16}\.safetensors")
-_IN_BANK = {"inputs", "timesteps", "teacher", "pairs", "after"}
+_BUFFER = re.compile(r"buffer-[0-9a-f]{16}\.safetensors")
+_IN_BUFFER = {"inputs", "timesteps", "teacher", "pairs"}
 # what may differ between a run and its resumption: it changes nothing in the adapter
-_FREE = {"output", "overwrite", "resume", "plan", "checkpoint_every", "report_to", "eval_seeds", "memory_budget"}
-_FREE |= {"device", "dtype"}  # what these came to is compared
+_FREE = {
+    "output", "overwrite", "resume", "plan", "checkpointing_steps", "report_to", "num_validation_images", "evaluate",
+    "memory_budget", "device", "dtype",  # what the last two came to is compared
+}  # fmt: skip
 
 
 class Checkpoints:
     """The checkpoints of one run, which holds its output (`esd_peft.io.jobs`)."""
 
-    def __init__(self, config: EraseConfig, base: dict[str, str], made_with: dict[str, str] | None = None) -> None:
-        """`base` tells the model's files by their hashes, `made_with` what else the bits depend on."""
+    def __init__(
+        self,
+        options: CheckpointOptions,
+        config: dict[str, Any],
+        base: dict[str, str],
+        made_with: dict[str, str] | None = None,
+    ) -> None:
+        """`config` are the run's options by name, `base` tells the model's files by their hashes, `made_with` what else the
+        bits depend on."""
         self.config = self._claimed = _compared(config)
         self.base = base
         self.made_with = {**(made_with or {}), "threads": str(torch.get_num_threads())}
-        self.folder = config.output.with_name(f"{config.output.name}.checkpoint")
-        self.every = config.checkpoint_every
+        self.folder = options.output.with_name(f"{options.output.name}.checkpoint")
+        self.every = options.checkpointing_steps
         take_folder(self.folder)
         try:
-            self._claim(config)
+            self._claim(options)
         except UserError:
             self.__exit__(UserError)
             raise
 
-    def _claim(self, config: EraseConfig) -> None:
+    def _claim(self, options: CheckpointOptions) -> None:
         for draft in self.folder.glob(".*.draft-*"):  # of a run that was killed
             remove_left(self.folder / draft.name[1:].partition(".draft-")[0])
-        if not config.resume and config.overwrite:
+        if not options.resume and options.overwrite:
             self._remove(keep=())
-        elif not config.resume and self._steps():
+        elif not options.resume and self._steps():
             raise UserError(
-                f"--output {config.output}: {self.folder} holds an unfinished run; add --resume to go on, or --overwrite to "
-                "start anew"
+                f"--output {options.output}: {self.folder} holds an unfinished run; add --resume to go on, or --overwrite "
+                "to start anew"
             )
-        elif config.resume and not self._steps():
+        elif options.resume and not self._steps():
             raise UserError(f"--resume: {self.folder} holds no checkpoint; leave --resume out to start from the beginning")
 
-    def hand_over(self, config: EraseConfig) -> EraseConfig:
-        """The run starts once more, with the settings of `config`: as returned, from the checkpoint that it left, if any."""
-        self.config = _compared(config)
-        return config.model_copy(update={"resume": bool(self._steps())})
+    def settings_left(self, names: Iterable[str]) -> dict[str, Any]:
+        """What the options `names` were in the run that is resumed, which may have taken less memory than it was given."""
+        config = (_read(max(self._steps()))[1] or {}).get("config")
+        return {name: config[name] for name in names if isinstance(config, dict) and name in config}
 
-    def save(self, step: int, state: dict[str, Any], bank: dict[str, Tensor] | None) -> None:
-        """Write `state` (dicts and lists of tensors and JSON values) as it is after `step`, and the bank if it is new.
+    def goes_on_with(self, config: dict[str, Any]) -> None:
+        """The options with which the run that is resumed goes on."""
+        self.config = self._claimed = _compared(config)
+
+    def restart_with(self, config: dict[str, Any]) -> bool:
+        """The run starts once more, with other options: from the checkpoint that it left, if there is one, as returned."""
+        self.config = _compared(config)
+        return bool(self._steps())
+
+    def save(self, step: int, state: dict[str, Any], buffer: dict[str, Tensor] | None) -> None:
+        """Write `state` (dicts and lists of tensors and JSON values) as it is after `step`, and the buffer if it is new.
 
         The checkpoint before is removed when this one is there. Raises `UserError` if the disk is full.
         """
-        bank_name = None
-        if bank is not None:
-            bank_name = f"bank-{hashlib.sha256(bank['after'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
-            if not (self.folder / bank_name).is_file():
-                self._write(bank_name, bank, {})
+        buffer_name = None
+        if buffer is not None:
+            buffer_name = (
+                f"buffer-{hashlib.sha256(state['sampler']['before'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
+            )
+            if not (self.folder / buffer_name).is_file():
+                self._write(buffer_name, buffer, {})
         tensors: dict[str, Tensor] = {}
-        values = {"state": _taken_apart(state, tensors), "config": self.config, "base": self.base, "bank": bank_name}
+        values = {"state": _taken_apart(state, tensors), "config": self.config, "base": self.base, "buffer": buffer_name}
         values["made_with"] = self.made_with
         name = f"step-{step:08d}.safetensors"
         self._write(name, tensors, values)
-        self._remove(keep=(name, bank_name))
+        self._remove(keep=(name, buffer_name))
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-        """The newest state, and its bank, none where that is damaged (it is then made anew).
+        """The newest state, and its buffer, none where that is damaged (it is then made anew).
 
         Raises `UserError` if the checkpoint is damaged, or is of another config, other weights or another dtype. Whatever
         else the bits depend on is said on stderr if it is another.
@@ -95,10 +118,10 @@ class Checkpoints:
         tensors, values = _read(path)
         damaged = UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
         try:
-            config, base, bank_name, made_with = (values[key] for key in ("config", "base", "bank", "made_with"))
+            config, base, buffer_name, made_with = (values[key] for key in ("config", "base", "buffer", "made_with"))
             state = _put_together(values["state"], tensors)
             maps = all(isinstance(value, dict) for value in (config, state, made_with))
-            if not maps or (bank_name and not _BANK.fullmatch(bank_name)):
+            if not maps or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
                 raise damaged
         except (KeyError, TypeError, ValueError, RecursionError):
             raise damaged from None
@@ -109,8 +132,8 @@ class Checkpoints:
         if base != self.base:
             raise UserError("--resume: the model's files have changed since; restore them, or --overwrite to start anew")
         self._compare(made_with)
-        bank = _read(self.folder / bank_name)[0] if bank_name else {}
-        return state, bank if bank.keys() == _IN_BANK else None
+        buffer = _read(self.folder / buffer_name)[0] if buffer_name else {}
+        return state, buffer if buffer.keys() == _IN_BUFFER else None
 
     def _compare(self, before: dict[str, Any]) -> None:
         """With what the checkpoint was made with."""
@@ -153,8 +176,8 @@ class Checkpoints:
         _sync(self.folder)  # so that the new name is on the disk before the old file goes
 
 
-def _compared(config: EraseConfig) -> dict[str, Any]:
-    return {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _FREE}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -1,113 +1,126 @@
 """The contrastive mode that some summaries of the paper describe. The paper contains none of it; see docs/objectives.md."""
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esd_peft.errors import UserError
-from esd_peft.io.images import read_pictures
-from esd_peft.models.family import pick
-from esd_peft.models.sampling import encode_prompts, make_pictures
+from esd_peft.io.images import checked_images, read_images
+from esd_peft.models.family import index_embeds
+from esd_peft.models.sampling import encode_prompts, make_images
+from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
-from esd_peft.training.esd import Batch, Objective, Supply
+from esd_peft.runtime.seeds import generator as named_generator
+from esd_peft.training.batches import Batch
+from esd_peft.training.options import TrainingOptions
 from esd_peft.training.rollout import Rollout
 
 TEMPERATURE, NEGATIVE_WEIGHT, EPOCHS = 0.07, 0.5, 10
-PICTURES = 64  # of a concept, where the teacher makes them
+WEIGHT_DECAY = 1e-4
+IMAGES = 64  # of a concept, where the teacher makes them
 
 
-@dataclass
-class Contrastive(Objective):
+def contrastive_loss(prediction: Tensor, batch: Batch) -> Tensor:
     """−log(e^{p/τ} / (e^{p/τ} + w·e^{n/τ})), p = cos(output, noise), n = cos(output, reference), τ = 0.07, w = 0.5.
 
-    The output is the student's prediction for a noised reference picture and the concept's prompt.
+    The output is the student's prediction for a noised reference image and the concept's prompt.
     """
-
-    weight_decay: ClassVar[float] = 1e-4
-    train_batch_size: ClassVar[int] = 32
-
-    rollout: Rollout
-    references: Tensor  # [concepts, N, ...] latents of reference pictures in all their variations, on the CPU
-
-    @property
-    def learning_rate(self) -> float:
-        return 1e-4
-
-    @property
-    def steps(self) -> int:
-        """Each variation once."""
-        return math.ceil(self.references.shape[0] * self.references.shape[1] / self.batch_size)
-
-    def batches(self, generator: torch.Generator, resume: Supply | None = None) -> Iterator[Batch]:
-        return itertools.islice(self._batches(generator), resume.taken if resume else 0, None)
-
-    def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        rollout, size = self.rollout, self.batch_size
-        kept = rollout.backbone.noise_schedule.alphas_cumprod()
-        flat = self.references.flatten(0, 1)
-        plain = send(torch.tensor([pairs[0] for pairs in rollout.table.concepts]), rollout.device)
-        rows = rollout.table.prompts[plain].repeat_interleave(self.references.shape[1])
-        while True:
-            for chosen in torch.randperm(len(flat), generator=generator).split(size):
-                latents = flat[chosen]
-                noise = torch.randn(latents.shape, generator=generator)
-                timesteps = torch.randint(len(kept), (len(chosen),), generator=generator)
-                share = kept[timesteps].view(-1, *[1] * (latents.dim() - 1))
-                noised = send(share.sqrt() * latents + (1 - share).sqrt() * noise, rollout.device)
-                sides = send(torch.cat([noise, latents]), rollout.device)
-                embeds = pick(rollout.table.embeds, rows[send(chosen, rollout.device)])
-                ones = torch.ones(len(chosen), device=rollout.device)
-                yield Batch(noised, send(timesteps, rollout.device), embeds, sides, ones, ones, erasing=len(chosen))
-
-    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
-        noise, reference = batch.teacher.float().flatten(1).chunk(2)
-        answer = prediction.float().flatten(1)
-        positive = nn.functional.cosine_similarity(answer, noise) / TEMPERATURE
-        negative = nn.functional.cosine_similarity(answer, reference) / TEMPERATURE + math.log(NEGATIVE_WEIGHT)
-        return (batch.weight * (torch.logaddexp(positive, negative) - positive)).mean()
+    noise, reference = batch.teacher.float().flatten(1).chunk(2)
+    output = prediction.float().flatten(1)
+    positive = nn.functional.cosine_similarity(output, noise) / TEMPERATURE
+    negative = nn.functional.cosine_similarity(output, reference) / TEMPERATURE + math.log(NEGATIVE_WEIGHT)
+    return (batch.weight * (torch.logaddexp(positive, negative) - positive)).mean()
 
 
-def make_contrastive(rollout: Rollout, generator: torch.Generator) -> Contrastive:
-    """With reference pictures from the config's folder, or made by the teacher; each is augmented anew for every epoch.
+def epochs_of_references(training: TrainingOptions, concepts: int) -> int:
+    """Optimizer steps in which each variation of each reference image is seen once.
 
-    Raises `UserError` if the folder holds no picture that can be read.
+    Raises `UserError` if the folder of references holds no image that can be read.
     """
-    config, backbone = rollout.config, rollout.backbone
-    if not backbone.noise_schedule.predicts_noise:
+    images = IMAGES if training.reference is None else len(checked_images(training.reference, "--reference"))
+    return math.ceil(concepts * images * EPOCHS / training.train_batch_size)
+
+
+class ReferenceSampler:
+    """Batches of noised reference images, in random order, epoch after epoch."""
+
+    def __init__(
+        self, rollout: Rollout, table: PairTable, references: Tensor, batch_size: int, generator: torch.Generator
+    ) -> None:
+        """`references` `[concepts, N, ...]` are latents of the images in all their variations, on the CPU."""
+        self.batch_size, self.generator, self.device = batch_size, generator, rollout.student.device
+        self.references = references.flatten(0, 1)
+        plain = send(torch.tensor([pairs[0] for pairs in table.concepts]), self.device)
+        self.rows = table.prompts[plain].repeat_interleave(references.shape[1])
+        self.embeds = table.embeds
+        self.alphas_cumprod = rollout.student.family.noise_schedule.alphas_cumprod()
+        self.order = torch.empty(0, dtype=torch.int64)  # what is left of this epoch
+
+    def __next__(self) -> Batch:
+        if not len(self.order):
+            self.order = torch.randperm(len(self.references), generator=self.generator)
+        chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+        latents = self.references[chosen]
+        noise = torch.randn(latents.shape, generator=self.generator)
+        timesteps = torch.randint(len(self.alphas_cumprod), (len(chosen),), generator=self.generator)
+        share = self.alphas_cumprod[timesteps].view(-1, *[1] * (latents.dim() - 1))
+        noised = send(share.sqrt() * latents + (1 - share).sqrt() * noise, self.device)
+        sides = send(torch.cat([noise, latents]), self.device)
+        embeds = index_embeds(self.embeds, self.rows[send(chosen, self.device)])
+        ones = torch.ones(len(chosen), device=self.device)
+        return Batch(noised, send(timesteps, self.device), embeds, sides, ones, ones, erasing=len(chosen))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `batches.Sampler`."""
+        return {"generator": self.generator.get_state(), "order": self.order, "buffer": None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `batches.Sampler`."""
+        self.generator.set_state(state["generator"])
+        self.order = state["order"]
+        if not set(self.order.tolist()) <= set(range(len(self.references))):
+            raise ValueError("an order of other images")
+
+
+def make_references(rollout: Rollout, concepts: list[str], training: TrainingOptions, batch_size: int) -> Tensor:
+    """Latents `[concepts, N, ...]` of the images in the folder of references, or of some that the teacher makes.
+
+    Each is augmented anew for every epoch. Raises `UserError` if the folder holds no image that can be read.
+    """
+    student, family = rollout.student, rollout.student.family
+    if not family.noise_schedule.predicts_noise:
         raise UserError("--objective contrastive compares with noise, which a v-prediction model does not predict; use esd")
-    with rollout.costs.phase("references"):
-        if config.reference is not None:
-            made = read_pictures(config.reference, backbone.picture_size(rollout.denoiser), "--reference").unsqueeze(0)
+    generator = named_generator(training.seed, "references")
+    with rollout.profiler.phase("references"):
+        if training.reference is not None:
+            made = read_images(training.reference, family.image_size(student.denoiser), "--reference").unsqueeze(0)
         else:
-            prompts = encode_prompts(backbone, config.concept_names, rollout.device, rollout.dtype)
-            with rollout.teacher(), rollout.autocast():
-                pipe = backbone.pipeline(rollout.denoiser, rollout.device, rollout.dtype)
-                made = make_pictures(pipe, prompts, PICTURES, config.rollout_batch_size, config.seed, "references")
-            rollout.costs.forward_equivalents += 2 * backbone.num_inference_steps * made.shape[0] * made.shape[1]
+            prompts = encode_prompts(family, concepts, student.device, student.dtype)
+            with student.teacher(), student.autocast():
+                pipe = family.pipeline(student.denoiser, student.device, student.dtype)
+                made = make_images(pipe, prompts, IMAGES, batch_size, training.seed, "references")
+            rollout.profiler.nfe += 2 * family.num_inference_steps * made.shape[0] * made.shape[1]
         latents = []
-        for pictures in made:
-            varied = torch.cat([augment(pictures, generator) for _ in range(EPOCHS)])
-            latents.append(backbone.encode_pictures(varied, generator, rollout.device))
-    return Contrastive(rollout, torch.stack(latents))
+        for images in made:
+            varied = torch.cat([augment(images, generator) for _ in range(EPOCHS)])
+            latents.append(family.encode_images(varied, generator, student.device))
+    return torch.stack(latents)
 
 
-def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Crop (80 to 100 % of each side, resized back), flip, and jitter brightness, contrast and saturation by up to 20 %.
 
     `[N, 3, H, W]` in [0, 1] to the same.
     """
     made = []
-    for picture in pictures:
+    for image in images:
         scale, top, left, flip, brightness, contrast, saturation = torch.rand(7, generator=generator).tolist()
-        height, width = (max(1, round(side * (0.8 + 0.2 * scale))) for side in picture.shape[1:])
-        y, x = int(top * (picture.shape[1] - height)), int(left * (picture.shape[2] - width))
-        cut = picture[None, :, y : y + height, x : x + width]
-        varied = nn.functional.interpolate(cut, picture.shape[1:], mode="bilinear", antialias=True)[0]
+        height, width = (max(1, round(side * (0.8 + 0.2 * scale))) for side in image.shape[1:])
+        y, x = int(top * (image.shape[1] - height)), int(left * (image.shape[2] - width))
+        cut = image[None, :, y : y + height, x : x + width]
+        varied = nn.functional.interpolate(cut, image.shape[1:], mode="bilinear", antialias=True)[0]
         varied = varied.flip(2) if flip < 0.5 else varied
         varied = varied * (0.8 + 0.4 * brightness)
         for centre, amount in ((varied.mean(), contrast), (varied.mean(0, keepdim=True), saturation)):

@@ -1,4 +1,4 @@
-"""What learns: scopes turned into PEFT adapters, or into the base weights themselves; how it is saved.
+"""What learns: scopes turned into PEFT adapters, or into the base weights themselves; how it predicts, and how it is saved.
 
 One denoiser serves teacher and student: the teacher is the student with its adapter disabled.
 """
@@ -16,44 +16,41 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from esd_peft.config import SCOPES, EraseConfig
-from esd_peft.errors import UserError
-from esd_peft.models import Backbone
+from esd_peft.adapters.saved import WEIGHTS_FILE
+from esd_peft.memory.options import MemoryOptions
+from esd_peft.models import ModelFamily, PromptEmbeds
+from esd_peft.models.offload import offload_base
+from esd_peft.models.quantize import load_quantized
+from esd_peft.prompts.plan import PromptPlan
+from esd_peft.runtime.devices import place
 from esd_peft.runtime.seeds import seed_for
-from esd_peft.training.closed_form import factors
-from esd_peft.training.prompt_maps import PromptMaps
-
-WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter none: the new values under the denoiser's own names
-
-
-def scope_modules(backbone: Backbone, denoiser: ModelMixin, scope: str) -> list[str]:
-    """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none.
-
-    Grouped convolutions, such as Sana's depthwise ones, are left out: PEFT adapts none whose groups do not divide the rank,
-    and a depthwise kernel of 3x3 has fewer weights than its factors would have.
-    """
-    layers = [(name, module) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return _select(backbone, scope, [name for name, module in layers if getattr(module, "groups", 1) == 1])
-
-
-def scope_parameters(backbone: Backbone, denoiser: ModelMixin, scope: str) -> list[str]:
-    """Names of the parameters in `scope`. Raises `UserError` if there are none."""
-    return _select(backbone, scope, [name for name, _ in denoiser.named_parameters()])
-
-
-def _select(backbone: Backbone, scope: str, names: list[str]) -> list[str]:
-    chosen = [name for name in names if backbone.in_scope(scope, name)]
-    if not chosen:
-        others = [s for s in SCOPES if any(backbone.in_scope(s, name) for name in names)]
-        raise UserError(f"--scope {scope} selects nothing in this model; these select something: {', '.join(others)}")
-    return chosen
+from esd_peft.training.linear_edit import PromptMaps, factors, prompt_maps
+from esd_peft.training.options import StudentOptions
 
 
 class Student(ABC):
-    """A denoiser with something to train in it."""
+    """A denoiser with something to train in it, which computes on `device` in `dtype`."""
 
-    denoiser: ModelMixin
-    parameters: list[nn.Parameter]  # fp32
+    mixed_precision = False  # the weights themselves are in fp32, whatever the denoiser computes in
+
+    def __init__(self, family: ModelFamily, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> None:
+        self.family, self.denoiser, self.device, self.dtype = family, denoiser, device, dtype
+        self.parameters: list[nn.Parameter] = []  # what learns, in fp32
+
+    def predict(self, inputs: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """The denoiser's prediction `[B, ...]` as it is now, for scaled latents `[B, ...]` and timesteps `[B]`."""
+        with self.autocast():
+            return self.family.predict(self.denoiser, inputs.to(self.dtype), timesteps, embeds)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Mixed precision where the weights themselves learn, in fp32, and the denoiser is to compute in half precision.
+
+        Under an adapter the denoiser is in `dtype` as a whole, normalisation included, as plain diffusers runs it; the
+        adapter in it is in fp32 and is cast for its products (`compute_in_inputs_dtype`). Autocast would copy activations
+        to fp32 and back around every normalisation (what that costs: docs/speed.md).
+        """
+        enabled = self.mixed_precision and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     @abstractmethod
     def teacher(self) -> contextlib.AbstractContextManager[None]:
@@ -61,7 +58,7 @@ class Student(ABC):
 
     @abstractmethod
     def start_from(self, changes: PromptMaps) -> None:
-        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`closed_form`).
+        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`linear_edit`).
 
         To be called, with an empty dict if there is none, once weights and projections are where they are trained: it
         projects what was drawn at random too.
@@ -69,48 +66,79 @@ class Student(ABC):
 
     @abstractmethod
     def project(self) -> None:
-        """Take out of what was learned all that acts on protected embeddings; to be called after each step."""
+        """Take out of what was learned all that acts on the retain set's embeddings; to be called after each step."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
         """Write what was learned."""
 
 
-def make_student(
-    backbone: Backbone, denoiser: ModelMixin, config: EraseConfig, projections: PromptMaps | None = None
+def load_student(
+    family: ModelFamily,
+    options: StudentOptions,
+    memory: MemoryOptions,
+    prompts: PromptPlan,
+    embeds: PromptEmbeds,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
 ) -> Student:
-    """Make the config's scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing.
+    """The denoiser on the device, what learns in it, and what that starts from. `embeds` are those of `prompts.texts`."""
+    if memory.quantize != "none":
+        denoiser = load_quantized(family, memory.quantize, dtype, device)
+    else:  # the weights themselves learn in fp32; under an adapter they are only read
+        denoiser = family.load_denoiser(torch.float32 if options.adapter_type == "none" else dtype)
+    if not memory.offload:
+        place(denoiser, device)
+    here = {name: value.to(denoiser.device) for name, value in embeds.items()}
+    maps = prompt_maps(options, prompts, family, denoiser, here)
+    projections, changes = ({kind: value.to(device) for kind, value in found.items()} for found in maps)
+    student = make_student(family, denoiser, options, device, dtype, seed, projections)
+    if memory.offload:
+        offload_base(denoiser, device)
+    student.start_from(changes)
+    return student
 
-    `projections` keep layers that read the prompt off the protected embeddings (`esd_peft.training.nullspace`): their
-    change is ΔW P. A LoRA's ΔW = B A takes it into A; LoHa and LoKr have no such factor and go without.
+
+def make_student(
+    family: ModelFamily,
+    denoiser: ModelMixin,
+    options: StudentOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    projections: PromptMaps | None = None,
+) -> Student:
+    """Make the scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing.
+
+    `projections` keep layers that read the prompt off the retain set's embeddings (`linear_edit`): their change is ΔW P. A
+    LoRA's ΔW = B A takes it into A; LoHa and LoKr have no such factor and go without.
     """
-    if config.adapter == "none":
-        names = scope_parameters(backbone, denoiser, config.learning_scope)
-        return _WeightsStudent(backbone, denoiser, names, projections or {})
-    layers = scope_modules(backbone, denoiser, config.learning_scope)
-    return _AdapterStudent(backbone, denoiser, layers, config, projections or {})
+    if options.adapter_type == "none":
+        return _WeightsStudent(family, denoiser, options, device, dtype, projections or {})
+    return _AdapterStudent(family, denoiser, options, device, dtype, seed, projections or {})
 
 
 class _AdapterStudent(Student):
     def __init__(
         self,
-        backbone: Backbone,
+        family: ModelFamily,
         denoiser: ModelMixin,
-        targets: list[str],
-        config: EraseConfig,
+        options: StudentOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
         projections: PromptMaps,
     ) -> None:
-        self.backbone, self.denoiser = backbone, denoiser
-        rank = config.adapter_rank
-        alpha = rank if config.alpha is None else config.alpha
-        sizes = {"r": rank, "target_modules": targets}
+        super().__init__(family, denoiser, device, dtype)
+        sizes = {"r": options.rank, "target_modules": family.scope_modules(denoiser, options.scope)}
         made: peft.PeftConfig = {
-            "lora": lambda: peft.LoraConfig(lora_alpha=alpha, **sizes),
-            "loha": lambda: peft.LoHaConfig(alpha=alpha, **sizes),
-            "lokr": lambda: peft.LoKrConfig(alpha=alpha, **sizes),
-        }[config.adapter]()
+            "lora": lambda: peft.LoraConfig(lora_alpha=options.alpha, **sizes),
+            "loha": lambda: peft.LoHaConfig(alpha=options.alpha, **sizes),
+            "lokr": lambda: peft.LoKrConfig(alpha=options.alpha, **sizes),
+        }[options.adapter_type]()
         with torch.random.fork_rng(devices=[]):  # peft draws the initial weights from the global generator
-            torch.manual_seed(seed_for(config.seed, "adapter"))
+            torch.manual_seed(seed_for(seed, "adapter"))
             self.peft = peft.get_peft_model(denoiser, made)
         compute_in_inputs_dtype(denoiser)
         # where the base lies here is nobody's business: `base.json` has it
@@ -119,13 +147,13 @@ class _AdapterStudent(Student):
         self._projected = [
             (parameter, projections[kind])
             for name, parameter in denoiser.named_parameters()
-            if "lora_A" in name and (kind := backbone.prompt_input(name)) in projections
+            if "lora_A" in name and (kind := family.prompt_input(name)) in projections
         ]
 
     @torch.no_grad()
     def start_from(self, changes: PromptMaps) -> None:
         for name, layer in self.denoiser.named_modules():
-            if isinstance(layer, LoraLayer) and (kind := self.backbone.prompt_input(name)) in changes:
+            if isinstance(layer, LoraLayer) and (kind := self.family.prompt_input(name)) in changes:
                 base = layer.base_layer
                 rows = changes[kind].T.to(base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32)
                 product = (base(rows) - base(torch.zeros_like(rows))).T  # W D, in however few bits W is stored
@@ -158,7 +186,7 @@ class _AdapterStudent(Student):
                 name.removeprefix("base_model.model."): value.cpu() * (scale if "lora_B" in name else 1)
                 for name, value in layers.items()
             }
-            self.backbone.save_lora(directory, layers, config.to_dict() | {"lora_alpha": config.r})
+            self.family.save_lora(directory, layers, config.to_dict() | {"lora_alpha": config.r})
 
 
 def compute_in_inputs_dtype(denoiser: ModelMixin) -> None:
@@ -179,23 +207,34 @@ def _product(factor: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class _WeightsStudent(Student):
-    """`--adapter none`. The denoiser holds fp32 master weights; a copy of the scoped ones stands by as the teacher's."""
+    """`--adapter-type none`. The denoiser holds fp32 weights; a copy of the scoped ones stands by as the teacher's."""
 
-    def __init__(self, backbone: Backbone, denoiser: ModelMixin, names: list[str], projections: PromptMaps) -> None:
-        self.backbone, self.denoiser, self.names = backbone, denoiser, names
+    mixed_precision = True
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        denoiser: ModelMixin,
+        options: StudentOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        projections: PromptMaps,
+    ) -> None:
+        super().__init__(family, denoiser, device, dtype)
+        names = self.names = family.scope_parameters(denoiser, options.scope)
         everything = dict(denoiser.named_parameters())
         self.parameters = [everything[name].requires_grad_() for name in names]
         self._frozen = [p.detach().clone() for p in self.parameters]
         self._projected = [
             (parameter, frozen, projections[kind])
             for name, parameter, frozen in zip(names, self.parameters, self._frozen, strict=True)
-            if parameter.dim() == 2 and (kind := backbone.prompt_input(name)) in projections
+            if parameter.dim() == 2 and (kind := family.prompt_input(name)) in projections
         ]
 
     @torch.no_grad()
     def start_from(self, changes: PromptMaps) -> None:
         for name, weight in zip(self.names, self.parameters, strict=True):
-            if weight.dim() == 2 and (kind := self.backbone.prompt_input(name)) in changes:
+            if weight.dim() == 2 and (kind := self.family.prompt_input(name)) in changes:
                 weight.add_(weight @ changes[kind])
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ def test_the_authors_iteration_updates_cross_attention_alone(suite, small_sd):
 
 def test_our_steps_are_timed_as_the_suite_times_them(suite):
     options = {"trajectories": 2, "num_inference_steps": 2, "train_batch_size": 2, "max_train_steps": 2, "device": "cpu"}
-    found = suite._our_steps(None, options)
+    found = suite._our_steps("shapes", options)
     assert set(found) == {"rollout_step_s", "training_step_s"} and all(0 < v < 10 for v in found.values())
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from esd_peft.adapters.options import MergeConfig
-from esd_peft.config import Concept, EraseConfig
+from esd_peft.config import EraseConfig
+from esd_peft.options import groups_of
+from esd_peft.prompts.options import Concept
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -27,10 +29,10 @@ def test_every_command_is_found(reference):
     assert found["erase"] is EraseConfig
     assert found["merge_adapter"] is MergeConfig
     sources = [path.read_text(encoding="utf-8") for path in (DOCS.parent / "esd_peft").rglob("*.py")]
-    assert len(found) == sum(len(re.findall(r"class \w+Config\(", text)) for text in sources) - 1  # CommandConfig
+    assert len(found) == sum(len(re.findall(r"class \w+Config\(", text)) for text in sources)
 
 
-@pytest.mark.parametrize("kind", [EraseConfig, MergeConfig, Concept])
+@pytest.mark.parametrize("kind", [*groups_of(EraseConfig).values(), MergeConfig, Concept])
 def test_every_field_has_a_row_with_an_explanation(kind):
     rows = {cells[1].strip(" `"): cells for line in (DOCS / "config.md").read_text(encoding="utf-8").splitlines()
             if len(cells := re.split(r"(?<!\\)\|", line)) == 6}  # fmt: skip
@@ -42,7 +44,7 @@ def test_every_field_has_a_row_with_an_explanation(kind):
 def test_a_row_has_the_values_and_the_default_of_its_field(reference):
     text = reference.page()
     assert "| `rank` | a whole number ≥ 1, ≤ 1024 |  | Rank of the adapter;" in text
-    assert "| `adapter` | `lora`, `loha`, `lokr`, `none` | `lora` |" in text
+    assert "| `adapter_type` | `lora`, `loha`, `lokr`, `none` | `lora` |" in text
     assert "| `plan` | true, false | `false` |" in text
     assert "| `output` | a path | required | Where the merged pipeline goes" in text
     assert "| `seed` | a whole number ≥ 0 | `0` |" in text

@@ -20,9 +20,17 @@ from esd_peft.io.tensors import NAME
 from esd_peft.study.analyse import analyse_study
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
+from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes.train import train
 
-QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 0}
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 1,
+    "max_train_steps": 1,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 0,
+}
 
 
 def refused(says, output, job, *args, **options):
@@ -66,9 +74,9 @@ def test_concepts_the_embedded_pipeline_does_not_know(tmp_path, concept, says):
         ),
         ({"concept": "the"}, "--concept 'the'"),
         ({"min_timestep": 990, "num_inference_steps": 4}, "--min-timestep"),
-        ({"adapter": "none"}, "--rank and --alpha"),
+        ({"adapter_type": "none"}, "--rank and --alpha"),
         ({"trajectories": 1, "concept": ["circle", "red"]}, "--trajectories"),
-        ({"until": 0.0, "map_to": "square"}, "--until"),
+        ({"stop_at": 0.0, "map_to": "square"}, "--stop-at"),
     ],
     ids=str,
 )
@@ -270,11 +278,10 @@ def test_one_thread_at_a_time(mine):
 
 
 def test_adapters_that_do_not_fit(adapter, tmp_path):
-    embedded = EraseConfig(concept="circle").model  # another architecture: the shapes pipeline
-    assert embedded is None
-    from esd_peft.models import EMBEDDED
-
-    refused_merge("does not fit the base", tmp_path / "out", adapter=adapter, base=str(EMBEDDED))
+    embedded = EraseConfig(concept="circle").pretrained.model  # another architecture: the shapes pipeline
+    assert embedded == "shapes"
+    for base in (embedded, str(WORLDS[embedded].pipeline)):
+        refused_merge("does not fit the base", tmp_path / "out", adapter=adapter, base=base)
     (tmp_path / "empty").mkdir()
     refused_merge("is not an adapter directory", tmp_path / "out", adapter=tmp_path / "empty")
 
@@ -303,12 +310,11 @@ def test_a_shard_outside_the_folder_is_refused(adapter, broken, tmp_path):
 def test_a_scope_that_selects_nothing_lists_those_that_do():
     from torch import nn
 
-    from esd_peft.models import open_backbone
-    from esd_peft.training.student import scope_modules
+    from esd_peft.models import open_family
 
     layers = nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(2, 2)})})
     with pytest.raises(UserError, match=r"esd-x selects nothing .* esd-u, selfattn, full"):
-        scope_modules(open_backbone(None), layers, "esd-x")
+        open_family("shapes").scope_modules(layers, "esd-x")
 
 
 def test_commands_exit_with_2_and_one_line(tmp_path):

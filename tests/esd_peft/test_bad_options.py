@@ -16,7 +16,7 @@ from esd_peft.adapters.options import MergeConfig
 from esd_peft.cli import run_command
 from esd_peft.config import EraseConfig
 from esd_peft.evaluation.options import EvaluateConfig
-from esd_peft.models import EMBEDDED
+from esd_peft.options import groups_of
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 
 LORA = {f"base_model.model.time_embedding.linear_1.{name}.weight": torch.zeros(size) for name, size in
@@ -41,7 +41,7 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--map-to=", "--map-to: say what, or leave the option out"),
     ("--map-to zebra", "--map-to 'zebra'.*use its words"),
     ("--map-to circle", "--map-to 'circle' names what is to be erased; map it to something that stays"),
-    ("--wordings many", "--wordings.*bare"),
+    ("--prompt-templates many", "--prompt-templates.*bare"),
     ("--preserve=", "--preserve: say what, or leave the option out"),
     ("--preserve zebra", "--preserve 'zebra'.*use its words"),
     ("--preserve circle", "--preserve 'circle' names what is to be erased; leave it out or reword it"),
@@ -57,7 +57,7 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--model nowhere --checkpoint-config x", "--checkpoint-config works with a single-file checkpoint only; leave it out"),
     ("--allow-pickle=maybe", "maybe"),
     ("--offload", "--offload needs --gradient-checkpointing; add it"),
-    ("--evaluate --eval-seeds 0", "--evaluate needs pictures; leave --eval-seeds 0 out"),
+    ("--evaluate --num-validation-images 0", "--evaluate needs images; leave --num-validation-images 0 out"),
     ("--output .", "--output . is or holds .*; name another directory"),
     ("--output {text}", "--output .* is a file; name a directory"),
     ("--output /proc/out", "--output /proc/out cannot be written.*; name a writable directory"),
@@ -67,15 +67,15 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--robust -1", "--robust.*greater than or equal to 0"),
     ("--robust 17", "--robust.*less than or equal to 16"),
     ("--robust twice", "--robust"),
-    ("--robust 1 --until 0.5", "--robust works with --objective esd and without --until; leave one of them out"),
+    ("--robust 1 --stop-at 0.5", "--robust works with --objective esd and without --stop-at; leave one of them out"),
     ("--robust 2 --max-train-steps 4", "--robust 2 needs --max-train-steps of at least 5"),
     ("--scope esd-y", "--scope.*esd-x-strict"),
-    ("--adapter lorra", "--adapter.*lora"),
+    ("--adapter-type lorra", "--adapter-type.*lora"),
     ("--rank 0", "--rank.*greater than or equal to 1"),
     ("--rank 2000", "--rank.*less than or equal to 1024"),
     ("--rank two", "--rank.*two"),
     ("--rank 2.5", "--rank"),
-    ("--rank 4 --adapter none", "--rank and --alpha .*leave them out"),
+    ("--rank 4 --adapter-type none", "--rank and --alpha .*leave them out"),
     ("--closed-form perhaps", "perhaps"),
     ("--alpha 0", "--alpha.*greater than 0"),
     ("--alpha inf", "--alpha"),
@@ -83,41 +83,41 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--reference here", "--reference works with --objective contrastive only; leave it out"),
     (
         "--objective contrastive --null-space 0 --reference nowhere",
-        "--reference nowhere is no folder with pictures; name one",
+        "--reference nowhere is no folder with images; name one",
     ),
-    ("--eta -1", "--eta.*greater than or equal to 0"),
-    ("--eta nan", "--eta"),
-    ("--eta 1 --objective contrastive", "--eta works with --objective esd only; leave it out"),
-    ("--hold 1", "--hold.*less than 1"),
-    ("--hold nan", "--hold"),
-    ("--hold 0.5 --train-batch-size 1", "--hold needs a --train-batch-size of at least 2"),
+    ("--negative-guidance -1", "--negative-guidance.*greater than or equal to 0"),
+    ("--negative-guidance nan", "--negative-guidance"),
+    ("--negative-guidance 1 --objective contrastive", "--negative-guidance works with --objective esd only; leave it out"),
+    ("--preservation-ratio 1", "--preservation-ratio.*less than 1"),
+    ("--preservation-ratio nan", "--preservation-ratio"),
+    ("--preservation-ratio 0.5 --train-batch-size 1", "--preservation-ratio needs a --train-batch-size of at least 2"),
     ("--null-space 1", "--null-space.*less than 1"),
-    ("--null-space 0.9 --adapter loha", "--null-space works with --adapter lora or none.*leave it out"),
+    ("--null-space 0.9 --adapter-type loha", "--null-space works with --adapter-type lora or none.*leave it out"),
     ("--min-timestep -1", "--min-timestep.*greater than or equal to 0"),
     ("--min-timestep 999 --num-inference-steps 4", "--min-timestep and --max-timestep leave no step"),
     ("--max-timestep 0", "--min-timestep must be below --max-timestep"),
     ("--max-timestep last", "--max-timestep.*last"),
     ("--snr-gamma 0", "--snr-gamma.*greater than 0"),
     ("--snr-gamma inf", "--snr-gamma"),
-    ("--until 1", "--until.*less than 1"),
-    ("--until -1", "--until must be above -eta"),
-    ("--until 0 --map-to square", "--until does not work with --map-to; leave one of them out"),
+    ("--stop-at 1", "--stop-at.*less than 1"),
+    ("--stop-at -1", r"--stop-at must be above -η \(--negative-guidance\)"),
+    ("--stop-at 0 --map-to square", "--stop-at does not work with --map-to; leave one of them out"),
     ("--rollout teachers", "--rollout.*student"),
     ("--trajectories 0", "--trajectories.*greater than or equal to 1"),
     ("--trajectories 1 --concept circle --concept red", "--trajectories must be at least the number of concepts, 2"),
-    ("--preserve-trajectories 0", "--preserve-trajectories.*greater than or equal to 1"),
-    ("--preserve-trajectories 2", "--preserve-trajectories needs something to preserve; add --preserve"),
+    ("--preservation-trajectories -1", "--preservation-trajectories.*greater than or equal to 0"),
+    ("--preservation-trajectories 2", "--preservation-trajectories needs something to preserve; add --preserve"),
     ("--num-inference-steps 0", "--num-inference-steps.*greater than or equal to 1"),
     ("--num-inference-steps 1001", "--num-inference-steps.*less than or equal to 1000"),
     ("--guidance-scale -1", "--guidance-scale.*greater than or equal to 0"),
     ("--guidance-scale nan", "--guidance-scale"),
-    ("--anticipate 1.1", "--anticipate.*less than or equal to 1"),
+    ("--guided-rollout-ratio 1.1", "--guided-rollout-ratio.*less than or equal to 1"),
     ("--rollout-batch-size 0", "--rollout-batch-size.*greater than or equal to 1"),
-    ("--refill-every 0", "--refill-every.*greater than or equal to 1"),
+    ("--buffer-refresh-interval -1", "--buffer-refresh-interval.*greater than or equal to 0"),
     ("--max-train-steps 0", "--max-train-steps.*greater than or equal to 1"),
     ("--max-train-steps many", "--max-train-steps.*many"),
     ("--train-batch-size 0", "--train-batch-size.*greater than or equal to 1"),
-    ("--micro-batch-size 0", "--micro-batch-size.*greater than or equal to 1"),
+    ("--per-device-batch-size 0", "--per-device-batch-size.*greater than or equal to 1"),
     ("--learning-rate 0", "--learning-rate.*greater than 0"),
     ("--learning-rate nan", "--learning-rate"),
     ("--lr-scheduler sine", "--lr-scheduler.*cosine"),
@@ -131,7 +131,7 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--device mps", "--device mps is not supported; use auto, cpu, cuda or cuda:N"),
     ("--dtype float8", "--dtype.*bfloat16"),
     ("--quantize int4", "--quantize.*nf4"),
-    ("--quantize nf4 --adapter lokr", "--quantize nf4 works with --adapter lora only"),
+    ("--quantize nf4 --adapter-type lokr", "--quantize nf4 works with --adapter-type lora only"),
     ("--memory-budget lots", "--memory-budget.*12GiB, for example"),
     ("--memory-budget 1MiB", "--memory-budget 1.0 MiB is .* short.*give more, or take a smaller model"),
     (
@@ -142,11 +142,11 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--plan --model nowhere", "--model nowhere is not a diffusers pipeline"),
     ("--plan perhaps", "perhaps"),
     ("--compile yes", "--compile.*auto"),
-    ("--checkpoint-every 0", "--checkpoint-every.*greater than or equal to 1"),
+    ("--checkpointing-steps 0", "--checkpointing-steps.*greater than or equal to 1"),
     ("--resume", "--resume: .* holds no checkpoint; leave --resume out"),
     ("--seed -1", "--seed.*greater than or equal to 0"),
     ("--seed 9223372036854775808", "--seed.*less than"),
-    ("--eval-seeds -1", "--eval-seeds.*greater than or equal to 0"),
+    ("--num-validation-images -1", "--num-validation-images.*greater than or equal to 0"),
     ("--report-to mlflow", "--report-to.*tensorboard"),
     ("--report-to wandb", "--report-to wandb is not installed; pip install wandb"),
     ("--rnak 3", "--rnak"),
@@ -207,15 +207,15 @@ EVALUATIONS = [  # of an adapter on the embedded pipeline, where none is named
     ("--lpips maybe", "maybe"),
     ("--reference {full}", "--reference and --features need each other"),
     ("--features {full}", "--reference and --features need each other"),
-    ("--features {full} --reference nowhere", "--reference nowhere is no folder with pictures"),
-    ("--features {full} --reference {pictures}", "--reference .* holds one picture; FID and KID need a set"),
+    ("--features {full} --reference nowhere", "--reference nowhere is no folder with images"),
+    ("--features {full} --reference {images}", "--reference .* holds one image; FID and KID need a set"),
     ("--attack brute-force", "--attack.*fine-tuning"),
     ("--attack prefix --quantize nf4", "--attack does not work with --quantize; leave one of them out"),
     ("--attack prompts --suite csv --prompts {prompts}", "--attack needs a --suite"),
     ("--attack prefix --attack-steps 0", "--attack-steps.*greater than or equal to 1"),
-    ("--attack-pictures 0", "--attack-pictures.*greater than or equal to 1"),
+    ("--attack-images 0", "--attack-images.*greater than or equal to 1"),
     ("--attack-examples 0", "--attack-examples.*greater than or equal to 1"),
-    ("--attack prefix --attack-reference nowhere", "--attack-reference nowhere is no folder with pictures"),
+    ("--attack prefix --attack-reference nowhere", "--attack-reference nowhere is no folder with images"),
     ("--attack-reference {full} --concept circle --concept red", "--attack-reference shows one concept"),
     ("--attack-prompts {text}", "--attack-prompts is for --attack prompts; add it or leave the file out"),
     ("--attack prompts --attack-prompts nowhere", "--attack-prompts nowhere cannot be read"),
@@ -227,20 +227,20 @@ EVALUATIONS = [  # of an adapter on the embedded pipeline, where none is named
     ("--seed -1", "--seed.*greater than or equal to 0"),
     ("leftover", "leftover"),
 ]
-STUDIES = [  # made of one folder of one picture, where none is named
-    ("--condition nowhere", "--condition nowhere is no folder with pictures"),
-    ("--condition {full}", "--condition .* is no folder with pictures"),
-    ("--condition {pictures} --condition {pictures}", "--condition: two folders are named pictures.*rename one"),
+STUDIES = [  # made of one folder of one image, where none is named
+    ("--condition nowhere", "--condition nowhere is no folder with images"),
+    ("--condition {full}", "--condition .* is no folder with images"),
+    ("--condition {images} --condition {images}", "--condition: two folders are named images.*rename one"),
     ("--question=", "--question: raters need to read something here"),
     ("--low=", "--low: raters need to read something here"),
     ("--high=", "--high: raters need to read something here"),
-    ("--reference nowhere", "--reference nowhere is no folder with pictures"),
+    ("--reference nowhere", "--reference nowhere is no folder with images"),
     ("--per-condition 0", "--per-condition.*greater than or equal to 1"),
     ("--max-size 15", "--max-size.*greater than or equal to 16"),
     ("--seed -1", "--seed.*greater than or equal to 0"),
     ("--output {text}", "--output .* is a file; name a directory"),
     ("--output {full}", "--output .* is not empty; name another directory or add --overwrite"),
-    ("--output {pictures} --overwrite", "--output .* is or holds"),
+    ("--output {images} --overwrite", "--output .* is or holds"),
     ("--overwrite maybe", "maybe"),
     ("leftover", "leftover"),
 ]
@@ -258,8 +258,8 @@ ANALYSES = [  # of one rater's answers, where none are named
 ]
 USUAL = {  # options of a line that does not name them
     "erase": {"--concept": "circle"},
-    "evaluate": {"--erased": "{adapter}", "--base": str(EMBEDDED), "--concept": "circle"},
-    "study make": {"--condition": "{pictures}", "--question": "Round?"},
+    "evaluate": {"--erased": "{adapter}", "--base": "shapes", "--concept": "circle"},
+    "study make": {"--condition": "{images}", "--question": "Round?"},
     "study analyse": {"--answers": "{answers}", "--key": "{key}"},
 }
 TABLES = {
@@ -275,7 +275,7 @@ TABLES = {
 def places(tmp_path, monkeypatch):
     """Files and folders that the mistakes name; the working directory is empty."""
     here = tmp_path / "here"
-    for folder in (here, tmp_path / "full", tmp_path / "adapter", tmp_path / "pictures"):
+    for folder in (here, tmp_path / "full", tmp_path / "adapter", tmp_path / "images"):
         folder.mkdir()
     (tmp_path / "full" / "mine").write_text("precious")
     (tmp_path / "text").write_text("# a comment\n")
@@ -284,7 +284,7 @@ def places(tmp_path, monkeypatch):
         '{"peft_type": "LORA", "target_modules": ["linear_1"], "r": 1}'
     )
     save_file(LORA, tmp_path / "adapter" / "adapter_model.safetensors")
-    Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "one.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "one.png")
     (tmp_path / "prompts").write_text("prompt\na circle\na star\n")
     key = {"study": "s", "question": "Round?", "conditions": ["a"], "items": {"1": {"condition": "a", "file": "one.png"}}}
     (tmp_path / "key").write_text(json.dumps(key))
@@ -327,19 +327,32 @@ def test_command_lines(command, line, says, places, tmp_path, monkeypatch, capsy
     assert re.search(says, sentence), sentence
 
 
+def homes(config):
+    """All options of a command, and the group that each is in: none for the command's own."""
+    groups = groups_of(config)
+    own = {name: None for name in config.model_fields if name not in groups}
+    return own | {name: group for group, kind in groups.items() for name in kind.model_fields}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_tables_leave_no_option_out(command):
     tried = {word.partition("=")[0] for line, _ in TABLES[command] for word in line.split()}
-    options = {"--" + name.replace("_", "-") for name in COMMANDS[command].model_fields}
+    options = {"--" + name.replace("_", "-") for name in homes(COMMANDS[command])}
     assert options <= tried, options - tried
 
 
-YAML = [(command, name) for command, config in COMMANDS.items() for name in config.model_fields]
+YAML = [
+    (command, name, group)
+    for command, config in COMMANDS.items()
+    for name, home in homes(config).items()
+    for group in dict.fromkeys([None, home])
+]
 
 
-@pytest.mark.parametrize(("command", "name"), YAML, ids=lambda x: x)
+@pytest.mark.parametrize(("command", "name", "group"), YAML)
 @pytest.mark.parametrize("value", [{"a": ["map"]}, [[1, None]]], ids=["map", "list"])
-def test_every_field_of_the_yaml(command, name, value, tmp_path, monkeypatch, capsys):
+def test_every_field_of_the_yaml(command, name, group, value, tmp_path, monkeypatch, capsys):
+    """Alone and, where it is in one, in its group."""
     required = {
         "erase": {"concept": "circle"},
         "merge_adapter": {"adapter": "nowhere", "output": "out"},
@@ -347,7 +360,9 @@ def test_every_field_of_the_yaml(command, name, value, tmp_path, monkeypatch, ca
         "study make": {"condition": "nowhere", "question": "Round?"},
         "study analyse": {"answers": "nowhere"},
     }
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(required[command] | {name: value}))
+    values = {key: known for key, known in required[command].items() if key != name}
+    values |= {name: value} if group is None else {group: {name: value}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.chdir(tmp_path)
     sentence = refused(command, ["--config", "job.yaml"], tmp_path, monkeypatch, capsys)
     assert f"job.yaml: --{name.replace('_', '-')}" in sentence
@@ -364,11 +379,15 @@ def test_every_field_of_the_yaml(command, name, value, tmp_path, monkeypatch, ca
         ("concept: !!python/object/apply:os.system [echo]", "is not YAML"),
         ("concept: [{name: circle, colour: red}]", "--concept colour is not an option"),
         ("concept: [{erase_from: circle}]", "--concept name is missing"),
-        ("concept: [{name: circle, eta: 101}]", "--concept eta.*less than or equal to 100"),
+        ("concept: [{name: circle, negative_guidance: 101}]", "--concept negative_guidance.*less than or equal to 100"),
         ("concept: [{name: circle, weight: 0}]", "--concept weight.*greater than 0"),
         ("concept: [{name: circle, map_to: ''}]", "--concept map_to"),
         ("concept: circle\nseed: .nan", "--seed"),
         ("concept: circle\nrank: 99999999999999999999", "--rank"),
+        ("concept: circle\ntraining: {learning_rat: 0.1}", "unknown option learning_rat; did you mean learning_rate"),
+        ("concept: circle\nstudent: {1: 2}", "unknown option 1; --print-config lists the options"),
+        ("concept: circle\nstudent: null", "student is a group of options; write them below it"),
+        ("concept: circle\nstudent: lora", "student is a group of options; write them below it"),
     ],
 )
 def test_yaml(text, says, tmp_path, monkeypatch, capsys):
@@ -379,7 +398,8 @@ def test_yaml(text, says, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "line"), [("erase", "--concept circle --micro-batch-size 0"), ("merge_adapter", "--adapter x --output y")]
+    ("command", "line"),
+    [("erase", "--concept circle --per-device-batch-size 0"), ("merge_adapter", "--adapter x --output y")],
 )
 def test_as_processes(command, line, tmp_path):
     words = [sys.executable, "-m", f"esd_peft.{command}", *line.split()]

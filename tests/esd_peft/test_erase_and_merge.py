@@ -16,7 +16,7 @@ from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
 
 QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 4, "train_batch_size": 4, "rank": 2,
-         "learning_rate": 1e-2, "hold": 0.25, "device": "cpu", "eval_seeds": 0}  # fmt: skip
+         "learning_rate": 1e-2, "preservation_ratio": 0.25, "device": "cpu", "num_validation_images": 0}  # fmt: skip
 
 
 def run(model, output, **options):
@@ -42,17 +42,17 @@ def load_unet(path):
 @pytest.fixture(scope="module")
 def erased(small_sd, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "erased"
-    return output, run(small_sd, output, eval_seeds=1, learning_rate=0.1)
+    return output, run(small_sd, output, num_validation_images=1, learning_rate=0.1)
 
 
 def test_result_holds_costs_and_config(erased):
     output, result = erased
     assert json.loads((output / "result.json").read_text()) == result
-    # 3 trajectories of 4 steps, two forwards each, then 4 steps of 4 samples at 3 forward-equivalents
-    assert result["forward_equivalents"] == 3 * 4 * 2 + 4 * 4 * 3
-    assert result["training_tuples"] == 4 * 3  # the fourth sample of each batch holds the student to the teacher
-    assert result["config"]["concept"] == ["circle"]
-    assert set(result["seconds"]) == set(result["peak_memory_bytes"]) >= {"encode", "rollout", "distill", "save"}
+    # 3 trajectories of 4 steps, two evaluations each, then 4 steps of 4 samples at 3 evaluations
+    assert result["nfe"] == 3 * 4 * 2 + 4 * 4 * 3
+    assert result["training_samples"] == 4 * 3  # the fourth sample of each batch holds the student to the teacher
+    assert result["config"]["prompts"]["concept"] == ["circle"]
+    assert set(result["seconds"]) == set(result["peak_memory_bytes"]) >= {"encode", "rollout", "train", "save"}
     assert all(v > 0 for v in result["peak_memory_bytes"].values())
     assert Image.open(output / "before_after.png").size[0] > 100
     assert result["concepts"] == result["others"] == {}  # no classifier knows this model
@@ -87,28 +87,28 @@ def test_alpha_survives_into_diffusers(small_sd, tmp_path):
     torch.testing.assert_close(predict(pipe.unet), predict(by_peft))
 
 
-def test_merged_pipeline_makes_the_pictures_of_base_plus_adapter(erased, small_sd, tmp_path):
+def test_merged_pipeline_makes_the_images_of_base_plus_adapter(erased, small_sd, tmp_path):
     output, _ = erased
     record = merge_adapter(MergeConfig(adapter=output, output=tmp_path / "merged"))
     assert record["concept"] == ["circle"] and record["base"]["trained_on_it"]
     assert record["verification"]["largest_difference"] < 0.1 * record["verification"]["adapter_changes"]
-    pictures = []
+    images = []
     for path, lora in ((small_sd, output), (tmp_path / "merged", None)):
         pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
         if lora:
             pipe.load_lora_weights(lora)
         noise = torch.Generator().manual_seed(1)
-        pictures.append(pipe("a circle", num_inference_steps=5, generator=noise, output_type="pt").images)
-    assert (pictures[0] - pictures[1]).abs().max() < 2 / 255  # the weights' rounding to fp16
+        images.append(pipe("a circle", num_inference_steps=5, generator=noise, output_type="pt").images)
+    assert (images[0] - images[1]).abs().max() < 2 / 255  # the weights' rounding to fp16
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"scope": "esd-x-strict", "adapter": "loha"},
-        {"scope": "full", "adapter": "lokr"},
-        {"scope": "selfattn", "rollout": "student", "refill_every": 2, "optimizer": "AdamW8bit"},
-        {"scope": "esd-u", "adapter": "none", "rank": None, "learning_rate": 1e-3, "optimizer": "PagedAdamW8bit"},
+        {"scope": "esd-x-strict", "adapter_type": "loha"},
+        {"scope": "full", "adapter_type": "lokr"},
+        {"scope": "selfattn", "rollout": "student", "buffer_refresh_interval": 2, "optimizer": "AdamW8bit"},
+        {"scope": "esd-u", "adapter_type": "none", "rank": None, "learning_rate": 1e-3, "optimizer": "PagedAdamW8bit"},
         {"scope": "esd-u", "gradient_checkpointing": True, "dtype": "bfloat16", "lr_scheduler": "cosine"},
         {"scope": "esd-x", "quantize": "nf4"},
         {"scope": "esd-x", "quantize": "int8"},
@@ -125,19 +125,19 @@ def test_every_kind_of_student_trains_saves_and_merges(small_sd, tmp_path, optio
 
 
 @pytest.mark.parametrize("driver", ["student", "teacher"])
-def test_a_bank_of_one_tuple_costs_what_the_paper_costs(small_sd, tmp_path, driver):
+def test_a_buffer_of_one_sample_costs_what_the_paper_costs(small_sd, tmp_path, driver):
     """R = 1 and batch 1: a trajectory to a random step, one teacher pair there, one training step."""
     options = {
         "rollout": driver,
-        "refill_every": 1,
+        "buffer_refresh_interval": 1,
         "train_batch_size": 1,
         "max_train_steps": 6,
-        "adapter": "none",
+        "adapter_type": "none",
         "rank": None,
     }
-    result = run(small_sd, tmp_path / "erased", **options, hold=0, learning_rate=1e-4)
-    assert result["training_tuples"] == 6
-    assert 6 * (2 + 3) <= result["forward_equivalents"] <= 6 * (2 * 4 + 3)
+    result = run(small_sd, tmp_path / "erased", **options, preservation_ratio=0, learning_rate=1e-4)
+    assert result["training_samples"] == 6
+    assert 6 * (2 + 3) <= result["nfe"] <= 6 * (2 * 4 + 3)
 
 
 def test_only_the_scope_changes(small_sd, tmp_path):
@@ -207,7 +207,7 @@ def test_several_adapters_add_up(erased, small_sd, tmp_path):
 
 
 def test_whole_weights_do_not_add_up(erased, small_sd, tmp_path):
-    run(small_sd, tmp_path / "weights", adapter="none", rank=None)
+    run(small_sd, tmp_path / "weights", adapter_type="none", rank=None)
     with pytest.raises(UserError, match="merge it first"):
         merge_adapter(MergeConfig(adapter=[erased[0], tmp_path / "weights"], output=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
@@ -215,7 +215,7 @@ def test_whole_weights_do_not_add_up(erased, small_sd, tmp_path):
 
 def test_an_offloaded_base_gives_the_same_adapter(small_sd, tmp_path):
     for name, options in (("here", {}), ("offloaded", {"offload": True})):
-        run(small_sd, tmp_path / name, gradient_checkpointing=True, scope="esd-x", eval_seeds=1, **options)
+        run(small_sd, tmp_path / name, gradient_checkpointing=True, scope="esd-x", num_validation_images=1, **options)
     here, offloaded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("here", "offloaded"))
     assert all(torch.equal(here[name], offloaded[name]) for name in here)
     assert (tmp_path / "offloaded" / "before_after.png").is_file()
@@ -223,6 +223,6 @@ def test_an_offloaded_base_gives_the_same_adapter(small_sd, tmp_path):
 
 def test_samples_may_pass_one_by_one(small_sd, tmp_path):
     whole = run(small_sd, tmp_path / "whole", max_train_steps=10)
-    parts = run(small_sd, tmp_path / "parts", max_train_steps=10, micro_batch_size=3)
+    parts = run(small_sd, tmp_path / "parts", max_train_steps=10, per_device_batch_size=3)
     assert parts["loss"]["last"] == pytest.approx(whole["loss"]["last"], rel=1e-3)
-    assert parts["forward_equivalents"] == whole["forward_equivalents"]
+    assert parts["nfe"] == whole["nfe"]

@@ -8,7 +8,7 @@ import torch
 from esd_peft import EraseConfig, UserError
 from esd_peft.cli import run_command
 from esd_peft.errors import OutOfMemory
-from esd_peft.runtime.profiling import Costs
+from esd_peft.runtime.profiling import PhaseProfiler
 
 TOKEN = "hf_" + "aB3" * 10
 
@@ -47,7 +47,7 @@ def test_too_little_memory_is_a_sentence(make, capsys):
     assert (
         code == 2 and err == "error: this machine has too little memory for that; take smaller numbers or a smaller model\n"
     )
-    with pytest.raises(OutOfMemory, match="out of memory in rollout"), Costs(torch.device("cpu")).phase("rollout"):
+    with pytest.raises(OutOfMemory, match="out of memory in rollout"), PhaseProfiler(torch.device("cpu")).phase("rollout"):
         next(make())
 
 

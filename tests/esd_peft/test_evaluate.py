@@ -16,14 +16,23 @@ from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.cli import parse
+from esd_peft.erase_result import table
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
-from esd_peft.evaluation.models import Model, open_models
-from esd_peft.evaluation.table import result_table
-from esd_peft.models import EMBEDDED, flux, open_backbone
+from esd_peft.evaluation.comparison import Model, open_models
+from esd_peft.models import flux, open_family
+from esd_peft.worlds import WORLDS
 from families import save_family
 
-QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
+EMBEDDED = WORLDS["shapes"].pipeline
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 1,
+    "max_train_steps": 2,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 0,
+}
 FAST = {"num_inference_steps": 2, "seeds": 2, "device": "cpu"}
 
 
@@ -62,7 +71,7 @@ def test_a_record_of_other_types_is_one_sentence(small_sd, tmp_path, record):
         evaluate(EvaluateConfig(erased=merged, output=tmp_path / "out", **FAST))
 
 
-def test_an_adapter_that_does_not_fit_is_said_before_the_pictures(adapter, tmp_path):
+def test_an_adapter_that_does_not_fit_is_said_before_the_images(adapter, tmp_path):
     with pytest.raises(UserError, match=r"--erased .* does not fit the base"):
         evaluate(EvaluateConfig(erased=adapter, base=str(EMBEDDED), output=tmp_path / "out", **FAST))
     assert not list(tmp_path.iterdir())
@@ -95,16 +104,16 @@ def test_every_part_on_a_pipeline_of_ones_own(adapter, models, tmp_path):
     again = evaluate(config)
     assert times(tmp_path / "out") == before
     assert dataclasses.replace(again, seconds={}) == dataclasses.replace(result, seconds={})
-    (tmp_path / "out" / "pictures" / "after" / "00002_001.png").unlink()
+    (tmp_path / "out" / "images" / "after" / "00002_001.png").unlink()
     evaluate(config)
     changed = {path.name for path, time in times(tmp_path / "out").items() if before[path] != time}
     assert changed == {"00002_001.png"}
     with pytest.raises(UserError, match=r"--output holds .*--overwrite"):
-        evaluate(config.model_copy(update={"seed": 1}))
+        evaluate(config.replace(seed=1))
     assert times(tmp_path / "out").keys() == before.keys()
 
 
-def test_pictures_of_another_adapter_config_are_not_taken_for_its_own(adapter, tmp_path):
+def test_images_of_another_adapter_config_are_not_taken_for_its_own(adapter, tmp_path):
     copy = shutil.copytree(adapter, tmp_path / "erased")
     options = {"suite": "csv", "prompts": prompts_file(tmp_path / "p.csv"), "output": tmp_path / "out", **FAST}
     evaluate(EvaluateConfig(erased=copy, **options))
@@ -114,14 +123,14 @@ def test_pictures_of_another_adapter_config_are_not_taken_for_its_own(adapter, t
     with pytest.raises(UserError, match=r"holds .*after, made by another model"):
         evaluate(EvaluateConfig(erased=copy, **options))
     evaluate(EvaluateConfig(erased=copy, overwrite=True, **options))
-    (tmp_path / "out" / "pictures" / "after" / "mine.png").write_text("precious")
+    (tmp_path / "out" / "images" / "after" / "mine.png").write_text("precious")
     with pytest.raises(UserError, match=r"holds mine.png, which esd_peft did not write"):
         evaluate(EvaluateConfig(erased=copy, overwrite=True, seed=1, **options))
-    assert (tmp_path / "out" / "pictures" / "after" / "mine.png").is_file()
+    assert (tmp_path / "out" / "images" / "after" / "mine.png").is_file()
 
 
 @pytest.mark.parametrize("option", ["reference", "attack_reference"])
-def test_pictures_that_cannot_be_read_are_noticed_before_others_are_made(adapter, models, tmp_path, option):
+def test_images_that_cannot_be_read_are_noticed_before_others_are_made(adapter, models, tmp_path, option):
     (tmp_path / "real").mkdir()
     for i in range(3):
         Image.new("RGB", (32, 32)).save(tmp_path / "real" / f"{i}.png")
@@ -130,7 +139,7 @@ def test_pictures_that_cannot_be_read_are_noticed_before_others_are_made(adapter
     source = prompts_file(tmp_path / "p.csv")
     config = EvaluateConfig(erased=adapter, suite="csv", prompts=source, detector=str(models[0]), output=tmp_path / "out",
                             **more, **{option: tmp_path / "real"}, **FAST)  # fmt: skip
-    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} .*1.png cannot be read as a picture"):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} .*1.png cannot be read as an image"):
         evaluate(config)
     assert not (tmp_path / "out").exists()
 
@@ -140,12 +149,12 @@ def test_pictures_that_cannot_be_read_are_noticed_before_others_are_made(adapter
     "erased/adapter_model.safetensors", "base/tokenizer/added_tokens.json"])  # fmt: skip
 def test_a_model_is_told_by_all_of_its_files(adapter, small_sd, tmp_path, file):
     base, copy = shutil.copytree(small_sd, tmp_path / "base"), shutil.copytree(adapter, tmp_path / "erased")
-    backbone, opened = open_backbone(str(base)), read_adapter(copy)
-    before = Model(backbone, opened).fingerprint()
+    family, opened = open_family(str(base)), read_adapter(copy)
+    before = Model(family, opened).fingerprint()
     with (tmp_path / file).open("ab") as changed:
         changed.write(b" ")
-    assert Model(backbone, opened).fingerprint() != before
-    assert (Model(backbone).fingerprint() != Model(open_backbone(str(small_sd))).fingerprint()) == file.startswith("base")
+    assert Model(family, opened).fingerprint() != before
+    assert (Model(family).fingerprint() != Model(open_family(str(small_sd))).fingerprint()) == file.startswith("base")
 
 
 def test_a_merged_pipeline_says_what_was_erased_and_shows_what_the_adapter_shows(adapter, small_sd, tmp_path):
@@ -157,17 +166,17 @@ def test_a_merged_pipeline_says_what_was_erased_and_shows_what_the_adapter_shows
     merged = evaluate(EvaluateConfig(base=str(small_sd), erased=tmp_path / "merged", output=tmp_path / "a", **options))
     with_adapter = evaluate(EvaluateConfig(erased=adapter, output=tmp_path / "b", **options))
     assert merged.concepts == with_adapter.concepts == ["circle"] and merged.accuracies is None
-    for path in sorted((tmp_path / "a" / "pictures").rglob("*.png")):
+    for path in sorted((tmp_path / "a" / "images").rglob("*.png")):
         one, other = Image.open(path), Image.open(tmp_path / "b" / path.relative_to(tmp_path / "a"))
         assert max(abs(x - y) for x, y in zip(one.tobytes(), other.tobytes(), strict=True)) <= 3  # rounding to fp16
 
 
-def test_pictures_do_not_depend_on_how_many_prompts_are_encoded_together(adapter, tmp_path, monkeypatch):
+def test_images_do_not_depend_on_how_many_prompts_are_encoded_together(adapter, tmp_path, monkeypatch):
     options = {"erased": adapter, "suite": "csv", "prompts": prompts_file(tmp_path / "p.csv"), **FAST}
     evaluate(EvaluateConfig(output=tmp_path / "a", **options))
     monkeypatch.setattr(sys.modules["esd_peft.evaluate"], "PROMPTS_AT_A_TIME", 3)
     evaluate(EvaluateConfig(output=tmp_path / "b", **options))
-    for path in sorted((tmp_path / "a" / "pictures").rglob("*.png")):
+    for path in sorted((tmp_path / "a" / "images").rglob("*.png")):
         one, other = Image.open(path), Image.open(tmp_path / "b" / path.relative_to(tmp_path / "a"))
         assert max(abs(x - y) for x, y in zip(one.tobytes(), other.tobytes(), strict=True)) <= 1
 
@@ -181,10 +190,10 @@ def test_the_suite_of_the_concept_itself(adapter, tmp_path):
     assert "look at them" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
-def test_every_family(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
+def test_every_family(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
-    model = save_family(family, tmp_path / "model")
+    model = save_family(kind, tmp_path / "model")
     erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "erased", learning_rate=0.3, **QUICK))
     source = prompts_file(tmp_path / "p.csv", [("a circle", ""), ("a square", "")])
     options = FAST | {"seeds": 1}
@@ -201,24 +210,24 @@ def test_quantized_models(small_sd, adapter, tmp_path):
     result = evaluate(EvaluateConfig(output=tmp_path / "out", **options))
     assert result.measures[0].scores["prompts that ask for it"]["distance"].mean > 0
     weights = tmp_path / "weights"
-    erase(EraseConfig(concept="circle", model=str(small_sd), output=weights, adapter="none", **QUICK | {"rank": None}))
+    erase(EraseConfig(concept="circle", model=str(small_sd), output=weights, adapter_type="none", **QUICK | {"rank": None}))
     with pytest.raises(UserError, match=r"--quantize nf4 does not work with the whole weights"):
         evaluate(EvaluateConfig(output=tmp_path / "other", **options | {"erased": weights}))
 
 
 def test_erase_evaluates_at_the_end(small_sd, tmp_path, monkeypatch):
-    monkeypatch.setattr(suites, "EVERYDAY", 2)
+    monkeypatch.setattr(suites, "RETAINED", 2)
     config = EraseConfig(
-        concept="circle", model=str(small_sd), output=tmp_path / "out", evaluate=True, **QUICK | {"eval_seeds": 1}
+        concept="circle", model=str(small_sd), output=tmp_path / "out", evaluate=True, **QUICK | {"num_validation_images": 1}
     )
     result = erase(config)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == json.loads(json.dumps(result))
     assert result["evaluation"]["suite"] == "concept" and result["concepts"] == {}
     assert (tmp_path / "out" / "evaluation" / "report.html").is_file()
-    assert not (tmp_path / "out" / "before_after.png").exists()  # the report has the pictures
-    assert "look at them" in result_table(result)
-    with pytest.raises(UserError, match="--evaluate needs pictures"):
-        EraseConfig(concept="circle", evaluate=True, eval_seeds=0)
+    assert not (tmp_path / "out" / "before_after.png").exists()  # the report has the images
+    assert "look at them" in table(result)
+    with pytest.raises(UserError, match="--evaluate needs images"):
+        EraseConfig(concept="circle", evaluate=True, num_validation_images=0)
 
 
 def test_the_embedded_pipeline(tmp_path):
@@ -285,7 +294,7 @@ def test_models_that_do_not_say_what_they_are(adapter, small_sd, tmp_path):
     small = shutil.copytree(small_sd, tmp_path / "small")
     config = json.loads((small / "unet" / "config.json").read_text())
     (small / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 8}))
-    with pytest.raises(UserError, match="draw pictures of other kinds"):
+    with pytest.raises(UserError, match="draw images of other kinds"):
         evaluate(EvaluateConfig(erased=small, base=str(small_sd), concept="circle", output=tmp_path / "out", **FAST))
     with pytest.raises(UserError, match="same directory"):
         evaluate(EvaluateConfig(erased=small_sd, base=str(small_sd), concept="circle", output=tmp_path / "out", **FAST))
@@ -333,9 +342,9 @@ def test_the_base_is_read_as_the_adapter_says(small_sd, tmp_path):
         "max_train_steps": 1,
         "rank": 2,
         "device": "cpu",
-        "eval_seeds": 0,
+        "num_validation_images": 0,
     }
     erase(EraseConfig(concept="circle", model=str(model), variant="fp16", output=tmp_path / "erased", **options))
-    assert open_models(EvaluateConfig(erased=tmp_path / "erased")).base.backbone.variant == "fp16"
+    assert open_models(EvaluateConfig(erased=tmp_path / "erased")).base.family.variant == "fp16"
     with pytest.raises(UserError, match="--variant fp16"):
         open_models(EvaluateConfig(erased=tmp_path / "erased", base=str(model)))

@@ -1,7 +1,7 @@
 """What a disk, a clock or another program does meanwhile: a clear error, or the same bits; nothing finished is lost.
 
-Kills and full disks are in `benchmarks/faults.py`, a few of them in `tests/benchmarks/test_faults.py`; the lock and signals
-in `test_checkpoint.py`; truncated files and outputs that cannot be written in `test_bad_input.py`.
+Kills and full disks are in `tests/programs/faults.py`, a few of them in `tests/programs/test_faults.py`; the lock and
+signals in `training/test_checkpoint.py`; truncated files and outputs that cannot be written in `test_bad_input.py`.
 """
 
 import itertools
@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
-from esd_peft.training.trainer import _Training
+from esd_peft.training.trainer import Trainer
 
-QUICK = {"num_inference_steps": 4, "trajectories": 1, "max_train_steps": 4, "train_batch_size": 2, "checkpoint_every": 1,
-         "device": "cpu", "eval_seeds": 0, "rank": 2}  # fmt: skip
+QUICK = {"num_inference_steps": 4, "trajectories": 1, "max_train_steps": 4, "train_batch_size": 2, "checkpointing_steps": 1,
+         "device": "cpu", "num_validation_images": 0, "rank": 2}  # fmt: skip
 
 
 def config(model, output, **options):
@@ -72,15 +72,15 @@ def test_a_flipped_bit_of_a_checkpoint_is_noticed(small_sd, tmp_path, monkeypatc
 
 def break_off(model, output, monkeypatch):
     """A run that dies after its third step."""
-    take = _Training.take
+    step = Trainer.step
 
-    def dies(self, batch):
-        if self.step == 3:
+    def dies(self, batch, loss):
+        if self.taken == 3:
             raise ZeroDivisionError
-        take(self, batch)
+        step(self, batch, loss)
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(_Training, "take", dies)
+        patch.setattr(Trainer, "step", dies)
         erase(config(model, output))
 
 

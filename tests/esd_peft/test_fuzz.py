@@ -1,6 +1,6 @@
 """Whatever stands in a file that a command reads: values, or one sentence; never another file, never much memory.
 
-A few examples here; `benchmarks/fuzz.py` runs the same properties on ten thousand each.
+A few examples here; `tests/programs/fuzz.py` runs the same properties on ten thousand each.
 """
 
 import contextlib
@@ -23,16 +23,17 @@ from esd_peft import EraseConfig, MergeConfig
 from esd_peft.adapters.model_card import _evaluation, public_config
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.cli import read_yaml
-from esd_peft.config import Concept
 from esd_peft.errors import UserError
 from esd_peft.evaluation.options import EvaluateConfig
-from esd_peft.evaluation.suites import ask, load_suite
+from esd_peft.evaluation.suites import load_suite, select_prompts
 from esd_peft.io.tensors import NAME, find_weights, open_tensors, read_tensors
-from esd_peft.merge_adapter import erased_concepts
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 from esd_peft.models.parts import Part
+from esd_peft.options import groups_of
+from esd_peft.prompts.options import Concept, PromptOptions
 from esd_peft.prompts.plan import plan_prompts
 from esd_peft.training.checkpoint import Checkpoints
+from esd_peft.worlds import WORLDS
 
 MEMORY = 512 * 2**20  # what a lie about sizes may cost at most, in bytes
 
@@ -166,11 +167,17 @@ fuzzed = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 CONFIGS = {"erase": EraseConfig, "merge": MergeConfig, "evaluate": EvaluateConfig}
-FIELDS = sorted({*EraseConfig.model_fields, *MergeConfig.model_fields, *EvaluateConfig.model_fields, *Concept.model_fields})
+GROUPS = groups_of(EraseConfig)
+OPTIONS = sorted({*Concept.model_fields, *(name for group in GROUPS.values() for name in group.model_fields)})
+FIELDS = sorted({*OPTIONS, *GROUPS, *MergeConfig.model_fields, *EvaluateConfig.model_fields})
+GROUPED = st.dictionaries(st.sampled_from(sorted(GROUPS)), maps(*OPTIONS) | VALUES, max_size=3)
 
 
 @fuzzed
-@given(command=st.sampled_from(sorted(CONFIGS)), content=SOUP | as_json(maps(*FIELDS)) | st.binary(max_size=200))
+@given(
+    command=st.sampled_from(sorted(CONFIGS)),
+    content=SOUP | as_json(maps(*FIELDS)) | as_json(GROUPED) | st.binary(max_size=200),
+)
 def test_config_yaml(folder, command, content):
     path = folder / "job.yaml"
     path.write_bytes(content)
@@ -193,7 +200,7 @@ def test_suite_yaml(folder, content):
     def reader():
         suite = load_suite(str(path))
         if suite.prompts != "file":
-            ask(suite, ["circle"], None, 2)
+            select_prompts(suite, ["circle"], None, 2)
 
     read(folder, reader)
 
@@ -212,7 +219,7 @@ CSV = st.lists(
 def test_prompts_csv(folder, suite, content):
     path = folder / "prompts.csv"
     path.write_bytes(content)
-    read(folder, lambda: ask(load_suite(suite), ["circle"], str(path), 2))
+    read(folder, lambda: select_prompts(load_suite(suite), ["circle"], str(path), 2))
 
 
 @fuzzed
@@ -220,12 +227,12 @@ def test_prompts_csv(folder, suite, content):
 def test_prompt_file(folder, content):
     path = folder / "prompts.txt"
     path.write_bytes(content)
-    read(folder, lambda: plan_prompts(EraseConfig(concept="circle", preserve_file=path)))
+    read(folder, lambda: plan_prompts(PromptOptions(concept="circle", preserve_file=path), WORLDS["shapes"], robust=False))
 
 
 LORA = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["to_k"]}
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-BASE = {"model": None, "class": "StableDiffusionPipeline", "denoiser_sha256": {}}
+BASE = {"model": "shapes", "class": "StableDiffusionPipeline", "denoiser_sha256": {}}
 LORA_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules", "use_dora", "megatron_config", "megatron_core",
                "auto_mapping", "rank_pattern", "alpha_pattern", "layers_to_transform", "task_type",
                "init_lora_weights", "bias")  # fmt: skip
@@ -235,7 +242,7 @@ ADAPTER_FILES = {
         maps("model", "class", "files", "revision", "variant", "denoiser_sha256", "checkpoint_config").map(BASE.__or__)
         | VALUES
     ),
-    "config.yaml": SOUP | as_json(maps(*EraseConfig.model_fields)),
+    "config.yaml": SOUP | as_json(GROUPED),
     "result.json": as_json(maps("concepts", "others")),
     "adapter_model.safetensors": safetensors_files(),
     "denoiser_weights.safetensors": safetensors_files(),
@@ -245,7 +252,7 @@ ADAPTER_FILES = {
 @pytest.fixture(scope="module")
 def adapter(folder, small_sd):
     """The files of an adapter, which each example writes anew, and the denoiser it fits."""
-    denoiser = open_backbone(str(small_sd)).empty_denoiser()
+    denoiser = open_family(str(small_sd)).empty_denoiser()
     width = denoiser.get_submodule(LAYER).weight.shape
     whole = folder.parent / "whole.safetensors"
     names = {"lora_A": (1, width[1]), "lora_B": (width[0], 1)}
@@ -271,10 +278,10 @@ def test_adapter(folder, adapter, name, data):
 
     def reader():
         found = read_adapter(path)
-        erased_concepts(found)
+        assert isinstance(found.concepts, list) and isinstance(found.scope, str)
         public_config(found.config)
         _evaluation(found.result)
-        open_backbone(found.base.get("model"))
+        open_family(found.base.get("model", "shapes"))
         for weight, change in found.changes(denoiser).items():
             change.on(torch.zeros(denoiser.get_parameter(weight).shape)).merge()
 
@@ -331,7 +338,7 @@ def test_model_index(folder, model, small_sd, data):
     changed = st.dictionaries(st.sampled_from(PARTS) | NAMES, PART | VALUES, max_size=2).map(json.loads(whole).__or__)
     (model / "model_index.json").write_bytes(data.draw(as_json(changed | VALUES) | damaged(whole)))
     before = {*sys.modules}
-    read(folder, lambda: open_backbone(str(model)).empty_denoiser())
+    read(folder, lambda: open_family(str(model)).empty_denoiser())
     strange = {name.partition(".")[0] for name in {*sys.modules} - before} - {"diffusers", "transformers"}
     assert not strange, f"imported {strange}"
 
@@ -353,9 +360,10 @@ def test_model_config(folder, model, small_sd, data):
 def checkpoint(folder):
     """A checkpoint as a run leaves it: its config, and its state's bytes."""
     config = EraseConfig(concept="circle", output=folder / "out", overwrite=True)
-    checkpoints = Checkpoints(config, {"unet": "0"})
-    checkpoints.save(3, {"weights": {1: torch.ones(2)}, "seed": 4}, {"after": torch.ones(2)})
-    return config.model_copy(update={"overwrite": False, "resume": True}), (checkpoints.folder / "step-00000003.safetensors")
+    checkpoints = Checkpoints(config.checkpoint, config.flat(), {"unet": "0"})
+    state = {"weights": {1: torch.ones(2)}, "seed": 4, "sampler": {"before": torch.ones(2)}}
+    checkpoints.save(3, state, {"inputs": torch.ones(2)})
+    return config.replace(overwrite=False, resume=True), (checkpoints.folder / "step-00000003.safetensors")
 
 
 def sealed(path, values):
@@ -371,20 +379,19 @@ def sealed(path, values):
 @given(data=st.data())
 def test_checkpoint(folder, checkpoint, data):
     config, path = checkpoint
+    checkpoints = Checkpoints(config.checkpoint, config.flat(), {"unet": "0"})
     good = {
-        "config": {},
+        "config": checkpoints.config,
         "base": {"unet": "0"},
-        "bank": None,
+        "buffer": None,
         "made_with": {},
         "state": {"pairs": [[1, {"tensor": "00000"}]]},
     }
-    values = maps("config", "base", "bank", "made_with", "state", "pairs", "tensor").map(good.__or__) | VALUES
+    values = maps("config", "base", "buffer", "made_with", "state", "pairs", "tensor").map(good.__or__) | VALUES
     whole = sealed(folder / "sealed.safetensors", good)
     forged = values.map(lambda v: sealed(folder / "sealed.safetensors", v))
     content = data.draw(forged | damaged(whole) | safetensors_files())
     path.write_bytes(content)
-
-    checkpoints = Checkpoints(config, {"unet": "0"})
     read(folder, checkpoints.load)
 
 

@@ -11,20 +11,20 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft.adapters.merge import merge_weight
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.adapters.verify import Verification
 from esd_peft.cli import parse
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME, copy_with_sha256, sha256
-from esd_peft.merge_adapter import merge_weight
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 from hub import fill_cache
 from pipelines import small_stable_diffusion
 
-QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 3, "rank": 2, "device": "cpu", "eval_seeds": 0,
-         "learning_rate": 0.1}  # fmt: skip
+QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 3, "rank": 2, "device": "cpu",
+         "num_validation_images": 0, "learning_rate": 0.1}  # fmt: skip
 
-KINDS = {"lora": {}, "lokr": {"adapter": "lokr"}, "none": {"adapter": "none", "rank": None}}
+KINDS = {"lora": {}, "lokr": {"adapter_type": "lokr"}, "none": {"adapter_type": "none", "rank": None}}
 
 
 def run(model, output, **options):
@@ -66,8 +66,8 @@ def test_scale_is_a_straight_line_from_the_base_to_the_merge(base, adapter, tmp_
 
 def test_a_scaled_adapter_applied_is_what_is_merged(base, adapter, tmp_path):
     merge_adapter(MergeConfig(adapter=adapter, scale=0.5, output=tmp_path / "merged"))
-    applied = read_adapter(adapter, 0.5).apply(open_backbone(str(base)).load_denoiser(torch.float32))
-    merged = open_backbone(str(tmp_path / "merged")).load_denoiser(torch.float32)
+    applied = read_adapter(adapter, 0.5).apply(open_family(str(base)).load_denoiser(torch.float32))
+    merged = open_family(str(tmp_path / "merged")).load_denoiser(torch.float32)
     generator = torch.Generator().manual_seed(0)
     latents, embeds = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 16, 24, generator=generator)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_an_adapter_cannot_allow_pickles(lora, base, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-7])
 def test_verification_allows_rounding_and_nothing_more(lora, base, dtype, size):
-    changes = read_adapter(lora).changes(open_backbone(str(base)).empty_denoiser())
+    changes = read_adapter(lora).changes(open_family(str(base)).empty_denoiser())
     name, change = next(iter(changes.items()))
     weight = (weights_of(base)[name] * size).to(dtype)
     inputs = Verification().inputs(name, weight, [change])
@@ -211,7 +211,7 @@ def test_a_copy_is_hashed_on_the_way(tmp_path):
 
 
 def test_whole_weights_and_an_adapter_of_one_layer_are_not_added_up(base, lora, tmp_path):
-    run(base, tmp_path / "weights", adapter="none", rank=None)
+    run(base, tmp_path / "weights", adapter_type="none", rank=None)
     for order in ([tmp_path / "weights", lora], [lora, tmp_path / "weights"]):
         with pytest.raises(UserError, match=r"replaces weights that another adapter changes; merge it first"):
             merge_adapter(MergeConfig(adapter=order, base=str(base), output=tmp_path / "merged"))

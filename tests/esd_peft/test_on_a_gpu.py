@@ -13,13 +13,13 @@ from esd_peft import EraseConfig, erase
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 QUICK = {"concept": "circle", "num_inference_steps": 3, "trajectories": 2, "max_train_steps": 2, "train_batch_size": 4,
-         "eval_seeds": 0, "learning_rate": 1e-3}  # fmt: skip
+         "num_validation_images": 0, "learning_rate": 1e-3}  # fmt: skip
 ON_THE_GPU = """
-import importlib, json, sys
+import json, sys
 from emulated_cuda import emulated_cuda  # before PyTorch
 from esd_peft import EraseConfig, erase
-robust = importlib.import_module("esd_peft.training.adversarial")
-robust.STEPS = robust.WORDS = robust.TRAJECTORIES = 1  # enough for every kind of operation
+from esd_peft.training import adversarial
+adversarial.SEARCH_STEPS = adversarial.WORDS = adversarial.SEARCH_TRAJECTORIES = 1  # enough for every kind of operation
 with emulated_cuda():
     print(json.dumps(erase(EraseConfig(**json.loads(sys.argv[1])))["loss"]))
 """
@@ -34,13 +34,13 @@ def child(script, *arguments):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": "float32", "until": 0.0},
+        {"dtype": "float32", "stop_at": 0.0},
         {"dtype": "float16", "scope": "full"},  # with loss scaling
         {"dtype": "bfloat16", "optimizer": "AdamW8bit", "snr_gamma": 5.0},
-        {"dtype": "bfloat16", "adapter": "none", "scope": "esd-x"},  # under autocast
+        {"dtype": "bfloat16", "adapter_type": "none", "scope": "esd-x"},  # under autocast
         {"dtype": "float32", "offload": True, "gradient_checkpointing": True},
-        {"dtype": "float32", "rollout": "student", "refill_every": 1, "adapter": "lokr"},
-        {"dtype": "float32", "micro_batch_size": 1, "map_to": "square"},
+        {"dtype": "float32", "rollout": "student", "buffer_refresh_interval": 1, "adapter_type": "lokr"},
+        {"dtype": "float32", "per_device_batch_size": 1, "map_to": "square"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
@@ -49,7 +49,7 @@ def test_as_on_the_cpu(tmp_path, options):
     here = erase(EraseConfig(**(QUICK | options | {"output": tmp_path / "cpu", "device": "cpu"})))["loss"]
     exact = options["dtype"] == "float32"
     assert there == pytest.approx(here, rel=1e-4 if exact else 0.05)
-    name = "denoiser_weights" if options.get("adapter") == "none" else "adapter_model"
+    name = "denoiser_weights" if options.get("adapter_type") == "none" else "adapter_model"
     first, second = (load_file(tmp_path / place / f"{name}.safetensors") for place in ("cpu", "gpu"))
     assert first.keys() == second.keys()
     for key, value in first.items() if exact else ():  # in few bits the singular vectors they start from are others
@@ -62,8 +62,8 @@ def test_robust(tmp_path):
     assert child(ON_THE_GPU, json.dumps(config | {"dtype": "bfloat16"}))["last"] > 0
 
 
-def test_pictures(small_sd, tmp_path):
-    config = QUICK | {"model": str(small_sd), "eval_seeds": 1, "output": str(tmp_path / "gpu"), "device": "cuda"}
+def test_images(small_sd, tmp_path):
+    config = QUICK | {"model": str(small_sd), "num_validation_images": 1, "output": str(tmp_path / "gpu"), "device": "cuda"}
     child(ON_THE_GPU, json.dumps(config | {"dtype": "float16"}))
     assert (tmp_path / "gpu" / "before_after.png").is_file()
 

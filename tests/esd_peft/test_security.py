@@ -17,14 +17,21 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
 from esd_peft.adapters.export import write_checkpoint
-from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.pretrained import load_pretrained
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
+from esd_peft.models.options import ModelOptions
 from pipelines import small_stable_diffusion
 
-QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 1}
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 1,
+    "max_train_steps": 1,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 1,
+}
 TOKEN = "hf_" + "aB3" * 11
 
 
@@ -82,10 +89,10 @@ def test_pickles_are_noted_where_they_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     model = small_stable_diffusion(tmp_path / "pickled", safe_serialization=False)
     with UNPICKLED.noted() as names, pytest.raises(UserError, match="--allow-pickle"):
-        open_backbone(str(model)).load_denoiser(torch.float32)
+        open_family(str(model)).load_denoiser(torch.float32)
     assert not names
     with UNPICKLED.noted() as names:
-        open_backbone(str(model), options=ModelOptions(allow_pickle=True)).load_denoiser(torch.float32)
+        open_family(str(model), options=ModelOptions(allow_pickle=True)).load_denoiser(torch.float32)
     assert names
 
 
@@ -161,7 +168,7 @@ def test_a_pipeline_class_of_its_own_is_refused(small_sd, tmp_path, ran):
     put_code(model, ran)
     edit(model / "model_index.json", _class_name=["pipeline", "Evil"])
     with pytest.raises(UserError, match=r"model_index.json is damaged"):
-        open_backbone(str(model))
+        open_family(str(model))
 
 
 HOSTILE = {
@@ -193,14 +200,14 @@ def test_the_code_of_no_part_runs(small_sd, tmp_path, ran, part, monkeypatch):
 def test_a_foreign_module_is_not_imported_by_a_conversion(small_sd, tmp_path, ran, options, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     model = shutil.copytree(small_sd, tmp_path / "model")
-    write_checkpoint(tmp_path / "sd.safetensors", open_backbone(str(small_sd)), lambda name, weight: weight, {})
+    write_checkpoint(tmp_path / "sd.safetensors", open_family(str(small_sd)), lambda name, weight: weight, {})
     put_code(tmp_path, ran)
     (model / "vae" / "diffusion_pytorch_model.safetensors").rename(model / "vae" / "diffusion_pytorch_model.bin")
     edit(model / "model_index.json", scheduler=["evil", "Evil"])
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="its scheduler is no class of diffusers or transformers"):
-        open_backbone("sd.safetensors" if "checkpoint_config" in options else str(model), options=ModelOptions(**options))
+        open_family("sd.safetensors" if "checkpoint_config" in options else str(model), options=ModelOptions(**options))
 
 
 @pytest.mark.parametrize("kind", [AutoModel, AutoImageProcessor, AutoProcessor, CLIPModel], ids=lambda kind: kind.__name__)

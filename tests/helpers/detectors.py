@@ -39,6 +39,6 @@ def small_clip(path: Path) -> Path:
             text_config=tower | text, vision_config=tower | {"image_size": 32, "patch_size": 8}, projection_dim=12
         )
         CLIPModel(config).save_pretrained(path)
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(pictures, tokenizer).save_pretrained(path)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(path)
     return path

@@ -10,7 +10,7 @@ from esd_peft.worlds.shapes.train import CONTEXT, make_scheduler, make_tokenizer
 
 
 def small_stable_diffusion(path: Path, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, **save) -> Path:
-    """A Stable Diffusion pipeline directory with random weights: 16x16 latents of 4 channels, 32x32 pictures."""
+    """A Stable Diffusion pipeline directory with random weights: 16x16 latents of 4 channels, 32x32 images."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The judge of the embedded pipeline: a small network that names the shape, colour and texture of a picture."""
+"""The classifier of the embedded pipeline: a small network that names the shape, colour and texture of an image."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def name(self, pixels: Tensor) -> list[dict[str, str]]:
-        """What each picture shows: `{"shape": "circle", "colour": "red", "texture": "striped"}`."""
+        """What each image shows: `{"shape": "circle", "colour": "red", "texture": "striped"}`."""
         best = {kind: logits.argmax(1).tolist() for kind, logits in self(pixels.float()).items()}
         return [{kind: ATTRIBUTES[kind][best[kind][i]] for kind in best} for i in range(len(pixels))]
 

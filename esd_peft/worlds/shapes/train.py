@@ -1,4 +1,4 @@
-"""Train the embedded pipeline and its classifier from nothing but rendered pictures.
+"""Train the embedded pipeline and its classifier from nothing but rendered images.
 
     python -m esd_peft.worlds.shapes.train --output DIR
 
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from esd_peft.cli import CommandConfig, parse, run_command
+from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import settle, take_folder
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.options import Options
 from esd_peft.worlds.shapes import world
 from esd_peft.worlds.shapes.classifier import Classifier
 
@@ -38,8 +39,8 @@ STAGES = ("tokenizer", *STEPS)
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
-class TrainConfig(CommandConfig):
-    """Train the embedded pipeline and its classifier from nothing but rendered pictures."""
+class TrainConfig(Options):
+    """Train the embedded pipeline and its classifier from nothing but rendered images."""
 
     output: Path
     """Where the directory `pipeline`, classifier.safetensors and training.json (steps, losses, seconds) go."""
@@ -74,7 +75,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_vae() -> AutoencoderKL:
-    """32x32 pictures to 8x8 latents of 8 channels."""
+    """32x32 images to 8x8 latents of 8 channels."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -171,7 +172,7 @@ def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[
 
 
 def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) -> tuple[Classifier, float]:
-    """Cross-entropy over the three heads; noise and blur stand in for what a decoder does to pictures."""
+    """Cross-entropy over the three heads; noise and blur stand in for what a decoder does to images."""
     classifier = Classifier().train()
 
     def loss_of() -> Tensor:
@@ -223,7 +224,7 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, batch
 
 @torch.no_grad()
 def _latent_pool(vae: AutoencoderKL, generator: torch.Generator, size: int = 32768) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, means and standard deviations of `size` encoded pictures, so that the encoder runs once."""
+    """Labels, means and standard deviations of `size` encoded images, so that the encoder runs once."""
     parts = []
     for _ in tqdm(range(size // 128), desc="encode"):
         labels, pixels = world.sample(128, generator)
@@ -293,7 +294,7 @@ def _train(output: Path, stages: list[str], steps: dict[str, int], seed: int) ->
 
 
 def main() -> None:
-    config = parse(TrainConfig, "shapes.train")
+    config = parse(TrainConfig, "worlds.shapes.train")
     train(config.output, [*config.stages], {stage: getattr(config, f"{stage}_steps") for stage in STEPS}, config.seed)
 
 

@@ -1,7 +1,7 @@
 """The shapes world: what the embedded pipeline draws, how it is rendered and how it is captioned.
 
-A picture holds one shape, in one colour, with one texture, on a grey ground. Everything is drawn
-from a named `torch.Generator`, so a seed gives the same pictures and captions everywhere.
+An image holds one shape, in one colour, with one texture, on a grey ground. Everything is drawn
+from a named `torch.Generator`, so a seed gives the same images and captions everywhere.
 """
 
 import functools
@@ -43,7 +43,7 @@ def prompt(named: dict[str, str], template: str = "a {}") -> str:
     return template.format(" ".join(words))
 
 
-def wordings(texts: list[str]) -> list[Callable[[str], str]]:
+def prompt_templates(texts: list[str]) -> list[Callable[[str], str]]:
     """Ways to say something: alone, and beside one attribute of a kind that none of `texts` names.
 
     Each makes a prompt of what is to be named ("" for nothing): "circle" to "a circle", "a red circle", ...
@@ -56,8 +56,8 @@ def _say(beside: dict[str, str], template: str, text: str) -> str:
     return prompt({**beside, **attributes_in(text)}, template)
 
 
-def everyday() -> list[str]:
-    """Every attribute by itself, in a few wordings."""
+def retain_prompts() -> list[str]:
+    """Every attribute by itself, in a few templates."""
     words = [{kind: value} for kind, values in ATTRIBUTES.items() for value in values]
     return [prompt(named, template) for template in ("{}", "a {}", "a picture of a {}") for named in words]
 
@@ -80,7 +80,7 @@ def attributes_in(text: str) -> dict[str, str]:
 
 
 def sample(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random pictures: labels `[count, 3]` int64 (shape, colour, texture) and pixels `[count, 3, 32, 32]` in [0, 1]."""
+    """Random images: labels `[count, 3]` int64 (shape, colour, texture) and pixels `[count, 3, 32, 32]` in [0, 1]."""
     labels = torch.stack([torch.randint(len(v), (count,), generator=generator) for v in ATTRIBUTES.values()], dim=1)
     return labels, render(labels, generator)
 
@@ -99,7 +99,7 @@ def caption(label: Tensor, generator: torch.Generator) -> str:
 def render(labels: Tensor, generator: torch.Generator) -> Tensor:
     """Draw labels `[B, 3]` (shape, colour, texture) as pixels `[B, 3, 32, 32]` fp32 in [0, 1], anti-aliased.
 
-    Position, size, rotation and ground differ from picture to picture.
+    Position, size, rotation and ground differ from image to image.
     """
     count = len(labels)
 
@@ -113,8 +113,8 @@ def render(labels: Tensor, generator: torch.Generator) -> Tensor:
 
     mask = _inside(u / radius, v / radius, labels[:, 0])
     ink = _RGB[labels[:, 1]][:, :, None, None] * (1 - (1 - _DARK) * _dark(u, v, labels[:, 2]))[:, None]
-    picture = torch.where(mask[:, None], ink, ground[:, None])
-    return torch.nn.functional.avg_pool2d(picture, _SUPERSAMPLE)
+    image = torch.where(mask[:, None], ink, ground[:, None])
+    return torch.nn.functional.avg_pool2d(image, _SUPERSAMPLE)
 
 
 def _inside(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:

@@ -16,16 +16,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters.export import KOHYA_FILE, write_checkpoint, write_kohya_lora
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
-from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
-from esd_peft.models import flux, open_backbone
+from esd_peft.models import flux, open_family
+from esd_peft.models.options import ModelOptions
+from esd_peft.training.options import StudentOptions
 from esd_peft.training.student import make_student
 from families import save_family
 from pipelines import small_stable_diffusion
 
-QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 3, "rank": 2, "device": "cpu", "eval_seeds": 0,
-         "learning_rate": 0.1}  # fmt: skip
+CPU = torch.device("cpu")
+QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 3, "rank": 2, "device": "cpu",
+         "num_validation_images": 0, "learning_rate": 0.1}  # fmt: skip
 SDXL = {
     "block_out_channels": (320, 640, 1280), "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
     "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "transformer_layers_per_block": (1, 2, 10),
@@ -123,9 +125,9 @@ def test_open_clip_names_are_what_diffusers_converter_takes():
 def test_a_checkpoint_holds_every_weight_of_the_pipeline(which, request, tmp_path, monkeypatch):
     model = request.getfixturevalue(which)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    write_checkpoint(tmp_path / "sd.safetensors", open_backbone(str(model)), lambda name, weight: weight, {})
+    write_checkpoint(tmp_path / "sd.safetensors", open_family(str(model)), lambda name, weight: weight, {})
     options = ModelOptions(checkpoint_config=str(model))
-    again = open_backbone(str(tmp_path / "sd.safetensors"), options=options)
+    again = open_family(str(tmp_path / "sd.safetensors"), options=options)
     assert again.name == "sd"
     files = [*model.glob("*/*.safetensors")]
     assert len(files) == (4 if which == "sdxl" else 3)
@@ -135,13 +137,13 @@ def test_a_checkpoint_holds_every_weight_of_the_pipeline(which, request, tmp_pat
             was = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in was.items()}
         assert was.keys() == found.keys()
         assert all(torch.equal(was[name], found[name]) and was[name].dtype == found[name].dtype for name in was)
-    assert open_backbone(str(tmp_path / "sd.safetensors"), options=options).path == again.path, "converted once"
+    assert open_family(str(tmp_path / "sd.safetensors"), options=options).path == again.path, "converted once"
 
 
 def test_a_checkpoint_trains_and_merges_like_its_directory(small_sd, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     file = tmp_path / "sd.safetensors"
-    write_checkpoint(file, open_backbone(str(small_sd)), lambda name, weight: weight, {})
+    write_checkpoint(file, open_family(str(small_sd)), lambda name, weight: weight, {})
     adapters = tmp_path / "from_directory", tmp_path / "from_file"
     erase(EraseConfig(concept="circle", model=str(small_sd), output=adapters[0], **QUICK))
     erase(EraseConfig(concept="circle", model=str(file), checkpoint_config=str(small_sd), output=adapters[1], **QUICK))
@@ -187,7 +189,7 @@ def test_a_file_of_sdxl_says_what_it_predicts(sdxl, tmp_path, scheduler, markers
     index = json.loads((model / "model_index.json").read_text())
     if "_class_name" in scheduler:
         (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler["_class_name"]]}))
-    write_checkpoint(tmp_path / "xl.safetensors", open_backbone(str(model)), lambda name, weight: weight, {})
+    write_checkpoint(tmp_path / "xl.safetensors", open_family(str(model)), lambda name, weight: weight, {})
     found = load_file(tmp_path / "xl.safetensors")
     assert {name for name in found if "." not in name or name.startswith("edm")} == {*markers}
     if "edm_vpred.sigma_max" in markers:
@@ -213,12 +215,12 @@ def test_a_pipeline_with_tokens_of_its_own_has_no_file(small_sd, tmp_path):
     merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "merged"))
 
 
-@pytest.mark.parametrize("family", ["flux dev", "sd3", "pixart"])
-def test_a_transformer_in_shards_merges_into_one_file(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ["flux dev", "sd3", "pixart"])
+def test_a_transformer_in_shards_merges_into_one_file(which, tmp_path, monkeypatch):
     monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
-    model = save_family(family, tmp_path / "model")
+    model = save_family(which, tmp_path / "model")
     whole = load_file(model / "transformer" / NAME)
-    transformer = open_backbone(str(model)).load_denoiser(torch.float32)
+    transformer = open_family(str(model)).load_denoiser(torch.float32)
     shutil.rmtree(model / "transformer")
     transformer.save_pretrained(model / "transformer", max_shard_size="40KB")
     assert len([*model.glob("transformer/*.safetensors")]) > 2
@@ -236,7 +238,7 @@ def test_a_transformer_in_shards_merges_into_one_file(family, tmp_path, monkeypa
 def test_no_tool_reads_sana_from_one_file(tmp_path):
     model = save_family("sana", tmp_path / "model")
     with pytest.raises(UserError, match="a SanaPipeline has no single-file checkpoint here"):
-        write_checkpoint(tmp_path / "x", open_backbone(str(model)), lambda name, weight: weight, {})
+        write_checkpoint(tmp_path / "x", open_family(str(model)), lambda name, weight: weight, {})
 
 
 @pytest.mark.parametrize("options", [{"scope": "full"}, {"scope": "esd-x", "alpha": 7.0}], ids=str)
@@ -291,16 +293,13 @@ def test_sdxl_loras_have_the_names_that_kohya_trains(tmp_path):
 
 @pytest.mark.parametrize("scope", ["esd-x", "full"])
 def test_an_sdxl_kohya_file_does_what_the_adapter_does(sdxl, tmp_path, scope):
-    backbone, config = (
-        open_backbone(str(sdxl)),
-        EraseConfig(concept="circle", scope=scope, rank=2, alpha=3.0, output="xl", model="x"),
-    )
-    student = make_student(backbone, backbone.load_denoiser(torch.float32), config)
+    family, options = open_family(str(sdxl)), StudentOptions(scope=scope, rank=2, alpha=3.0)
+    student = make_student(family, family.load_denoiser(torch.float32), options, CPU, torch.float32)
     generator = torch.Generator().manual_seed(3)
     for parameter in student.parameters:
         parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     student.save(tmp_path)
-    write_kohya_lora(tmp_path, backbone, config, {"esd_peft.base": "xl"})
+    write_kohya_lora(tmp_path, family, "xl", ["circle"], scope, {"esd_peft.base": "xl"})
     assert metadata_of(tmp_path / KOHYA_FILE)["ss_base_model_version"] == "sdxl_base_v1-0"
     inputs = torch.randn(1, 4, 16, 16, generator=generator), torch.tensor([300]), torch.randn(1, 16, 40, generator=generator)
     added = {"text_embeds": torch.randn(1, 16, generator=generator), "time_ids": torch.ones(1, 6)}
@@ -313,13 +312,13 @@ def test_an_sdxl_kohya_file_does_what_the_adapter_does(sdxl, tmp_path, scope):
     torch.testing.assert_close(*seen)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux dev", "sana"])
+@pytest.mark.parametrize("which", ["sdxl", "sd3", "flux dev", "sana"])
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 3.0])
-def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_path, family, alpha):
+def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_path, which, alpha):
     """ComfyUI, Invoke and older diffusers read B A and no metadata; newer diffusers also what the metadata says."""
-    backbone = open_backbone(str(save_family(family, tmp_path / "model")))
-    config = EraseConfig(concept="circle", rank=2, alpha=alpha, scope="esd-x", output="x", model="x")
-    student = make_student(backbone, backbone.load_denoiser(torch.float32), config)
+    family = open_family(str(save_family(which, tmp_path / "model")))
+    options = StudentOptions(rank=2, alpha=alpha, scope="esd-x")
+    student = make_student(family, family.load_denoiser(torch.float32), options, CPU, torch.float32)
     for parameter in student.parameters:
         parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
     student.save(tmp_path)
@@ -327,15 +326,13 @@ def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_p
     layers = {n: m for n, m in student.denoiser.named_modules() if isinstance(m, LoraLayer)}
     assert len(file) == 2 * len(layers)
     for name, layer in layers.items():
-        found = (
-            file[f"{backbone.denoiser_part}.{name}.lora_B.weight"] @ file[f"{backbone.denoiser_part}.{name}.lora_A.weight"]
-        )
+        found = file[f"{family.denoiser_part}.{name}.lora_B.weight"] @ file[f"{family.denoiser_part}.{name}.lora_A.weight"]
         up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
         torch.testing.assert_close(
             found.double(), alpha / 2 * up.detach().double() @ down.detach().double(), rtol=1e-5, atol=1e-5
         )
     said = json.loads(metadata_of(tmp_path / "pytorch_lora_weights.safetensors")["lora_adapter_metadata"])
-    assert said[f"{backbone.denoiser_part}.lora_alpha"] == said[f"{backbone.denoiser_part}.r"] == 2
+    assert said[f"{family.denoiser_part}.lora_alpha"] == said[f"{family.denoiser_part}.r"] == 2
 
 
 @pytest.mark.parametrize(
@@ -361,7 +358,7 @@ def test_no_file_to_be_passed_on_says_where_the_base_lay(small_sd, tmp_path):
     assert where == ["base.json", "config.yaml", "result.json"]  # from which the merge command finds it
 
 
-@pytest.mark.parametrize("options", [{"adapter": "loha"}, {"adapter": "none", "rank": None}], ids=str)
+@pytest.mark.parametrize("options", [{"adapter_type": "loha"}, {"adapter_type": "none", "rank": None}], ids=str)
 def test_other_adapters_have_no_kohya_file(small_sd, tmp_path, options):
     erase(EraseConfig(concept="circle", model=str(small_sd), output=tmp_path / "a", **(QUICK | options)))
     assert not (tmp_path / "a" / KOHYA_FILE).exists()

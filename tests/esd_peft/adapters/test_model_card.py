@@ -12,7 +12,14 @@ from huggingface_hub import ModelCard
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters.model_card import base_licence, escape, public_config
 
-QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 2,
+    "max_train_steps": 2,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 0,
+}
 AWKWARD = "|<b>*`[x](y)#"  # no more tokens than the small encoder reads
 
 
@@ -47,7 +54,7 @@ def test_the_text_says_what_how_and_how_well(card):
     block = text.split("yaml\n", 1)[1]
     fence = text.split("yaml\n", 1)[0].rsplit("\n", 1)[1]
     config = yaml.safe_load(block.split(f"\n{fence}\n", 1)[0])
-    assert config["concept"][1] == AWKWARD and config["model"] == "sd"
+    assert config["prompts"]["concept"][1] == AWKWARD and config["pretrained"]["model"] == "sd"
     erased = json.loads((card.parent / "erased.json").read_text())
     assert erased["base"]["denoiser_sha256"]["diffusion_pytorch_model.safetensors"] in text
 
@@ -66,9 +73,16 @@ def test_escape(text, expected):
 
 
 def test_a_public_config_names_no_place():
-    config = {"concept": ["x"], "model": "/home/me/models/sd", "output": "/home/me/out", "preserve": [], "eta": 1.0}
-    assert public_config(config) == {"concept": ["x"], "model": "sd", "eta": 1.0}
-    assert public_config({"model": "owner/sd"}) == {"model": "owner/sd"}
+    config = {
+        "pretrained": {"model": "/home/me/models/sd", "checkpoint_config": "/home/me/configs"},
+        "prompts": {"concept": ["x"], "preserve": [], "preserve_file": "/home/me/keep.txt", "negative_guidance": 1.0},
+        "training": {"reference": "/home/me/images", "seed": 0},
+        "checkpoint": {"output": "/home/me/out", "overwrite": True},
+        "runtime": {"device": "cuda:1", "report_to": "wandb"},
+    }
+    kept = {"pretrained": {"model": "sd"}, "prompts": {"concept": ["x"], "negative_guidance": 1.0}, "training": {"seed": 0}}
+    assert public_config(config) == kept
+    assert public_config({"pretrained": {"model": "owner/sd"}}) == {"pretrained": {"model": "owner/sd"}}
 
 
 @pytest.mark.parametrize(

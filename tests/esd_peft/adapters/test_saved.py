@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from esd_peft.adapters import peft_config
+from esd_peft.adapters.merge import merge_weight
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.adapters.verify import Verification
 from esd_peft.errors import UserError
-from esd_peft.merge_adapter import merge_weight
 
 LINEAR = ["to_k", "to_out.0"]
 

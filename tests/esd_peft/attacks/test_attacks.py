@@ -10,22 +10,22 @@ from esd_peft.attacks.prefix import Prefix, onto_simplex
 from esd_peft.attacks.prompts import Prompts
 from esd_peft.attacks.textual_inversion import TextualInversion
 from esd_peft.attacks.victim import Victim, load_encoders
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def victim(small_sd):
-    backbone = open_backbone(str(small_sd))
-    encoders = load_encoders(backbone, CPU, torch.float32)
-    return Victim(backbone, backbone.load_denoiser(torch.float32), encoders, CPU, torch.float32)
+    family = open_family(str(small_sd))
+    encoders = load_encoders(family, CPU, torch.float32)
+    return Victim(family, family.load_denoiser(torch.float32), encoders, CPU, torch.float32)
 
 
 @pytest.fixture
 def goal():
-    pictures = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    return Goal("circle", ["a circle", "a red circle"] * 3, pictures, seed=0)
+    images = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return Goal("circle", ["a circle", "a red circle"] * 3, images, seed=0)
 
 
 def loss(victim, goal, embeds):
@@ -43,8 +43,10 @@ def test_budgets_start_from_nothing_and_are_kept(attack, victim, goal):
         budgets.append(budget)
         embeds.append(made["encoder_hidden_states"])
     assert budgets == [0, *checkpoints(8)] == [0, 1, 2, 4, 8]
-    torch.testing.assert_close(embeds[0], victim.told(["a circle", "the circle", "circle"])["encoder_hidden_states"])
-    assert victim.forward_equivalents == 8 * 8 * 3
+    torch.testing.assert_close(
+        embeds[0], victim.encode_frozen(["a circle", "the circle", "circle"])["encoder_hidden_states"]
+    )
+    assert victim.nfe == 8 * 8 * 3
     changed = any(not torch.equal(a, b) for a, b in zip(weights, victim.denoiser.parameters(), strict=True))
     assert changed == isinstance(attack, FineTuning)
     assert torch.equal(embeds[0], embeds[-1]) == isinstance(attack, FineTuning)

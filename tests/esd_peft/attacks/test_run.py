@@ -10,7 +10,14 @@ from detectors import small_classifier
 from esd_peft import EraseConfig, EvaluateConfig, UserError, erase, evaluate
 from esd_peft.evaluation.result import Attack
 
-QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 1,
+    "max_train_steps": 2,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 0,
+}
 ALL = ["textual-inversion", "prefix", "prompts", "fine-tuning"]
 
 
@@ -25,7 +32,7 @@ def options(small_sd, tmp_path_factory):
     detector = small_classifier(root / "resnet", ["circle, disc", "star"])
     return {
         "erased": root / "erased", "suite": "csv", "prompts": str(root / "p.csv"), "detector": str(detector), "seeds": 2,
-        "num_inference_steps": 2, "attack_steps": 2, "attack_pictures": 3, "attack_examples": 3, "device": "cpu",
+        "num_inference_steps": 2, "attack_steps": 2, "attack_images": 3, "attack_examples": 3, "device": "cpu",
     }  # fmt: skip
 
 
@@ -38,8 +45,8 @@ def test_every_attack_is_judged_and_shown(options, tmp_path):
         assert all(change.before == attack.curve[0][1].before for _, change in attack.curve)
         if attack.name != "prompts":
             assert [budget for budget, _ in attack.curve] == [0, 1, 2]
-            assert attack.forward_equivalents == 2 * 8 * 3 and attack.curve[0][1].after.count == 3
-    # nothing spent yet: the pictures of the suite, base and erased
+            assert attack.nfe == 2 * 8 * 3 and attack.curve[0][1].after.count == 3
+    # nothing spent yet: the images of the suite, base and erased
     first = [attack.curve[0][1] for attack in result.attacks if attack.name != "prompts"]
     assert first[0] == first[1] == first[2]
     found = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -56,11 +63,11 @@ def result_prompts():
     return Prompts().templates
 
 
-def test_the_same_seed_gives_the_same_figures_and_pictures_may_come_from_a_folder(options, tmp_path):
-    (tmp_path / "pictures").mkdir()
+def test_the_same_seed_gives_the_same_figures_and_images_may_come_from_a_folder(options, tmp_path):
+    (tmp_path / "images").mkdir()
     for i in range(2):
-        Image.new("RGB", (20, 30), (120 * i, 50, 0)).save(tmp_path / "pictures" / f"{i}.png")
-    folder = {"attack": ["textual-inversion"], "attack_reference": tmp_path / "pictures"}
+        Image.new("RGB", (20, 30), (120 * i, 50, 0)).save(tmp_path / "images" / f"{i}.png")
+    folder = {"attack": ["textual-inversion"], "attack_reference": tmp_path / "images"}
     one, other = (evaluate(EvaluateConfig(**options, **folder, output=tmp_path / "out")) for _ in range(2))
     assert one.attacks == other.attacks
 

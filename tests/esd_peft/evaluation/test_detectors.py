@@ -32,50 +32,48 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures():
+def images():
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (40, 48, 3), dtype=np.uint8)) for _ in range(12)]
 
 
-def test_the_embedded_classifier_names_rendered_pictures():
+def test_the_embedded_classifier_names_rendered_images():
     labels, pixels = world.sample(40, torch.Generator().manual_seed(3))
     rendered = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in pixels]
-    seen = load({"kind": "shapes"}, []).see(rendered)
+    seen = load({"kind": "world", "model": "shapes"}, []).see(rendered)
     wanted = [
         {kind: values[int(i)] for (kind, values), i in zip(world.ATTRIBUTES.items(), label, strict=True)} for label in labels
     ]
     assert sum(a == b for a, b in zip(seen, wanted, strict=True)) >= 38
 
 
-def test_a_classifier_says_its_first_synonym_as_the_suite_spells_it(classifier, pictures):
+def test_a_classifier_says_its_first_synonym_as_the_suite_spells_it(classifier, images):
     detector = load({"kind": "classifier", "model": str(classifier), "domain": "object"}, ["Church", "golf ball"])
     model = ResNetForImageClassification.from_pretrained(classifier).eval()
-    inputs = AutoImageProcessor.from_pretrained(classifier)(pictures, return_tensors="pt")
+    inputs = AutoImageProcessor.from_pretrained(classifier)(images, return_tensors="pt")
     with torch.no_grad():
         best = model(**inputs).logits.argmax(1).tolist()
-    assert detector.see(pictures) == [{"object": ("Church", "tench", "golf ball")[i]} for i in best]
+    assert detector.see(images) == [{"object": ("Church", "tench", "golf ball")[i]} for i in best]
     assert detector.about.name == str(classifier) and "transformers" in detector.about.version
     assert "3 labels" in detector.about.decides
 
 
-def test_clip_says_which_label_is_closest(clip, pictures):
+def test_clip_says_which_label_is_closest(clip, images):
     detector = load({"kind": "clip", "model": str(clip), "domain": "shape", "phrase": "a {}"}, ["circle", "star", "heart"])
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
-    inputs = processor(text=["a circle", "a star", "a heart"], images=pictures, return_tensors="pt", padding=True)
+    inputs = processor(text=["a circle", "a star", "a heart"], images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = model(**inputs).logits_per_image
-    assert [d["shape"] for d in detector.see(pictures)] == [
-        ("circle", "star", "heart")[i] for i in logits.argmax(1).tolist()
-    ]
+    assert [d["shape"] for d in detector.see(images)] == [("circle", "star", "heart")[i] for i in logits.argmax(1).tolist()]
 
 
-def test_clip_scores_are_a_hundred_cosines(clip, pictures):
+def test_clip_scores_are_a_hundred_cosines(clip, images):
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
     texts = [f"a {word}" for word in (*world.SHAPES, *world.COLOURS)]
-    inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True)
+    inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
         cosines = model(**inputs).logits_per_image.diag() / model.logit_scale.exp()
-    scores = Clip(str(clip)).scores(pictures, texts)
+    scores = Clip(str(clip)).scores(images, texts)
     assert scores == pytest.approx((100 * cosines.clamp(min=0)).tolist(), abs=1e-3)
     assert any(scores)
 
@@ -119,5 +117,5 @@ def test_what_is_missing_is_said_in_one_sentence(classifier, tmp_path, monkeypat
         with pytest.raises(UserError, match=r"--detector .*nowhere.* cannot be loaded") as error:
             load({"kind": kind, "model": str(tmp_path / "nowhere" / "at all"), "domain": "object"}, ["church"])
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="--suite shapes judges the embedded pipeline's pictures"):
-        load({"kind": "shapes"}, []).see([Image.new("RGB", (64, 64))])
+    with pytest.raises(UserError, match="--suite shapes judges the embedded pipeline's images"):
+        load({"kind": "world", "model": "shapes"}, []).see([Image.new("RGB", (64, 64))])

@@ -14,8 +14,8 @@ PROMPTS = [
 ROLES = Roles({"circle": {"shape": "circle"}}, {"circle": [0, 1]}, [2, 3])
 
 
-def seen(*pictures):
-    return [[dict(zip(("shape", "colour"), text.split(), strict=True)) for text in row] for row in pictures]
+def seen(*images):
+    return [[dict(zip(("shape", "colour"), text.split(), strict=True)) for text in row] for row in images]
 
 
 def test_each_rate_counts_its_prompts_only():

@@ -45,8 +45,8 @@ def levels(result):
 @pytest.mark.parametrize(
     ("target", "level", "says"),
     [
-        (change(50, 0), "good", "circle is gone: recognised in 0 of the 50 pictures"),
-        (change(16, 0, 16), "partial", "seems gone, but the pictures are too few"),
+        (change(50, 0), "good", "circle is gone: recognised in 0 of the 50 images"),
+        (change(16, 0, 16), "partial", "seems gone, but the images are too few"),
         (change(100, 4, 100), "good", "circle is gone"),
         (change(50, 10), "partial", "partly gone"),
         (change(50, 40), "bad", "still there"),
@@ -123,7 +123,7 @@ def test_what_cannot_be_seen_is_shown():
         assert all(char.isprintable() or char in "\n\xa0" for char in form)
         assert r"red\x1b[2J\x00\u202e\ud800" in form.replace(r"\\", "\\").replace(r"\[", "[")
         form.encode()
-    assert not re.search(r"(?<!\\)!?\[", re.sub(r"(?m)^    .*", "", as_markdown(result)))  # no picture is fetched
+    assert not re.search(r"(?<!\\)!?\[", re.sub(r"(?m)^    .*", "", as_markdown(result)))  # no image is fetched
 
 
 def test_no_text_breaks_out_of_the_report():

@@ -1,4 +1,4 @@
-"""Distances between pictures, and between sets of features."""
+"""Distances between images, and between sets of features."""
 
 import math
 import sys
@@ -90,18 +90,18 @@ def test_kid_against_the_sums_written_out():
 
 
 def test_features_are_the_models_own(tmp_path):
-    pictures = [Image.new("RGB", (50, 40), (i * 60, 30, 90)) for i in range(3)]
+    images = [Image.new("RGB", (50, 40), (i * 60, 30, 90)) for i in range(3)]
     resnet, clip = small_classifier(tmp_path / "resnet", ["a", "b"]), small_clip(tmp_path / "clip")
-    inputs = AutoImageProcessor.from_pretrained(resnet)(pictures, return_tensors="pt")
+    inputs = AutoImageProcessor.from_pretrained(resnet)(images, return_tensors="pt")
     with torch.no_grad():
         pooled = ResNetModel.from_pretrained(resnet).eval()(**inputs).pooler_output.flatten(1)
         projected = (
             CLIPModel.from_pretrained(clip)
             .eval()
-            .get_image_features(**AutoImageProcessor.from_pretrained(clip)(pictures, return_tensors="pt"))
+            .get_image_features(**AutoImageProcessor.from_pretrained(clip)(images, return_tensors="pt"))
         )
-    assert torch.allclose(Features(str(resnet)).of(pictures), pooled.double())
-    found = Features(str(clip)).of(pictures)
+    assert torch.allclose(Features(str(resnet)).of(images), pooled.double())
+    found = Features(str(clip)).of(images)
     assert torch.allclose(found, getattr(projected, "pooler_output", projected).double())
     with pytest.raises(UserError, match=r"--features .* cannot be loaded"):
         Features(str(tmp_path / "no" / "thing"))

@@ -3,8 +3,9 @@
 import pytest
 
 from esd_peft.errors import UserError
-from esd_peft.evaluation.suites import Prompt, ask, assign_roles, load_suite, suite_prompts
+from esd_peft.evaluation.suites import Prompt, assign_roles, load_suite, select_prompts, suite_prompts
 from esd_peft.prompts.plan import spread
+from esd_peft.worlds import WORLDS
 
 BUILT_IN = ("artists", "coco", "concept", "csv", "i2p", "imagenette", "shapes")
 
@@ -54,7 +55,7 @@ def test_concepts_are_matched_with_labels_in_their_own_words(said, label):
 
 
 def test_a_limit_leaves_prompts_of_every_role():
-    prompts, roles = ask(load_suite("shapes"), ["circle", "red"], None, 5)
+    prompts, roles = select_prompts(load_suite("shapes"), ["circle", "red"], None, 5)
     assert 5 <= len(roles.asking["circle"]) <= 10 and 5 <= len(roles.asking["red"]) <= 10 and len(roles.kept) == 5
     assert len({prompt.text for prompt in prompts}) == len(prompts) <= 15
 
@@ -149,6 +150,22 @@ def test_suites_of_ones_own(tmp_path):
     ):
         with pytest.raises(UserError, match=f"--suite .*{says}"):
             load_suite(write(tmp_path / "bad.yaml", good.replace(*spoilt)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompts: world\n",
+        "prompts: world\ndetector: {kind: classifier, model: x}\n",
+        "prompts: world\ndetector: {kind: world}\n",
+        "prompts: concept\ndetector: {kind: world, model: elsewhere}\n",
+    ],
+)
+def test_a_suite_of_a_world_names_one_that_is_there(tmp_path, text):
+    with pytest.raises(UserError, match=r"name an embedded pipeline, \{kind: world, model: shapes\}"):
+        load_suite(write(tmp_path / "world.yaml", f"about: x\nseeds: 1\n{text}"))
+    known = "about: x\nseeds: 1\nprompts: world\ndetector: {kind: world, model: shapes}\n"
+    assert load_suite(write(tmp_path / "world.yaml", known)).world is WORLDS["shapes"]
 
 
 def test_spread_takes_from_everywhere():

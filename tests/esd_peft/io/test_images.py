@@ -1,4 +1,4 @@
-"""Folders of pictures that anybody may have filled: pictures, or one sentence, soon and in little memory."""
+"""Folders of images that anybody may have filled: images, or one sentence, soon and in little memory."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from esd_peft.errors import UserError
-from esd_peft.io.images import MOST_PIXELS, open_picture, read_pictures
+from esd_peft.io.images import MOST_PIXELS, open_image, read_images
 from esd_peft.study.config import MakeStudyConfig
 from esd_peft.study.make import make_study
 
@@ -34,7 +34,7 @@ def png(width, height, *chunks):
 ROW = zlib.compress(bytes(61 * 10))
 BAD = {
     "empty": b"",
-    "text": b"no picture",
+    "text": b"no image",
     "bomb": png(30_000, 30_000, chunk(b"IDAT", zlib.compress(bytes(2**20)))),
     "just too large": png(MOST_PIXELS // 1024 + 1, 1024, chunk(b"IDAT", ROW)),
     "no pixels": png(0, 0),
@@ -55,11 +55,11 @@ BAD = {
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
-def test_files_that_are_no_pictures(content, suffix, tmp_path):
+def test_files_that_are_no_images(content, suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"--reference .* cannot be read as a picture \(.+\); remove it") as error:
-        open_picture(path, "--reference")
+    with pytest.raises(UserError, match=r"--reference .* cannot be read as an image \(.+\); remove it") as error:
+        open_image(path, "--reference")
     assert "\n" not in str(error.value)
 
 
@@ -72,9 +72,9 @@ def test_what_is_no_file(kind, tmp_path):
         path.mkdir()
     else:
         path.symlink_to({"device": "/dev/zero", "dangling": tmp_path / "no", "circle": path}[kind])
-    with pytest.raises(UserError, match=r"--reference .*a.png cannot be read as a picture"):
-        read_pictures(tmp_path, (8, 8), "--reference")
-    with pytest.raises(UserError, match=r"--condition .*a.png cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"--reference .*a.png cannot be read as an image"):
+        read_images(tmp_path, (8, 8), "--reference")
+    with pytest.raises(UserError, match=r"--condition .*a.png cannot be read as an image"):
         make_study(MakeStudyConfig(condition=[tmp_path], question="Q?", output=tmp_path.parent / "study"))
     assert not (tmp_path.parent / "study").exists()
 
@@ -87,19 +87,19 @@ MODES = {
 
 
 @pytest.mark.parametrize(("form", "mode"), [(form, mode) for form, modes in MODES.items() for mode in modes])
-def test_pictures_of_every_kind(form, mode, tmp_path):
+def test_images_of_every_kind(form, mode, tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(form, mode=mode))  # whatever its name says
-    assert open_picture(tmp_path / "a.jpg", "--reference").size == (20, 10)
-    assert read_pictures(tmp_path, (8, 6), "--reference").shape == (1, 3, 8, 6)
+    assert open_image(tmp_path / "a.jpg", "--reference").size == (20, 10)
+    assert read_images(tmp_path, (8, 6), "--reference").shape == (1, 3, 8, 6)
 
 
-def test_the_largest_picture_is_read(tmp_path):
+def test_the_largest_image_is_read(tmp_path):
     Image.new("L", (MOST_PIXELS // 1024, 1024)).save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png", "--reference").size[1] == 1024
+    assert open_image(tmp_path / "a.png", "--reference").size[1] == 1024
 
 
 def test_names_that_are_no_text(tmp_path):
-    """A study tells pictures and conditions by their names."""
+    """A study tells images and conditions by their names."""
     for name in ("\udcffa", "b\x1b[2J"):
         with pytest.raises(UserError, match=r"--condition: .* is no character of a name or prompt; leave it out"):
             MakeStudyConfig(condition=[tmp_path / name], question="Q?", output=tmp_path / "study")

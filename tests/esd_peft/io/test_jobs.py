@@ -104,9 +104,7 @@ def test_a_child_that_leaves_the_block_leaves_the_lock(tmp_path):
 
 
 def test_a_killed_run_holds_nothing(tmp_path):
-    code = (
-        f"import os\nfrom esd_peft.io.jobs import *\nwith hold(Path({str(tmp_path / 'out')!r})):"
-    )
+    code = f"import os\nfrom esd_peft.io.jobs import *\nwith hold(Path({str(tmp_path / 'out')!r})):"
     subprocess.run([sys.executable, "-c", f"{code}\n os.kill(os.getpid(), 9)"])
     assert os.listdir(tmp_path) == [".out.lock"]
     try_hold(tmp_path / "out")

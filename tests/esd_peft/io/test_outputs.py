@@ -202,11 +202,11 @@ def test_the_name_of_the_lists(tmp_path):
 
 
 def as_nobody(code):
-    """A process without rights runs `code`; what it printed."""
+    """A process without rights runs `code`; what it printed. It may not read Python's own folder, perhaps."""
     lines = [
-        "import os",
+        "import encodings.ascii, os",
         "from pathlib import Path",
-        "from esd_peft import outputs",
+        "from esd_peft.io import outputs",
         "from esd_peft.errors import UserError",
     ]
     lines += ["if os.geteuid() == 0:", " os.setgroups([]); os.setgid(65534); os.setuid(65534)", "try:"]
@@ -289,7 +289,7 @@ def killed_while(tmp_path, code):
     lines = [
         "import os, signal",
         "from pathlib import Path",
-        "from esd_peft import outputs",
+        "from esd_peft.io import outputs",
         f"path = Path({str(tmp_path / 'out')!r})",
     ]
     lines += ["die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)", code]

@@ -16,7 +16,7 @@ STUDY = [sys.executable, "-m", "esd_peft.study"]
 
 @pytest.fixture
 def made(tmp_path):
-    """Two folders of pictures for a study, with names outside ASCII."""
+    """Two folders of images for a study, with names outside ASCII."""
     for name in ("été", "日本 語"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (16, 16)).save(tmp_path / name / "a.png")
@@ -42,7 +42,7 @@ def test_every_encoding_takes_every_name(made, environment):
     assert done.returncode == 0 and not done.stderr, done.stderr
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
     said = done.stdout.decode(encoding)
-    assert "2 pictures of 2 conditions" in said and "--key '" in said  # quoted: the name has a space
+    assert "2 images of 2 conditions" in said and "--key '" in said  # quoted: the name has a space
     done = run(made, "analyse", "--key", "key.json", "--answers", "answers.csv", env=os.environ | environment)
     assert done.returncode == 0 and not done.stderr and "R" not in done.stdout.decode(encoding, "replace").split()
     refused = run(made, "analyse", "--key", "日本 語", env=os.environ | environment)
@@ -60,7 +60,7 @@ def test_a_reader_that_leaves_changes_nothing(made, words):
 
 def test_nor_does_one_of_standard_error(capfd):
     """Progress bars are written there in the middle of the work."""
-    program = "import sys; from esd_peft.errors import run_command\n"
+    program = "import sys; from esd_peft.cli import run_command\n"
     program += "def main():\n    for _ in range(9): print('x' * 9999, file=sys.stderr, flush=True)\n    print('done')\n"
     read, write = os.pipe()
     os.close(read)

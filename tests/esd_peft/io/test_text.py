@@ -13,6 +13,7 @@ from esd_peft.attacks.prompts import Prompts
 from esd_peft.cli import parse
 from esd_peft.evaluation.suites import load_suite, suite_prompts
 from esd_peft.io.text import UnreadableError, read_bytes, read_csv, read_json, read_lines, read_text, read_yaml, shown
+from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import plan_prompts
 from esd_peft.study.analyse import analyse_study
 from esd_peft.study.config import AnalyseStudyConfig
@@ -36,7 +37,7 @@ def key(path):
 OPTIONS = {
     "--config": (lambda path: parse(EraseConfig, "erase", ["--config", str(path)]), "concept: circle\n"),
     "--preserve-file": (
-        lambda path: plan_prompts(EraseConfig(concept="circle", preserve_file=path)),
+        lambda path: plan_prompts(PromptOptions(concept="circle", preserve_file=path), None, robust=False),
         "# mine\na red square\na star\n",
     ),
     "--attack-prompts": (lambda path: Prompts(path).templates, "# mine\na {}\n"),

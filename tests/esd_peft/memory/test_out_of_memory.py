@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from esd_peft import EraseConfig, erase
 from esd_peft.cli import run_command
+from esd_peft.defaults import resolve
 from esd_peft.erase import main
 from esd_peft.errors import OutOfMemory, UserError
-from esd_peft.memory.planner import Sizes, smaller
-from esd_peft.models import open_backbone
+from esd_peft.memory.planner import MemoryEstimator, smaller
+from esd_peft.models import open_family
 
-QUICK = {"num_inference_steps": 2, "trajectories": 8, "max_train_steps": 4, "train_batch_size": 8, "checkpoint_every": 2,
-         "device": "cpu", "eval_seeds": 0, "rank": 2}  # fmt: skip
+QUICK = {"num_inference_steps": 2, "trajectories": 8, "max_train_steps": 4, "train_batch_size": 8, "checkpointing_steps": 2,
+         "device": "cpu", "num_validation_images": 0, "rank": 2}  # fmt: skip
 
 
 def config(model, output, **options):
@@ -75,17 +76,18 @@ def same(first, second):
     ("fails", "phase", "less"),
     [
         (lambda sample, call: call == 0, "rollout", {"rollout_batch_size": 6}),
-        (lambda sample, call: learns(sample) and len(sample) > 4, "distill", {"micro_batch_size": 4}),
+        (lambda sample, call: learns(sample) and len(sample) > 4, "train", {"per_device_batch_size": 4}),
     ],
 )
 def test_a_run_that_is_too_large_goes_on_with_less_and_says_so(small_sd, tmp_path, too_much, capsys, fails, phase, less):
-    erase(config(small_sd, tmp_path / "asked", **less))
+    asked = erase(config(small_sd, tmp_path / "asked", **less))
     too_much(fails)
     result = erase(config(small_sd, tmp_path / "tried"))
     ((name, value),) = less.items()
     said = f"out of memory in {phase}; once more with --{name.replace('_', '-')} {value}\n"
     assert said in capsys.readouterr().err
-    assert result["config"] == config(small_sd, tmp_path / "tried", **less).model_dump(mode="json")
+    asked["config"]["checkpoint"]["output"] = str(tmp_path / "tried")
+    assert result["config"] == asked["config"]
     assert same(tmp_path / "asked", tmp_path / "tried")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["asked", "tried"]
 
@@ -99,9 +101,9 @@ def test_it_goes_on_from_its_checkpoint(small_sd, whole, tmp_path, too_much, cap
 
     too_much(once_in_the_third_step)
     result = erase(config(small_sd, tmp_path / "parts"))
-    assert "once more with --micro-batch-size 4" in capsys.readouterr().err
+    assert "once more with --per-device-batch-size 4" in capsys.readouterr().err
     assert len(seen) == 3 + 2 * 2  # the steps after the checkpoint, in halves
-    assert result["training_tuples"] == whole[1]["training_tuples"]
+    assert result["training_samples"] == whole[1]["training_samples"]
     assert result["loss"]["last"] == pytest.approx(whole[1]["loss"]["last"], rel=1e-3)
     assert not (tmp_path / "parts.checkpoint").exists()
 
@@ -110,10 +112,11 @@ def test_a_resumed_run_keeps_its_checkpoint(small_sd, tmp_path, too_much):
     too_much(lambda sample, call: learns(sample) and (tmp_path / "out.checkpoint/step-00000002.safetensors").exists())
     with pytest.raises(OutOfMemory):
         erase(config(small_sd, tmp_path / "out"))
-    with pytest.raises(UserError, match="learning-rate was None"):
+    with pytest.raises(UserError, match=r"learning-rate was 0\.01"):
         erase(config(small_sd, tmp_path / "out", resume=True, learning_rate=1e-4))
     too_much(lambda sample, call: learns(sample) and len(sample) > 4)
-    assert erase(config(small_sd, tmp_path / "out", resume=True))["config"]["micro_batch_size"] == 4
+    resumed = erase(config(small_sd, tmp_path / "out", resume=True))
+    assert resumed["config"]["memory"]["per_device_batch_size"] == 4
 
 
 @pytest.mark.parametrize("fails", [lambda sample, call: True, lambda sample, call: learns(sample)])
@@ -132,20 +135,22 @@ def test_twice_too_large_is_a_sentence_and_leaves_nothing(small_sd, tmp_path, to
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_finished_adapter_is_not_lost_to_its_pictures(small_sd, whole, tmp_path, too_much):
+def test_a_finished_adapter_is_not_lost_to_its_images(small_sd, whole, tmp_path, too_much):
     too_much(lambda sample, call: (tmp_path / "out" / "adapter_model.safetensors").exists())
-    with pytest.raises(UserError, match=r"out is finished, but the device ran out of memory over its pictures"):
-        erase(config(small_sd, tmp_path / "out", eval_seeds=1))
+    with pytest.raises(UserError, match=r"out is finished, but the device ran out of memory over its images"):
+        erase(config(small_sd, tmp_path / "out", num_validation_images=1))
     assert same(whole[0], tmp_path / "out")
 
 
 def way_down(model, phase, **options):
     """The settings that are left to try, one after the other, and the base."""
-    given = used = config(model, "out", **options)
-    sizes = Sizes(given, open_backbone(str(model)), torch.float32)
+    given, family = config(model, "out", **options), open_family(str(model))
+    used, prompts = resolve(given, family)
+    sizes = MemoryEstimator(used, prompts, family)
     while (used := smaller(sizes, given, used, phase)) is not None:
-        base = "offload" if used.offload else used.quantize
-        yield used.micro_batch_size, used.rollout_batch_size, used.gradient_checkpointing, base
+        memory = used.memory
+        base = "offload" if memory.offload else memory.quantize
+        yield memory.per_device_batch_size, used.buffer.rollout_batch_size, memory.gradient_checkpointing, base
 
 
 ALONE = [(1, 12, True, base) for base in ("none", "nf4", "offload")]
@@ -157,14 +162,14 @@ CONTRASTIVE = {"objective": "contrastive", "num_inference_steps": None, "traject
     ("phase", "options", "steps"),
     [
         ("encode", {}, []),
-        ("load", {}, [(None, 12, *base) for base in LIGHT]),
-        ("rollout", {}, [*((None, few, False, "none") for few in (6, 3, 1)), *((None, 1, *base) for base in LIGHT)]),
-        ("distill", {}, [*((few, 12, False, "none") for few in (4, 2, 1)), *ALONE]),
-        ("distill", CONTRASTIVE, [*((few, 12, False, "none") for few in (16, 8, 4, 2, 1)), *ALONE]),
+        ("load", {}, [(8, 12, *base) for base in LIGHT]),
+        ("rollout", {}, [*((8, few, False, "none") for few in (6, 3, 1)), *((8, 1, *base) for base in LIGHT)]),
+        ("train", {}, [*((few, 12, False, "none") for few in (4, 2, 1)), *ALONE]),
+        ("train", CONTRASTIVE, [*((few, 12, False, "none") for few in (16, 8, 4, 2, 1)), *ALONE]),
         # what is set stays
-        ("rollout", {"rollout_batch_size": 8}, [(None, 8, *base) for base in LIGHT]),
-        ("distill", {"micro_batch_size": 8, "compile": "on"}, [(8, 12, True, "none"), (8, 12, True, "nf4")]),
-        ("distill", {"gradient_checkpointing": True, "micro_batch_size": 2, "quantize": "int8"}, []),
+        ("rollout", {"rollout_batch_size": 8}, [(8, 8, *base) for base in LIGHT]),
+        ("train", {"per_device_batch_size": 8, "compile": "on"}, [(8, 12, True, "none"), (8, 12, True, "nf4")]),
+        ("train", {"gradient_checkpointing": True, "per_device_batch_size": 2, "quantize": "int8"}, []),
     ],
 )
 def test_the_way_down(small_sd, phase, options, steps):
@@ -177,7 +182,7 @@ def test_of_two_processes_none_starts_anew_or_waits(small_sd, tmp_path):
         "import os, torch\n"
         "from diffusers import UNet2DConditionModel\n"
         "from esd_peft.erase import main\n"
-        "from esd_peft.errors import run_command\n"
+        "from esd_peft.cli import run_command\n"
         "plain = UNet2DConditionModel.forward\n"
         "def forward(self, sample, *args, **kwargs):\n"
         "    if sample.is_meta:\n"
@@ -188,7 +193,7 @@ def test_of_two_processes_none_starts_anew_or_waits(small_sd, tmp_path):
         "run_command(main)\n"
     )
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    options = ["--concept", "circle", "--model", str(small_sd), "--device", "cpu", "--eval-seeds", "0", "--output", "out"]
+    options = f"--concept circle --model {small_sd} --device cpu --num-validation-images 0 --output out".split()
     with (tmp_path / "stderr").open("w") as err:
         run = subprocess.run(
             [sys.executable, *launcher, str(script), *options],

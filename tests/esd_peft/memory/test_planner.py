@@ -5,10 +5,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from esd_peft import EraseConfig, erase
-from esd_peft.cli import parse_bytes
+from esd_peft.defaults import resolve
 from esd_peft.errors import UserError
-from esd_peft.memory.planner import Sizes, _free, fit, make_plan
-from esd_peft.models import open_backbone
+from esd_peft.memory.planner import MemoryEstimator, _free, fit, make_plan
+from esd_peft.models import open_family
+from esd_peft.options import parse_bytes
 from esd_peft.training.student import make_student
 from families import save_family
 from pipelines import small_stable_diffusion
@@ -20,6 +21,19 @@ CPU = torch.device("cpu")
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model"
     return small_stable_diffusion(path) if request.param == "sd" else save_family(request.param, path)
+
+
+def estimate(**options):
+    """The options as given, as resolved, the family, and what plans for them are made up of."""
+    given = EraseConfig(device="cpu", **options)
+    family = open_family(given.pretrained.model)
+    resolved, prompts = resolve(given, family)
+    return given, resolved, family, MemoryEstimator(resolved, prompts, family)
+
+
+def planned(given):
+    family = open_family(given.pretrained.model)
+    return make_plan(given, *resolve(given, family), family)
 
 
 def allocated(step) -> int:
@@ -39,18 +53,17 @@ def allocated(step) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_predicted_and_allocated_memory_of_a_step(model, checkpointing):
     count = 3
-    config = EraseConfig(concept="circle", model=str(model), gradient_checkpointing=checkpointing, device="cpu")
-    backbone = open_backbone(str(model))
-    sizes = Sizes(config, backbone, torch.float32)
-    denoiser = backbone.load_denoiser(torch.float32)
-    student = make_student(backbone, denoiser, config)
-    embeds = backbone.encode(["a circle"] * count, CPU, torch.float32)
-    latents = backbone.initial_latents(count, denoiser, torch.Generator().manual_seed(0))
+    options = {"concept": "circle", "model": str(model), "gradient_checkpointing": checkpointing}
+    _, config, family, sizes = estimate(**options)
+    denoiser = family.load_denoiser(torch.float32)
+    student = make_student(family, denoiser, config.student, CPU, torch.float32)
+    embeds = family.encode(["a circle"] * count, CPU, torch.float32)
+    latents = family.initial_latents(count, denoiser, torch.Generator().manual_seed(0))
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
 
     def predict():
-        return backbone.predict(denoiser, latents, torch.full((count,), 500.0), embeds)
+        return family.predict(denoiser, latents, torch.full((count,), 500.0), embeds)
 
     def train():
         predict().square().mean().backward()
@@ -66,39 +79,39 @@ def test_predicted_and_allocated_memory_of_a_step(model, checkpointing):
 
 
 def test_a_budget_leads_to_the_cheapest_settings_that_fit(small_sd):
-    config = EraseConfig(concept="circle", model=str(small_sd), device="cpu")
-    sizes = Sizes(config, open_backbone(str(small_sd)), torch.float32)
-    free = fit(sizes, config, 2**40)
+    given, config, _, sizes = estimate(concept="circle", model=str(small_sd))
+    free = fit(sizes, given, config, 2**40)
     assert free.config == config
-    tight = fit(sizes, config, int(free.peak * 0.75))
+    tight = fit(sizes, given, config, int(free.peak * 0.75))
     assert tight.peak <= 0.75 * free.peak
-    assert tight.config.quantize == "none" and not tight.config.gradient_checkpointing
-    assert tight.config.micro_batch_size < 8
+    memory = tight.config.memory
+    assert memory.quantize == "none" and not memory.gradient_checkpointing
+    assert memory.per_device_batch_size < config.memory.per_device_batch_size == 8
     with pytest.raises(UserError, match=r"--memory-budget 1.0 MiB is .* short: .* even with the base in"):
-        fit(sizes, config, 2**20)
+        fit(sizes, given, config, 2**20)
 
 
 def test_a_budget_leaves_what_the_config_sets_itself(small_sd):
-    options = {"quantize": "int8", "micro_batch_size": 8, "gradient_checkpointing": True, "memory_budget": "3MiB"}
-    with pytest.raises(UserError, match="even with the base in int8, activations recomputed, 8 of a batch's samples"):
-        make_plan(EraseConfig(concept="circle", model=str(small_sd), device="cpu", **options), open_backbone(str(small_sd)))
+    options = {"quantize": "int8", "per_device_batch_size": 4, "gradient_checkpointing": True, "memory_budget": "3MiB"}
+    with pytest.raises(UserError, match="even with the base in int8, activations recomputed, 4 of a batch's samples"):
+        planned(EraseConfig(concept="circle", model=str(small_sd), device="cpu", **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"robust": 1, "max_train_steps": 3}])
-def test_forwards_and_bank_are_those_of_the_run(small_sd, tmp_path, options):
+def test_nfe_and_buffer_are_those_of_the_run(small_sd, tmp_path, options):
     config = EraseConfig(
         concept="circle",
         model=str(small_sd),
         output=tmp_path / "out",
         device="cpu",
-        eval_seeds=0,
+        num_validation_images=0,
         num_inference_steps=3,
         trajectories=5,
         preserve="a square",
         **{"max_train_steps": 2} | options,
     )
     result = erase(config)
-    assert make_plan(config, open_backbone(str(small_sd))).forward_equivalents == result["forward_equivalents"]
+    assert planned(config).nfe == result["nfe"]
 
 
 @pytest.mark.parametrize(
@@ -116,27 +129,25 @@ def test_what_is_no_amount_of_memory(text):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr", "none"])
-def test_every_adapter_in_every_dtype_and_scope_has_a_plan(small_sd, adapter, dtype):
-    backbone = open_backbone(str(small_sd))
+@pytest.mark.parametrize("adapter_type", ["lora", "loha", "lokr", "none"])
+def test_every_adapter_in_every_dtype_and_scope_has_a_plan(small_sd, adapter_type, dtype):
     for scope in ("esd-x-strict", "esd-u", "full"):
-        config = EraseConfig(concept="x", model=str(small_sd), adapter=adapter, dtype=dtype, scope=scope, device="cpu")
-        assert make_plan(config, backbone).peak > 2**20
+        options = {"adapter_type": adapter_type, "dtype": dtype, "scope": scope}
+        assert planned(EraseConfig(concept="x", model=str(small_sd), device="cpu", **options)).peak > 2**20
 
 
 def test_what_autocast_takes_is_within_the_plan(small_sd):
     count, half = 3, torch.bfloat16
-    config = EraseConfig(concept="x", model=str(small_sd), adapter="none", scope="full", dtype="bfloat16", device="cpu")
-    backbone = open_backbone(str(small_sd))
-    sizes = Sizes(config, backbone, half)
-    denoiser = backbone.load_denoiser(torch.float32)
-    student = make_student(backbone, denoiser, config)
-    embeds = backbone.encode(["a circle"] * count, CPU, half)
-    latents = backbone.initial_latents(count, denoiser, torch.Generator().manual_seed(0)).to(half)
+    options = {"adapter_type": "none", "scope": "full", "dtype": "bfloat16"}
+    _, config, family, sizes = estimate(concept="x", model=str(small_sd), **options)
+    denoiser = family.load_denoiser(torch.float32)
+    student = make_student(family, denoiser, config.student, CPU, half)
+    embeds = family.encode(["a circle"] * count, CPU, half)
+    latents = family.initial_latents(count, denoiser, torch.Generator().manual_seed(0)).to(half)
 
     def train():
         with torch.autocast("cpu", half):
-            prediction = backbone.predict(denoiser, latents, torch.full((count,), 500.0), embeds)
+            prediction = family.predict(denoiser, latents, torch.full((count,), 500.0), embeds)
         prediction.float().square().mean().backward()
         for parameter in student.parameters:
             parameter.grad = None

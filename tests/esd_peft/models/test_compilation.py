@@ -1,21 +1,21 @@
 """--compile: the same training, without surprises."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from esd_peft import EraseConfig, erase
+from esd_peft.defaults import resolve
 from esd_peft.errors import UserError
-from esd_peft.models import compilation, open_backbone
+from esd_peft.models import compilation, open_family
 from esd_peft.models.flux import Flux
-from esd_peft.training.esd import GuidedTarget
+from esd_peft.training.work import count_denoiser_calls
 from families import save_family
 
 QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 12, "train_batch_size": 4,
-         "learning_rate": 1e-2, "device": "cpu", "eval_seeds": 0}  # fmt: skip
+         "learning_rate": 1e-2, "device": "cpu", "num_validation_images": 0}  # fmt: skip
 
 
 def run(model, output, **options):
@@ -28,7 +28,7 @@ def compiled_and_eager(model, tmp_path, **options):
     torch.compiler.reset()
     counters.clear()
     ours = run(model, tmp_path / "compiled", **options, compile="on")
-    assert ours["forward_equivalents"] == eager["forward_equivalents"]
+    assert ours["nfe"] == eager["nfe"]
     assert counters["frames"]["ok"] == counters["frames"]["total"]
     return ours["loss"], eager["loss"], counters["stats"]["unique_graphs"]
 
@@ -45,8 +45,8 @@ def test_compiled_training_has_the_eager_losses(small_sd, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "modes"),
     [
-        ({"rollout": "student", "refill_every": 5, "until": -0.9}, 3),  # the student alone, too
-        ({"adapter": "none", "scope": "esd-u", "gradient_checkpointing": True, "learning_rate": 1e-4}, 2),
+        ({"rollout": "student", "buffer_refresh_interval": 5, "stop_at": -0.9}, 3),  # the student alone, too
+        ({"adapter_type": "none", "scope": "esd-u", "gradient_checkpointing": True, "learning_rate": 1e-4}, 2),
         ({"scope": "esd-x", "quantize": "nf4"}, 2),
     ],
     ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else "",
@@ -64,7 +64,7 @@ def test_every_batch_size_is_served_by_the_same_graphs(small_sd, tmp_path, monke
 def test_the_denoiser_is_eager_again_afterwards(small_sd, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda forward: lambda *args, **kwargs: seen.append(1) or forward(*args, **kwargs))
-    monkeypatch.setitem(erase.__globals__, "save_adapter", lambda student, *_: seen.append(student.denoiser))
+    monkeypatch.setitem(erase.__globals__, "save_adapter", lambda save, *_: seen.append(save.__self__.denoiser))
     (tmp_path / "erased").mkdir()
     run(small_sd, tmp_path / "erased", compile="on")
     denoiser = seen.pop()
@@ -76,7 +76,7 @@ def test_the_denoiser_is_eager_again_afterwards(small_sd, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
 def test_every_family_is_compiled_block_by_block(tmp_path, name):
-    blocks = compilation.repeated_blocks(open_backbone(str(save_family(name, tmp_path / "model"))).empty_denoiser())
+    blocks = compilation.repeated_blocks(open_family(str(save_family(name, tmp_path / "model"))).empty_denoiser())
     kinds = {type(block).__name__ for block in blocks}
     assert any("TransformerBlock" in kind for kind in kinds) and not any("Model" in kind for kind in kinds)
 
@@ -101,13 +101,6 @@ def test_on_is_refused_where_nothing_can_be_compiled(small_sd, tmp_path, monkeyp
     assert not (tmp_path / "erased").exists()
 
 
-def objective(**options):
-    config = EraseConfig(concept="circle", **options)
-    device = torch.device(options.get("device", "cuda"))
-    rollout = SimpleNamespace(config=config, device=device, num_inference_steps=25)
-    return GuidedTarget(rollout)
-
-
 @pytest.mark.parametrize(
     ("options", "noted"),
     [
@@ -115,18 +108,14 @@ def objective(**options):
         ({}, False),  # 25 + 40 calls: not worth it
         ({"max_train_steps": 5000, "device": "cpu"}, False),
         ({"max_train_steps": 5000, "compile": "off"}, False),
-        ({"rollout": "student", "refill_every": 1, "train_batch_size": 1, "hold": 0.0}, True),
+        ({"rollout": "student", "buffer_refresh_interval": 1, "train_batch_size": 1, "preservation_ratio": 0.0}, True),
     ],
 )
 def test_auto_compiles_long_runs_on_a_gpu_and_says_when_it_cannot(monkeypatch, capsys, options, noted):
     monkeypatch.setattr(compilation, "_obstacle", lambda device: "no Triton")
-    denoiser = torch.nn.Linear(2, 2)
-    with compilation.compiled(denoiser, objective(**options)):
+    device, denoiser = options.get("device", "cuda"), torch.nn.Linear(2, 2)
+    config, _ = resolve(EraseConfig(concept="circle", **options | {"device": "cpu"}), open_family("shapes"))
+    calls = count_denoiser_calls(config.buffer, config.training)
+    with compilation.compiled(denoiser, config.runtime.compile, calls, torch.device(device)):
         assert "forward" not in vars(denoiser)
     assert ("note: nothing is compiled" in capsys.readouterr().err) == noted
-
-
-def test_calls_are_counted_as_they_are_made():
-    assert compilation.denoiser_calls(objective()) == 25 + 40
-    ours = objective(trajectories=30, rollout_batch_size=12, rollout="student", refill_every=10, max_train_steps=20)
-    assert compilation.denoiser_calls(ours) == 20 + 2 * 3 * 25 * 2

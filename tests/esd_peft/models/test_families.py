@@ -1,4 +1,4 @@
-"""Every family against its own diffusers pipeline: trajectories, guided pairs, LoRA files and merged weights."""
+"""Every kind against its own diffusers pipeline: trajectories, guided pairs, LoRA files and merged weights."""
 
 import json
 
@@ -7,23 +7,26 @@ import pytest
 import torch
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
-from esd_peft.models import family as backbone_module
-from esd_peft.models import flux, open_backbone
+from esd_peft.defaults import resolve
+from esd_peft.models import family as family_module
+from esd_peft.models import flux, open_family
 from esd_peft.prompts.plan import Pair, PromptPlan
-from esd_peft.runtime.profiling import Costs
-from esd_peft.training.rollout import Rollout, make_table
+from esd_peft.prompts.table import make_table
+from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training.rollout import Rollout
+from esd_peft.training.student import make_student
 from families import MAKERS, save_family
 
 CPU, STEPS, CONCEPT = torch.device("cpu"), 4, "a picture of circle"
 
 
 @pytest.fixture(scope="session", params=MAKERS)
-def family(request, tmp_path_factory):
+def kind(request, tmp_path_factory):
     return save_family(request.param, tmp_path_factory.mktemp("families") / "model")
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
+def small_images(monkeypatch):
     """FLUX's own default is 1024²: 4096 latent tokens, which are too many for a test."""
     monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
 
@@ -37,30 +40,31 @@ def plain_pipeline(path):
 
 
 def roll(path, monkeypatch, scale):
-    """Our trajectory: the noise it starts from and the generator after it, latents after each step, its bank."""
-    backbone = open_backbone(str(path))
-    plan = PromptPlan([[Pair(CONCEPT, "")]], [], [])
-    table = make_table(plan, backbone.encode(plan.texts, CPU, torch.float32))
-    denoiser = backbone.load_denoiser(torch.float32)
-    config = EraseConfig(concept="circle", model=str(path), num_inference_steps=STEPS, guidance_scale=scale, anticipate=0)
+    """Our trajectory: the noise it starts from and the generator after it, latents after each step, its samples."""
+    family = open_family(str(path))
+    plan = PromptPlan([CONCEPT], [[Pair(CONCEPT, "")]], [], [])
+    table = make_table(plan, family.encode(plan.texts, CPU, torch.float32))
+    denoiser = family.load_denoiser(torch.float32)
+    options = {"num_inference_steps": STEPS, "guidance_scale": scale, "guided_rollout_ratio": 0, "device": "cpu"}
+    config, _ = resolve(EraseConfig(concept="circle", model=str(path), **options), family)
+    student = make_student(family, denoiser, config.student, CPU, torch.float32)  # which changes nothing yet
     noise, latents, generator, states = [], [], torch.Generator().manual_seed(0), []
-    begin, step = backbone.begin, backbone.scheduler_step
+    set_timesteps, step = family.set_timesteps, family.scheduler_step
 
-    def noted_begin(start, *args):
+    def noted_start(start, *args):
         noise.append(start)
         states.append(generator.get_state())
-        return begin(start, *args)
+        return set_timesteps(start, *args)
 
     def noted_step(*args):
         latents.append(step(*args))
         return latents[-1]
 
-    monkeypatch.setattr(backbone, "begin", noted_begin)
-    monkeypatch.setattr(backbone, "scheduler_step", noted_step)
-    teacher = torch.no_grad
-    ours = Rollout(backbone, denoiser, table, teacher, config, CPU, torch.float32, Costs(CPU))  # begins one, and looks at it
-    bank = ours.fill(torch.tensor([0]), generator, progress=False)
-    return noise[-1], torch.Generator().set_state(states[-1]), latents, bank, table, backbone, denoiser
+    monkeypatch.setattr(family, "set_timesteps", noted_start)
+    monkeypatch.setattr(family, "scheduler_step", noted_step)
+    rollout = Rollout(student, PhaseProfiler(CPU))
+    buffer = rollout.collect(table, torch.tensor([0]), config.buffer, generator, progress=False)
+    return noise[0], torch.Generator().set_state(states[0]), latents, buffer, table, family, denoiser
 
 
 def draw(pipe, denoiser, noise, generator, scale):
@@ -91,11 +95,11 @@ def draw(pipe, denoiser, noise, generator, scale):
 
 
 @pytest.mark.parametrize("scale", [3.0, 1.0])
-def test_trajectories_and_pairs_are_the_pipelines_own(family, monkeypatch, scale):
-    noise, generator, ours, bank, *_ = roll(family, monkeypatch, scale)
-    pipe, denoiser = plain_pipeline(family)
+def test_trajectories_and_pairs_are_the_pipelines_own(kind, monkeypatch, scale):
+    noise, generator, ours, buffer, *_ = roll(kind, monkeypatch, scale)
+    pipe, denoiser = plain_pipeline(kind)
     latents, answers = draw(pipe, denoiser, noise, generator, scale)
-    assert len(ours) == STEPS - 1  # the last step would lead to the picture, where there is nothing to learn
+    assert len(ours) == STEPS - 1  # the last step would lead to the image, where there is nothing to learn
     for mine, theirs in zip(ours, latents, strict=False):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
     if scale == 1.0:  # without guidance the pipeline asks for the concept alone
@@ -104,68 +108,81 @@ def test_trajectories_and_pairs_are_the_pipelines_own(family, monkeypatch, scale
         pairs = [*zip(answers[1::2], answers[0::2], strict=True)]
     else:
         pairs = [answer.chunk(2) for answer in answers]
-    channels = bank.inputs.shape[1]
+    channels = buffer.inputs.shape[1]
     for i, (null, concept) in enumerate(pairs):
-        for mine, theirs in ((bank.teacher[0, i], null), (bank.teacher[1, i], concept)):
+        for mine, theirs in ((buffer.teacher[0, i], null), (buffer.teacher[1, i], concept)):
             if theirs is not None:
                 theirs = theirs[0] if mine.dim() == 2 else theirs[0, :channels]  # PixArt's other half is the variance
                 torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    assert (bank.teacher[0] - bank.teacher[1]).abs().max() > 1e-3
+    assert (buffer.teacher[0] - buffer.teacher[1]).abs().max() > 1e-3
 
 
-def test_adapter_and_merged_weights_in_plain_diffusers(family, tmp_path, monkeypatch):
+def test_adapter_and_merged_weights_in_plain_diffusers(kind, tmp_path, monkeypatch):
     erased, merged = tmp_path / "erased", tmp_path / "merged"
     quick = {
         "num_inference_steps": 2,
         "trajectories": 2,
         "max_train_steps": 4,
         "learning_rate": 0.03,
-        "eval_seeds": 0,
+        "num_validation_images": 0,
         "device": "cpu",
     }
-    erase(EraseConfig(concept="circle", model=str(family), output=erased, **quick))
+    erase(EraseConfig(concept="circle", model=str(kind), output=erased, **quick))
     merge_adapter(MergeConfig(adapter=[erased], output=merged))
 
-    noise, *_, table, backbone, base = roll(family, monkeypatch, 1.0)
+    noise, *_, table, family, base = roll(kind, monkeypatch, 1.0)
     latents, timesteps = noise.expand(2, *noise.shape[1:]), torch.tensor([500, 500])
 
     @torch.no_grad()
     def predict(denoiser):
-        return backbone.predict(denoiser, latents, timesteps, table.embeds)
+        return family.predict(denoiser, latents, timesteps, table.embeds)
 
-    plain, seen = predict(base), predict(plain_pipeline(merged)[1])
+    sizes, (_, changed) = [], plain_pipeline(merged)
+    for layer in changed.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda layer, args, out: sizes.append(out.abs().max().item()))
+    plain, seen = predict(base), predict(changed)
     assert (seen - plain).abs().max() > 1e-3
-    pipe, denoiser = plain_pipeline(family)
+    pipe, denoiser = plain_pipeline(kind)
     if hasattr(pipe, "load_lora_weights"):
         pipe.load_lora_weights(erased)
     else:
         import peft
 
         peft.PeftModel.from_pretrained(denoiser, erased)
-    torch.testing.assert_close(predict(denoiser), seen, atol=1e-4, rtol=1e-3)
+    # Merged weights are rounded to fp32, which moves keys and values by about 2⁻²⁴ of their size. Training brings those of
+    # this random Sana to 1000, so that each of its blocks adds 6e-5.
+    rounding = 8 * 2**-24 * max(sizes)
+    torch.testing.assert_close(predict(denoiser), seen, atol=max(1e-4, rounding), rtol=1e-3)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_half_precision_and_little_memory(family, tmp_path, quantize):
-    options = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 2, "eval_seeds": 1, "device": "cpu"}
-    options |= {"dtype": "bfloat16", "gradient_checkpointing": True, "quantize": quantize, "micro_batch_size": 3}
-    result = erase(EraseConfig(concept="circle", model=str(family), output=tmp_path / "erased", **options))
+def test_half_precision_and_little_memory(kind, tmp_path, quantize):
+    options = {
+        "num_inference_steps": 2,
+        "trajectories": 2,
+        "max_train_steps": 2,
+        "num_validation_images": 1,
+        "device": "cpu",
+    }
+    options |= {"dtype": "bfloat16", "gradient_checkpointing": True, "quantize": quantize, "per_device_batch_size": 3}
+    result = erase(EraseConfig(concept="circle", model=str(kind), output=tmp_path / "erased", **options))
     assert result["loss"]["last"] < 10
     assert (tmp_path / "erased" / "before_after.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux dev", "pixart", "sana"])
 def test_large_text_encoders_give_the_same_embeddings_layer_by_layer(name, tmp_path, monkeypatch):
-    backbone = open_backbone(str(save_family(name, tmp_path / "model")))
+    family = open_family(str(save_family(name, tmp_path / "model")))
     cpu, prompts = torch.device("cpu"), ["a circle", "", "a red square"]
-    plain = backbone.encode(prompts, cpu, torch.float32)
-    monkeypatch.setattr(backbone_module, "LARGE", 0)
-    pipe = backbone.assemble(backbone.text_parts, torch.float32)
-    there, whole = backbone_module.encoder_bytes(pipe)
-    backbone_module.bring_encoders(pipe, cpu)
+    plain = family.encode(prompts, cpu, torch.float32)
+    monkeypatch.setattr(family_module, "LARGE", 0)
+    pipe = family.assemble(family.text_parts, torch.float32)
+    there, whole = family_module.encoder_bytes(pipe)
+    family_module.bring_encoders(pipe, cpu)
     encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     stays = sum(p.numel() * p.element_size() for part in encoders for p in part.parameters() if not p.is_meta)
     assert stays < there < 0.8 * whole  # on the device between layers, and with the largest of these
     with torch.no_grad():
-        streamed = backbone.encode_many(pipe, prompts, cpu, cpu)
+        streamed = family.encode_many(pipe, prompts, cpu, cpu)
     assert all(torch.equal(streamed[key], plain[key]) for key in plain)

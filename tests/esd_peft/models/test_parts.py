@@ -11,11 +11,18 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 from esd_peft.models.parts import Part
 from esd_peft.models.quantize import load_quantized
 
-QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 0}
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 1,
+    "max_train_steps": 1,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 0,
+}
 FILES = {"unet": NAME, "vae": NAME, "text_encoder": "model.safetensors"}
 LAST = {"unet": "conv_out.weight", "vae": "decoder.conv_out.weight", "text_encoder": "final_layer_norm.weight"}
 
@@ -56,7 +63,7 @@ def test_weights_that_do_not_match_are_refused(model, part, damage):
     with pytest.raises(
         UserError, match=rf"^--model .*: its {part} (lacks weights|was saved from within|does not fit)"
     ) as error:
-        open_backbone(str(model))
+        open_family(str(model))
     if "from within" in damage:
         assert "unwrap it" in str(error.value)
 
@@ -73,7 +80,7 @@ def test_a_fused_lora_is_named(model, part):
 
     change(model, part, fuse)
     with pytest.raises(UserError, match=rf"its {part} was saved from within a LoRA, as .*base_layer.* shows"):
-        open_backbone(str(model))
+        open_family(str(model))
 
 
 @pytest.mark.parametrize("part", FILES)
@@ -84,7 +91,7 @@ def test_layers_that_the_config_does_not_know_are_refused(model, part):
 
     change(model, part, deepen)
     with pytest.raises(UserError, match=rf"its {part} has weights"):
-        open_backbone(str(model))
+        open_family(str(model))
 
 
 def test_every_command_refuses_them(small_sd, model, tmp_path):
@@ -119,7 +126,7 @@ def test_values_that_are_no_numbers(model, tmp_path, small_sd, value):
         lambda b: load_quantized(b, "nf4", torch.float32, torch.device("cpu")),
     ):
         with pytest.raises(UserError, match=r"^--model .*attn2.to_k.weight holds a value that is not a number"):
-            load(open_backbone(str(model)))
+            load(open_family(str(model)))
     for output in ("merged", "merged.safetensors"):
         with pytest.raises(UserError, match=r"^--base: .*attn2.to_k.weight holds a value that is not a number"):
             merge_adapter(MergeConfig(adapter=tmp_path / "erased", base=str(model), output=tmp_path / output))
@@ -152,9 +159,9 @@ def turned(weights):
     ids=["old VAE", "other prefix", "positions", "a head beside it"],
 )
 def test_names_that_other_versions_gave_are_as_good(small_sd, model, part, how):
-    before = open_backbone(str(small_sd)).load_part(part).state_dict()
+    before = open_family(str(small_sd)).load_part(part).state_dict()
     change(model, part, how)
-    after = open_backbone(str(model)).load_part(part).state_dict()
+    after = open_family(str(model)).load_part(part).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -176,7 +183,7 @@ def test_an_encoder_out_of_a_whole_t5(tmp_path):
 def test_a_base_in_few_bits_is_refused_before_training(model, tmp_path):
     edit(model / "unet" / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(UserError, match="its unet is quantized"):
-        open_backbone(str(model))
+        open_family(str(model))
     edit(model / "unet" / "config.json", quantization_config={})
     config = json.loads((model / "unet" / "config.json").read_text())
     (model / "unet" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
@@ -216,7 +223,7 @@ def test_config_values_that_cannot_be(model, part, values):
     named = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
     edit(model / part / named, **values)
     with pytest.raises(UserError, match=rf"^--model .*: its .*{part}"):
-        open_backbone(str(model))
+        open_family(str(model))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\ud800"])
@@ -225,4 +232,4 @@ def test_config_values_that_cannot_be(model, part, values):
 def test_configs_that_are_no_json(model, file, text):
     (model / file).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match=r"^--model .*: its "):
-        open_backbone(str(model))
+        open_family(str(model))

@@ -11,7 +11,14 @@ from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
 from families import save_family
 
-QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 2, "rank": 2, "device": "cpu", "eval_seeds": 0}
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 2,
+    "max_train_steps": 2,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 0,
+}
 OTHERS = ["unet-Q8_0.gguf", f"{NAME}.bak", "onnx__MatMul_9107", "unet.engine", "unet.npz", "unet.pt2", "old.safetensors",
           "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors", "config.json.orig", ".hidden",
           "diffusion_pytorch_model.safetensors.index.fp16.json"]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
 from esd_peft.models.quantize import load_quantized
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ def test_layers_hold_the_weights_of_the_files(small_sd, how, within, monkeypatch
         raise AssertionError("a weight that is overwritten was drawn at random")
 
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *args, **kwargs: self if self.is_meta else drawn())
-    backbone = open_backbone(str(small_sd))
-    plain, packed = backbone.load_denoiser(torch.float32), load_quantized(backbone, how, torch.float32, CPU)
+    family = open_family(str(small_sd))
+    plain, packed = family.load_denoiser(torch.float32), load_quantized(family, how, torch.float32, CPU)
     linear = [name for name, module in plain.named_modules() if type(module) is nn.Linear]
     assert len(linear) > 20
     for name in linear:
@@ -41,8 +41,8 @@ sys.modules["bitsandbytes"] = sys.modules["triton"] = None  # as on Windows
 import esd_peft.models.quantize, esd_peft.training.trainer
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
 model, folder = sys.argv[1:]
-quick = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "eval_seeds": 0, "device": "cpu"}
-quick |= {"concept": "circle", "model": model}
+quick = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 2, "rank": 2, "num_validation_images": 0}
+quick |= {"concept": "circle", "model": model, "device": "cpu"}
 erase(EraseConfig(output=folder + "/erased", **quick))
 merge_adapter(MergeConfig(adapter=folder + "/erased", output=folder + "/merged"))
 for job, options in (

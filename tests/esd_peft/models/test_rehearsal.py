@@ -9,11 +9,18 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from esd_peft import EraseConfig, erase
-from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
+from esd_peft.models.options import ModelOptions
 
-QUICK = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu", "eval_seeds": 0}
+QUICK = {
+    "num_inference_steps": 2,
+    "trajectories": 1,
+    "max_train_steps": 1,
+    "rank": 2,
+    "device": "cpu",
+    "num_validation_images": 0,
+}
 
 
 @pytest.fixture
@@ -51,26 +58,26 @@ def edit(path, **values):
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_denoiser_that_wants_more_than_text(model, wants, weights):
     with pytest.raises(UserError, match=r"^--model .*: its unet is none that draws from noise and a prompt alone"):
-        open_backbone(with_unet(model, **wants), weights=weights)
+        open_family(with_unet(model, **wants), weights=weights)
 
 
 def test_a_denoiser_without_a_size(model):
     edit(model / "unet" / "config.json", sample_size=None)
     with pytest.raises(UserError, match="its unet has no sample_size in its config"):
-        open_backbone(str(model))
+        open_family(str(model))
 
 
 def test_a_guidance_distilled_unet_is_told_what_its_pipeline_tells_it(model, tmp_path):
-    backbone = open_backbone(with_unet(model, time_cond_proj_dim=12))
-    assert (backbone.num_inference_steps, backbone.guidance_scale) == (4, 1.0)
-    denoiser = backbone.load_denoiser(torch.float32)
+    family = open_family(with_unet(model, time_cond_proj_dim=12))
+    assert (family.num_inference_steps, family.guidance_scale) == (4, 1.0)
+    denoiser = family.load_denoiser(torch.float32)
     told = []
     denoiser.time_embedding.cond_proj.register_forward_hook(lambda module, args, out: told.append(args[0]))
-    embeds = backbone.encode(["a circle"], torch.device("cpu"), torch.float32)
-    latents = backbone.initial_latents(1, denoiser, torch.Generator().manual_seed(0))
-    backbone.predict(denoiser, latents, torch.tensor([500]), embeds)
-    pipe = backbone.pipeline(denoiser, torch.device("cpu"), torch.float32)
-    pipe(**backbone.pipeline_arguments(embeds, embeds) | {"num_inference_steps": 1, "output_type": "latent"})
+    embeds = family.encode(["a circle"], torch.device("cpu"), torch.float32)
+    latents = family.initial_latents(1, denoiser, torch.Generator().manual_seed(0))
+    family.predict(denoiser, latents, torch.tensor([500]), embeds)
+    pipe = family.pipeline(denoiser, torch.device("cpu"), torch.float32)
+    pipe(**family.pipeline_arguments(embeds, embeds) | {"num_inference_steps": 1, "output_type": "latent"})
     assert len(told) == 2 and told[0].abs().max() > 0  # once: the pipeline guides without a second prediction
     torch.testing.assert_close(told[0], told[1])
     erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "out", **QUICK))
@@ -81,8 +88,8 @@ def test_a_tokenizer_without_a_length_reads_what_its_encoder_has_positions_for(s
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}))
     assert CLIPTokenizer.from_pretrained(model, subfolder="tokenizer").model_max_length > 10**9
     cpu, prompts = torch.device("cpu"), ["a circle", ""]
-    expected = open_backbone(str(small_sd)).encode(prompts, cpu, torch.float32)
-    found = open_backbone(str(model)).encode(prompts, cpu, torch.float32)
+    expected = open_family(str(small_sd)).encode(prompts, cpu, torch.float32)
+    found = open_family(str(model)).encode(prompts, cpu, torch.float32)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -91,7 +98,7 @@ def test_tokens_without_an_embedding(model):
     tokenizer.add_tokens(["<my-style>"])
     tokenizer.save_pretrained(model / "tokenizer")
     with pytest.raises(UserError, match=r"its tokenizer has \d+ tokens and its text encoder \d+ embeddings"):
-        open_backbone(str(model))
+        open_family(str(model))
 
 
 def test_texts_past_the_encoders_limit(small_sd, tmp_path):
@@ -113,5 +120,5 @@ def test_only_a_variant_is_there(small_sd, model):
     for file in [*model.glob("*/*.safetensors")]:
         file.rename(file.with_name(file.stem + ".fp16.safetensors"))
     with pytest.raises(UserError, match="but one of --variant fp16; add that"):
-        open_backbone(str(model))
-    assert open_backbone(str(model), options=ModelOptions(variant="fp16")).variant == "fp16"
+        open_family(str(model))
+    assert open_family(str(model), options=ModelOptions(variant="fp16")).variant == "fp16"

@@ -15,28 +15,29 @@ from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig
 from esd_peft.adapters.export import write_checkpoint
-from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
-from esd_peft.models import EMBEDDED, open_backbone
-from esd_peft.models import sources as model_source
+from esd_peft.models import open_family, sources
+from esd_peft.models.options import ModelOptions
+from esd_peft.worlds import WORLDS
 from hub import COMMIT, fill_cache, serve
 from pipelines import small_stable_diffusion
 
+EMBEDDED = WORLDS["shapes"].pipeline
 OPEN = """
 import sys, esd_peft.models as b
-from esd_peft.config import ModelOptions
+from esd_peft.models.options import ModelOptions
 from esd_peft.errors import UserError
 for model, options in {calls!r}:
     try:
         weights = options.pop("weights", True)
-        print(b.open_backbone(model, options=ModelOptions(**options), weights=weights).path)
+        print(b.open_family(model, options=ModelOptions(**options), weights=weights).path)
     except UserError as error:
         print(error)
 """
 
 
 def open_in_new_process(calls, **env):
-    """What `open_backbone` makes of each (model, options), in a process with that environment: a path or a sentence."""
+    """What `open_family` makes of each (model, options), in a process with that environment: a path or a sentence."""
     code = OPEN.format(calls=calls)
     variables = (
         os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | {k: str(v) for k, v in env.items()}
@@ -104,7 +105,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub client's attempts
     with pytest.raises(UserError, match="--model owner/sd is not all in the hub's cache, and the hub cannot be reached"):
-        open_backbone("owner/sd")
+        open_family("owner/sd")
 
 
 def test_the_hubs_cache_is_enough_when_offline(small_sd, tmp_path):
@@ -123,14 +124,14 @@ def test_a_variant_is_read_where_a_part_has_it(small_sd, tmp_path):
     other = small_stable_diffusion(tmp_path / "fp16", dtype=torch.float32, variant="fp16", max_shard_size="300KB")
     shutil.rmtree(model / "unet")
     shutil.copytree(other / "unet", model / "unet")
-    backbone = open_backbone(str(model), options=ModelOptions(variant="fp16"))
-    assert len(backbone.denoiser_files()) > 1 and all(".fp16" in file.name for file in backbone.denoiser_files())
+    family = open_family(str(model), options=ModelOptions(variant="fp16"))
+    assert len(family.denoiser_files()) > 1 and all(".fp16" in file.name for file in family.denoiser_files())
     expected = UNet2DConditionModel.from_pretrained(model, subfolder="unet", variant="fp16").state_dict()
-    found = backbone.load_denoiser(torch.float32).state_dict()
+    found = family.load_denoiser(torch.float32).state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert backbone.load_part("vae") is not None  # has the plain files only
+    assert family.load_part("vae") is not None  # has the plain files only
     with pytest.raises(UserError, match="has no diffusion_pytorch_model"):
-        open_backbone(str(model)).load_denoiser(torch.float32)
+        open_family(str(model)).load_denoiser(torch.float32)
 
 
 def test_pickles_are_read_on_request_only(small_sd, tmp_path, home):
@@ -140,15 +141,15 @@ def test_pickles_are_read_on_request_only(small_sd, tmp_path, home):
     unet.save_pretrained(model / "unet", safe_serialization=False)
     assert (model / "unet" / "diffusion_pytorch_model.bin").is_file()
     with pytest.raises(UserError, match="--allow-pickle"):
-        open_backbone(str(model)).load_denoiser(torch.float32)
-    found = open_backbone(str(model), options=ModelOptions(allow_pickle=True)).load_denoiser(torch.float32).state_dict()
+        open_family(str(model)).load_denoiser(torch.float32)
+    found = open_family(str(model), options=ModelOptions(allow_pickle=True)).load_denoiser(torch.float32).state_dict()
     assert all(torch.equal(found[name], value) for name, value in unet.state_dict().items())
     assert home.is_dir() and not list(model.glob("**/*.safetensors.tmp"))
     (tmp_path / "sd.ckpt").write_bytes(b"anything")
     with pytest.raises(UserError, match=r"sd\.ckpt is a pickle, which can run code;"):
-        open_backbone(str(tmp_path / "sd.ckpt"))
+        open_family(str(tmp_path / "sd.ckpt"))
     with pytest.raises(UserError, match="cannot be read"):
-        open_backbone(str(tmp_path / "sd.ckpt"), options=ModelOptions(allow_pickle=True))
+        open_family(str(tmp_path / "sd.ckpt"), options=ModelOptions(allow_pickle=True))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_pickles_are_read_on_request_only(small_sd, tmp_path, home):
 )
 def test_options_that_do_nothing_are_refused(small_sd, options, says):
     with pytest.raises(UserError, match=says):
-        open_backbone(str(small_sd), options=ModelOptions(**options))
+        open_family(str(small_sd), options=ModelOptions(**options))
 
 
 def test_links_and_parts_outside_the_directory_are_refused(small_sd, tmp_path):
@@ -170,26 +171,26 @@ def test_links_and_parts_outside_the_directory_are_refused(small_sd, tmp_path):
     secret.write_text("mine")
     (model / "tokenizer" / "notes.txt").symlink_to(secret)
     with pytest.raises(UserError, match=r"tokenizer/notes.txt links out of the directory"):
-        open_backbone(str(model))
+        open_family(str(model))
     (model / "tokenizer" / "notes.txt").unlink()
     (model / "tokenizer" / "notes.txt").symlink_to(model / "model_index.json")
-    open_backbone(str(model))
+    open_family(str(model))
     shutil.move(model / "vae", tmp_path / "vae")
     (model / "vae").symlink_to(tmp_path / "vae")
     with pytest.raises(UserError, match="vae links out"):
-        open_backbone(str(model))
+        open_family(str(model))
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps(index | {"../vae": index["vae"]}))
     with pytest.raises(UserError, match=r"names the part \.\./vae, outside"):
-        open_backbone(str(model))
+        open_family(str(model))
 
 
 def test_a_directory_link_to_a_model_and_a_cache_snapshot_are_fine(small_sd, tmp_path):
     (tmp_path / "link").symlink_to(small_sd)
-    open_backbone(str(tmp_path / "link"))
+    open_family(str(tmp_path / "link"))
     snapshot = fill_cache(tmp_path / "hub", "owner/sd", small_sd)
-    backbone = open_backbone(str(snapshot))
-    assert backbone.name == "owner/sd"
+    family = open_family(str(snapshot))
+    assert family.name == "owner/sd"
 
 
 @pytest.mark.parametrize(
@@ -198,35 +199,35 @@ def test_a_directory_link_to_a_model_and_a_cache_snapshot_are_fine(small_sd, tmp
 )
 def test_files_that_are_not_there(name, says):
     with pytest.raises(UserError, match=says):
-        open_backbone(name)
+        open_family(name)
 
 
 def test_files_that_are_no_checkpoint(small_sd, tmp_path):
     with pytest.raises(UserError, match="is not a whole checkpoint"):
-        open_backbone(str(small_sd / "unet" / "diffusion_pytorch_model.safetensors"))
+        open_family(str(small_sd / "unet" / "diffusion_pytorch_model.safetensors"))
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match=r"cut\.safetensors cannot be read"):
-        open_backbone(str(tmp_path / "cut.safetensors"))
+        open_family(str(tmp_path / "cut.safetensors"))
 
 
 def test_configs_that_do_not_fit_a_checkpoint(small_sd, tmp_path, home):
-    write_checkpoint(tmp_path / "sd.safetensors", open_backbone(str(small_sd)), lambda name, weight: weight, {})
+    write_checkpoint(tmp_path / "sd.safetensors", open_family(str(small_sd)), lambda name, weight: weight, {})
     with pytest.raises(UserError, match="does not fit its configs"):
-        open_backbone(str(tmp_path / "sd.safetensors"), options=ModelOptions(checkpoint_config=str(EMBEDDED)))
+        open_family(str(tmp_path / "sd.safetensors"), options=ModelOptions(checkpoint_config=str(EMBEDDED)))
     with pytest.raises(UserError, match=r"--checkpoint-config .* no model_index"):
-        open_backbone(str(tmp_path / "sd.safetensors"), options=ModelOptions(checkpoint_config=str(tmp_path)))
+        open_family(str(tmp_path / "sd.safetensors"), options=ModelOptions(checkpoint_config=str(tmp_path)))
     assert not list(home.glob("**/model_index.json"))
     home.rename(home.with_name("old"))
     home.write_text("a file where the hub's home should be")
     with pytest.raises(UserError, match=r"HF_HOME .* cannot be written"):
-        open_backbone(str(tmp_path / "sd.safetensors"), options=ModelOptions(checkpoint_config=str(small_sd)))
+        open_family(str(tmp_path / "sd.safetensors"), options=ModelOptions(checkpoint_config=str(small_sd)))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(small_sd, tmp_path_factory):
     """The small pipeline as one file."""
     path = tmp_path_factory.mktemp("checkpoints") / "sd.safetensors"
-    write_checkpoint(path, open_backbone(str(small_sd)), lambda name, weight: weight, {})
+    write_checkpoint(path, open_family(str(small_sd)), lambda name, weight: weight, {})
     return path
 
 
@@ -236,7 +237,7 @@ def changed(checkpoint, path, how):
 
 
 def opened(path, config):
-    return open_backbone(str(path), options=ModelOptions(checkpoint_config=str(config)))
+    return open_family(str(path), options=ModelOptions(checkpoint_config=str(config)))
 
 
 @pytest.mark.parametrize(
@@ -263,13 +264,13 @@ def opened(path, config):
 def test_what_a_checkpoint_says_of_itself_goes_before_its_configs(small_sd, checkpoint, tmp_path, home, markers, expected):
     tensors = {name: torch.tensor(value) for name, value in markers.items()}
     path = changed(checkpoint, tmp_path / "marked.safetensors", lambda weights: weights | tensors)
-    backbone = opened(path, small_sd)
-    found = json.loads((backbone.path / "scheduler" / "scheduler_config.json").read_text())
+    family = opened(path, small_sd)
+    found = json.loads((family.path / "scheduler" / "scheduler_config.json").read_text())
     assert {name: found.get(name, False) for name in expected} == expected
     if "edm_mean" in markers:
-        assert backbone.load_config("vae")["latents_std"] == [2.0] * 4
-    bits = open_backbone(str(small_sd)).load_denoiser(torch.float32).state_dict()
-    assert all(torch.equal(bits[name], value) for name, value in backbone.load_denoiser(torch.float32).state_dict().items())
+        assert family.load_config("vae")["latents_std"] == [2.0] * 4
+    bits = open_family(str(small_sd)).load_denoiser(torch.float32).state_dict()
+    assert all(torch.equal(bits[name], value) for name, value in family.load_denoiser(torch.float32).state_dict().items())
 
 
 def test_a_conversion_changes_with_the_contents_it_is_made_from(small_sd, checkpoint, tmp_path, home):
@@ -315,17 +316,17 @@ def test_a_checkpoint_that_lacks_weights_or_has_more(small_sd, checkpoint, tmp_p
 
 
 def test_config_names_the_options():
-    assert EraseConfig(concept="x", model="a/b", revision="r", variant="fp16").variant == "fp16"
+    assert EraseConfig(concept="x", model="a/b", revision="r", variant="fp16").pretrained.variant == "fp16"
 
 
 def test_markers_have_no_say_in_the_dtype(tmp_path):
     weights = {"a": torch.zeros(2, 2, dtype=torch.float16), "v_pred": torch.zeros(0), "logit_scale": torch.zeros(())}
-    assert model_source._dtype(weights, tmp_path, "--model") == torch.float16
-    assert model_source._dtype(weights | {"b": torch.zeros(2)}, tmp_path, "--model") == torch.float32
+    assert sources._dtype(weights, tmp_path, "--model") == torch.float16
+    assert sources._dtype(weights | {"b": torch.zeros(2)}, tmp_path, "--model") == torch.float32
 
 
 def test_a_private_checkpoint_is_converted_in_private(checkpoint, small_sd, tmp_path, home):
     (tmp_path / "mine").mkdir(mode=0o700)
     shutil.copyfile(checkpoint, tmp_path / "mine" / "own.safetensors")
-    found = open_backbone(str(tmp_path / "mine" / "own.safetensors"), options=ModelOptions(checkpoint_config=str(small_sd)))
+    found = open_family(str(tmp_path / "mine" / "own.safetensors"), options=ModelOptions(checkpoint_config=str(small_sd)))
     assert {path.stat().st_mode & 0o077 for path in found.path.rglob("*")} == {0}

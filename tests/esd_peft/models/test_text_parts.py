@@ -9,8 +9,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from esd_peft.models import EMBEDDED, text_parts
+from esd_peft.models import text_parts
 from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.worlds import WORLDS
+
+EMBEDDED = WORLDS["shapes"].pipeline
 
 
 def text_names(path):

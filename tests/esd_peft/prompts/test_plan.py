@@ -1,28 +1,35 @@
-"""From what the config names to prompts."""
+"""From what the options name to prompts."""
 
 import pytest
 
-from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
+from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import Pair, plan_prompts
+from esd_peft.worlds import WORLDS
 
 
 def plan(**options):
-    return plan_prompts(EraseConfig(**options))
+    """For a model that draws the world of shapes."""
+    return plan_prompts(PromptOptions(**options), WORLDS["shapes"], robust=False)
 
 
-def test_a_concept_in_the_papers_wording():
-    made = plan(concept="Van Gogh", model="sd", wordings="bare", eta=2)
+def natural_plan(**options):
+    """For a model that draws anything."""
+    return plan_prompts(PromptOptions(**options), None, robust=False)
+
+
+def test_a_concept_in_the_papers_template():
+    made = natural_plan(concept="Van Gogh", prompt_templates="bare", negative_guidance=2)
     assert made.erasing == [[Pair("Van Gogh", "", eta=2.0)]]
     assert made.texts[:2] == ["", "Van Gogh"]
 
 
-def test_wordings_pair_the_concept_in_context_with_the_context():
+def test_templates_pair_the_concept_in_context_with_the_context():
     pairs = plan(concept="circle").erasing[0]
     assert pairs[0] == Pair("circle", "")
     assert Pair("a red circle", "a red shape") in pairs and Pair("a picture of a circle", "") in pairs
     assert not [p for p in pairs if "circle" in p.neutral]
-    natural = plan(concept="Van Gogh", model="sd").erasing[0]
+    natural = natural_plan(concept="Van Gogh").erasing[0]
     assert Pair("a photo of Van Gogh", "a photo") in natural
     assert Pair("a mountain lake, Van Gogh", "a mountain lake") in natural
 
@@ -31,21 +38,21 @@ def test_erase_from_pairs_the_thing_with_and_without_the_attribute():
     made = plan(concept="striped", erase_from="circle")
     assert made.erasing[0][0] == Pair("striped circle", "circle")
     assert Pair("a striped red circle", "a red circle") in made.erasing[0]
-    assert plan(concept="striped", erase_from="shirt", model="sd", wordings="bare").erasing == [
+    assert natural_plan(concept="striped", erase_from="shirt", prompt_templates="bare").erasing == [
         [Pair("striped shirt", "shirt")]
     ]
 
 
 def test_erase_from_protects_the_attribute_elsewhere_and_holds_the_thing_otherwise():
     made = plan(concept="striped", erase_from="circle", preserve=["a circle on the left", "a square"])
-    assert {"striped", "a striped shape", "a striped red shape", "a striped square", "a square"} <= set(made.protected)
-    assert not [p for p in made.protected if "circle" in p.split()]
+    assert {"striped", "a striped shape", "a striped red shape", "a striped square", "a square"} <= set(made.retain)
+    assert not [p for p in made.retain if "circle" in p.split()]
     held = {p.prompt for p in made.preserve}
     assert {"a circle on the left", "a red circle", "a dotted circle"} <= held and "a striped circle" not in held
-    natural = plan(concept="red", erase_from="shirt", model="sd")
+    natural = natural_plan(concept="red", erase_from="shirt")
     assert {"plain shirt", "blue shirt"} <= {p.prompt for p in natural.preserve}
     assert "red shirt" not in {p.prompt for p in natural.preserve}
-    assert "a mountain lake, red" in natural.protected and not [p for p in natural.protected if "shirt" in p.split()]
+    assert "a mountain lake, red" in natural.retain and not [p for p in natural.retain if "shirt" in p.split()]
 
 
 def test_map_to_says_the_other_thing_in_the_same_place_and_needs_no_push():
@@ -55,7 +62,7 @@ def test_map_to_says_the_other_thing_in_the_same_place_and_needs_no_push():
 
 
 def test_concepts_bring_their_own_settings():
-    made = plan(concept=[{"name": "circle", "eta": 3, "weight": 2}, "striped"], eta=0.5)
+    made = plan(concept=[{"name": "circle", "negative_guidance": 3, "weight": 2}, "striped"], negative_guidance=0.5)
     assert {(p.eta, p.weight) for p in made.erasing[0]} == {(3.0, 2.0)}
     assert {(p.eta, p.weight) for p in made.erasing[1]} == {(0.5, 1.0)}
 
@@ -65,10 +72,10 @@ def test_what_names_a_concept_is_not_protected(tmp_path):
     file.write_text("# mine\na green heart\n\na blue star\n")
     made = plan(concept=["circle", "red"], preserve=["a square"], preserve_file=file)
     assert [p.prompt for p in made.preserve] == ["a square", "a green heart", "a blue star"]
-    assert {"", "a square", "a green heart", "a blue star", "striped"} <= set(made.protected)
-    assert not [p for p in made.protected if {"circle", "red"} & set(p.split())]
-    natural = plan(concept="a church", model="sd")
-    assert "a church" not in natural.protected and "a castle" in natural.protected
+    assert {"", "a square", "a green heart", "a blue star", "striped"} <= set(made.retain)
+    assert not [p for p in made.retain if {"circle", "red"} & set(p.split())]
+    natural = natural_plan(concept="a church")
+    assert "a church" not in natural.retain and "a castle" in natural.retain
 
 
 def test_concepts_do_not_stand_beside_each_other():
@@ -76,14 +83,14 @@ def test_concepts_do_not_stand_beside_each_other():
     made = plan(concept=["circle", {"name": "striped", "erase_from": "square"}, "red"])
     assert Pair("a blue circle", "a blue shape") in made.erasing[0]
     neutrals = {p.neutral for pairs in made.erasing for p in pairs}
-    assert not [p for p in [*neutrals, *made.protected] if {"circle", "red"} & set(p.split())]
-    assert not [p for p in made.protected if {"striped", "square"} <= set(p.split())]
+    assert not [p for p in [*neutrals, *made.retain] if {"circle", "red"} & set(p.split())]
+    assert not [p for p in made.retain if {"striped", "square"} <= set(p.split())]
 
 
 def test_articles_do_not_hide_a_concept():
-    assert "circle" not in plan(concept="a circle").protected
-    dogs = plan(concept="dog", model="sd")
-    assert "a dog" not in dogs.protected
+    assert "circle" not in plan(concept="a circle").retain
+    dogs = natural_plan(concept="dog")
+    assert "a dog" not in dogs.retain
     assert not [p for p in dogs.erasing[0] if "dog" in p.neutral]
 
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esd_peft import EraseConfig, UserError, erase
+from esd_peft import EraseConfig, UserError, erase, session
 from esd_peft.cli import parse
+from esd_peft.defaults import resolve
+from esd_peft.models import open_family
+from esd_peft.runtime import distributed
 from esd_peft.training.rollout import Rollout
 
-QUICK = ["--concept", "circle", "--device", "cpu", "--eval-seeds", "0", "--num-inference-steps", "4", "--trajectories", "3",
-         "--train-batch-size", "5", "--max-train-steps", "6", "--preserve", "square"]  # fmt: skip
+QUICK = ["--concept", "circle", "--device", "cpu", "--num-validation-images", "0", "--num-inference-steps", "4",
+         "--trajectories", "3", "--train-batch-size", "5", "--max-train-steps", "6", "--preserve", "square"]  # fmt: skip
 
 
 def launch(tmp_path, *arguments):
@@ -42,13 +45,13 @@ def workers(launcher):
 
 def endless(tmp_path, *arguments):
     """A run of two that has left a checkpoint and goes on."""
-    run = launch(tmp_path, "--max-train-steps", "100000", "--checkpoint-every", "2", "--output", "erased", *arguments)
+    run = launch(tmp_path, "--max-train-steps", "100000", "--checkpointing-steps", "2", "--output", "erased", *arguments)
     wait_for(lambda: [*tmp_path.glob("erased.checkpoint/step-*")] or run.poll() is not None)
     assert run.poll() is None, (tmp_path / "stderr").read_text()
     return run
 
 
-@pytest.mark.parametrize("options", [[], ["--rollout", "student", "--refill-every", "3", "--until", "-0.9"]])
+@pytest.mark.parametrize("options", [[], ["--rollout", "student", "--buffer-refresh-interval", "3", "--stop-at", "-0.9"]])
 def test_two_processes_train_what_one_does(tmp_path, options):
     command = [sys.executable, "-m", "esd_peft.erase", *QUICK, *options, "--output", "one"]
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -56,7 +59,7 @@ def test_two_processes_train_what_one_does(tmp_path, options):
     assert run.wait(120) == 0, (tmp_path / "stderr").read_text()
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert results[1]["loss"]["last"] == pytest.approx(results[0]["loss"]["last"], rel=1e-4)
-    for key in ("forward_equivalents", "training_tuples"):
+    for key in ("nfe", "training_samples"):
         assert results[0][key] == results[1][key]
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name in first:
@@ -72,19 +75,37 @@ def test_a_process_that_is_killed_ends_the_run(tmp_path):
     assert not (tmp_path / "erased").exists() and [*tmp_path.glob("erased.checkpoint/step-*")]
 
 
-def bank_of_one(tmp_path, monkeypatch):
-    """What one process with the same options trains on."""
-    filled = []
-    fill = Rollout.fill
+def test_a_process_that_is_ended_while_it_asks_who_failed_first_says_why(monkeypatch):
+    class Store:
+        def add(self, key, count):
+            raise KeyboardInterrupt
 
-    def only_fill(*args, **kwargs):
-        filled.append(fill(*args, **kwargs))
+    monkeypatch.setattr(distributed, "_store", Store())
+    assert distributed.first_to_fail()
+
+
+def test_every_process_has_the_settings_of_the_first_and_its_own_device(monkeypatch):
+    given, seen = EraseConfig(concept="circle", device="cpu"), []
+    others, _ = resolve(given.replace(per_device_batch_size=2), open_family("shapes"))
+    monkeypatch.setattr(distributed, "is_main_process", lambda: False)
+    monkeypatch.setattr(distributed, "broadcast", lambda _: others.replace(device="cuda:0"))
+    session.run(given, lambda config, session: seen.append(config) or {})
+    assert seen == [others.replace(num_validation_images=0)]
+
+
+def buffer_of_one(tmp_path, monkeypatch):
+    """What one process with the same options trains on."""
+    collected = []
+    collect = Rollout.collect
+
+    def only_collect(*args, **kwargs):
+        collected.append(collect(*args, **kwargs))
         raise UserError("that is all")
 
-    monkeypatch.setattr(Rollout, "fill", only_fill)
+    monkeypatch.setattr(Rollout, "collect", only_collect)
     with pytest.raises(UserError, match="that is all"):
         erase(parse(EraseConfig, "erase", [*QUICK, "--output", str(tmp_path / "one")]))
-    return filled[0]
+    return collected[0]
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, monkeypatch):
@@ -95,11 +116,11 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, monkey
     assert said.count("--resume goes on from there") == 1
     assert "error:" not in said  # neither found the other one gone
     assert [*tmp_path.glob("erased.checkpoint/step-*")] and not (tmp_path / "erased").exists()
-    # and both had the bank that one process has
-    (path,) = tmp_path.glob("erased.checkpoint/bank-*")
-    bank = load_file(path)
-    for name, value in vars(bank_of_one(tmp_path, monkeypatch)).items():
-        torch.testing.assert_close(bank[name], value, rtol=1e-4, atol=1e-4)
+    # and both had the buffer that one process has
+    (path,) = tmp_path.glob("erased.checkpoint/buffer-*")
+    buffer = load_file(path)
+    for name, value in vars(buffer_of_one(tmp_path, monkeypatch)).items():
+        torch.testing.assert_close(buffer[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_what_only_the_first_process_finds_ends_both(tmp_path):
@@ -120,7 +141,7 @@ LEFT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0
     [
         ("erase --help", 0),
         ("erase --concept circle --print-config", 0),
-        ("erase --concept circle --plan --wordings bare", 0),
+        ("erase --concept circle --plan --prompt-templates bare", 0),
         ("erase", 2),
         ("merge_adapter --adapter nowhere --output merged", 2),
         ("evaluate --erased nowhere", 2),

@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from esd_peft import EraseConfig, erase
 from esd_peft.cli import run_command
 from esd_peft.runtime import interrupts
-from esd_peft.training.adversarial import RobustTarget
+from esd_peft.training.adversarial import AdversarialSampler
+from esd_peft.training.rollout import Rollout
 
-QUICK = {"concept": "circle", "device": "cpu", "num_inference_steps": 8, "trajectories": 1, "rank": 2, "eval_seeds": 0}
-STUDENT = {"rollout": "student", "refill_every": 2, "max_train_steps": 6, "hold": 0.0, "num_inference_steps": 4}
+QUICK = {"concept": "circle", "device": "cpu", "num_inference_steps": 8, "trajectories": 1, "rank": 2,
+         "num_validation_images": 0}  # fmt: skip
+STUDENT = {"rollout": "student", "buffer_refresh_interval": 2, "max_train_steps": 6, "preservation_ratio": 0.0,
+           "num_inference_steps": 4}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -55,26 +58,35 @@ def adapter(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_refill_ends_at_its_step_and_resumes_with_the_same_bits(small_sd, tmp_path, signalled, number, monkeypatch):
+def test_a_filling_of_the_buffer_ends_at_its_step_and_resumes_with_the_same_bits(
+    small_sd, tmp_path, signalled, number, monkeypatch
+):
     config = EraseConfig(model=str(small_sd), output=tmp_path / "out", **QUICK | STUDENT)
-    erase(config.model_copy(update={"output": tmp_path / "whole"}))
-    steps = []
-    step = DDIMScheduler.step
-    monkeypatch.setattr(DDIMScheduler, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
-    after = signalled(number, lambda: len(steps) == 5)  # of the second bank
+    erase(config.replace(output=tmp_path / "whole"))
+    steps = []  # of each filling's trajectory
+    collect, step = Rollout.collect, DDIMScheduler.step
+
+    def counted(*args, **kwargs):
+        if steps:  # else it is one of the rehearsal, before all work
+            steps[-1] += 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Rollout, "collect", lambda *args, **kwargs: steps.append(0) or collect(*args, **kwargs))
+    monkeypatch.setattr(DDIMScheduler, "step", counted)
+    after = signalled(number, lambda: len(steps) == 2 and steps[1] == 1)
     with pytest.raises(KeyboardInterrupt, match="after step 2 of 6; --resume goes on from there"):
         erase(config)
     assert sum(after) <= 2  # the rest of the same denoising step
     monkeypatch.undo()
-    erase(config.model_copy(update={"resume": True}))
+    erase(config.replace(resume=True))
     first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "out")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_search_for_words_ends_at_its_step(tmp_path, signalled, monkeypatch):
     searching = []
-    find = RobustTarget._find
-    monkeypatch.setattr(RobustTarget, "_find", lambda *args: searching.append(1) or find(*args))
+    find = AdversarialSampler._find
+    monkeypatch.setattr(AdversarialSampler, "_find", lambda *args: searching.append(1) or find(*args))
     after = signalled(signal.SIGTERM, lambda: searching and torch.is_grad_enabled())
     with pytest.raises(KeyboardInterrupt, match="after step 1 of 3; --resume goes on from there"):
         erase(EraseConfig(output=tmp_path / "out", **QUICK | {"robust": 1, "max_train_steps": 3, "num_inference_steps": 2}))
@@ -102,24 +114,24 @@ def words(**options):
 
 
 @pytest.mark.parametrize("evaluates", [[], ["--evaluate"]], ids=str)
-def test_interrupted_pictures_leave_a_finished_adapter(small_sd, tmp_path, signalled, capsys, monkeypatch, evaluates):
+def test_interrupted_images_leave_a_finished_adapter(small_sd, tmp_path, signalled, capsys, monkeypatch, evaluates):
     output = tmp_path / "the erased"
     after = signalled(signal.SIGTERM, lambda: output.exists())
-    options = words(model=small_sd, output=output, max_train_steps=1, **QUICK | {"eval_seeds": 1})
+    options = words(model=small_sd, output=output, max_train_steps=1, **QUICK | {"num_validation_images": 1})
     code, said = run("erase", capsys, monkeypatch, *options, *evaluates)
     assert code == 130 and sum(after) <= 1
-    assert f"the adapter in {output} is finished; for the pictures: python -m esd_peft.evaluate --erased '{output}'" in said
+    assert f"the adapter in {output} is finished; for the images: python -m esd_peft.evaluate --erased '{output}'" in said
     assert adapter(output)
 
 
-def test_an_evaluation_ends_at_once_and_goes_on_with_its_pictures(small_sd, tmp_path, signalled, capsys, monkeypatch):
+def test_an_evaluation_ends_at_once_and_goes_on_with_its_images(small_sd, tmp_path, signalled, capsys, monkeypatch):
     erase(EraseConfig(model=str(small_sd), output=tmp_path / "out", max_train_steps=1, **QUICK))
     report = words(erased=tmp_path / "out", output=tmp_path / "report", seeds=1, num_inference_steps=2, batch_size=2)
-    pictures = tmp_path / "report" / "pictures" / "before"
-    after = signalled(signal.SIGHUP, lambda: [*pictures.glob("*.png")])
+    images = tmp_path / "report" / "images" / "before"
+    after = signalled(signal.SIGHUP, lambda: [*images.glob("*.png")])
     code, said = run("evaluate", capsys, monkeypatch, *report)
     assert code == 130 and said.startswith("interrupted") and sum(after) <= 1
-    assert len([*pictures.glob("*.png")]) == 2
+    assert len([*images.glob("*.png")]) == 2
 
 
 def test_what_is_ignored_stays_ignored(small_sd, tmp_path):
@@ -163,7 +175,7 @@ def test_a_signal_in_the_last_step_is_not_lost(small_sd, tmp_path, signalled):
     with pytest.raises(KeyboardInterrupt, match="after step 2 of 2; --resume goes on from there"):
         erase(config)
     assert not (tmp_path / "erased").exists()
-    erase(config.model_copy(update={"resume": True}))
+    erase(config.replace(resume=True))
     assert len(steps) == 2 and (tmp_path / "erased" / "adapter_model.safetensors").is_file()
 
 

@@ -5,31 +5,31 @@ import time
 import pytest
 import torch
 
-from esd_peft.runtime.profiling import Costs
+from esd_peft.runtime.profiling import PhaseProfiler
 
 
 def test_a_phase_inside_another_interrupts_it():
-    costs = Costs(torch.device("cpu"))
+    profiler = PhaseProfiler(torch.device("cpu"))
     started = time.perf_counter()
-    with costs.phase("outer"):
+    with profiler.phase("outer"):
         time.sleep(0.05)
         for _ in range(2):
-            with costs.phase("inner"):
+            with profiler.phase("inner"):
                 time.sleep(0.1)
     whole = time.perf_counter() - started
-    assert sum(costs.seconds.values()) == pytest.approx(whole, abs=0.02)
-    assert costs.seconds["inner"] >= 0.2
-    assert costs.seconds["outer"] < 0.15
+    assert sum(profiler.seconds.values()) == pytest.approx(whole, abs=0.02)
+    assert profiler.seconds["inner"] >= 0.2
+    assert profiler.seconds["outer"] < 0.15
 
 
 def test_peaks_are_per_phase():
-    costs = Costs(torch.device("cpu"))
-    with costs.phase("small"):
+    profiler = PhaseProfiler(torch.device("cpu"))
+    with profiler.phase("small"):
         torch.ones(1000)
-    with costs.phase("large"):
+    with profiler.phase("large"):
         torch.ones(50_000_000)  # 200 MB
-    with costs.phase("after"):
+    with profiler.phase("after"):
         torch.ones(1000)
-    peaks = costs.peak_memory_bytes
+    peaks = profiler.peak_memory_bytes
     assert peaks["large"] - peaks["small"] > 150e6
     assert peaks["large"] - peaks["after"] > 150e6

@@ -24,7 +24,7 @@ def test_the_published_example(level, alpha):
 
 
 def test_interval_alpha_is_one_minus_the_ratio_of_mean_squares():
-    """Without missing ratings: mean squared difference within pictures against that between any two ratings."""
+    """Without missing ratings: mean squared difference within images against that between any two ratings."""
     ratings = np.random.default_rng(0).integers(1, 6, (3, 20)).astype(float)
     within = np.mean([(a - b) ** 2 for unit in ratings.T for i, a in enumerate(unit) for b in unit[i + 1 :]])
     everything = ratings.ravel()

@@ -59,7 +59,7 @@ def start(driver, study, name="Ann B."):
 
 def press(driver, key, then):
     driver.find_element("tag name", "body").send_keys(key)
-    wait(lambda: place(driver) == f"Picture {then} of 6" or find(driver, "done").is_displayed())
+    wait(lambda: place(driver) == f"Image {then} of 6" or find(driver, "done").is_displayed())
 
 
 def order(driver):
@@ -68,14 +68,14 @@ def order(driver):
 
 def test_a_rater_goes_through_and_the_answers_are_analysed(driver, study, tmp_path):
     start(driver, study)
-    assert driver.title == "Rate pictures"  # the question's script did not run
+    assert driver.title == "Rate images"  # the question's script did not run
     assert HOSTILE in driver.find_element("css selector", "#rate .question").text
     seen = order(driver)
     assert sorted(seen) == sorted(study[1]["items"])
     given = {}
     for i, rating in enumerate((5, 1, 2, 3, 4)):
-        assert place(driver) == f"Picture {i + 1} of 6"
-        assert driver.execute_script("return document.getElementById('picture').naturalWidth") == 60
+        assert place(driver) == f"Image {i + 1} of 6"
+        assert driver.execute_script("return document.getElementById('image').naturalWidth") == 60
         given[seen[i]] = rating
         press(driver, str(rating), i + 2)
     press(driver, "\ue012", 5)  # left: the last answer is shown, and may be changed
@@ -104,9 +104,9 @@ def test_answers_survive_a_reload_and_raters_do_not_mix(driver, study):
     press(driver, "3", 2)
     press(driver, "4", 3)
     start(driver, study, "first")
-    assert place(driver) == "Picture 3 of 6" and order(driver) == ids
+    assert place(driver) == "Image 3 of 6" and order(driver) == ids
     start(driver, study, "second")
-    assert place(driver) == "Picture 1 of 6"
+    assert place(driver) == "Image 1 of 6"
     orders = {tuple(ids)}
     for name in ("second", "third", "fourth"):
         start(driver, study, name)
@@ -118,11 +118,11 @@ def test_what_is_not_a_rating_does_nothing(driver, study):
     start(driver, study, "curious")
     for key in ("6", "0", "x", "\ue014", "\ue012"):  # right, left
         driver.find_element("tag name", "body").send_keys(key)
-    assert place(driver) == "Picture 1 of 6"
+    assert place(driver) == "Image 1 of 6"
     find(driver, "stop").click()
-    assert "6 of 6 pictures are not rated yet" in find(driver, "thanks").text
+    assert "6 of 6 images are not rated yet" in find(driver, "thanks").text
     find(driver, "again").click()
-    assert place(driver) == "Picture 1 of 6"
+    assert place(driver) == "Image 1 of 6"
     driver.get((study[0] / "study.html").as_uri())
     find(driver, "rater").clear()
     find(driver, "rater").send_keys('a,"b"\n')  # would spoil the CSV

@@ -25,8 +25,8 @@ CONDITIONS = ("real", "base", "erased")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Three conditions of four pictures each, whose files say which condition they are of."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Three conditions of four images each, whose files say which condition they are of."""
+    root = tmp_path_factory.mktemp("images")
     for k, name in enumerate(CONDITIONS):
         (root / name).mkdir()
         for i in range(4):
@@ -55,11 +55,11 @@ def test_the_page_is_blind_and_the_key_is_not(folders, tmp_path):
     text = (tmp_path / "study" / "study.html").read_text()
     data = page_data(tmp_path / "study")
     assert [item["id"] for item in data["items"]] == list(key["items"])
-    assert not re.search(r"\breal|\bbase\b(?!64)|erased", re.sub(r'"picture": "[^"]*"', "", text))
+    assert not re.search(r"\breal|\bbase\b(?!64)|erased", re.sub(r'"image": "[^"]*"', "", text))
     assert not re.search(r"https?://", text)
     for item in data["items"]:
-        assert item["picture"].startswith("data:image/webp;base64,")
-        assert b"Van Gogh" not in base64.b64decode(item["picture"].split(",")[1])
+        assert item["image"].startswith("data:image/webp;base64,")
+        assert b"Van Gogh" not in base64.b64decode(item["image"].split(",")[1])
     order = [key["items"][item["id"]]["condition"] for item in data["items"]]
     assert order != sorted(order, key=CONDITIONS.index)
 
@@ -86,13 +86,13 @@ def test_what_is_said_cannot_break_out_of_the_page(folders, tmp_path):
     assert page_data(tmp_path / "study")["question"] == hostile
 
 
-def test_large_pictures_are_scaled_down_and_references_come_along(folders, tmp_path):
+def test_large_images_are_scaled_down_and_references_come_along(folders, tmp_path):
     (tmp_path / "large").mkdir()
     Image.new("RGB", (900, 300)).save(tmp_path / "large" / "a.jpg")
     make([tmp_path / "large"], tmp_path / "study", max_size=120, reference=folders[0])
     data = page_data(tmp_path / "study")
-    picture = Image.open(io.BytesIO(base64.b64decode(data["items"][0]["picture"].split(",")[1])))
-    assert picture.size == (120, 40)
+    image = Image.open(io.BytesIO(base64.b64decode(data["items"][0]["image"].split(",")[1])))
+    assert image.size == (120, 40)
     assert len(data["reference"]) == 4
 
 
@@ -101,7 +101,7 @@ def test_large_pictures_are_scaled_down_and_references_come_along(folders, tmp_p
     [
         ({"condition": []}, "--condition: name a folder"),
         ({"condition": ["a/x", "b/x"]}, "two folders are named x"),
-        ({"condition": ["/nowhere"]}, "--condition /nowhere is no folder with pictures"),
+        ({"condition": ["/nowhere"]}, "--condition /nowhere is no folder with images"),
         ({"reference": "/nowhere"}, "--reference /nowhere"),
         ({"question": " "}, "--question"),
         ({"per_condition": 0}, "--per-condition"),
@@ -113,10 +113,10 @@ def test_studies_that_cannot_be_made(folders, tmp_path, options, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_picture(folders, tmp_path):
+def test_a_file_that_is_no_image(folders, tmp_path):
     (tmp_path / "erased").mkdir()
     (tmp_path / "erased" / "a.png").write_text("no")
-    with pytest.raises(UserError, match=r"--condition .*a\.png cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"--condition .*a\.png cannot be read as an image"):
         make([tmp_path / "erased"], tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
@@ -172,7 +172,7 @@ def test_means_intervals_and_agreement(answered, tmp_path):
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says(folders, tmp_path):
-    """Raters and pictures have effects of their own; the interval of the mean must hold for new ones of both."""
+    """Raters and images have effects of their own; the interval of the mean must hold for new ones of both."""
     random = np.random.default_rng(3)
     held = 0
     for _ in range(100):
@@ -269,7 +269,7 @@ def test_the_commands(folders, tmp_path):
         return subprocess.run(command, capture_output=True, text=True)
 
     done = run("make", "--question", "Q?", "--output", tmp_path / "study", *(f"--condition={folder}" for folder in folders))
-    assert done.returncode == 0 and "12 pictures of 3 conditions" in done.stdout
+    assert done.returncode == 0 and "12 images of 3 conditions" in done.stdout
     done = run("analyse", "--key", tmp_path / "study" / "key.json", "--answers", tmp_path / "missing.csv")
     assert done.returncode == 2 and done.stderr.startswith("error: --answers") and done.stderr.count("\n") == 1
     assert run("mak").returncode == 2 and "usage" in run("--help").stdout

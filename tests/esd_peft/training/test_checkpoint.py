@@ -16,11 +16,12 @@ from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.training import adversarial as robust
 from esd_peft.training.checkpoint import Checkpoints, _digest
+from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.student import _AdapterStudent
-from esd_peft.training.trainer import _Training
+from esd_peft.training.trainer import Trainer
 
-QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 8, "train_batch_size": 4, "checkpoint_every": 2,
-         "device": "cpu", "eval_seeds": 0}  # fmt: skip
+QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 2,
+         "device": "cpu", "num_validation_images": 0}  # fmt: skip
 
 
 def config(model, output, **options):
@@ -36,15 +37,15 @@ def stopped_at(monkeypatch):
     """Runs a config and breaks off after that many steps."""
 
     def run(step, given):
-        take = _Training.take
+        take = Trainer.step
 
-        def counted(self, batch):
-            if self.step == step:
+        def counted(self, *batch_and_loss):
+            if self.taken == step:
                 raise Stop
-            take(self, batch)
+            take(self, *batch_and_loss)
 
         with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(_Training, "take", counted)
+            patch.setattr(Trainer, "step", counted)
             erase(given)
 
     return run
@@ -52,13 +53,13 @@ def stopped_at(monkeypatch):
 
 VARIANTS = [
     {},
-    {"rollout": "student", "refill_every": 3},
-    {"refill_every": 2, "preserve": ["a square", "a star"]},
-    {"optimizer": "AdamW8bit", "adapter": "none", "scope": "esd-x", "learning_rate": 1e-3},
-    {"dtype": "bfloat16", "until": -0.99, "lr_scheduler": "linear", "lr_warmup_steps": 2},
+    {"rollout": "student", "buffer_refresh_interval": 3},
+    {"buffer_refresh_interval": 2, "preserve": ["a square", "a star"]},
+    {"optimizer": "AdamW8bit", "adapter_type": "none", "scope": "esd-x", "learning_rate": 1e-3},
+    {"dtype": "bfloat16", "stop_at": -0.99, "lr_scheduler": "linear", "lr_warmup_steps": 2},
     {"objective": "contrastive", "num_inference_steps": None, "trajectories": None, "learning_rate": 1e-3},
     {"robust": 1},
-    {"robust": 1, "refill_every": 2},
+    {"robust": 1, "buffer_refresh_interval": 2},
 ]
 
 
@@ -71,14 +72,14 @@ def adapter(folder):
     ("step", "options"), [(2, {}), (7, {}), (4, VARIANTS[1]), (3, {"robust": 1}), *((5, options) for options in VARIANTS)]
 )
 def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, options, step):
-    monkeypatch.setattr(robust, "STEPS", 2)
+    monkeypatch.setattr(robust, "SEARCH_STEPS", 2)
     whole = erase(config(small_sd, tmp_path / "whole", **options))
     stopped_at(step, config(small_sd, tmp_path / "parts", **options))
     assert not (tmp_path / "parts").exists()
     parts = erase(config(small_sd, tmp_path / "parts", resume=True, **options))
     first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
-    for key in ("loss", "direction_left", "training_tuples"):
+    for key in ("loss", "direction_left", "training_samples"):
         assert parts[key] == whole[key], key
     assert not (tmp_path / "parts.checkpoint").exists()
 
@@ -93,16 +94,16 @@ def test_twice_interrupted(small_sd, tmp_path, stopped_at):
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
-def test_a_damaged_bank_is_made_again(small_sd, tmp_path, stopped_at, damage):
+def test_a_damaged_buffer_is_made_again(small_sd, tmp_path, stopped_at, damage):
     erase(config(small_sd, tmp_path / "whole"))
     stopped_at(5, config(small_sd, tmp_path / "parts"))
-    (bank,) = (tmp_path / "parts.checkpoint").glob("bank-*")
+    (buffer,) = (tmp_path / "parts.checkpoint").glob("buffer-*")
     if damage is None:  # one bit
-        content = bytearray(bank.read_bytes())
+        content = bytearray(buffer.read_bytes())
         content[-100] ^= 1
-        bank.write_bytes(content)
+        buffer.write_bytes(content)
     else:
-        bank.write_bytes(damage)
+        buffer.write_bytes(damage)
     erase(config(small_sd, tmp_path / "parts", resume=True))
     first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -115,7 +116,7 @@ def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
     stopped_at(5, config(small_sd, tmp_path / "parts"))
     with pytest.raises(UserError, match="add --resume to go on, or --overwrite"):
         erase(config(small_sd, tmp_path / "parts"))
-    with pytest.raises(UserError, match=r"learning-rate was None, seed was 0"):
+    with pytest.raises(UserError, match=r"learning-rate was 0.01, seed was 0"):
         erase(config(small_sd, tmp_path / "parts", resume=True, seed=1, learning_rate=1e-4))
     (state,) = (tmp_path / "parts.checkpoint").glob("step-*")
     content = bytearray(state.read_bytes())
@@ -129,44 +130,44 @@ def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
 
 def test_an_output_that_cannot_be_written_costs_no_training(small_sd, tmp_path, monkeypatch):
     whole = erase(config(small_sd, tmp_path / "whole"))
-    take, output = _Training.take, tmp_path / "parts"
+    take, output = Trainer.step, tmp_path / "parts"
 
-    def spoils(self, batch):
-        take(self, batch)
+    def spoils(self, *batch_and_loss):
+        take(self, *batch_and_loss)
         output.mkdir(exist_ok=True)
         (output / "mine").write_text("precious")
 
-    given = config(small_sd, output, checkpoint_every=100)
+    given = config(small_sd, output, checkpointing_steps=100)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"--output .* is not empty"):
-        patch.setattr(_Training, "take", spoils)
+        patch.setattr(Trainer, "step", spoils)
         erase(given)
     assert [path.name for path in output.iterdir()] == ["mine"]
     (output / "mine").unlink()
-    monkeypatch.setattr(_Training, "take", None)
-    parts = erase(given.model_copy(update={"resume": True}))
+    monkeypatch.setattr(Trainer, "step", None)
+    parts = erase(given.replace(resume=True))
     first, second = adapter(tmp_path / "whole"), adapter(output)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert parts["loss"] == whole["loss"] and parts["training_tuples"] == whole["training_tuples"]
+    assert parts["loss"] == whole["loss"] and parts["training_samples"] == whole["training_samples"]
     assert not (tmp_path / "parts.checkpoint").exists()
 
 
 def test_a_run_that_said_enough_is_done(small_sd, tmp_path, monkeypatch):
-    given = config(small_sd, tmp_path / "out", until=0.99, max_train_steps=200, checkpoint_every=1000)
+    given = config(small_sd, tmp_path / "out", stop_at=0.99, max_train_steps=200, checkpointing_steps=1000)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(_AdapterStudent, "save", lambda *_: (_ for _ in ()).throw(Stop))
         erase(given)
-    monkeypatch.setattr(_Training, "take", None)
-    assert erase(given.model_copy(update={"resume": True}))["direction_left"][-1][0] < 200
+    monkeypatch.setattr(Trainer, "step", None)
+    assert erase(given.replace(resume=True))["direction_left"][-1][0] < 200
 
 
 def test_what_else_the_bits_depend_on(small_sd, tmp_path, stopped_at, capsys, monkeypatch):
     given = config(small_sd, tmp_path / "out")
     stopped_at(5, given)
     with pytest.raises(UserError, match="was computed in float32, not in bfloat16; go on with --dtype float32"):
-        erase(given.model_copy(update={"resume": True, "dtype": "bfloat16"}))
+        erase(given.replace(resume=True, dtype="bfloat16"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
-    monkeypatch.setattr("esd_peft.runtime.surroundings.__version__", "0.0.1")
-    erase(given.model_copy(update={"resume": True, "dtype": "float32"}))
+    monkeypatch.setattr("esd_peft.runtime.reproducibility.__version__", "0.0.1")
+    erase(given.replace(resume=True, dtype="float32"))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --resume")]
     assert len(said) == 1 and "goes on with esd_peft 0.0.1, threads 97: the last bits may be others" in said[0]
 
@@ -189,8 +190,10 @@ def changed(state, **values):
 
 SPOILT = [{"step": ...}, {"step": "x"}, {"step": 10**9}, {"step": -1}, {"step": [3]}, {"done": ...}, {"parameters": []},
           {"parameters": 5}, {"parameters": [{"tensor": "00000"}] * 500}, {"optimizer": {"pairs": []}}, {"optimizer": None},
-          {"schedule": {"pairs": [["last_epoch", "x"]]}}, {"losses": "x"}, {"unread": [1]}, {"before": 3}, {"words": 5},
-          {"curve": [[1]]}, {"forwards": None}]  # fmt: skip
+          {"schedule": {"pairs": [["last_epoch", "x"]]}}, {"losses": "x"}, {"unread": [1]}, {"curve": [[1]]}, {"nfe": None},
+          {"sampler": ...}, {"sampler": 5}, {"sampler": {"pairs": []}}]  # fmt: skip
+SPOILT_SAMPLERS = [{"taken": "x"}, {"before": 3}, {"generator": 3}, {"shuffled": []},
+                   {"shuffled": [{"pairs": [["order", [10**9]], ["position", 0]]}] * 3}]  # fmt: skip
 
 
 def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
@@ -202,18 +205,20 @@ def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
         values = json.loads(file.metadata()["values"])
     tensors = load_file(path)
     restored = []
-    monkeypatch.setattr(_Training, "restore", lambda self, *values: restored.append(self) or (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(TrainingLoop, "_restore", lambda self, *_: restored.append(self) or (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
-        erase(given.model_copy(update={"resume": True}))
+        erase(given.replace(resume=True))
     monkeypatch.undo()
-    for spoilt in SPOILT:
+    sampler = dict(values["state"]["pairs"])["sampler"]
+    for spoilt in [*SPOILT, *({"sampler": changed(sampler, **other)} for other in SPOILT_SAMPLERS)]:
         text = json.dumps(values | {"state": changed(values["state"], **spoilt)})
         save_file(tensors, path, {"values": text, "sha256": _digest(tensors, text)})
-        checkpoints = Checkpoints(given.model_copy(update={"resume": True}), values["base"], values["made_with"])
+        options = given.checkpoint.replace(resume=True)
+        checkpoints = Checkpoints(options, values["config"], values["base"], values["made_with"])
         with pytest.raises(UserError, match=r"--resume: the checkpoint does not fit"):
-            restored[0].restore(*checkpoints.load())
+            restored[0]._restore(*checkpoints.load())
     path.write_bytes(whole)
-    restored[0].restore(*checkpoints.load())
+    restored[0]._restore(*checkpoints.load())
 
 
 def command(*arguments):
@@ -226,7 +231,7 @@ def command(*arguments):
         "circle",
         "--device",
         "cpu",
-        "--eval-seeds",
+        "--num-validation-images",
         "0",
         *arguments,
     ]
@@ -236,7 +241,7 @@ def command(*arguments):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_a_checkpoint_and_say_so(tmp_path, number):
     output = tmp_path / "erased"
-    run = command("--output", str(output), "--max-train-steps", "100000", "--checkpoint-every", "2")
+    run = command("--output", str(output), "--max-train-steps", "100000", "--checkpointing-steps", "2")
     deadline = time.monotonic() + 120
     while not [*tmp_path.glob("erased.checkpoint/step-*")] and time.monotonic() < deadline:
         time.sleep(0.1)

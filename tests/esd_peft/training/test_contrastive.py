@@ -1,4 +1,4 @@
-"""The contrastive mode against its formula, and its pictures."""
+"""The contrastive mode against its formula, and its images."""
 
 import math
 
@@ -8,9 +8,10 @@ from PIL import Image
 
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
-from esd_peft.io.images import read_pictures
-from esd_peft.training.contrastive import Contrastive, augment
-from esd_peft.training.esd import Batch
+from esd_peft.io.images import read_images
+from esd_peft.training.batches import Batch
+from esd_peft.training.contrastive import ReferenceSampler, augment, contrastive_loss
+from runs import prepare
 
 
 def test_the_loss_is_the_formula():
@@ -23,39 +24,49 @@ def test_the_loss_is_the_formula():
         positive = (a * n).sum() / (a.norm() * n.norm()) / 0.07
         negative = (a * r).sum() / (a.norm() * r.norm()) / 0.07
         expected -= math.log(positive.exp() / (positive.exp() + 0.5 * negative.exp())) / 5
-    loss = Contrastive(rollout=None, references=torch.zeros(1)).loss(answer, batch)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert contrastive_loss(answer, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_pictures_vary_and_stay_pictures():
-    pictures = torch.rand(6, 3, 32, 24, generator=torch.Generator().manual_seed(0))
-    varied = augment(pictures, torch.Generator().manual_seed(1))
-    assert varied.shape == pictures.shape and varied.min() >= 0 and varied.max() <= 1
-    assert all((a - b).abs().mean() > 1e-3 for a, b in zip(varied, pictures, strict=True))
-    assert torch.equal(varied, augment(pictures, torch.Generator().manual_seed(1)))
+def test_an_order_of_other_images_is_refused(small_sd):
+    run = prepare(small_sd, concept="circle", objective="contrastive", max_train_steps=1)
+    sampler = ReferenceSampler(run.rollout, run.table, torch.zeros(1, 8, 4, 16, 16), 5, torch.Generator())
+    next(sampler)
+    state = sampler.state_dict()
+    assert len(state["order"]) == 3
+    sampler.load_state_dict(state)
+    with pytest.raises(ValueError, match="other images"):
+        sampler.load_state_dict(state | {"order": torch.tensor([8])})
+
+
+def test_images_vary_and_stay_images():
+    images = torch.rand(6, 3, 32, 24, generator=torch.Generator().manual_seed(0))
+    varied = augment(images, torch.Generator().manual_seed(1))
+    assert varied.shape == images.shape and varied.min() >= 0 and varied.max() <= 1
+    assert all((a - b).abs().mean() > 1e-3 for a, b in zip(varied, images, strict=True))
+    assert torch.equal(varied, augment(images, torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_it_trains(small_sd, tmp_path, folder, monkeypatch):
-    monkeypatch.setattr("esd_peft.training.contrastive.PICTURES", 2)
+    monkeypatch.setattr("esd_peft.training.contrastive.IMAGES", 2)
     options = {}
     if folder:
-        (tmp_path / "pictures").mkdir()
+        (tmp_path / "images").mkdir()
         for i in range(3):
-            Image.new("RGB", (40, 20), (80 * i, 20, 100)).save(tmp_path / "pictures" / f"{i}.png")
-        options = {"reference": tmp_path / "pictures"}
+            Image.new("RGB", (40, 20), (80 * i, 20, 100)).save(tmp_path / "images" / f"{i}.png")
+        options = {"reference": tmp_path / "images"}
     names = ["circle"] if folder else ["circle", "striped"]
-    config = EraseConfig(concept=names, model=str(small_sd), output=tmp_path / "out", eval_seeds=0,
+    config = EraseConfig(concept=names, model=str(small_sd), output=tmp_path / "out", num_validation_images=0,
                          objective="contrastive", device="cpu", rank=2, **options)  # fmt: skip
     result = erase(config)
-    # one concept of three pictures, or two of two, in ten variations each, in batches of 32
-    assert result["training_tuples"] == (3 if folder else 2 * 2) * 10
+    # one concept of three images, or two of two, in ten variations each, in batches of 32
+    assert result["training_samples"] == (3 if folder else 2 * 2) * 10
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_folders_without_pictures(tmp_path):
+def test_folders_without_images(tmp_path):
     with pytest.raises(UserError, match="--reference"):
-        read_pictures(tmp_path, (8, 8), "--reference")
-    (tmp_path / "a.png").write_bytes(b"no picture")
+        read_images(tmp_path, (8, 8), "--reference")
+    (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"a\.png cannot be read"):
-        read_pictures(tmp_path, (8, 8), "--reference")
+        read_images(tmp_path, (8, 8), "--reference")

@@ -4,11 +4,14 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
-from esd_peft.config import SCOPES, EraseConfig
-from esd_peft.models import open_backbone
+from esd_peft.models import open_family
+from esd_peft.models.options import SCOPES
 from esd_peft.models.scopes import joint_attention
-from esd_peft.training.student import make_student, scope_modules, scope_parameters
+from esd_peft.training.options import StudentOptions
+from esd_peft.training.student import make_student
 from families import save_family
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def sd15():
 @pytest.mark.parametrize(("scope", "millions"), [("esd-x", 44.0), ("esd-x-strict", 19.2), ("esd-u", 815), ("full", 860)])
 def test_scope_sizes_of_stable_diffusion_1(sd15, scope, millions):
     parameters = dict(sd15.named_parameters())
-    names = scope_parameters(open_backbone(None), sd15, scope)
+    names = open_family("shapes").scope_parameters(sd15, scope)
     assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
@@ -41,7 +44,7 @@ def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
             use_linear_projection=True,
         )
     parameters = dict(unet.named_parameters())
-    names = scope_parameters(open_backbone(None), unet, scope)
+    names = open_family("shapes").scope_parameters(unet, scope)
     assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
@@ -61,9 +64,8 @@ def test_scopes_of_joint_attention():
 
 
 def test_scopes_select_what_they_say(sd15):
-    chosen = {
-        s: set(scope_modules(open_backbone(None), sd15, s)) for s in ("esd-x", "esd-x-strict", "esd-u", "selfattn", "full")
-    }
+    family = open_family("shapes")
+    chosen = {s: set(family.scope_modules(sd15, s)) for s in ("esd-x", "esd-x-strict", "esd-u", "selfattn", "full")}
     assert chosen["esd-x-strict"] < chosen["esd-x"] < chosen["full"]
     assert chosen["selfattn"] < chosen["esd-u"]
     assert chosen["esd-x"] | chosen["esd-u"] == chosen["full"]
@@ -71,21 +73,21 @@ def test_scopes_select_what_they_say(sd15):
     assert len(chosen["esd-x-strict"]) == 32 and len(chosen["esd-x"]) == 64  # 16 blocks of k, v (and q, out)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr", "none"])
-def test_a_student_is_its_own_teacher(small_sd, adapter):
-    backbone = open_backbone(str(small_sd))
-    denoiser = backbone.load_denoiser(torch.float32)
+@pytest.mark.parametrize("adapter_type", ["lora", "loha", "lokr", "none"])
+def test_a_student_is_its_own_teacher(small_sd, adapter_type):
+    family = open_family(str(small_sd))
+    denoiser = family.load_denoiser(torch.float32)
     embeds = {"encoder_hidden_states": torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(0))}
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
     @torch.no_grad()
     def predict():
-        return backbone.predict(denoiser, latents, torch.tensor([300]), embeds)
+        return family.predict(denoiser, latents, torch.tensor([300]), embeds)
 
     base = predict()
-    student = make_student(
-        backbone, denoiser, EraseConfig(concept="x", adapter=adapter, rank=None if adapter == "none" else 2)
-    )
+    rank = None if adapter_type == "none" else 2
+    options = StudentOptions(scope="esd-x-strict", adapter_type=adapter_type, rank=rank, alpha=rank)
+    student = make_student(family, denoiser, options, CPU, torch.float32)
     assert torch.equal(predict(), base), "an untrained adapter changes nothing"
     assert all(p.dtype == torch.float32 and p.requires_grad for p in student.parameters)
     with torch.no_grad():
@@ -98,14 +100,25 @@ def test_a_student_is_its_own_teacher(small_sd, adapter):
     assert all(p.requires_grad for p in student.parameters)
 
 
+@pytest.mark.parametrize(("adapter_type", "enabled"), [("lora", False), ("lokr", False), ("none", True)])
+def test_autocast_only_where_the_weights_themselves_learn(small_sd, adapter_type, enabled):
+    family, rank = open_family(str(small_sd)), None if adapter_type == "none" else 2
+    options = StudentOptions(scope="esd-u", adapter_type=adapter_type, rank=rank, alpha=rank)
+    for dtype in (torch.bfloat16, torch.float32):
+        student = make_student(family, family.load_denoiser(torch.float32), options, CPU, dtype)
+        with student.autocast():
+            assert torch.is_autocast_enabled("cpu") == (enabled and dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("scope", ["full", "esd-u"])
-@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr"])
-def test_depthwise_convolutions_are_left_out(tmp_path, scope, adapter):
-    backbone = open_backbone(str(save_family("sana", tmp_path / "sana")))
-    denoiser = backbone.load_denoiser(torch.float32)
+@pytest.mark.parametrize("adapter_type", ["lora", "loha", "lokr"])
+def test_depthwise_convolutions_are_left_out(tmp_path, scope, adapter_type):
+    family = open_family(str(save_family("sana", tmp_path / "sana")))
+    denoiser = family.load_denoiser(torch.float32)
     depthwise = {n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1}
-    chosen = set(scope_modules(backbone, denoiser, scope))
+    chosen = set(family.scope_modules(denoiser, scope))
     assert depthwise and not depthwise & chosen
     assert {name.replace("conv_depth", "conv_inverted") for name in depthwise} <= chosen
-    make_student(backbone, denoiser, EraseConfig(concept="circle", scope=scope, adapter=adapter, rank=3))
+    options = StudentOptions(scope=scope, adapter_type=adapter_type, rank=3, alpha=3)
+    make_student(family, denoiser, options, CPU, torch.float32)
     assert {name.split(".base_layer")[0] for name, _ in denoiser.named_parameters() if "base_layer" in name} == chosen

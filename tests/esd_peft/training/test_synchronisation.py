@@ -12,16 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import esd_kernels
 from esd_peft.config import EraseConfig
-from esd_peft.models import open_backbone
+from esd_peft.defaults import resolve
+from esd_peft.models import open_family
 from esd_peft.models.flux import Flux
-from esd_peft.prompts.plan import plan_prompts
-from esd_peft.runtime.profiling import Costs
-from esd_peft.training.contrastive import Contrastive
-from esd_peft.training.esd import GuidedTarget
-from esd_peft.training.rollout import Rollout, make_table
+from esd_peft.prompts.table import make_table
+from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training.contrastive import ReferenceSampler, contrastive_loss
+from esd_peft.training.loop import TrainingLoop
+from esd_peft.training.objective import make_objective
+from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
-from esd_peft.training.trainer import distill
+from esd_peft.training.trainer import Trainer
 from families import save_family
+from runs import Run
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -59,16 +62,19 @@ def on_meta(monkeypatch):
         assert torch.device(options.get("device") or "cpu").type == "cpu", "a copy that waits"
         return plain(data, **options)
 
-    def run(student, objective):
+    def train(run, sampler, loss):
         with monkeypatch.context() as patch, Traffic() as traffic:
             patch.setattr(torch, "tensor", on_the_host)
             patch.setattr(torch.Tensor, "new_tensor", on_the_host)  # fails: it would be on the device
-            losses = distill(student, objective, torch.Generator())
-        return losses, traffic
+            trainer = Trainer(run.student, run.config.training, run.config.memory, 0.0, run.rollout.profiler)
+            loop = TrainingLoop(trainer, sampler, None, lambda values, step: None, None, resume=False)
+            for batch in loop.batches():
+                trainer.step(batch, loss)
+        return trainer.losses, traffic
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(esd_kernels.guided_mse.__globals__["os"], "environ", {})
-    return run
+    return train
 
 
 def setup(path, **options):
@@ -79,30 +85,34 @@ def setup(path, **options):
         "trajectories": 3,
         "train_batch_size": 4,
         "max_train_steps": 12,
-        "hold": 0.25,
+        "preservation_ratio": 0.25,
         "snr_gamma": 5.0,
     }
-    config = EraseConfig(**(defaults | options))
-    backbone = open_backbone(str(path))
-    plan = plan_prompts(config)
-    embeds = {k: v.to(META) for k, v in backbone.encode(plan.texts, torch.device("cpu"), torch.float32).items()}
-    denoiser = backbone.load_denoiser(torch.float32).to(META)
+    family = open_family(str(path))
+    config, prompts = resolve(EraseConfig(device="cpu", **(defaults | options)), family)
+    embeds = {k: v.to(META) for k, v in family.encode(prompts.texts, torch.device("cpu"), torch.float32).items()}
+    denoiser = family.load_denoiser(torch.float32).to(META)
     linear = [(name, layer) for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
-    widths = {kind: layer.in_features for name, layer in linear if (kind := backbone.prompt_input(name))}
+    widths = {kind: layer.in_features for name, layer in linear if (kind := family.prompt_input(name))}
     projections = {kind: torch.empty(width, width, device=META) for kind, width in widths.items()}
-    student = make_student(backbone, denoiser, config, projections)
-    table = make_table(plan, embeds)
-    return Rollout(backbone, denoiser, table, student.teacher, config, META, torch.float32, Costs(META)), student
+    student = make_student(family, denoiser, config.student, META, torch.float32, projections=projections)
+    rollout = Rollout(student, PhaseProfiler(META))
+    return Run(config, prompts, family, make_table(prompts, embeds), student, rollout)
+
+
+def objective(run):
+    """The sampler and the loss of the run."""
+    return make_objective(run.rollout, run.table, run.prompts, run.config.buffer, run.config.training)[:2]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rollout": "student", "refill_every": 6}, {"adapter": "none"}, {"gradient_checkpointing": True}],
+    [{}, {"rollout": "student", "buffer_refresh_interval": 6}, {"adapter_type": "none"}, {"gradient_checkpointing": True}],
     ids=lambda o: "-".join(map(str, o.values())) or "default",
 )
 def test_the_host_reads_the_loss_and_nothing_else(small_sd, on_meta, options):
-    rollout, student = setup(small_sd, **options)
-    losses, traffic = on_meta(student, GuidedTarget(rollout))
+    run = setup(small_sd, **options)
+    losses, traffic = on_meta(run, *objective(run))
     assert traffic.readings == len(losses) == 2  # after 10 and 12 steps
     refills = 2 if "rollout" in options else 1
     assert 0 < traffic.fetched <= refills * 4 * 3  # four tensors of each of three denoising steps
@@ -111,21 +121,22 @@ def test_the_host_reads_the_loss_and_nothing_else(small_sd, on_meta, options):
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
 def test_in_every_family(tmp_path, on_meta, monkeypatch, name):
     monkeypatch.setattr(Flux, "latent_size", lambda self, denoiser: (16, 16))
-    rollout, student = setup(save_family(name, tmp_path / "model"), snr_gamma=None)
-    losses, traffic = on_meta(student, GuidedTarget(rollout))
+    run = setup(save_family(name, tmp_path / "model"), snr_gamma=None)
+    losses, traffic = on_meta(run, *objective(run))
     assert traffic.readings == len(losses)
 
 
 def test_contrastive_too(small_sd, on_meta):
-    options = {"objective": "contrastive", "concept": "circle", "snr_gamma": None, "hold": None, "trajectories": None}
-    rollout, student = setup(small_sd, **options, num_inference_steps=None, preserve=[])
+    left_out = dict.fromkeys(("snr_gamma", "preservation_ratio", "trajectories", "num_inference_steps"))
+    run = setup(small_sd, objective="contrastive", concept="circle", preserve=[], **left_out)
     latents = torch.zeros(1, 8, 4, 16, 16)
-    losses, traffic = on_meta(student, Contrastive(rollout, latents))
+    sampler = ReferenceSampler(run.rollout, run.table, latents, run.config.training.train_batch_size, torch.Generator())
+    losses, traffic = on_meta(run, sampler, contrastive_loss)
     assert traffic.readings == len(losses) == 2 and traffic.fetched == 0
 
 
-def test_a_wait_would_be_seen(small_sd, on_meta, monkeypatch):
-    rollout, student = setup(small_sd)
-    monkeypatch.setattr(GuidedTarget, "loss", lambda self, prediction, batch: prediction.mean() * float(batch.eta.sum()))
-    losses, traffic = on_meta(student, GuidedTarget(rollout))
+def test_a_wait_would_be_seen(small_sd, on_meta):
+    run = setup(small_sd)
+    sampler, _ = objective(run)
+    losses, traffic = on_meta(run, sampler, lambda prediction, batch: prediction.mean() * float(batch.eta.sum()))
     assert traffic.readings == len(losses) + 12

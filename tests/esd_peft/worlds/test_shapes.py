@@ -10,11 +10,14 @@ from safetensors.torch import load_file
 from esd_peft.cli import parse
 from esd_peft.errors import UserError
 from esd_peft.io.outputs import check_output
-from esd_peft.models import EMBEDDED, open_backbone
+from esd_peft.models import open_family
 from esd_peft.runtime.seeds import generator
+from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes import world
 from esd_peft.worlds.shapes.classifier import load_classifier
 from esd_peft.worlds.shapes.train import TrainConfig, train
+
+EMBEDDED = WORLDS["shapes"].pipeline
 
 
 def test_what_ships_is_small_plain_and_half_precision():
@@ -26,7 +29,7 @@ def test_what_ships_is_small_plain_and_half_precision():
     assert not [p for p in Path(EMBEDDED).rglob("*") if p.suffix in (".bin", ".pt", ".ckpt")]
 
 
-def test_the_classifier_names_held_out_pictures():
+def test_the_classifier_names_held_out_images():
     labels, pixels = world.sample(600, torch.Generator().manual_seed(2**41))
     names = load_classifier().name(pixels)
     for i, (kind, values) in enumerate(world.ATTRIBUTES.items()):
@@ -39,10 +42,10 @@ def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
     pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts = world.full_prompts()[::3]
-    pictures = pipe(
+    images = pipe(
         prompts, num_inference_steps=25, guidance_scale=3.0, generator=generator(0, "plain"), output_type="pt"
     ).images
-    names = load_classifier().name(pictures)
+    names = load_classifier().name(images)
     for kind in world.ATTRIBUTES:
         right = [name[kind] == world.attributes_in(p)[kind] for name, p in zip(names, prompts, strict=True)]
         assert sum(right) / len(right) >= 0.9, kind
@@ -68,11 +71,11 @@ def test_captions_drop_words_and_are_sometimes_empty():
 @pytest.mark.parametrize("prompt", [*world.full_prompts()[::29], "striped", "a circle", ""])
 def test_prompts_and_attributes_are_inverse(prompt):
     assert prompt == "" or set(world.attributes_in(prompt).values()) <= set(prompt.split())
-    assert open_backbone(None).unseen_words(prompt) == []
+    assert open_family("shapes").unseen_words(prompt) == []
 
 
 def test_unseen_words_are_found():
-    assert open_backbone(None).unseen_words("a striped zebra") == ["zebra"]
+    assert open_family("shapes").unseen_words("a striped zebra") == ["zebra"]
 
 
 def test_training_goes_into_a_directory_of_its_own(tmp_path):

@@ -10,7 +10,7 @@ from esd_peft._version import __version__
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 
 
-def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def bits_depend_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Each by its name, to be kept beside what was made and compared with what goes on from there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {package: _version(package) for package in _PACKAGES}

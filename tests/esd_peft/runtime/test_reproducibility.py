@@ -4,12 +4,12 @@ from importlib import metadata
 
 import torch
 
-from esd_peft.runtime import surroundings as module
-from esd_peft.runtime.surroundings import surroundings
+from esd_peft.runtime import reproducibility as module
+from esd_peft.runtime.reproducibility import bits_depend_on
 
 
 def test_versions_of_what_is_installed(monkeypatch):
-    there = surroundings(torch.device("cpu"), torch.bfloat16)
+    there = bits_depend_on(torch.device("cpu"), torch.bfloat16)
     assert there["torch"] == metadata.version("torch") and there["dtype"] == "bfloat16" and "cpu" in there["device"]
 
     def version(package):
@@ -18,5 +18,5 @@ def test_versions_of_what_is_installed(monkeypatch):
         return metadata.version(package)
 
     monkeypatch.setattr(module, "version", version)
-    without = surroundings(torch.device("cpu"), torch.bfloat16)
+    without = bits_depend_on(torch.device("cpu"), torch.bfloat16)
     assert without == there | {"bitsandbytes": "none"}

@@ -1,11 +1,11 @@
-"""A few kills and full disks of `benchmarks/faults.py`, which has hundreds."""
+"""A few kills and full disks of `faults.py`, which has hundreds."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
+SCRIPT = Path(__file__).with_name("faults.py")
 
 
 def test_kills_are_made_good(tmp_path):

@@ -1,6 +1,6 @@
 """The properties of tests/esd_peft/test_fuzz.py on ten thousand examples each.
 
-    python benchmarks/fuzz.py --output benchmarks/results/faults.json
+    python tests/programs/fuzz.py --output benchmarks/results/faults.json
 
 `--only suite,csv` runs those readers; what the file holds of others, and of other kinds of faults, stays.
 """

@@ -12,16 +12,17 @@ from peft.utils import CONFIG_NAME
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
+from esd_peft.adapters.merge import RECORD
 from esd_peft.adapters.saved import Adapter, read_adapter
-from esd_peft.config import ModelOptions
 from esd_peft.errors import UserError
 from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
-from esd_peft.merge_adapter import RECORD, erased_concepts
-from esd_peft.models import EMBEDDED, Backbone, open_backbone
+from esd_peft.models import ModelFamily, open_family
+from esd_peft.models.options import ModelOptions
 from esd_peft.models.quantize import load_quantized, stay_packed
 from esd_peft.models.sources import INDEX
+from esd_peft.worlds import WORLDS
 
 _NOT_READ = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")  # the same weights in other formats
 
@@ -30,27 +31,22 @@ _NOT_READ = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".onnx_data", "
 class Model:
     """A pipeline directory, with an adapter on its denoiser or without."""
 
-    backbone: Backbone
+    family: ModelFamily
     adapter: Adapter | None = None
-
-    @property
-    def embedded(self) -> bool:
-        """Whether this is the pipeline that ships with the package."""
-        return self.backbone.path == EMBEDDED
 
     def denoiser(self, device: torch.device, dtype: torch.dtype, quantize: str = "none") -> ModelMixin:
         """The denoiser, loaded; an adapter is merged into it, or lies on quantized layers.
 
-        Raises `UserError` for whole weights (`--adapter none`) on a quantized base.
+        Raises `UserError` for whole weights (`--adapter-type none`) on a quantized base.
         """
         if quantize == "none":
-            denoiser = self.backbone.load_denoiser(dtype)
+            denoiser = self.family.load_denoiser(dtype)
         elif self.adapter is not None and not self.adapter.adds:
             raise UserError(
                 f"--quantize {quantize} does not work with the whole weights in {self.adapter.path}; merge them first"
             )
         else:
-            denoiser = load_quantized(self.backbone, quantize, dtype, device)
+            denoiser = load_quantized(self.family, quantize, dtype, device)
         if self.adapter is not None:
             with _named_erased():
                 denoiser = self.adapter.apply(denoiser)
@@ -60,12 +56,12 @@ class Model:
 
     def pipeline(self, device: torch.device, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
         """The diffusers pipeline around it. Raises `UserError` as `denoiser` does."""
-        return self.backbone.pipeline(self.denoiser(device, dtype, quantize), device, dtype)
+        return self.family.pipeline(self.denoiser(device, dtype, quantize), device, dtype)
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of all files that pictures depend on: weights, configs, tokenizers, the scheduler, the adapter."""
-        root = self.backbone.path
-        parts = [root / name for name, part in self.backbone.index.items() if isinstance(part, list)]
+        """Hashes of all files that images depend on: weights, configs, tokenizers, the scheduler, the adapter."""
+        root = self.family.path
+        parts = [root / name for name, part in self.family.index.items() if isinstance(part, list)]
         files = [
             path for part in parts for path in sorted(part.rglob("*")) if path.is_file() and path.suffix not in _NOT_READ
         ]
@@ -84,7 +80,7 @@ class Comparison:
     erased: Model
     concepts: list[str]
     notes: list[str]
-    trained_on: str | None = None  # what the adapter, or the merged pipeline's record, names as its base
+    trained_on: str  # what the adapter, or the merged pipeline's record, names as its base
 
 
 def open_models(config: EvaluateConfig) -> Comparison:
@@ -92,36 +88,36 @@ def open_models(config: EvaluateConfig) -> Comparison:
     if (config.erased / "model_index.json").is_file():
         record = _read_record(config.erased / RECORD)
         base = config.base if config.base is not None else _trained_on(record.get("configs", []))
-        if base is None and not any(record.get("configs", [])):  # the embedded pipeline's name is none, too
+        if base is None:
             raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was made from")
-        if config.base is None and base is not None and "/" not in base:  # no hub id: a record names no local paths
+        if config.base is None and base not in WORLDS and "/" not in base:  # no hub id: a record names no local paths
             raise UserError(
                 f"--base is missing: --erased {config.erased} was made from a directory {base}; name where it is"
             )
-        erased, notes = Model(open_backbone(str(config.erased), "--erased")), []
+        erased, notes = Model(open_family(str(config.erased), "--erased")), []
         concepts = record.get("concept", [])
-        before = open_backbone(base, "--base")
-        _check_alike(before, erased.backbone)
+        before = open_family(base, "--base")
+        _check_alike(before, erased.family)
     else:
         with _named_erased():
             adapter = read_adapter(config.erased)
         base = config.base if config.base is not None else adapter.base.get("model")
-        if base is None and not adapter.base:
+        if base is None:
             raise UserError(f"--base is missing, and --erased {config.erased} does not say what it was trained on")
-        before = open_backbone(base, "--base", ModelOptions(**adapter.base_options) if config.base is None else None)
+        before = open_family(base, "--base", ModelOptions(**adapter.base_options) if config.base is None else None)
         with _named_erased():
-            adapter.fitting(before.empty_denoiser())  # now, rather than after the base's pictures
+            adapter.fitting(before.empty_denoiser())  # now, rather than after the base's images
         erased, notes = Model(before, adapter), _notes(before, adapter)
-        concepts = erased_concepts(adapter)
+        concepts = adapter.concepts
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
         raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
     return Comparison(Model(before), erased, config.concept or concepts, notes, base)
 
 
-def _check_alike(before: Backbone, after: Backbone) -> None:
-    sizes = [backbone.picture_size(backbone.empty_denoiser()) for backbone in (before, after)]
+def _check_alike(before: ModelFamily, after: ModelFamily) -> None:
+    sizes = [family.image_size(family.empty_denoiser()) for family in (before, after)]
     if before.pipeline_class is not after.pipeline_class or sizes[0] != sizes[1]:
-        raise UserError(f"--base {before.path} and --erased {after.path} draw pictures of other kinds; name the same model")
+        raise UserError(f"--base {before.path} and --erased {after.path} draw images of other kinds; name the same model")
 
 
 @contextlib.contextmanager
@@ -133,9 +129,9 @@ def _named_erased() -> Iterator[None]:
         raise UserError(str(error).replace("--adapter", "--erased", 1)) from None
 
 
-def _notes(backbone: Backbone, adapter: Adapter) -> list[str]:
+def _notes(family: ModelFamily, adapter: Adapter) -> list[str]:
     trained = adapter.base.get("denoiser_sha256")
-    files = (backbone.path / backbone.denoiser_part).glob("*.safetensors")
+    files = (family.path / family.denoiser_part).glob("*.safetensors")
     if trained is None or trained.items() <= {file.name: sha256(file) for file in files}.items():
         return []
     return ["The adapter was trained on other weights than these."]
@@ -160,5 +156,6 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _trained_on(configs: list[dict[str, Any]]) -> str | None:
-    model = configs[0].get("model") if configs else None
+    pretrained = configs[0].get("pretrained") if configs else None
+    model = pretrained.get("model") if isinstance(pretrained, dict) else None
     return model if isinstance(model, str) else None

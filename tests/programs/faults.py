@@ -1,6 +1,6 @@
 """Kill the commands, fill the disk, damage the files: nothing is lost, and every message is one sentence.
 
-    python benchmarks/faults.py --kills 110 --kills-at-files 1 --full-disk 12 --output benchmarks/results/faults.json
+    python tests/programs/faults.py --kills 110 --kills-at-files 1 --full-disk 12 --output benchmarks/results/faults.json
 
 Kills are SIGKILLs at moments drawn evenly over the length of an uninterrupted erase and merge, or at each file that these
 open, make, rename or remove. After each, the command runs again (with --resume where there is a checkpoint, otherwise
@@ -30,13 +30,26 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from esd_peft import checkpoint, erase, errors, merge_adapter, phases  # noqa: F401 (imported once, before the forks)
+from esd_peft import cli, erase, merge_adapter  # noqa: F401 (imported once, before the forks)
+from esd_peft.runtime import profiling
+from esd_peft.training import checkpoint
 
 torch.set_num_threads(1)
 QUICK = [
-    *("--concept", "circle", "--device", "cpu", "--eval-seeds", "0", "--num-inference-steps", "5", "--trajectories", "2"),
-    *("--rollout", "student", "--refill-every", "4", "--max-train-steps", "8", "--train-batch-size", "4"),
-    *("--checkpoint-every", "2"),
+    *(
+        "--concept",
+        "circle",
+        "--device",
+        "cpu",
+        "--num-validation-images",
+        "0",
+        "--num-inference-steps",
+        "5",
+        "--trajectories",
+        "2",
+    ),
+    *("--rollout", "student", "--buffer-refresh-interval", "4", "--max-train-steps", "8", "--train-batch-size", "4"),
+    *("--checkpointing-steps", "2"),
 ]
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 HALF = (".draft-", ".old-")  # what is being written, or replaced
@@ -79,7 +92,7 @@ class Runs:
             self._watch(command)
             before()
             main = sys.modules[f"esd_peft.{'erase' if command == 'erase' else 'merge_adapter'}"].main
-            errors.run_command(main)
+            cli.run_command(main)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -93,13 +106,13 @@ class Runs:
             os._exit(code)
 
     def _watch(self, command: str) -> None:
-        switch = phases.Costs._switch
+        switch = profiling.PhaseProfiler._switch
 
-        def noted(costs: phases.Costs, name: str | None) -> None:
+        def noted(profiler: profiling.PhaseProfiler, name: str | None) -> None:
             self.note[:16] = (name or "between").encode().ljust(16)
-            switch(costs, name)
+            switch(profiler, name)
 
-        phases.Costs._switch = noted  # type: ignore[method-assign]
+        profiling.PhaseProfiler._switch = noted  # type: ignore[method-assign]
         self.note[:16] = {"erase": b"start", "merge": b"merge"}[command].ljust(16)
 
     @property

@@ -1,0 +1,66 @@
+"""What can be said of a run before any work is done."""
+
+import os
+
+import torch
+
+from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError
+from esd_peft.evaluation.validation import check_concepts
+from esd_peft.io.outputs import check_output
+from esd_peft.models import ModelFamily
+from esd_peft.models.compilation import check_compiler
+from esd_peft.models.quantize import check_bitsandbytes
+from esd_peft.prompts.options import PromptOptions
+from esd_peft.prompts.plan import PromptPlan
+from esd_peft.runtime import distributed
+from esd_peft.runtime.tracking import check_tracker
+
+
+def check_environment(config: EraseConfig, device: torch.device) -> None:
+    """Raise `UserError` if the output cannot be written, or a package or compiler that the options ask for is missing."""
+    if distributed.is_main_process():
+        checkpoint, pretrained, file = config.checkpoint, config.pretrained, config.prompts.preserve_file
+        file = file if os.path.isfile(file or "") else None  # said later if it is none
+        inputs = [pretrained.model, pretrained.checkpoint_config, config.training.reference, file]
+        check_output(checkpoint.output, checkpoint.overwrite or checkpoint.resume, inputs)
+    check_tracker(config.runtime.report_to)
+    check_bitsandbytes(config.memory.quantize, config.training.optimizer)
+    check_compiler(config.runtime.compile, device)
+
+
+def check_words(options: PromptOptions, family: ModelFamily) -> None:
+    """Raise `UserError` for words that an embedded pipeline does not know, before prompts are made of them."""
+    if family.world is None:
+        return
+    for concept in options.concept:
+        _check_words(family, "--concept", concept.name)
+        _check_words(family, "--erase-from", options.source_of(concept))
+        _check_words(family, "--map-to", options.goal_of(concept) or "")
+    check_concepts(family.world, [concept.name for concept in options.concept])
+
+
+def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> None:
+    """Raise `UserError` for prompts that the model does not read to their end, and for objectives that do not fit it."""
+    contrastive = config.training.objective == "contrastive"
+    if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
+        family.noise_schedule.alphas_cumprod()
+    family.check_lengths(_given_texts(config.prompts, prompts))
+    for prompt in prompts.given if family.world is not None else []:
+        _check_words(family, "--preserve", prompt)
+
+
+def _given_texts(options: PromptOptions, prompts: PromptPlan) -> dict[str, list[str]]:
+    """What is encoded of each option's words."""
+    concepts = options.concept
+    goals = [f"{goal} {options.source_of(c)}".strip() for c in concepts if (goal := options.goal_of(c))]
+    named = {"--concept": options.concept_names, "--erase-from": options.sources}
+    return named | {"--map-to": goals, "--preserve": prompts.given}
+
+
+def _check_words(family: ModelFamily, option: str, text: str) -> None:
+    if unseen := family.unseen_words(text):
+        raise UserError(
+            f"{option} {text!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
+            "use its words (circle, red, striped, ...) or name your own pipeline with --model"
+        )

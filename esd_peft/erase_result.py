@@ -1,0 +1,140 @@
+"""What `result.json` holds, and the table that the erase command ends with."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from esd_peft._version import __version__
+from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError, out_of_memory
+from esd_peft.evaluate import command_of, evaluate
+from esd_peft.evaluation.options import WITHIN, EvaluateConfig
+from esd_peft.evaluation.rates import Shares
+from esd_peft.evaluation.text import MARKS
+from esd_peft.evaluation.validation import ValidationSampler
+from esd_peft.io.outputs import new_file
+from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training.early_stopping import EarlyStopping
+from esd_peft.training.trainer import Trainer
+
+
+def make_result(
+    config: EraseConfig,
+    profiler: PhaseProfiler,
+    trainer: Trainer,
+    stopping: EarlyStopping | None,
+    validation: ValidationSampler | None,
+) -> dict[str, Any]:
+    """What `result.json` holds; writes the images that were made into the output."""
+    concepts: Shares = {}
+    others: Shares = {}
+    if validation is not None:
+        with profiler.phase("evaluate"), finished(config.checkpoint.output):
+            concepts, others = validation.shares()
+            with new_file(config.checkpoint.output / "before_after.png") as draft:
+                validation.grid().save(draft)
+    return {
+        "concepts": concepts,
+        "others": others,
+        "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]},
+        "direction_left": stopping.curve if stopping else [],
+        "nfe": profiler.nfe,
+        "training_samples": profiler.training_samples,
+        "trained_parameters": sum(p.numel() for p in trainer.student.parameters),
+        "seconds": {name: round(value, 3) for name, value in profiler.seconds.items()},
+        "peak_memory_bytes": profiler.peak_memory_bytes,
+        "config": config.model_dump(mode="json"),
+        "version": __version__,
+    }
+
+
+def write(output: Path, result: dict[str, Any]) -> None:
+    """Write `result.json` into the output. Raises `UserError` if that does not work."""
+    with new_file(output / "result.json") as draft:
+        draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def finished(output: Path, command: str | None = None) -> Iterator[None]:
+    """The adapter in `output` is not trained again because its images need too much memory, or time; `command` makes them.
+
+    Raises `UserError` for the former.
+    """
+    command = command or command_of(EvaluateConfig(erased=output))
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"over its images, but the adapter in {output} is finished; for the images: {command}"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"the adapter in {output} is finished, but the device ran out of memory over its images; make them with a "
+            f"smaller --batch-size: {command}"
+        ) from None
+
+
+def add_evaluation(config: EraseConfig, result: dict[str, Any]) -> None:
+    """Evaluate the finished adapter, and add what was found to its `result`."""
+    options = _evaluation(config, result["config"])
+    with finished(config.checkpoint.output, command_of(options)):
+        found = evaluate(options)
+    if found.accuracies is not None:
+        result["concepts"], result["others"] = found.accuracies.shares
+    result["evaluation"] = found.to_dict()
+    write(config.checkpoint.output, result)
+
+
+def _evaluation(config: EraseConfig, used: dict[str, Any]) -> EvaluateConfig:
+    """With as much memory as training `used`, which may be less than `config` says."""
+    output, seeds = config.checkpoint.output, config.validation.num_validation_images
+    return EvaluateConfig(
+        erased=output,
+        output=output / WITHIN,
+        seeds=seeds,
+        batch_size=used["buffer"]["rollout_batch_size"],
+        quantize=used["memory"]["quantize"],
+        seed=config.training.seed,
+        device=config.runtime.device,
+        dtype=config.runtime.dtype,
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """What `result.json` holds, for people: rates where there are any, then losses and profiler."""
+    verdicts = result.get("evaluation", {}).get("verdict", [])
+    lines = [*(f"{MARKS[verdict['level']]} {verdict['text']}" for verdict in verdicts), *([""] if verdicts else [])]
+    if result["concepts"]:
+        width = max(map(len, [*result["concepts"], *result["others"], "everything else"])) + 2
+        lines.append(f"{'recognised in images':<{max(width, 24)}}before   after")
+        lines += [_rates(name, rates, width) for name, rates in result["concepts"].items()]
+        lines.append("-" * (max(width, 24) + 14))
+        lines += [_rates(name, rates, width) for name, rates in result["others"].items()]
+    if result["others"]:
+        means = {k: sum(r[k] for r in result["others"].values()) / len(result["others"]) for k in ("before", "after")}
+        lines.append(_rates("everything else", means, width))
+    if result["concepts"]:
+        lines.append("")
+    seconds, peaks = result["seconds"], result["peak_memory_bytes"]
+    lines.append(f"{'phase':<12}{'seconds':>9}{'peak MiB':>10}")
+    lines += [f"{name:<12}{seconds[name]:>9.1f}{peaks[name] / 2**20:>10.0f}" for name in seconds]
+    lines.append(f"{'total':<12}{sum(seconds.values()):>9.1f}{max(peaks.values()) / 2**20:>10.0f}")
+    nfe, samples = result["nfe"], result["training_samples"]
+    lines += [
+        "",
+        f"loss {result['loss']['first']:.5f} → {result['loss']['last']:.5f}, "
+        f"{result['trained_parameters']:,} parameters trained",
+        f"{nfe:,} denoiser evaluations (NFE) for {samples:,} training samples: {nfe / samples:.2f} each",
+    ]
+    if result["direction_left"]:
+        curve = ", ".join(f"{fraction:.2f} ({step})" for step, fraction in result["direction_left"])
+        lines.append(f"left of the concept's direction on held-out samples (at step): {curve}")
+    return "\n".join(lines)
+
+
+def _rates(name: str, rates: dict[str, float], width: int) -> str:
+    return f"{name:<{max(width, 24)}}{rates['before']:>5.1%}  {rates['after']:>6.1%}"

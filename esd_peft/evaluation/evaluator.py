@@ -1,0 +1,54 @@
+"""Makes the same images of a model before and after, and says what they show: for `erase` and `evaluate` alike."""
+
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+
+from esd_peft.evaluation.image_cache import ImageStore
+from esd_peft.evaluation.metrics import Findings, Metrics, score
+from esd_peft.evaluation.rates import Accuracies, accuracies
+from esd_peft.evaluation.suites import Prompt, Roles, Suite
+from esd_peft.models.sampling import EncodedPrompts, SampleIndex, image_batches
+
+
+@dataclass
+class Evaluator:
+    """A suite's prompts, so many images of each, and the metrics that look at these."""
+
+    suite: Suite
+    prompts: list[Prompt]
+    roles: Roles
+    metrics: Metrics
+    seed: int
+    batch_size: int
+
+    @property
+    def places(self) -> list[SampleIndex]:
+        """All images, by the numbers of their prompt and seed."""
+        return [(i, k) for i in range(len(self.prompts)) for k in range(self.suite.seeds)]
+
+    def missing(self, store: ImageStore, rows: range | None = None) -> list[SampleIndex]:
+        """The images of the prompts `rows` (left out: all) that `store` does not hold yet."""
+        return store.missing([place for place in self.places if rows is None or place[0] in rows])
+
+    def make(
+        self, store: ImageStore, pipe: DiffusionPipeline, encoded: EncodedPrompts, label: str, rows: range | None = None
+    ) -> None:
+        """Make these with `pipe`; `encoded` are the prompts `rows`."""
+        first, missing = rows.start if rows else 0, self.missing(store, rows)
+        settings = self.suite.image_settings
+        for batch, images in image_batches(pipe, encoded, missing, self.batch_size, self.seed, label, first, **settings):
+            for place, image in zip(batch, images, strict=True):
+                store.add(place, image)
+
+    def look(self, before: ImageStore, after: ImageStore) -> Findings:
+        """What all metrics say of all images."""
+        return score(self.metrics, self.prompts, before, after, self.places, self.batch_size)
+
+    def accuracies(self, found: Findings) -> Accuracies | None:
+        """What the detector recognised, as rates; none without a detector."""
+        if self.metrics.detector is None:
+            return None
+        seeds, count = self.suite.seeds, len(self.prompts)
+        halves = ([seen[i * seeds : (i + 1) * seeds] for i in range(count)] for seen in found.seen.values())
+        return accuracies(self.prompts, self.roles, *halves)

@@ -1,0 +1,161 @@
+"""From two sets of the same images to rates and measures."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from esd_peft._version import __version__
+from esd_peft.errors import UserError
+from esd_peft.evaluation.clip import Clip
+from esd_peft.evaluation.detectors import About, Detector, NudeNet, load_detector
+from esd_peft.evaluation.distributions import Features, fid, kid
+from esd_peft.evaluation.image_cache import ImageStore
+from esd_peft.evaluation.intervals import bootstrap_mean
+from esd_peft.evaluation.options import EvaluateConfig
+from esd_peft.evaluation.pretrained import describe_version
+from esd_peft.evaluation.result import Measure, Score
+from esd_peft.evaluation.similarity import LPIPS_SIZE, Lpips, pixel_distances
+from esd_peft.evaluation.suites import Prompt, Roles, Suite
+from esd_peft.io.images import checked_images, open_image
+from esd_peft.models.sampling import SampleIndex
+
+ASKING, OTHER = "prompts that ask for it", "other prompts"
+HALVES = ("before", "after")
+
+
+@dataclass
+class Metrics:
+    """Whatever looks at the images.
+
+    Loaded before these are made, so that one that is missing costs nothing, but not on the device, where they are made.
+    """
+
+    detector: Detector | None = None
+    clip: Clip | None = None
+    lpips: Lpips | None = None
+    features: Features | None = None
+    reference: list[Path] = field(default_factory=list)  # images to compare features with
+
+    @classmethod
+    def of_suite(cls, suite: Suite, prompts: list[Prompt], threshold: float = 0.6) -> "Metrics":
+        """The suite's detector and nothing else. Raises `UserError` if its model is not there."""
+        labels = list(dict.fromkeys(label for prompt in prompts for label in prompt.labels.values()))
+        return cls(load_detector(suite.detector, labels, threshold) if suite.detector else None)
+
+    def to(self, device: torch.device) -> None:
+        """Move all that is a network."""
+        for metric in (self.detector, self.clip, self.lpips, self.features):
+            if metric is not None:
+                metric.to(device)
+
+
+@dataclass
+class Findings:
+    """Of every image, in the order of the places."""
+
+    seen: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {half: [] for half in HALVES})
+    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {half: {} for half in HALVES})
+    clip: dict[str, list[float]] = field(default_factory=lambda: {half: [] for half in HALVES})
+    features: dict[str, list[Tensor]] = field(default_factory=lambda: {half: [] for half in HALVES})
+    pixels: list[float] = field(default_factory=list)
+    lpips: list[float] = field(default_factory=list)
+
+
+def load_metrics(config: EvaluateConfig, suite: Suite, prompts: list[Prompt]) -> Metrics:
+    """Raises `UserError` if a model, a package or the reference images are not there."""
+    reference = checked_images(config.reference, "--reference") if config.reference else []
+    if len(reference) == 1:
+        raise UserError(f"--reference {config.reference} holds one image; FID and KID need a set")
+    return dataclasses.replace(
+        Metrics.of_suite(suite, prompts, config.threshold),
+        clip=Clip(config.clip) if config.clip else None,
+        lpips=Lpips() if config.lpips else None,
+        features=Features(config.features) if config.features else None,
+        reference=reference,
+    )
+
+
+def score(
+    metrics: Metrics,
+    prompts: list[Prompt],
+    before: ImageStore,
+    after: ImageStore,
+    places: list[SampleIndex],
+    batch_size: int,
+) -> Findings:
+    """Every metric looks at every image, a batch at a time."""
+    found = Findings()
+    for start in tqdm(range(0, len(places), batch_size), desc="judge", leave=False):
+        batch = places[start : start + batch_size]
+        images = {half: [store.read(p) for p in batch] for half, store in zip(HALVES, (before, after), strict=True)}
+        found.pixels += pixel_distances(images["before"], images["after"])
+        if metrics.lpips:
+            found.lpips += metrics.lpips.distances(images["before"], images["after"])
+        for half in HALVES:
+            _look_at(metrics, found, half, images[half], [prompts[i].text for i, _ in batch])
+    return found
+
+
+def _look_at(metrics: Metrics, found: Findings, half: str, images: list[Image.Image], texts: list[str]) -> None:
+    if metrics.detector:
+        found.seen[half] += metrics.detector.see(images)
+    if isinstance(metrics.detector, NudeNet):
+        for name, count in metrics.detector.take_counts().items():
+            found.counts[half][name] = found.counts[half].get(name, 0) + count
+    if metrics.clip:
+        found.clip[half] += metrics.clip.scores(images, texts)
+    if metrics.features:
+        found.features[half].append(metrics.features.of(images))
+
+
+def measures(metrics: Metrics, found: Findings, roles: Roles, places: list[SampleIndex], seed: int) -> list[Measure]:
+    """CLIP score, LPIPS, pixels, FID and KID, as far as they were asked for."""
+    asked = {i for rows in roles.asking.values() for i in rows}
+    groups = {
+        ASKING: [n for n, (i, _) in enumerate(places) if i in asked],
+        OTHER: [n for n, (i, _) in enumerate(places) if i not in asked],
+    }
+
+    def scored(values: list[float], rows: list[int]) -> Score:
+        here = [values[n] for n in rows]
+        return Score(sum(here) / len(here), bootstrap_mean(here, seed), len(here))
+
+    def grouped(columns: dict[str, list[float]]) -> dict[str, dict[str, Score]]:
+        return {g: {name: scored(v, rows) for name, v in columns.items()} for g, rows in groups.items() if rows}
+
+    made = []
+    if metrics.clip:
+        about = About(
+            "CLIP score", f"{metrics.clip.name}, {describe_version(metrics.clip.model)}", "100 · cos(image, prompt)"
+        )
+        made.append(Measure(about, grouped(found.clip)))
+    if metrics.lpips:
+        about = About("LPIPS", f"AlexNet, lpips {metrics.lpips.version}", f"same seed, {LPIPS_SIZE}² pixels; 0 is the same")
+        made.append(Measure(about, grouped({"distance": found.lpips})))
+    about = About("Pixel distance", f"esd_peft {__version__}", "same seed, root mean square, 0 to 1")
+    made.append(Measure(about, grouped({"distance": found.pixels})))
+    if metrics.features:
+        made.append(_distribution(metrics.features, metrics.reference, found))
+    return made
+
+
+def _distribution(features: Features, paths: list[Path], found: Findings) -> Measure:
+    reference = torch.cat([features.of([open_image(path, "--reference")]) for path in paths])  # of any sizes
+    halves = {half: torch.cat(parts) for half, parts in found.features.items()}
+    kinds: dict[str, Callable[[Tensor, Tensor], float]] = {"FID": fid, "KID": kid}
+    about = About(
+        "FID and KID", f"{features.name}, {features.version}", f"against {len(reference)} images; not Inception's figures"
+    )
+    return Measure(
+        about,
+        {
+            name: {half: Score(distance(made, reference), None, len(made)) for half, made in halves.items()}
+            for name, distance in kinds.items()
+        },
+    )

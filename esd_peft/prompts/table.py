@@ -1,0 +1,48 @@
+"""The pairs of a prompt plan as rows of prompt embeddings."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esd_peft.models import PromptEmbeds
+from esd_peft.prompts.plan import PromptPlan
+
+
+@dataclass
+class PairTable:
+    """`P` pairs; the first `erasing` of them erase, the rest preserve."""
+
+    embeds: PromptEmbeds
+    prompts: Tensor  # [P] int64, the row that names the concept
+    student_prompts: Tensor  # [P] int64, the row that the student is given in its place: mostly the same
+    neutrals: Tensor  # [P] int64
+    anchors: Tensor | None  # [P] int64, where some pair has an anchor; pairs without one name their neutral row
+    etas: Tensor  # [P] fp32
+    weights: Tensor  # [P] fp32
+    concepts: list[list[int]]  # for each concept its pairs, the plain prompt first
+    erasing: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
+    """The plan's pairs; `embeds` are those of `plan.texts`."""
+    pairs, row = plan.pairs, {text: i for i, text in enumerate(plan.texts)}
+    device = next(iter(embeds.values())).device
+    numbers = iter(range(len(pairs)))
+    concepts = [[*itertools.islice(numbers, len(erasing))] for erasing in plan.erasing]
+    anchors = [row[p.goal] for p in pairs]
+    return PairTable(
+        {name: value[: len(plan.paired_texts)].clone() for name, value in embeds.items()},
+        torch.tensor([row[p.prompt] for p in pairs], device=device),
+        torch.tensor([row[p.student_prompt] for p in pairs], device=device),
+        torch.tensor([row[p.neutral] for p in pairs], device=device),
+        torch.tensor(anchors, device=device) if any(p.anchor is not None for p in pairs) else None,
+        torch.tensor([p.eta for p in pairs], device=device),
+        torch.tensor([p.weight for p in pairs], device=device),
+        concepts,
+        sum(map(len, concepts)),
+    )

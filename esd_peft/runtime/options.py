@@ -1,0 +1,22 @@
+"""Options that say where and in which number format a job computes."""
+
+from typing import Literal
+
+from esd_peft.options import Options
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class RuntimeOptions(Options):
+    """The device, the number format, the compiler, and where the loss is logged."""
+
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """The number format in which the denoiser computes; auto: bfloat16 on a GPU, float32 on a CPU. Adapters always stay in
+    float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the denoiser's blocks (torch.compile) for rollouts and training, which takes a minute or more; auto: on a
+    GPU, from about 2000 calls of the denoiser on (a default run makes 65)."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where to log the loss, beside the terminal."""

@@ -1,0 +1,78 @@
+"""What surrounds an erasure: one job at a time, processes, checks, defaults, checkpoints, a second try with less memory."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esd_peft import erase_result
+from esd_peft.checks import check_environment, check_model, check_words
+from esd_peft.config import EraseConfig
+from esd_peft.defaults import resolve
+from esd_peft.io.jobs import hold, only_job
+from esd_peft.memory.planner import MEMORY_SETTINGS, given_settings, within_budget
+from esd_peft.memory.retry import with_less_memory
+from esd_peft.models import ModelFamily, open_family
+from esd_peft.prompts.plan import PromptPlan
+from esd_peft.runtime import distributed
+from esd_peft.runtime.devices import current, resolve_device
+from esd_peft.runtime.reproducibility import bits_depend_on
+from esd_peft.training.checkpoint import Checkpoints
+
+
+@dataclass
+class Session:
+    """What a training is given beside its config."""
+
+    family: ModelFamily
+    prompts: PromptPlan
+    denoiser_sha256: dict[str, str]  # of the denoiser's files
+    checkpoints: Checkpoints | None  # of the main process, the only one that writes
+
+
+Train = Callable[[EraseConfig, Session], dict[str, Any]]  # `esd_peft.erase.train`: returns what `result.json` holds
+
+
+def run(given: EraseConfig, train: Train) -> dict[str, Any]:
+    """What `train` returns for the resolved config, and what an evaluation found, if the config asks for one.
+
+    Raises `UserError` for input that cannot work, before any work where that can be known.
+    """
+    with only_job():
+        distributed.start()
+        device = resolve_device(given.runtime.device)
+        own = hold(given.checkpoint.output) if distributed.is_main_process() else contextlib.nullcontext()
+        with own, current(device):
+            result = _train(given, train, device)
+            if given.validation.evaluate and distributed.is_main_process():  # what training held is free again
+                erase_result.add_evaluation(given, result)
+    return result
+
+
+def _train(given: EraseConfig, train: Train, device: torch.device) -> dict[str, Any]:
+    check_environment(given, device)
+    family = open_family(given.pretrained.model, options=given.pretrained)
+    check_words(given.prompts, family)
+    config, prompts = resolve(given, family)
+    config = within_budget(given, config, prompts, family)
+    check_model(config, prompts, family)
+    session = Session(family, prompts, family.denoiser_hashes(), None)
+    if not distributed.is_main_process():
+        config = distributed.broadcast(None)  # the main process's, but for the device
+        quiet = config.replace(device=str(device), num_validation_images=0, report_to="none")
+        return with_less_memory(lambda config: train(config, session), given, quiet, prompts, family, lambda less: less)
+    made_with = bits_depend_on(device, getattr(torch, config.runtime.dtype))
+    with Checkpoints(config.checkpoint, config.flat(), session.denoiser_sha256, made_with) as checkpoints:
+        session.checkpoints = checkpoints
+        if config.checkpoint.resume:  # with the memory settings that the run had come to, where none are given
+            left = checkpoints.settings_left(MEMORY_SETTINGS)
+            config = config.replace(**{name: left[name] for name in left.keys() - given_settings(given)})
+            checkpoints.goes_on_with(config.flat())
+        config = distributed.broadcast(config)
+
+        def restart_with(less: EraseConfig) -> EraseConfig:
+            return less.replace(resume=checkpoints.restart_with(less.flat()))
+
+        return with_less_memory(lambda config: train(config, session), given, config, prompts, family, restart_with)

@@ -1,0 +1,142 @@
+"""What surrounds the training steps: resuming, checkpoints, early stopping, signals, and the loss that is shown."""
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, with_config
+from torch import Tensor
+from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+
+from esd_peft.errors import UserError, in_brief
+from esd_peft.runtime import distributed, interrupts
+from esd_peft.runtime.tracking import Report
+from esd_peft.training.batches import Batch, Sampler
+from esd_peft.training.checkpoint import Checkpoints
+from esd_peft.training.early_stopping import EVERY, EarlyStopping
+from esd_peft.training.trainer import Trainer
+
+LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
+
+
+@dataclass
+class TrainingLoop:
+    """Deals out batches until all steps are taken, or early stopping says enough.
+
+    It goes on from a checkpoint where `resume` says so, and leaves one every `checkpoints.every` steps, and on Ctrl-C or a
+    SIGTERM, which end it after the step at hand. Only the main process has `checkpoints`.
+    """
+
+    trainer: Trainer
+    sampler: Sampler
+    early_stopping: EarlyStopping | None
+    report: Report
+    checkpoints: Checkpoints | None
+    resume: bool
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """Each is to be trained on before the next is asked for.
+
+        Raises `UserError` if the loss is no longer a number, `KeyboardInterrupt` if the run was interrupted.
+        """
+        trainer = self.trainer
+        if self.resume:
+            self._restore(*distributed.broadcast(self.checkpoints and self.checkpoints.load()))
+        elif self.early_stopping is not None:
+            self.early_stopping.measure(0)
+        self.begun, shown = trainer.taken, distributed.is_main_process()
+        with (
+            tqdm(total=trainer.steps, initial=trainer.taken, desc="train", disable=not shown) as bar,
+            interrupts.noted() as signals,
+        ):
+            done = trainer.taken == trainer.steps
+            while not done:
+                try:
+                    batch = next(self.sampler)
+                except interrupts.InterruptedBetweenSteps:  # while the buffer was filled or prompts were sought
+                    self._save(interrupted=True)
+                    self._stop()
+                yield batch
+                interrupted, done = self._look(bool(signals), bar)
+                bar.update()
+                if not done:
+                    self._save(interrupted)
+                    if interrupted:
+                        self._stop()
+            if self.checkpoints is not None and trainer.taken > self.begun:
+                with contextlib.suppress(UserError):  # a disk too full for it may have room for the adapter
+                    self.checkpoints.save(trainer.taken, self._state(done=True), None)
+            if distributed.any_process(bool(signals)):  # during the last step, or since
+                self._stop()
+        if trainer.student.denoiser.is_gradient_checkpointing:
+            trainer.student.denoiser.disable_gradient_checkpointing()
+
+    def _look(self, signalled: bool, bar: "tqdm[Any]") -> tuple[bool, bool]:
+        """Whether the run was interrupted, and whether it is done, after a step."""
+        trainer, stopping = self.trainer, self.early_stopping
+        due = stopping is not None and trainer.taken % EVERY == 0
+        enough = due and distributed.any_process(stopping is not None and stopping.enough(trainer.taken))
+        interrupted = distributed.any_process(signalled)
+        done = enough or trainer.taken == trainer.steps
+        if trainer.taken % LOSS_EVERY == 0 or done:
+            self.report(trainer.read_loss(), trainer.taken)
+            bar.set_postfix(loss=f"{trainer.losses[-1]:.5f}", refresh=False)
+        return interrupted, done
+
+    def _save(self, interrupted: bool) -> None:
+        step = self.trainer.taken
+        if self.checkpoints is not None and step > self.begun and (interrupted or step % self.checkpoints.every == 0):
+            state = self._state()
+            self.checkpoints.save(step, state, state["sampler"].pop("buffer"))
+
+    def _stop(self) -> NoReturn:
+        distributed.any_process(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
+        if not self.trainer.taken:
+            raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"after step {self.trainer.taken} of {self.trainer.steps}; --resume goes on from there")
+
+    def _state(self, done: bool = False) -> dict[str, Any]:
+        curve = self.early_stopping.curve if self.early_stopping else []
+        sampler = {} if done else self.sampler.state_dict()
+        return self.trainer.state_dict(done) | {"curve": curve, "sampler": sampler}
+
+    def _restore(self, state: dict[str, Any], buffer: dict[str, Tensor] | None) -> None:
+        """Raises `UserError` for a state that does not fit."""
+        try:
+            values = cast(dict[str, Any], _STATE.validate_python(state))
+            self.trainer.load_state_dict(values)
+            if self.early_stopping is not None:
+                self.early_stopping.curve = [(step, fraction) for step, fraction in values["curve"]]
+            if not values["done"]:
+                self.sampler.load_state_dict(values["sampler"] | {"buffer": buffer})
+        except torch.OutOfMemoryError:
+            raise
+        except (UserError, interrupts.InterruptedBetweenSteps):
+            raise
+        except Exception as error:  # PyTorch's kinds for a state that is another's are many
+            reason = in_brief(error)
+            raise UserError(f"--resume: the checkpoint does not fit ({reason}); add --overwrite to start anew") from None
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+class _State(TypedDict):
+    """What a checkpoint holds."""
+
+    step: int
+    done: bool
+    parameters: list[Tensor]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any]
+    losses: list[float]
+    unread: list[tuple[Tensor, Tensor]]
+    sampler: dict[str, Any]
+    curve: list[tuple[int, float]]
+    nfe: int
+    training_samples: int
+
+
+_STATE = TypeAdapter(_State)

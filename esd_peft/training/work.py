@@ -1,0 +1,101 @@
+"""How much a run does, known before it starts: samples of a batch, trajectories of the buffer, optimizer steps, NFE.
+
+NFE, the number of function evaluations, counts samples that go through the denoiser; a backward pass counts as two.
+All functions take options that `esd_peft.defaults.resolve` has filled in.
+"""
+
+import math
+from dataclasses import dataclass
+
+from esd_peft.training.options import BufferOptions, TrainingOptions
+
+SEARCH_STEPS = 60  # of an adversarial round, in which its prompts are learned side by side
+SEARCH_BATCH_SIZE = 8
+SEARCH_TRAJECTORIES = 4  # of the teacher, for each concept, along which they are learned
+
+
+@dataclass(frozen=True)
+class BufferShape:
+    """What fills the buffer once."""
+
+    erasing: int  # trajectories of concepts
+    preserving: int  # trajectories of prompts to preserve
+    keep: int | None  # steps kept of each trajectory; none: all
+
+    @property
+    def trajectories(self) -> int:
+        """Of both kinds."""
+        return self.erasing + self.preserving
+
+
+def preservation_samples(training: TrainingOptions) -> int:
+    """How many samples of a batch hold the student to the teacher."""
+    share, size = training.preservation_ratio, training.train_batch_size
+    return max(int(share * size), min(1, size - 1)) if share else 0
+
+
+def buffer_shape(buffer: BufferOptions, training: TrainingOptions) -> BufferShape:
+    """Of a buffer that is refreshed, no more than is used up until then."""
+    interval, preserving = buffer.buffer_refresh_interval, preservation_samples(training)
+    preserved = buffer.preservation_trajectories if preserving else 0
+    if not interval:
+        return BufferShape(buffer.trajectories, preserved, None)
+    erasing = training.train_batch_size - preserving
+    trajectories = min(buffer.trajectories, erasing * interval)
+    return BufferShape(
+        trajectories, min(preserved, math.ceil(preserving * interval / 2)), math.ceil(erasing * interval / trajectories)
+    )
+
+
+def stages(training: TrainingOptions) -> list[int]:
+    """Optimizer steps before the first adversarial round and after each one (of the latter twice as many), or all steps.
+
+    Each stage has an optimizer of its own: Adam remembers the large gradients of the start for longer than a round, in which
+    it would hardly move.
+    """
+    steps, rounds = training.max_train_steps, training.robust
+    first = steps // (1 + 2 * rounds)
+    parts = [first] + [2 * first] * rounds
+    parts[-1] += steps - sum(parts)
+    return parts
+
+
+def nfe_per_sample(gradient_checkpointing: bool) -> int:
+    """NFE of a sample in an optimizer step: forward, backward (counted as two), and a second forward."""
+    return 4 if gradient_checkpointing else 3
+
+
+def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
+    """How often the buffer is filled in all."""
+    return sum(math.ceil(steps / (buffer.buffer_refresh_interval or steps)) for steps in stages(training))
+
+
+def count_nfe(
+    buffer: BufferOptions, training: TrainingOptions, gradient_checkpointing: bool, predictions: int, concepts: int
+) -> int:
+    """NFE of a run with --objective esd, without early stopping and images; about, where steps are kept at random.
+
+    `predictions` are the teacher's at each step of a trajectory: two, or three where a concept is mapped to something.
+    """
+    shape, steps = buffer_shape(buffer, training), buffer.num_inference_steps
+    keep = min(shape.keep or steps, steps)
+    # trajectories that lie side by side end with the last step that is kept of one of them, which is drawn at random
+    together = keep * min(shape.trajectories, buffer.rollout_batch_size)
+    last = steps if keep == steps else together * (steps + 1) / (together + 1)
+    # a student's own two predictions up to there, and the teacher's at what is kept
+    trajectory = last * predictions if buffer.rollout == "teacher" else 2 * (last - 1) + keep * predictions
+    rollouts = round(buffer_fills(buffer, training) * shape.trajectories * trajectory)
+    sample = nfe_per_sample(gradient_checkpointing)
+    searching = SEARCH_TRAJECTORIES * steps * predictions + SEARCH_STEPS * sample * SEARCH_BATCH_SIZE
+    optimizing = training.max_train_steps * training.train_batch_size * sample
+    return rollouts + optimizing + training.robust * concepts * searching
+
+
+def count_denoiser_calls(buffer: BufferOptions, training: TrainingOptions) -> int:
+    """About how often the denoiser is run, forward or forward and backward, in whatever batches."""
+    steps = training.max_train_steps
+    if training.objective == "contrastive":
+        return steps
+    batches = math.ceil(buffer_shape(buffer, training).erasing / buffer.rollout_batch_size)
+    of_a_step = 1 if buffer.rollout == "teacher" else 2
+    return steps + buffer_fills(buffer, training) * batches * buffer.num_inference_steps * of_a_step

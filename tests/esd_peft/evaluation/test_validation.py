@@ -1,0 +1,38 @@
+"""What the erase command reads off its images."""
+
+import torch
+
+from esd_peft.evaluation.image_cache import ImageMemory
+from esd_peft.evaluation.validation import ValidationSampler
+from esd_peft.models import open_family
+from esd_peft.prompts.options import PromptOptions
+from esd_peft.worlds.shapes import world
+
+
+def sampler(*concepts, seeds=1):
+    named = PromptOptions(concept=[*concepts]).concept_names
+    return ValidationSampler(open_family("shapes"), named, seeds, 12, 0, torch.device("cpu"), torch.float32)
+
+
+def test_rates_count_what_is_prompted():
+    """Rendered images of the prompts stand in for generated ones; after, circles are drawn as squares."""
+    validation = sampler("circle")
+    for label, circle in (("before", 0), ("after", 1)):
+        rows = []
+        for prompt in validation.evaluator.prompts:
+            values = [values.index(prompt.labels.get(kind, values[0])) for kind, values in world.ATTRIBUTES.items()]
+            rows.append([circle if values[0] == 0 else values[0], *values[1:]])
+        store = validation.stores[label] = ImageMemory()
+        for i, pixels in enumerate(world.render(torch.tensor(rows), torch.Generator().manual_seed(0))):
+            store.add((i, 0), pixels)
+    concepts, others = validation.shares()
+    assert concepts["circle"]["before"] >= 0.97 and concepts["circle"]["after"] == 0.0
+    assert list(others) == [v for values in world.ATTRIBUTES.values() for v in values if v != "circle"]
+    assert all(rate >= 0.97 for rates in others.values() for rate in rates.values())
+
+
+def test_the_grid_shows_the_concept_and_other_things():
+    validation = sampler("circle", {"name": "striped", "erase_from": "square"})
+    shown = [validation.evaluator.prompts[i].text for i in validation.shown()]
+    assert {"a circle", "a striped square"} <= {*shown} and any("circle" not in text for text in shown)
+    assert len(set(shown)) == len(shown) >= 8

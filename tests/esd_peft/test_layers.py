@@ -1,0 +1,120 @@
+"""Imports run downward only, and in no circle: the layers of docs/architecture.md, drawn from the code's own imports."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "esd_peft"
+# from the ground up; what stands in a row does not import each other, but for the modules of one room
+LAYERS = [
+    {"_version", "errors"},
+    {"io"},
+    {"options"},  # every room's options.py too
+    {"runtime"},
+    {"cli"},
+    {"worlds"},
+    {"models"},
+    {"prompts"},
+    {"adapters"},
+    {"evaluation"},
+    {"attacks"},
+    {"training"},
+    {"config"},
+    {"defaults", "memory"},
+    {"checks", "merge_adapter", "evaluate", "study", "worlds.shapes.train"},
+    {"erase_result"},
+    {"session"},
+    {"erase"},
+    {"__init__"},
+]
+
+
+def layer(module: str) -> int:
+    """The layer of `esd_peft.MODULE`."""
+    name = "options" if module.endswith(".options") else module
+    for number, rooms in enumerate(LAYERS):
+        if name in rooms:
+            return number
+    return next(number for number, rooms in enumerate(LAYERS) if name.split(".")[0] in rooms)
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if len(parts) > 1 and parts[-1] in ("__init__", "__main__") else parts)
+        source = ast.parse(path.read_text(encoding="utf-8"))
+        if name in found:  # a room's __init__ and __main__ are one module here
+            found[name].body += source.body
+        else:
+            found[name] = source
+    return found
+
+
+def imports(source: ast.AST, known: set[str]) -> set[str]:
+    """The package's modules that are imported when it runs: not those for type checkers alone."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(source):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "esd_peft":
+            base = node.module.removeprefix("esd_peft").lstrip(".")
+            names = {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= {name if name in known else base or "__init__" for name in names}
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("esd_peft.") for alias in node.names), ast.unparse(node)
+        found |= imports(node, known)
+    return found
+
+
+MODULES = modules()
+GRAPH = {name: imports(source, {*MODULES}) - {name} for name, source in MODULES.items()}
+
+
+@pytest.mark.parametrize("module", GRAPH)
+def test_imports_run_downward(module):
+    room = module.split(".")[0]
+    for imported in GRAPH[module]:
+        below = layer(imported) < layer(module)
+        beside = layer(imported) == layer(module) and (imported.split(".")[0] == room or imported.endswith("options"))
+        assert below or beside, f"{module} imports {imported}, which stands above or beside it"
+
+
+def test_there_is_no_circle():
+    graphlib.TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names it
+
+
+def test_every_room_has_a_layer():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    rooms |= {path.stem for path in PACKAGE.glob("*.py")}
+    assert rooms == {name for rooms in LAYERS for name in rooms if "." not in name}
+
+
+def takers() -> dict[str, list[ast.FunctionDef]]:
+    """The functions that are given the whole config of erase, by module."""
+    found: dict[str, list[ast.FunctionDef]] = {}
+    for module, source in MODULES.items():
+        for node in ast.walk(source):
+            if isinstance(node, ast.FunctionDef) and _configs(node):
+                found.setdefault(module, []).append(node)
+    return found
+
+
+def _configs(function: ast.FunctionDef) -> list[str]:
+    arguments = [*function.args.args, *function.args.kwonlyargs]
+    return [a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "EraseConfig"]
+
+
+def test_stages_take_their_group_and_not_the_whole_config():
+    """Only what surrounds the stages knows all groups, and no function is given them to read one."""
+    assert takers().keys() == {"erase", "session", "erase_result", "checks", "defaults", "memory.planner", "memory.retry"}
+    for module, functions in takers().items():
+        for function in functions:
+            for config in _configs(function):
+                read = [n for n in ast.walk(function) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == config]
+                named = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == config]
+                names = {n.attr for n in read}
+                as_a_whole = len(named) > len(read) or names & {"replace", "flat", "to_yaml", "model_dump"}
+                assert as_a_whole or len(names) > 1, f"{module}.{function.name} reads one group of {config}"

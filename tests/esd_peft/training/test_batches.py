@@ -1,0 +1,51 @@
+"""What a batch holds, and in which order batches come."""
+
+import torch
+
+from esd_peft.training.batches import BatchSampler, collate
+from esd_peft.training.esd import esd_loss
+from runs import CPU, ETA, STEPS, noise, prepare_short
+
+
+def sampler(run):
+    return BatchSampler(run.rollout, run.table, run.config.buffer, run.config.training, noise())
+
+
+def test_preservation_samples_ask_for_what_must_stay(model):
+    ours = prepare_short(model, concept=["circle"], preserve=["a square"], rollout_batch_size=3)
+    buffer = ours.collect([0, 0, 1], noise())
+    chosen = buffer.index(torch.tensor([0, 1, 4, 2]), CPU)
+    assert chosen.pairs.tolist() == [0, 0, 0, 1]
+    batch = collate(chosen, ours.table, erasing=2, neutral=[True, False])
+    null, concept = chosen.teacher
+    target = torch.cat([null[:2] - ETA * (concept - null)[:2], null[2:3], concept[3:]])
+    assert esd_loss(target, batch).item() < 1e-10
+    circle, square, nothing = (ours.table.embeds["encoder_hidden_states"][i] for i in (1, 2, 0))
+    torch.testing.assert_close(batch.embeds["encoder_hidden_states"], torch.stack([circle, circle, nothing, square]))
+
+
+def test_a_mapped_concept_aims_at_its_anchor(model):
+    ours = prepare_short(model, concept=[{"name": "circle", "map_to": "square", "negative_guidance": 0.5}, "striped"])
+    buffer = ours.collect([0, 1], noise())
+    assert ours.rollout.profiler.nfe == 3 * 2 * STEPS
+    batch = collate(buffer.index(torch.tensor([0, 1]), CPU), ours.table, 2, [])
+    null, concept, anchor = buffer.teacher[:, :2]
+    torch.testing.assert_close(anchor[1], null[1])
+    target = torch.stack([anchor[0] - 0.5 * (concept - null)[0], null[1] - ETA * (concept - null)[1]])
+    assert esd_loss(target, batch).item() < 1e-10
+
+
+def test_every_concept_gets_its_share_even_with_one_trajectory_at_a_time(model):
+    ours = prepare_short(model, rollout="student", buffer_refresh_interval=1, train_batch_size=1)
+    batches = sampler(ours)
+    rows = [ours.table.embeds["encoder_hidden_states"][i] for i in ours.table.prompts[:2]]
+    for i in range(4):
+        torch.testing.assert_close(next(batches).embeds["encoder_hidden_states"][0], rows[i % 2])
+
+
+def test_one_preservation_sample_a_buffer_asks_for_both_sides(model):
+    """With a buffer for every step, what is held must not be the preserved prompts alone."""
+    options = {"rollout": "student", "buffer_refresh_interval": 1, "train_batch_size": 2}
+    ours = prepare_short(model, concept=["circle"], preserve=["a square"], **options)
+    batches = sampler(ours)
+    assert [next(batches).eta[1].item() for _ in range(4)] == [-1.0, 0.0, -1.0, 0.0]

@@ -1,0 +1,60 @@
+"""The parts of a run, made as `esd_peft.erase` makes them, up to its first step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from esd_peft import EraseConfig
+from esd_peft.defaults import resolve
+from esd_peft.models import ModelFamily, open_family
+from esd_peft.prompts.plan import PromptPlan
+from esd_peft.prompts.table import PairTable, make_table
+from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training.buffer import Buffer
+from esd_peft.training.rollout import Rollout
+from esd_peft.training.student import Student, make_student
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Run:
+    """On the CPU, in fp32. The student's adapter is as it is drawn: it changes nothing yet."""
+
+    config: EraseConfig  # resolved
+    prompts: PromptPlan
+    family: ModelFamily
+    table: PairTable
+    student: Student
+    rollout: Rollout
+
+    def collect(self, pairs: list[int], generator: torch.Generator, keep: int | None = None) -> Buffer:
+        """The samples of one trajectory for each of these pairs of the table."""
+        rows = torch.tensor(pairs)
+        return self.rollout.collect(self.table, rows, self.config.buffer, generator, keep, progress=False)
+
+
+def prepare(model: Path, **options: object) -> Run:
+    """The run of these options, which are named as on the command line."""
+    family = open_family(str(model))
+    config, prompts = resolve(EraseConfig(model=str(model), device="cpu", **options), family)
+    table = make_table(prompts, family.encode(prompts.texts, CPU, torch.float32))
+    student = make_student(family, family.load_denoiser(torch.float32), config.student, CPU, torch.float32)
+    return Run(config, prompts, family, table, student, Rollout(student, PhaseProfiler(CPU)))
+
+
+STEPS, GUIDANCE, ETA = 6, 3.0, 1.5
+
+
+def prepare_short(model: Path, **options: object) -> Run:
+    """The run of a few steps along the paper's trajectories, with one pair for each concept."""
+    defaults = {"concept": ["circle", "striped"], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE,
+                "guided_rollout_ratio": 0.0, "negative_guidance": ETA, "prompt_templates": "bare",
+                "rollout_batch_size": 2}  # fmt: skip
+    return prepare(model, **(defaults | options))
+
+
+def noise() -> torch.Generator:
+    """The same draws each time."""
+    return torch.Generator().manual_seed(3)
