@@ -37,6 +37,7 @@ import kernel_timings
 import peft
 import profile_steps
 from diffusers import DDIMScheduler
+from job import Job
 from readings import Readings
 from real_models import make_model
 
@@ -46,14 +47,8 @@ from esd_peft.defaults import resolve
 from esd_peft.memory.planner import describe, make_plan
 from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
-from esd_peft.prompts.table import make_table
 from esd_peft.runtime.devices import release, resolve_device
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training.loop import TrainingLoop
-from esd_peft.training.objective import make_objective
-from esd_peft.training.rollout import Rollout
-from esd_peft.training.student import load_student
-from esd_peft.training.trainer import Trainer
 from esd_peft.training.work import count_denoiser_calls
 
 GIB = 2**30
@@ -168,31 +163,6 @@ def _our_steps(path: str, options: dict) -> dict[str, float]:
         "rollout_step_s": profiler.seconds["rollout"] / job.config.buffer.num_inference_steps,
         "training_step_s": profiler.seconds["train"] / job.config.training.max_train_steps,
     }
-
-
-class Job:
-    """What `esd_peft.erase` trains and on what, ready to start, several times."""
-
-    def __init__(self, path: str, options: dict) -> None:
-        given = EraseConfig(concept="circle", model=path, **options)
-        family = open_family(path)
-        self.config, self.prompts = resolve(given, family)
-        device, dtype = torch.device(self.config.runtime.device), getattr(torch, self.config.runtime.dtype)
-        embeds = family.encode(self.prompts.texts, device, dtype)
-        self.table = make_table(self.prompts, embeds)
-        student, memory, seed = self.config.student, self.config.memory, self.config.training.seed
-        self.student = load_student(family, student, memory, self.prompts, embeds, device, dtype, seed)
-        self.rollout = Rollout(self.student, PhaseProfiler(device))
-
-    def run(self) -> list[float]:
-        """All training steps; returns the losses that were read."""
-        buffer, training = self.config.buffer, self.config.training
-        sampler, loss, decay = make_objective(self.rollout, self.table, self.prompts, buffer, training)
-        trainer = Trainer(self.student, training, self.config.memory, decay, self.rollout.profiler)
-        loop = TrainingLoop(trainer, sampler, None, lambda values, step: None, None, resume=False)
-        for batch in loop.batches():
-            trainer.step(batch, loss)
-        return trainer.losses
 
 
 def synchronisation() -> Rows:

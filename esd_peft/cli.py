@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from esd_peft.errors import UserError, out_of_memory
 from esd_peft.io import terminal
 from esd_peft.io import text as text_files
-from esd_peft.options import Options, grouped, groups_of, sentence
+from esd_peft.options import Options, flag, grouped, groups_of, sentence
 from esd_peft.runtime import distributed, interrupts
 
 Config = TypeVar("Config", bound=Options)
@@ -35,7 +35,7 @@ def parse(config: type[Config], command: str, argv: list[str] | None = None) -> 
     argv = [arg for arg in argv if arg != "--print-config"]
     values = read_yaml(Path(path), config) if path else {}
     for name in _lists(config):
-        if any(re.match(f"--{name.replace('_', '-')}(=|$)", arg) for arg in argv):
+        if any(re.match(f"{flag(name)}(=|$)", arg) for arg in argv):
             _forget(values, name)  # named anew, not added to
     said = io.StringIO()
     try:

@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from esd_peft.evaluation.options import ValidationOptions
 from esd_peft.memory.options import MemoryOptions
 from esd_peft.models.options import PretrainedOptions
-from esd_peft.options import Options
+from esd_peft.options import Options, flag
 from esd_peft.prompts.options import Concept, PromptOptions
 from esd_peft.runtime.options import RuntimeOptions
 from esd_peft.training.options import BufferOptions, CheckpointOptions, StudentOptions, TrainingOptions
@@ -68,4 +68,4 @@ class EraseConfig(Options):
         fields = Concept.model_fields
         given += [n for n in of_concepts for c in self.prompts.concept if getattr(c, n) != fields[n].default]
         if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} works with --objective esd only; leave it out")
+            raise ValueError(f"{flag(given[0])} works with --objective esd only; leave it out")

@@ -2,7 +2,6 @@
 
 from esd_peft.config import EraseConfig
 from esd_peft.models import ModelFamily
-from esd_peft.options import Auto, Options, groups_of
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
@@ -35,15 +34,6 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         prompts=prompts, student=student, buffer=buffer, training=training, memory=memory, runtime=runtime
     )
     return resolved, plan
-
-
-def left_out(config: EraseConfig) -> list[str]:
-    """The options that have no value: after `resolve` only those that the run does not read."""
-    found = []
-    for group, kind in groups_of(type(config)).items():
-        options: Options = getattr(config, group)
-        found += [n for n, field in kind.model_fields.items() if Auto in field.metadata and getattr(options, n) is None]
-    return found
 
 
 def _resolve_prompts(given: PromptOptions, training: TrainingOptions) -> PromptOptions:

@@ -13,8 +13,6 @@ import contextlib
 import shlex
 from typing import Any
 
-import torch
-
 from esd_peft import erase_result, session
 from esd_peft.adapters.save import Provenance, note_limits, save_adapter
 from esd_peft.cli import parse, run_command
@@ -51,7 +49,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
 def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     """The method, for a resolved config."""
     family, prompts, checkpoints = session.family, session.prompts, session.checkpoints
-    device, dtype = torch.device(config.runtime.device), getattr(torch, config.runtime.dtype)
+    device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
     training = config.training
     profiler = PhaseProfiler(device)
 

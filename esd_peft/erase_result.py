@@ -105,7 +105,7 @@ def _evaluation(config: EraseConfig, used: dict[str, Any]) -> EvaluateConfig:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `result.json` holds, for people: rates where there are any, then losses and profiler."""
+    """What `result.json` holds, for people: rates where there are any, then losses and costs."""
     verdicts = result.get("evaluation", {}).get("verdict", [])
     lines = [*(f"{MARKS[verdict['level']]} {verdict['text']}" for verdict in verdicts), *([""] if verdicts else [])]
     if result["concepts"]:

@@ -23,6 +23,7 @@ from esd_peft.io.outputs import check_folder, take_folder
 from esd_peft.io.terminal import say
 from esd_peft.models.quantize import check_bitsandbytes
 from esd_peft.models.sampling import encode_prompts
+from esd_peft.options import flag
 from esd_peft.runtime.devices import current, resolve_device, resolve_dtype
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.reproducibility import bits_depend_on
@@ -150,7 +151,7 @@ def command_of(config: EvaluateConfig) -> str:
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if field.is_required() or value != field.get_default(call_default_factory=True):
-            option = "--" + name.replace("_", "-")
+            option = flag(name)
             values = value if isinstance(value, list) else [value]
             words += [option] if value is True else [word for one in values for word in (option, str(one))]
     return shlex.join(words)

@@ -73,6 +73,11 @@ class Options(BaseModel):
         return own | {name: value for group in groups for name, value in values[group].items()}
 
 
+def flag(name: str) -> str:
+    """An option as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
 def groups_of(kind: type[Options]) -> dict[str, type[Options]]:
     """The fields of a config that are groups, and their classes."""
     kinds = {name: field.annotation for name, field in kind.model_fields.items()}
@@ -90,7 +95,7 @@ def grouped(kind: type[Options], values: dict[str, Any]) -> dict[str, Any]:
     for name in values.keys() - found.keys():
         group = found.setdefault(homes[name], {})
         if not isinstance(group, dict) or name in group:
-            raise UserError(f"--{name.replace('_', '-')} is given twice, alone and in the group {homes[name]}; give it once")
+            raise UserError(f"{flag(name)} is given twice, alone and in the group {homes[name]}; give it once")
         found[homes[name]] = group | {name: values[name]}
     return found
 
@@ -102,7 +107,7 @@ def sentence(error: ValidationError, field: str | None = None) -> str:
     if field is None and not first["loc"]:
         return message
     where = [part for part in ([field] if field else []) + list(first["loc"]) if isinstance(part, str)]
-    option = " ".join(["--" + where[0].replace("_", "-"), *where[1:]])
+    option = " ".join([flag(where[0]), *where[1:]])
     if first["type"] == "extra_forbidden":
         return f"{option} is not an option"
     if first["type"] == "missing":

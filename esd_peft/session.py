@@ -63,7 +63,7 @@ def _train(given: EraseConfig, train: Train, device: torch.device) -> dict[str, 
         config = distributed.broadcast(None)  # the main process's, but for the device
         quiet = config.replace(device=str(device), num_validation_images=0, report_to="none")
         return with_less_memory(lambda config: train(config, session), given, quiet, prompts, family, lambda less: less)
-    made_with = bits_depend_on(device, getattr(torch, config.runtime.dtype))
+    made_with = bits_depend_on(device, config.runtime.torch_dtype)
     with Checkpoints(config.checkpoint, config.flat(), session.denoiser_sha256, made_with) as checkpoints:
         session.checkpoints = checkpoints
         if config.checkpoint.resume:  # with the memory settings that the run had come to, where none are given

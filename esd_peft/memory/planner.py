@@ -52,7 +52,7 @@ def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, fa
     """
     if resolved.training.objective != "esd":
         raise UserError("--plan and --memory-budget work with --objective esd only; leave them out")
-    device = torch.device(resolved.runtime.device)
+    device = resolved.runtime.torch_device
     imagined = device.type == "cpu" and given.runtime.device == "auto"
     if imagined and given.runtime.dtype == "auto":
         resolved = resolved.replace(dtype="bfloat16")
@@ -97,7 +97,7 @@ class MemoryEstimator:
 
     def __init__(self, config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> None:
         self.family, self.prompts = family, prompts
-        self.dtype: torch.dtype = getattr(torch, config.runtime.dtype)
+        self.dtype = config.runtime.torch_dtype
         self.encoders, self.attacking, embeds = self._encoding()
         self.embeds = sum(value.numel() * value.element_size() for value in embeds.values()) * len(self.prompts.texts)
         self.width = max(value.shape[-1] for value in embeds.values())

@@ -4,12 +4,11 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from esd_peft.config import EraseConfig
 from esd_peft.errors import OutOfMemory
 from esd_peft.memory.planner import MemoryEstimator, smaller
 from esd_peft.models import ModelFamily
+from esd_peft.options import flag
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import release
@@ -37,7 +36,7 @@ def with_less_memory(
         except OutOfMemory as error:
             phase = error.phase
         # what the run held is free only here: the error's traceback led to it
-        release(torch.device(resolved.runtime.device))
+        release(resolved.runtime.torch_device)
         return run(restart_with(_smaller(given, resolved, prompts, family, phase)))
     except OutOfMemory as error:
         raise OutOfMemory(error.phase, _LESS_MEMORY) from None
@@ -50,7 +49,7 @@ def _smaller(given: EraseConfig, used: EraseConfig, prompts: PromptPlan, family:
     if found is None:
         raise OutOfMemory(phase)
     before, after = used.flat(), found.flat()
-    changed = {f"--{name.replace('_', '-')}": value for name, value in after.items() if value != before[name]}
+    changed = {flag(name): value for name, value in after.items() if value != before[name]}
     said = ", ".join(option if value is True else f"{option} {value}" for option, value in changed.items())
     print(f"note: the device ran out of memory in {phase}; once more with {said}", file=sys.stderr)
     return found

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import torch
+
 from esd_peft.options import Options
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -20,3 +22,13 @@ class RuntimeOptions(Options):
     GPU, from about 2000 calls of the denoiser on (a default run makes 65)."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where to log the loss, beside the terminal."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, once `esd_peft.defaults.resolve` has named it."""
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The number format, once `esd_peft.defaults.resolve` has named it."""
+        return getattr(torch, self.dtype)

@@ -23,7 +23,7 @@ from esd_peft.runtime.seeds import generator as named_generator
 from esd_peft.training.batches import Batch, BatchSampler
 from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
-from esd_peft.training.work import SEARCH_BATCH_SIZE, SEARCH_STEPS, SEARCH_TRAJECTORIES, nfe_per_sample, stages
+from esd_peft.training.work import SEARCH_BATCH_SIZE, SEARCH_STEPS, SEARCH_TRAJECTORIES, nfe_per_sample, stage_ends
 
 WORDS = 4  # found in a round, for each concept
 NOISE = 0.3  # by which their starting points differ, in standard deviations of the vocabulary's embeddings
@@ -42,7 +42,7 @@ class AdversarialSampler:
         generator: torch.Generator,
     ) -> None:
         self.rollout, self.plan, self.table, self.buffer, self.training = rollout, plan, table, buffer, training
-        self.ends = [*itertools.accumulate(stages(training))]
+        self.ends = stage_ends(training)
         self.words: list[dict[str, Tensor]] = []  # round by round each concept's, by text encoder
         self.taken = self.stage = 0
         self.sampler = BatchSampler(rollout, table, buffer, training, generator)

@@ -126,7 +126,7 @@ class Rollout:
         rows = [table.neutrals[pairs], table.prompts[pairs]]
         if table.anchors is not None and teacher:  # nothing but the teacher's guided target drives by the anchor
             rows.append(table.anchors[pairs])
-        repeated = inputs.repeat(len(rows), *[1] * (inputs.dim() - 1))
+        repeated = inputs.to(self.student.dtype).repeat(len(rows), *[1] * (inputs.dim() - 1))
         prediction = repeated  # where there are more processes than trajectories
         if len(repeated):
             who: AbstractContextManager[None] = self.student.teacher() if teacher else nullcontext()

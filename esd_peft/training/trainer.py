@@ -1,7 +1,6 @@
 """One optimizer step, and everything that changes from step to step."""
 
 import bisect
-import itertools
 import math
 import warnings
 from typing import Any
@@ -19,7 +18,7 @@ from esd_peft.training.batches import Batch
 from esd_peft.training.esd import Loss
 from esd_peft.training.options import TrainingOptions
 from esd_peft.training.student import Student
-from esd_peft.training.work import nfe_per_sample, stages
+from esd_peft.training.work import nfe_per_sample, stage_ends, stages
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -44,7 +43,7 @@ class Trainer:
         self.student, self.options, self.weight_decay, self.profiler = student, training, weight_decay, profiler
         self.per_device_batch_size = memory.per_device_batch_size
         self.stages = stages(training)
-        self.ends = [*itertools.accumulate(self.stages)]
+        self.ends = stage_ends(training)
         self.steps = self.ends[-1]
         self._start_stage(self.stages[0])
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)

@@ -4,6 +4,7 @@ NFE, the number of function evaluations, counts samples that go through the deno
 All functions take options that `esd_peft.defaults.resolve` has filled in.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -58,6 +59,11 @@ def stages(training: TrainingOptions) -> list[int]:
     parts = [first] + [2 * first] * rounds
     parts[-1] += steps - sum(parts)
     return parts
+
+
+def stage_ends(training: TrainingOptions) -> list[int]:
+    """The steps after which each stage ends."""
+    return [*itertools.accumulate(stages(training))]
 
 
 def nfe_per_sample(gradient_checkpointing: bool) -> int:

@@ -22,15 +22,7 @@ from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
 from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes.train import train
-
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 1,
-    "max_train_steps": 1,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 0,
-}
+from runs import SHORTEST as QUICK
 
 
 def refused(says, output, job, *args, **options):

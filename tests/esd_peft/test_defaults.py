@@ -9,10 +9,20 @@ from PIL import Image
 
 from esd_peft import EraseConfig, UserError
 from esd_peft.cli import parse
-from esd_peft.defaults import left_out, resolve
+from esd_peft.defaults import resolve
 from esd_peft.models import open_family
-from esd_peft.options import groups_of
+from esd_peft.options import Auto, Options, groups_of
 from families import save_family
+
+
+def left_out(config: EraseConfig) -> list[str]:
+    """The options that have no value: after `resolve` only those that the run does not read."""
+    found = []
+    for group, kind in groups_of(type(config)).items():
+        options: Options = getattr(config, group)
+        found += [n for n, field in kind.model_fields.items() if Auto in field.metadata and getattr(options, n) is None]
+    return found
+
 
 TRAJECTORIES = {
     "negative_guidance", "trajectories", "preservation_trajectories", "num_inference_steps", "guidance_scale",

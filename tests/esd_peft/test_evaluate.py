@@ -23,16 +23,10 @@ from esd_peft.evaluation.comparison import Model, open_models
 from esd_peft.models import flux, open_family
 from esd_peft.worlds import WORLDS
 from families import save_family
+from runs import SHORTEST
 
 EMBEDDED = WORLDS["shapes"].pipeline
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 1,
-    "max_train_steps": 2,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 0,
-}
+QUICK = SHORTEST | {"max_train_steps": 2}
 FAST = {"num_inference_steps": 2, "seeds": 2, "device": "cpu"}
 
 

@@ -23,15 +23,9 @@ from esd_peft.evaluation.pretrained import load_pretrained
 from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
 from pipelines import small_stable_diffusion
+from runs import SHORTEST
 
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 1,
-    "max_train_steps": 1,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 1,
-}
+QUICK = SHORTEST | {"num_validation_images": 1}
 TOKEN = "hf_" + "aB3" * 11
 
 

@@ -16,6 +16,9 @@ from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, make_student
 
 CPU = torch.device("cpu")
+# an erasure that takes a moment, and erases nothing
+SHORTEST = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu",
+            "num_validation_images": 0}  # fmt: skip
 
 
 @dataclass

@@ -11,15 +11,9 @@ from huggingface_hub import ModelCard
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters.model_card import base_licence, escape, public_config
+from runs import SHORTEST
 
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 2,
-    "max_train_steps": 2,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 0,
-}
+QUICK = SHORTEST | {"trajectories": 2, "max_train_steps": 2}
 AWKWARD = "|<b>*`[x](y)#"  # no more tokens than the small encoder reads
 
 

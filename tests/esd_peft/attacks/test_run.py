@@ -9,15 +9,9 @@ from PIL import Image
 from detectors import small_classifier
 from esd_peft import EraseConfig, EvaluateConfig, UserError, erase, evaluate
 from esd_peft.evaluation.result import Attack
+from runs import SHORTEST
 
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 1,
-    "max_train_steps": 2,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 0,
-}
+QUICK = SHORTEST | {"max_train_steps": 2}
 ALL = ["textual-inversion", "prefix", "prompts", "fine-tuning"]
 
 

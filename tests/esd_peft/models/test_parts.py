@@ -14,15 +14,8 @@ from esd_peft.io.tensors import NAME
 from esd_peft.models import open_family
 from esd_peft.models.parts import Part
 from esd_peft.models.quantize import load_quantized
+from runs import SHORTEST as QUICK
 
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 1,
-    "max_train_steps": 1,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 0,
-}
 FILES = {"unet": NAME, "vae": NAME, "text_encoder": "model.safetensors"}
 LAST = {"unet": "conv_out.weight", "vae": "decoder.conv_out.weight", "text_encoder": "final_layer_norm.weight"}
 

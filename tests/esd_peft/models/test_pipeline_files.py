@@ -10,15 +10,9 @@ from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
 from families import save_family
+from runs import SHORTEST
 
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 2,
-    "max_train_steps": 2,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 0,
-}
+QUICK = SHORTEST | {"trajectories": 2, "max_train_steps": 2}
 OTHERS = ["unet-Q8_0.gguf", f"{NAME}.bak", "onnx__MatMul_9107", "unet.engine", "unet.npz", "unet.pt2", "old.safetensors",
           "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors", "config.json.orig", ".hidden",
           "diffusion_pytorch_model.safetensors.index.fp16.json"]  # fmt: skip

@@ -12,15 +12,7 @@ from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
-
-QUICK = {
-    "num_inference_steps": 2,
-    "trajectories": 1,
-    "max_train_steps": 1,
-    "rank": 2,
-    "device": "cpu",
-    "num_validation_images": 0,
-}
+from runs import SHORTEST as QUICK
 
 
 @pytest.fixture
