@@ -94,7 +94,7 @@ def read_peft_config(path: Path) -> peft.PeftConfig:
 def fits_base_only(config: peft.PeftConfig) -> bool:
     """Whether the adapter fits the base as it is stored and no other weights, because it begins by changing them."""
     begins = getattr(config, "init_lora_weights", None) in REPEATED or getattr(config, "kasa_config", None) is not None
-    return begins or config.peft_type in (peft.PeftType.OSF, peft.PeftType.PSOFT)
+    return begins or config.peft_type in ("OSF", "PSOFT")  # by name: older versions of peft have no member for PSOFT
 
 
 def for_layers(config: peft.PeftConfig, names: list[str], patterns: Patterns) -> peft.PeftConfig:
