@@ -19,7 +19,8 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-from esd_peft.worlds.shapes.train import make_scheduler, make_tokenizer
+from esd_peft.worlds.shapes.train import make_tokenizer
+from esd_peft.worlds.training import make_scheduler
 
 CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 OPEN_CLIP = {"hidden_act": "gelu"}  # by which the checkpoint's layout is known

@@ -5,7 +5,6 @@ python docs/config_reference.py
 
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,12 @@ The options of `erase` come in groups. In YAML they are nested in these (`traini
 
 def commands() -> dict[str, type[Options]]:
     """The class of options of each command, found where the command line is parsed."""
-    package = ROOT / "esd_peft"
-    sources = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
-    for path, text in sources.items():
-        if re.search(r"class \w+Config\(", text):
-            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    known = {kind.__name__: kind for kind in _subclasses(Options)}
-    found = (match for text in sources.values() for match in re.findall(r'\bparse\((\w+), "([\w. ]+)"', text))
-    return {name: known[kind] for kind, name in found}
-
-
-def _subclasses(kind: type[Options]) -> Iterator[type[Options]]:
-    for child in kind.__subclasses__():
-        yield from (child, *_subclasses(child))
+    found = {}
+    for path in sorted((ROOT / "esd_peft").rglob("*.py")):
+        for kind, name in re.findall(r'\bparse\((\w+), "([\w. ]+)"', path.read_text(encoding="utf-8")):
+            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            found[name] = getattr(module, kind)
+    return found
 
 
 def page() -> str:

@@ -69,7 +69,10 @@ def read_yaml(path: Path, config: type[Options]) -> dict[str, Any]:
     groups = groups_of(config)
     known = {*config.model_fields, *(name for group in groups.values() for name in group.model_fields)}
     _check_names(path, values, known)
-    values = grouped(config, values)
+    try:
+        values = grouped(config, values)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
     for name, value in values.items():
         if name not in groups:
             values[name] = _typed(path, config, name, value)

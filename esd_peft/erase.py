@@ -13,7 +13,7 @@ import contextlib
 import shlex
 from typing import Any
 
-from esd_peft import erase_result, session
+from esd_peft import erase_result
 from esd_peft.adapters.save import Provenance, note_limits, save_adapter
 from esd_peft.cli import parse, run_command
 from esd_peft.config import EraseConfig
@@ -27,7 +27,7 @@ from esd_peft.prompts.table import make_table
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.tracking import tracker
-from esd_peft.session import Session
+from esd_peft.session import Session, in_session
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.objective import make_objective
@@ -43,7 +43,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     Returns what `result.json` holds: the rates before and after (embedded pipelines), losses, seconds and peak memory by
     phase, NFE, and the config as it ran. Raises `UserError` for input that cannot work.
     """
-    return session.run(config, train)
+    return in_session(config, train)
 
 
 def train(config: EraseConfig, session: Session) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from safetensors import SafetensorError, safe_open
 
 from esd_peft._version import __version__
 from esd_peft.adapters.export import (
-    ONE_TRANSFORMER,
     check_single_file,
     modelspec,
     own_metadata,
@@ -101,6 +100,7 @@ def _merge_into_file(
     layout = check_single_file(family, config.output)
     hashes = family.denoiser_hashes()
     record = _record(family, adapters, changes, hashes, None)
+    record["format"] = "checkpoint file" if layout else 'transformer file, for ComfyUI\'s "Load Diffusion Model"'
     scopes = [adapter.scope for adapter in adapters]
     metadata = modelspec(family, layout, config.output.stem, record["concept"], lora=False) if layout else {}
     metadata |= own_metadata(record["concept"], scopes, record["base"], [adapter.config_sha256 for adapter in adapters])
@@ -158,6 +158,7 @@ def _record(
             "trained_on_it": all(adapter.base.get("denoiser_sha256") == hashes for adapter in adapters),
         },
         "merged_tensors": len(changes),
+        "format": "diffusers pipeline",
         **({"verification": vars(verification)} if verification else {}),
         "version": __version__,
     }
@@ -177,11 +178,7 @@ def main() -> None:
             f"verified layer by layer: the adapter changes outputs by up to {found['adapter_changes']:.2%}, merged and "
             f"base + adapter differ by at most {found['largest_difference']:.2%} (rounding allows {found['bound']:.2%})"
         )
-    kind = "diffusers pipeline"
-    if config.single_file:
-        alone = record["base"]["class"] in ONE_TRANSFORMER
-        kind = 'transformer file, for ComfyUI\'s "Load Diffusion Model"' if alone else "checkpoint file"
-    say(f"{config.output} is a plain {kind}")
+    say(f"{config.output} is a plain {record['format']}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
+import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -31,7 +32,7 @@ else:
         """`Auto[int]`: an option that may be left out. After `esd_peft.defaults.resolve` it has a value."""
 
         def __class_getitem__(cls, kind: Any) -> Any:
-            return Annotated[kind | None, cls]
+            return Annotated[kind | None, cls, tyro.conf.arg(help_behavior_hint="(default: automatic)")]
 
 
 class Options(BaseModel):
@@ -94,7 +95,9 @@ def grouped(kind: type[Options], values: dict[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in values.items() if name not in homes or name in kind.model_fields}
     for name in values.keys() - found.keys():
         group = found.setdefault(homes[name], {})
-        if not isinstance(group, dict) or name in group:
+        if not isinstance(group, dict):
+            raise UserError(f"{homes[name]} is a group of options, {flag(name)} among them; write them below it")
+        if name in group:
             raise UserError(f"{flag(name)} is given twice, alone and in the group {homes[name]}; give it once")
         found[homes[name]] = group | {name: values[name]}
     return found

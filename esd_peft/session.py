@@ -35,7 +35,7 @@ class Session:
 Train = Callable[[EraseConfig, Session], dict[str, Any]]  # `esd_peft.erase.train`: returns what `result.json` holds
 
 
-def run(given: EraseConfig, train: Train) -> dict[str, Any]:
+def in_session(given: EraseConfig, train: Train) -> dict[str, Any]:
     """What `train` returns for the resolved config, and what an evaluation found, if the config asks for one.
 
     Raises `UserError` for input that cannot work, before any work where that can be known.

@@ -8,7 +8,6 @@ one file. LoHa, LoKr and `--adapter-type none` have no file here: merge them.
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +22,11 @@ from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NewTensor, TensorFile, as_bytes, find_weights, open_tensors, read_tensors, write_tensors
 from esd_peft.models import ModelFamily
+from esd_peft.models.checkpoint_layout import CheckpointLayout
 
 KOHYA_FILE = "kohya_lora.safetensors"
-# whose transformer ComfyUI's "Load Diffusion Model" reads from one file, under diffusers' names
-ONE_TRANSFORMER = ("FluxPipeline", "StableDiffusion3Pipeline", "PixArtSigmaPipeline")
 _OUTER = {"conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding"}  # no module that kohya adapts
 Merge = Callable[[str, Tensor], Tensor]  # a weight's name and the weight, as stored → as it is to be written
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the tools for single-file checkpoints call a kind and its text encoders."""
-
-    architecture: str  # modelspec's
-    version: str  # kohya's ss_base_model_version
-    text_encoders: dict[str, str]  # part: prefix in a checkpoint
-    original_lora_names: bool = False  # kohya trains this UNet under the checkpoint's names, not diffusers'
-
-
-def layout_of(family: ModelFamily) -> Layout | None:
-    """None for a kind without single-file tools of its own."""
-    kind = family.pipeline_class.__name__
-    if kind == "StableDiffusionXLPipeline":
-        encoders = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
-        return Layout("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", encoders, original_lora_names=True)
-    if kind != "StableDiffusionPipeline":
-        return None
-    encoders = {"text_encoder": "cond_stage_model."}
-    if family.load_config("text_encoder").get("hidden_act") != "gelu":
-        return Layout("stable-diffusion-v1", "sd_v1", encoders)
-    if family.noise_schedule.predicts_noise:
-        return Layout("stable-diffusion-v2-512", "sd_v2", encoders)
-    return Layout("stable-diffusion-v2-768-v", "sd_v2_v", encoders)
 
 
 def own_metadata(concepts: list[str], scopes: list[str], base: dict[str, Any], configs: list[str]) -> dict[str, str]:
@@ -69,7 +41,7 @@ def own_metadata(concepts: list[str], scopes: list[str], base: dict[str, Any], c
     }
 
 
-def modelspec(family: ModelFamily, layout: Layout, title: str, concepts: list[str], lora: bool) -> dict[str, str]:
+def modelspec(family: ModelFamily, layout: CheckpointLayout, title: str, concepts: list[str], lora: bool) -> dict[str, str]:
     """The model metadata of Stability AI's standard, version 1.0.0; without a date, so that bits stay reproducible."""
     diffusers_names = lora and not layout.original_lora_names
     return {
@@ -86,7 +58,7 @@ def write_kohya_lora(
     adapter: Path, family: ModelFamily, title: str, concepts: list[str], scope: str, metadata: dict[str, str]
 ) -> None:
     """Write `kohya_lora.safetensors` beside the PEFT LoRA in `adapter`; nothing for families without such a file."""
-    layout = layout_of(family)
+    layout = family.checkpoint_layout
     if layout is None:
         return
     settings = peft.PeftConfig.from_pretrained(adapter)
@@ -118,25 +90,28 @@ def write_kohya_lora(
 def limits(family: ModelFamily, layers: list[str]) -> list[str]:
     """What other tools do not make of a LoRA on `layers`, a sentence each; as they behave today (docs/formats.md)."""
     said = []
-    if layout_of(family):
-        if outer := sorted({name.split(".")[0] for name in layers} & _OUTER):
-            said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
-        if not any("attn2.to_k" in name or "attn2.to_v" in name for name in layers):
-            said.append(f"{KOHYA_FILE}: Invoke knows a LoRA's base by cross-attention, which is not in it; merge for Invoke")
-    elif family.pipeline_class.__name__ == "FluxPipeline" and not any("transformer_blocks" in name for name in layers):
-        said.append("pytorch_lora_weights.safetensors: Invoke knows a FLUX LoRA by its blocks, and none is in it; merge")
+    kohya = family.checkpoint_layout is not None
+    if kohya and (outer := sorted({name.split(".")[0] for name in layers} & _OUTER)):
+        said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
+    known_by = family.lora_known_by
+    if known_by and not any(mark in name for mark in known_by for name in layers):
+        file = KOHYA_FILE if kohya else "pytorch_lora_weights.safetensors"
+        said.append(
+            f"{file}: Invoke knows a LoRA's base by its {' or '.join(known_by)}, and none is in it; merge for Invoke"
+        )
     return said
 
 
-def check_single_file(family: ModelFamily, output: Path) -> Layout | None:
+def check_single_file(family: ModelFamily, output: Path) -> CheckpointLayout | None:
     """The layout of the kind's checkpoints; none for a kind whose file is the denoiser's alone.
 
     Raises `UserError` now if no tool would read the file, or if the prompts that it was made for could not be said with it.
     """
-    layout = layout_of(family)
-    name = family.pipeline_class.__name__
-    if layout is None and name not in ONE_TRANSFORMER:
-        raise UserError(f"--output {output}: a {name} has no single-file checkpoint here; name a directory")
+    layout = family.checkpoint_layout
+    if layout is None and not family.denoiser_is_a_file:
+        raise UserError(
+            f"--output {output}: a {family.pipeline_class.__name__} has no single-file checkpoint here; name a directory"
+        )
     for part in [part for part in family.text_parts if "tokenizer" in part and family.has(part)] if layout else []:
         tokenizer = family.load_part(part).backend_tokenizer
         if added := sorted(tokenizer.get_vocab().keys() - tokenizer.get_vocab(with_added_tokens=False).keys()):
@@ -192,7 +167,7 @@ def _new(name: str, value: Tensor) -> NewTensor:
 
 def read_checkpoint_denoiser(path: Path, family: ModelFamily) -> Mapping[str, Tensor]:
     """The denoiser's weights in a checkpoint under diffusers' names, by diffusers' own converter, mapped from the disk."""
-    if layout_of(family) is None:
+    if family.checkpoint_layout is None:
         return _Mapped(open_tensors(path))
     return convert_ldm_unet_checkpoint(load_file(path), family.load_config(family.denoiser_part))
 

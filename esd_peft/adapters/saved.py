@@ -5,14 +5,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import (
+    Any,
+    ClassVar,
+    Required,  # pydantic needs it before Python 3.12
+)
 
 import peft
 import torch
 from diffusers import ModelMixin
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+from typing_extensions import TypedDict
 
 from esd_peft.adapters.deltas import Replacement, WeightDelta
 from esd_peft.adapters.peft_config import Patterns, fits_base_only, for_layers, read_peft_config
@@ -57,7 +61,7 @@ class _StudentSaid(TypedDict, total=False):
 
 class _ConfigFile(TypedDict, total=False):
     pretrained: _PretrainedSaid
-    prompts: _PromptsSaid
+    prompts: Required[_PromptsSaid]
     student: _StudentSaid
 
 

@@ -10,7 +10,7 @@ from esd_peft.models.sources import local_pipeline
 from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.models.stable_diffusion_3 import StableDiffusion3
 from esd_peft.models.stable_diffusion_xl import StableDiffusionXL
-from esd_peft.worlds import WORLDS
+from esd_peft.worlds import find_world
 
 __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
 
@@ -31,7 +31,7 @@ def open_family(
     """
     options = options or ModelOptions()
     families = {kind.pipeline_class.__name__: kind for kind in FAMILIES}
-    world = WORLDS.get(model)
+    world = find_world(model)
     path, index = local_pipeline(str(world.pipeline) if world else model, options, option, families, weights)
     family = families[index["_class_name"]](path, index, option, options.variant)
     if world:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import find_weights, sha256
 from esd_peft.models import scopes
+from esd_peft.models.checkpoint_layout import CheckpointLayout
 from esd_peft.models.noise_schedule import NoiseSchedule
 from esd_peft.models.offload import offload_base, streamed_bytes
 from esd_peft.models.options import SCOPES
@@ -50,6 +51,8 @@ class ModelFamily(ABC):
     denoiser_part: ClassVar[str]
     prompt_arguments: ClassVar[dict[str, str]]  # of the pipeline's call, for each of the prompt embeddings
     world: World | None = None  # what it draws, if it ships with the package
+    denoiser_is_a_file: ClassVar[bool] = False  # ComfyUI's "Load Diffusion Model" reads it alone, under diffusers' names
+    lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
 
@@ -64,6 +67,11 @@ class ModelFamily(ABC):
     def used(self) -> tuple[str, ...]:
         """The parts that are read here; a pipeline may come with others, a safety checker for example."""
         return (*self.text_parts, self.denoiser_part, "vae", "scheduler")
+
+    @property
+    def checkpoint_layout(self) -> CheckpointLayout | None:
+        """The kind's names in single-file checkpoints and kohya's LoRAs; None if its tools read diffusers' names."""
+        return None
 
     def has(self, part: str) -> bool:
         """Whether the pipeline comes with that component."""

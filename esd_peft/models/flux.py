@@ -32,6 +32,8 @@ class Flux(JointAttention):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    denoiser_is_a_file: ClassVar[bool] = True
+    lora_known_by: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     guidance_scale: float = 1.0
 

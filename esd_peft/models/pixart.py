@@ -17,6 +17,7 @@ class PixArtSigma(ModelFamily):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
+    denoiser_is_a_file: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     denoiser_part: ClassVar[str] = "transformer"
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds", MASK: "prompt_attention_mask"}

@@ -6,6 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from torch import Tensor
 
+from esd_peft.models.checkpoint_layout import CheckpointLayout
 from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds
 from esd_peft.runtime.devices import send
 
@@ -27,6 +28,7 @@ class StableDiffusion(ModelFamily):
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     denoiser_part: ClassVar[str] = "unet"
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds"}
+    lora_known_by: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -41,6 +43,15 @@ class StableDiffusion(ModelFamily):
     @property
     def _is_told_guidance(self) -> bool:
         return self.load_config(self.denoiser_part).get("time_cond_proj_dim") is not None
+
+    @property
+    def checkpoint_layout(self) -> CheckpointLayout:
+        encoders = {"text_encoder": "cond_stage_model."}
+        if self.load_config("text_encoder").get("hidden_act") != "gelu":  # CLIP's own, not OpenCLIP's
+            return CheckpointLayout("stable-diffusion-v1", "sd_v1", encoders)
+        if self.noise_schedule.predicts_noise:
+            return CheckpointLayout("stable-diffusion-v2-512", "sd_v2", encoders)
+        return CheckpointLayout("stable-diffusion-v2-768-v", "sd_v2_v", encoders)
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
         guidance = {"guidance_scale": EMBEDDED_GUIDANCE} if self._is_told_guidance else {}

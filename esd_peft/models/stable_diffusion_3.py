@@ -15,6 +15,7 @@ class StableDiffusion3(JointAttention):
     """Scopes: `scopes.joint_attention`. SD 3.5 medium's image-only attention (`attn2`) is self-attention."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    denoiser_is_a_file: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = (
         "tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3",
     )  # fmt: skip

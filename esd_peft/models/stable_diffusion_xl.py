@@ -6,6 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionXLPipeline
 from torch import Tensor
 
+from esd_peft.models.checkpoint_layout import CheckpointLayout
 from esd_peft.models.family import TOKENS, PromptEmbeds
 from esd_peft.models.stable_diffusion import StableDiffusion, embedded_guidance
 from esd_peft.runtime.devices import send
@@ -27,6 +28,11 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+
+    @property
+    def checkpoint_layout(self) -> CheckpointLayout:
+        encoders = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
+        return CheckpointLayout("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", encoders, original_lora_names=True)
 
     @property
     def few_step(self) -> bool:

@@ -52,20 +52,20 @@ class PromptPlan:
     """All prompts of a run."""
 
     concepts: list[str]  # as prompts would name them
-    erasing: list[list[Pair]]  # for each concept its pairs, the plain prompt first
+    concept_pairs: list[list[Pair]]  # for each concept its pairs, the plain prompt first
     preserve: list[Pair]
     retain: list[str]  # the retain set, on whose embeddings the adapter must not act
     given: list[str] = field(default_factory=list)  # what the options ask to preserve
 
     @property
-    def erasing_pairs(self) -> list[Pair]:
+    def all_concept_pairs(self) -> list[Pair]:
         """Concept by concept."""
-        return [pair for pairs in self.erasing for pair in pairs]
+        return [pair for pairs in self.concept_pairs for pair in pairs]
 
     @property
     def pairs(self) -> list[Pair]:
-        """The erasing ones, then the preserved ones."""
-        return self.erasing_pairs + self.preserve
+        """Those of the concepts, then the preserved ones."""
+        return self.all_concept_pairs + self.preserve
 
     @property
     def predictions(self) -> int:
@@ -75,7 +75,7 @@ class PromptPlan:
     @property
     def kept(self) -> list[str]:
         """What the concepts become, and all that stays."""
-        goals = [pair.goal for pair in self.erasing_pairs]
+        goals = [pair.goal for pair in self.all_concept_pairs]
         return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.retain]))
 
     @property

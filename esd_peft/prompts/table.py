@@ -12,7 +12,7 @@ from esd_peft.prompts.plan import PromptPlan
 
 @dataclass
 class PairTable:
-    """`P` pairs; the first `erasing` of them erase, the rest preserve."""
+    """`P` pairs; the first `num_concept_pairs` of them erase, the rest preserve."""
 
     embeds: PromptEmbeds
     prompts: Tensor  # [P] int64, the row that names the concept
@@ -22,7 +22,7 @@ class PairTable:
     etas: Tensor  # [P] fp32
     weights: Tensor  # [P] fp32
     concepts: list[list[int]]  # for each concept its pairs, the plain prompt first
-    erasing: int
+    num_concept_pairs: int
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -33,7 +33,7 @@ def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
     pairs, row = plan.pairs, {text: i for i, text in enumerate(plan.texts)}
     device = next(iter(embeds.values())).device
     numbers = iter(range(len(pairs)))
-    concepts = [[*itertools.islice(numbers, len(erasing))] for erasing in plan.erasing]
+    concepts = [[*itertools.islice(numbers, len(group))] for group in plan.concept_pairs]
     anchors = [row[p.goal] for p in pairs]
     return PairTable(
         {name: value[: len(plan.paired_texts)].clone() for name, value in embeds.items()},

@@ -79,27 +79,27 @@ class AdversarialSampler:
         Text encoders are on the device meanwhile.
         """
         rollout, plan, student = self.rollout, self.plan, self.rollout.student
-        numbers = itertools.product(range(rounds), range(len(plan.erasing)))
+        numbers = itertools.product(range(rounds), range(len(plan.concept_pairs)))
         with rollout.profiler.phase("attack"), contextlib.ExitStack() as known:
             encoders = load_encoders(student.family, student.device, student.dtype)
             victim = Victim(student.family, student.denoiser, encoders, student.device, student.dtype)
-            erasing = [[*pairs] for pairs in plan.erasing]
+            concept_pairs = [[*pairs] for pairs in plan.concept_pairs]
             for number, k in numbers:
                 tokens = NewTokens(encoders, [f"<found{number}x{k}x{i}>" for i in range(WORDS)])
                 known.enter_context(tokens.known())
-                index = number * len(plan.erasing) + k
+                index = number * len(plan.concept_pairs) + k
                 if index == len(self.words):
                     self._find(victim, tokens, k, number)
                     self.words.append({name: value.detach().cpu() for name, value in tokens.embeddings.items()})
                 tokens.embeddings = {name: value.to(student.device) for name, value in self.words[index].items()}
-                erasing[k] += self._with(tokens.words, k)
-            plan = dataclasses.replace(plan, erasing=erasing)
+                concept_pairs[k] += self._with(tokens.words, k)
+            plan = dataclasses.replace(plan, concept_pairs=concept_pairs)
             return make_table(plan, victim.encode_frozen(plan.paired_texts))
 
     def _with(self, words: list[str], k: int) -> list[Pair]:
         """Concept k's pairs with each of the `words` in its place, where it is named as one piece."""
         concept = self.plan.concepts[k]
-        named = [pair for pair in self.plan.erasing[k] if concept in pair.prompt]
+        named = [pair for pair in self.plan.concept_pairs[k] if concept in pair.prompt]
         return [dataclasses.replace(p, adversarial=p.prompt.replace(concept, word)) for p in named for word in words]
 
     def _find(self, victim: Victim, tokens: NewTokens, k: int, number: int) -> None:
@@ -111,7 +111,7 @@ class AdversarialSampler:
         rows = torch.tensor([*itertools.islice(itertools.cycle(self.table.concepts[k]), SEARCH_TRAJECTORIES)])
         with rollout.profiler.phase("rollout"):
             samples = rollout.collect(self.table, rows, options, draws, progress=False)
-        prompts = {row: pair.prompt for row, pair in zip(self.table.concepts[k], self.plan.erasing[k], strict=True)}
+        prompts = {row: pair.prompt for row, pair in zip(self.table.concepts[k], self.plan.concept_pairs[k], strict=True)}
 
         def loss() -> Tensor:
             chosen = torch.randint(len(samples), (SEARCH_BATCH_SIZE,), generator=draws)

@@ -29,7 +29,7 @@ class Batch:
     eta: Tensor  # [B] fp32
     weight: Tensor  # [B] fp32
     anchor: Tensor | None = None  # [B, ...]
-    erasing: int = 0  # how many of the samples erase
+    num_concept_samples: int = 0  # how many of the samples erase
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -107,8 +107,8 @@ class BatchSampler:
         generator: torch.Generator,
     ) -> None:
         self.rollout, self.table, self.options, self.generator = rollout, table, buffer, generator
-        self.preserving = preservation_samples(training)
-        self.erasing = training.train_batch_size - self.preserving
+        self.num_preserve_samples = preservation_samples(training)
+        self.num_concept_samples = training.train_batch_size - self.num_preserve_samples
         self.shape = buffer_shape(buffer, training)
         self.taken = self.fills = 0
         self.orders = [torch.randperm(len(pairs) - 1, generator=generator).tolist() for pairs in table.concepts]
@@ -118,9 +118,9 @@ class BatchSampler:
         if not self.taken or (interval and self.taken % interval == 0):
             self._refresh()
         held, neutral = self._choose_preserved()
-        index = torch.tensor([*self.concept_samples.take(self.erasing), *held])
+        index = torch.tensor([*self.concept_samples.take(self.num_concept_samples), *held])
         self.taken += 1
-        return collate(self.buffer.index(index, self.rollout.student.device), self.table, self.erasing, neutral)
+        return collate(self.buffer.index(index, self.rollout.student.device), self.table, self.num_concept_samples, neutral)
 
     def _refresh(self) -> None:
         """Fill the buffer; if that is interrupted the sampler stands where it stood."""
@@ -135,10 +135,13 @@ class BatchSampler:
 
     def _fill(self) -> None:
         """Collect the trajectories that are next."""
-        first = self.fills * self.shape.erasing
-        pairs = [self._erasing_pair(number) for number in range(first, first + self.shape.erasing)]
-        preserved, first = len(self.table) - self.table.erasing, self.fills * self.shape.preserving
-        pairs += [self.table.erasing + number % preserved for number in range(first, first + self.shape.preserving)]
+        first = self.fills * self.shape.concept_trajectories
+        pairs = [self._concept_pair(number) for number in range(first, first + self.shape.concept_trajectories)]
+        preserved, first = len(self.table) - self.table.num_concept_pairs, self.fills * self.shape.preserve_trajectories
+        pairs += [
+            self.table.num_concept_pairs + number % preserved
+            for number in range(first, first + self.shape.preserve_trajectories)
+        ]
         with self.rollout.profiler.phase("rollout"):
             self.buffer = self.rollout.collect(
                 self.table, torch.tensor(pairs), self.options, self.generator, self.shape.keep,
@@ -146,7 +149,7 @@ class BatchSampler:
             )  # fmt: skip
         self.fills += 1
 
-    def _erasing_pair(self, number: int) -> int:
+    def _concept_pair(self, number: int) -> int:
         """The pair of trajectory `number`: concepts by turns; of each the plain prompt first, then the others in random
         order, and again."""
         turn, concept = divmod(number, len(self.table.concepts))
@@ -154,7 +157,7 @@ class BatchSampler:
         return [plain, *(others[i] for i in self.orders[concept])][turn % (1 + len(others))]
 
     def _shuffle(self) -> None:
-        erases = self.buffer.pairs < self.table.erasing
+        erases = self.buffer.pairs < self.table.num_concept_pairs
         concepts, preserved = (which.nonzero().squeeze(1) for which in (erases, ~erases))
         self.concept_samples = Shuffled(concepts, self.generator)
         self.neutral_samples = Shuffled(concepts, self.generator)
@@ -164,9 +167,9 @@ class BatchSampler:
         """Preservation samples of a batch, and whether they are given the prompt without the concept: where there are
         trajectories of prompts to preserve, these and the concepts' take turns."""
         if not len(self.preserved_samples.items):
-            return self.neutral_samples.take(self.preserving), [True] * self.preserving
-        first = self.taken * self.preserving
-        neutral = [number % 2 == 1 for number in range(first, first + self.preserving)]
+            return self.neutral_samples.take(self.num_preserve_samples), [True] * self.num_preserve_samples
+        first = self.taken * self.num_preserve_samples
+        neutral = [number % 2 == 1 for number in range(first, first + self.num_preserve_samples)]
         return [(self.neutral_samples if n else self.preserved_samples).take(1)[0] for n in neutral], neutral
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,8 +209,8 @@ class BatchSampler:
         self.generator.set_state(state["generator"])
 
 
-def collate(samples: Buffer, table: PairTable, erasing: int, neutral: list[bool]) -> Batch:
-    """The batch in which the first `erasing` samples erase and each other one holds the student to the teacher.
+def collate(samples: Buffer, table: PairTable, num_concept_samples: int, neutral: list[bool]) -> Batch:
+    """The batch in which the first `num_concept_samples` samples erase and each other one holds the student to the teacher.
 
     A preservation sample is given its pair's neutral prompt (where `neutral` says so), its target being e_null (η = 0), or
     its own prompt, the target being e_concept (η = −1). Without any, the prediction without the concept moves along with
@@ -218,11 +221,12 @@ def collate(samples: Buffer, table: PairTable, erasing: int, neutral: list[bool]
     anchor = None if table.anchors is None else samples.teacher[2]
     if neutral:
         is_neutral = send(torch.tensor(neutral), samples.pairs.device)
-        rows[erasing:] = torch.where(is_neutral, table.neutrals[samples.pairs][erasing:], rows[erasing:])
-        etas[erasing:] = is_neutral.float() - 1.0
-        weights[erasing:] = 1.0
+        held = slice(num_concept_samples, None)
+        rows[held] = torch.where(is_neutral, table.neutrals[samples.pairs][held], rows[held])
+        etas[held] = is_neutral.float() - 1.0
+        weights[held] = 1.0
         if anchor is not None:
-            anchor = torch.cat([anchor[:erasing], samples.teacher[0, erasing:]])
+            anchor = torch.cat([anchor[:num_concept_samples], samples.teacher[0, held]])
     embeds = index_embeds(table.embeds, rows)
     pair = samples.teacher[:2].flatten(0, 1)
-    return Batch(samples.inputs, samples.timesteps, embeds, pair, etas, weights, anchor, erasing)
+    return Batch(samples.inputs, samples.timesteps, embeds, pair, etas, weights, anchor, num_concept_samples)

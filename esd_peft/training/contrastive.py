@@ -70,7 +70,7 @@ class ReferenceSampler:
         sides = send(torch.cat([noise, latents]), self.device)
         embeds = index_embeds(self.embeds, self.rows[send(chosen, self.device)])
         ones = torch.ones(len(chosen), device=self.device)
-        return Batch(noised, send(timesteps, self.device), embeds, sides, ones, ones, erasing=len(chosen))
+        return Batch(noised, send(timesteps, self.device), embeds, sides, ones, ones, num_concept_samples=len(chosen))
 
     def state_dict(self) -> dict[str, Any]:
         """See `batches.Sampler`."""

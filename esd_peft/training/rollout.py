@@ -55,7 +55,7 @@ class Rollout:
         noise = student.family.initial_latents(count, student.denoiser, generator)
         guided = torch.zeros(count, dtype=torch.bool)
         if options.rollout == "teacher":
-            erasing = (pairs < table.erasing).nonzero().squeeze(1)
+            erasing = (pairs < table.num_concept_pairs).nonzero().squeeze(1)
             some = torch.randperm(len(erasing), generator=generator)[: round(options.guided_rollout_ratio * len(erasing))]
             guided[erasing[some]] = True
         parts = zip(noise.split(size), guided.split(size), pairs.split(size), strict=True)

@@ -86,7 +86,7 @@ class Trainer:
         self.schedule.step()
         self.unread.append((total, batch.timesteps))
         self.profiler.nfe += self.nfe_per_sample * len(batch)
-        self.profiler.training_samples += batch.erasing
+        self.profiler.training_samples += batch.num_concept_samples
         self.taken += 1
 
     def _sum_over_processes(self, loss: Tensor) -> None:

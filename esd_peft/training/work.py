@@ -19,14 +19,14 @@ SEARCH_TRAJECTORIES = 4  # of the teacher, for each concept, along which they ar
 class BufferShape:
     """What fills the buffer once."""
 
-    erasing: int  # trajectories of concepts
-    preserving: int  # trajectories of prompts to preserve
+    concept_trajectories: int
+    preserve_trajectories: int
     keep: int | None  # steps kept of each trajectory; none: all
 
     @property
     def trajectories(self) -> int:
         """Of both kinds."""
-        return self.erasing + self.preserving
+        return self.concept_trajectories + self.preserve_trajectories
 
 
 def preservation_samples(training: TrainingOptions) -> int:
@@ -37,14 +37,16 @@ def preservation_samples(training: TrainingOptions) -> int:
 
 def buffer_shape(buffer: BufferOptions, training: TrainingOptions) -> BufferShape:
     """Of a buffer that is refreshed, no more than is used up until then."""
-    interval, preserving = buffer.buffer_refresh_interval, preservation_samples(training)
-    preserved = buffer.preservation_trajectories if preserving else 0
+    interval, num_preserve = buffer.buffer_refresh_interval, preservation_samples(training)
+    preserved = buffer.preservation_trajectories if num_preserve else 0
     if not interval:
         return BufferShape(buffer.trajectories, preserved, None)
-    erasing = training.train_batch_size - preserving
-    trajectories = min(buffer.trajectories, erasing * interval)
+    num_concept = training.train_batch_size - num_preserve
+    trajectories = min(buffer.trajectories, num_concept * interval)
     return BufferShape(
-        trajectories, min(preserved, math.ceil(preserving * interval / 2)), math.ceil(erasing * interval / trajectories)
+        trajectories,
+        min(preserved, math.ceil(num_preserve * interval / 2)),
+        math.ceil(num_concept * interval / trajectories),
     )
 
 
@@ -102,6 +104,6 @@ def count_denoiser_calls(buffer: BufferOptions, training: TrainingOptions) -> in
     steps = training.max_train_steps
     if training.objective == "contrastive":
         return steps
-    batches = math.ceil(buffer_shape(buffer, training).erasing / buffer.rollout_batch_size)
+    batches = math.ceil(buffer_shape(buffer, training).concept_trajectories / buffer.rollout_batch_size)
     of_a_step = 1 if buffer.rollout == "teacher" else 2
     return steps + buffer_fills(buffer, training) * batches * buffer.num_inference_steps * of_a_step

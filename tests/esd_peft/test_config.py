@@ -185,7 +185,7 @@ def test_bad_options_name_the_option_in_one_sentence(argv, names):
         ("concept: circle\nstudent: {rank: [3]}\n", "--rank"),
         ("concept: circle\nstudent: 3\n", "student is a group of options; write them below it"),
         ("concept: circle\nstudent: [rank]\n", "student is a group of options; write them below it"),
-        ("concept: circle\nstudent: 3\nrank: 3\n", "given twice|is a group of options"),
+        ("concept: circle\nstudent: 3\nrank: 3\n", "student is a group of options, --rank among them"),
         ("prompts: {erase_from: shirt}\n", "--concept: name what to erase"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_resolved_config_has_all_values_and_is_read_again_as_it_is(name, shape
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_prompts_are_those_of_the_resolved_config(name, shapes):
     resolved, prompts = resolve(config(**CONFIGS[name][0]), shapes)
-    etas = [{pair.eta for pair in pairs} for pairs in prompts.erasing]
+    etas = [{pair.eta for pair in pairs} for pairs in prompts.concept_pairs]
     assert etas == [{resolved.prompts.eta_of(concept)} for concept in resolved.prompts.concept]
 
 

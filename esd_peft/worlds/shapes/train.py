@@ -8,30 +8,22 @@ DIR/training.json (steps, losses and seconds of each stage). The stages run in t
 """
 
 import copy
-import json
-import math
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from pydantic import Field
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from esd_peft.cli import parse, run_command
-from esd_peft.errors import UserError
-from esd_peft.io.jobs import hold
-from esd_peft.io.outputs import settle, take_folder
-from esd_peft.io.text import UnreadableError, read_json
-from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.options import Options
+from esd_peft.worlds import training
 from esd_peft.worlds.shapes import world
 from esd_peft.worlds.shapes.classifier import Classifier
+from esd_peft.worlds.training import Fit, make_scheduler, mean_of_last, save_pipeline
 
 CONTEXT = 16  # tokens a prompt
 STEPS = {"vae": 1500, "classifier": 2000, "denoiser": 10000}
@@ -58,20 +50,9 @@ class TrainConfig(Options):
 
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the world's captions is one token."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
     words = {w for values in world.ATTRIBUTES.values() for w in values} | {world.NOUN}
     words |= {w for template in world.TEMPLATES for w in template.replace("{}", "").split()}
-    tokenizer.train_from_iterator([" ".join(sorted(words))], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    merges = [(left, right) for left, right in model["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # any other text still has tokens, letter by letter
-    tokens = [*letters, *(x + "</w>" for x in letters), *(left + right for left, right in merges), start, end]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT)
+    return training.make_tokenizer(words, CONTEXT)
 
 
 def make_vae() -> AutoencoderKL:
@@ -120,39 +101,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-
-
-def fit(name: str, parameters: list[nn.Parameter], steps: int, lr: float, loss_of: Callable[[], Tensor]) -> Iterator[float]:
-    """Minimise `loss_of()` with AdamW, a short warm-up and a cosine to zero; yields the loss of every step."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    with tqdm(total=steps, desc=name, mininterval=5) as bar:
-        for _ in range(steps):
-            loss = loss_of()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            yield loss.item()
-
-
-def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[AutoencoderKL, float]:
+def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[AutoencoderKL, float | None]:
     """Reconstruct (L1 and L2), with a KL term small enough that textures survive."""
     vae = make_vae().train()
 
@@ -163,15 +112,15 @@ def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[
         error = seen - pixels
         return error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean()
 
-    losses = list(fit("vae", list(vae.parameters()), steps, 2e-3, loss_of))
+    losses = list(Fit("vae", vae, steps, 2e-3, generator).run(loss_of))
     vae.eval()
     with torch.no_grad():
         latents = vae.encode(world.sample(512, generator)[1] * 2 - 1).latent_dist.sample(generator)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    return vae, sum(losses[-100:]) / 100
+    return vae, mean_of_last(losses)
 
 
-def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) -> tuple[Classifier, float]:
+def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) -> tuple[Classifier, float | None]:
     """Cross-entropy over the three heads; noise and blur stand in for what a decoder does to images."""
     classifier = Classifier().train()
 
@@ -184,14 +133,16 @@ def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) ->
         terms = [nn.functional.cross_entropy(x, labels[:, i]) for i, x in enumerate(logits.values())]
         return torch.stack(terms).sum()
 
-    losses = list(fit("classifier", list(classifier.parameters()), steps, 2e-3, loss_of))
-    return classifier.eval(), sum(losses[-100:]) / 100
+    losses = list(Fit("classifier", classifier, steps, 2e-3, generator).run(loss_of))
+    return classifier.eval(), mean_of_last(losses)
 
 
-def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, batch: int = 48) -> float:
+def train_denoiser(
+    steps: int, pipeline: Path, generator: torch.Generator, state: Path | None = None, batch: int = 48
+) -> float | None:
     """Noise prediction with text encoder and UNet trained together, for the VAE and tokenizer in `pipeline`.
 
-    Saves the whole pipeline, with moving averages of the two, now and then.
+    Saves the whole pipeline, with moving averages of the two. It goes on with what `state` holds, if it is there.
     """
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
@@ -211,15 +162,10 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, batch
         seen = model["unet"](scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
         return nn.functional.mse_loss(seen.float(), noise)
 
-    losses = []
-    for i, loss in enumerate(fit("denoiser", list(model.parameters()), steps, 1e-3, loss_of)):
-        losses.append(loss)
-        decay = min(0.999, (i + 1) / (i + 10))
-        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast.detach(), 1 - decay)
-        if (i + 1) % 2000 == 0 or i + 1 == steps:
-            save_pipeline(pipeline, vae, average["text"], tokenizer, average["unet"])
-    return sum(losses[-500:]) / len(losses[-500:])
+    fit = Fit("denoiser", model, steps, 1e-3, generator, state, average=average)
+    losses = [*fit.run(loss_of)]
+    save_pipeline(pipeline, vae, average["text"], tokenizer, average["unet"])
+    return mean_of_last(losses, 500)
 
 
 @torch.no_grad()
@@ -234,63 +180,31 @@ def _latent_pool(vae: AutoencoderKL, generator: torch.Generator, size: int = 327
     return labels, means, stds
 
 
-def save_pipeline(
-    path: Path, vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
-) -> None:
-    """Write a plain diffusers directory in fp16; the given modules stay as they are."""
-    pipe = StableDiffusionPipeline(
-        vae=copy.deepcopy(vae),
-        text_encoder=copy.deepcopy(text),
-        tokenizer=tokenizer,
-        unet=copy.deepcopy(unet),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.vae.register_to_config(_name_or_path="")  # where it lay while training is nobody's business
-    pipe.to(torch.float16).save_pretrained(path)
-    write_for_every_version(path)
-
-
-def train(output: Path, stages: list[str], steps: dict[str, int], seed: int) -> None:
+def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> None:
     """Run the chosen stages, each from its own seed, and save after each.
 
     Raises `UserError` for a directory that this command did not make, or that another process writes.
     """
-    with hold(output):
-        take_folder(output)
-        _train(output, stages, steps, seed)
+    pipeline = output / "pipeline"
 
+    def tokenizer(generator: torch.Generator) -> None:
+        make_tokenizer().save_pretrained(pipeline / "tokenizer")
 
-def _train(output: Path, stages: list[str], steps: dict[str, int], seed: int) -> None:
-    pipeline, log = output / "pipeline", output / "training.json"
-    try:
-        record = {**read_json(log)} if log.exists() else {}
-    except (UnreadableError, TypeError) as error:
-        raise UserError(f"--output {output}: {log} is damaged ({error}); remove it") from None
-    for index, stage in enumerate(STAGES):
-        if stage not in stages:
-            continue
-        torch.manual_seed(seed + index)  # weight initialisation
-        generator = torch.Generator().manual_seed(seed + index)
-        started = time.perf_counter()
-        loss = None
-        if stage == "tokenizer":
-            make_tokenizer().save_pretrained(pipeline / "tokenizer")
-        elif stage == "vae":
-            vae, loss = train_vae(steps[stage], generator)
-            vae.half().save_pretrained(pipeline / "vae")
-        elif stage == "classifier":
-            classifier, loss = train_classifier(steps[stage], generator)
-            classifier.save(output / "classifier.safetensors")
-        else:
-            loss = train_denoiser(steps[stage], pipeline, generator)
-        seconds = round(time.perf_counter() - started, 1)
-        record[stage] = {"steps": steps.get(stage), "loss": loss, "seconds": seconds, "threads": torch.get_num_threads()}
-        record["seed"] = seed
-        log.write_text(json.dumps(record, indent=2) + "\n")
-        settle(output)
+    def vae(generator: torch.Generator) -> float | None:
+        trained, loss = train_vae(steps["vae"], generator)
+        trained.half().save_pretrained(pipeline / "vae")
+        return loss
+
+    def classifier(generator: torch.Generator) -> float | None:
+        trained, loss = train_classifier(steps["classifier"], generator)
+        trained.save(output / "classifier.safetensors")
+        return loss
+
+    def denoiser(generator: torch.Generator) -> float | None:
+        return train_denoiser(steps["denoiser"], pipeline, generator, output / training.STATE)
+
+    stages: dict[str, training.Stage] = {"tokenizer": tokenizer, "vae": vae, "classifier": classifier, "denoiser": denoiser}
+    training.run_stages(output, stages, chosen, steps, seed)
 
 
 def main() -> None:

@@ -340,7 +340,7 @@ def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_p
     [
         ({}, []),
         ({"scope": "full"}, ["kohya's tools and stable-diffusion.cpp skip conv_in, conv_out, time_embedding"]),
-        ({"scope": "selfattn"}, ["Invoke knows a LoRA's base by cross-attention"]),
+        ({"scope": "selfattn"}, ["Invoke knows a LoRA's base by its attn2.to_k or attn2.to_v"]),
         ({"scope": "esd-u"}, ["skip conv_in, conv_out, time_embedding", "Invoke knows"]),
     ],
     ids=str,

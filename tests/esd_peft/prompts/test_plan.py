@@ -20,25 +20,25 @@ def natural_plan(**options):
 
 def test_a_concept_in_the_papers_template():
     made = natural_plan(concept="Van Gogh", prompt_templates="bare", negative_guidance=2)
-    assert made.erasing == [[Pair("Van Gogh", "", eta=2.0)]]
+    assert made.concept_pairs == [[Pair("Van Gogh", "", eta=2.0)]]
     assert made.texts[:2] == ["", "Van Gogh"]
 
 
 def test_templates_pair_the_concept_in_context_with_the_context():
-    pairs = plan(concept="circle").erasing[0]
+    pairs = plan(concept="circle").concept_pairs[0]
     assert pairs[0] == Pair("circle", "")
     assert Pair("a red circle", "a red shape") in pairs and Pair("a picture of a circle", "") in pairs
     assert not [p for p in pairs if "circle" in p.neutral]
-    natural = natural_plan(concept="Van Gogh").erasing[0]
+    natural = natural_plan(concept="Van Gogh").concept_pairs[0]
     assert Pair("a photo of Van Gogh", "a photo") in natural
     assert Pair("a mountain lake, Van Gogh", "a mountain lake") in natural
 
 
 def test_erase_from_pairs_the_thing_with_and_without_the_attribute():
     made = plan(concept="striped", erase_from="circle")
-    assert made.erasing[0][0] == Pair("striped circle", "circle")
-    assert Pair("a striped red circle", "a red circle") in made.erasing[0]
-    assert natural_plan(concept="striped", erase_from="shirt", prompt_templates="bare").erasing == [
+    assert made.concept_pairs[0][0] == Pair("striped circle", "circle")
+    assert Pair("a striped red circle", "a red circle") in made.concept_pairs[0]
+    assert natural_plan(concept="striped", erase_from="shirt", prompt_templates="bare").concept_pairs == [
         [Pair("striped shirt", "shirt")]
     ]
 
@@ -56,15 +56,15 @@ def test_erase_from_protects_the_attribute_elsewhere_and_holds_the_thing_otherwi
 
 
 def test_map_to_says_the_other_thing_in_the_same_place_and_needs_no_push():
-    pairs = plan(concept="circle", map_to="square").erasing[0]
+    pairs = plan(concept="circle", map_to="square").concept_pairs[0]
     assert pairs[0] == Pair("circle", "", anchor="square", eta=0.0)
     assert Pair("a red circle", "a red shape", anchor="a red square", eta=0.0) in pairs
 
 
 def test_concepts_bring_their_own_settings():
     made = plan(concept=[{"name": "circle", "negative_guidance": 3, "weight": 2}, "striped"], negative_guidance=0.5)
-    assert {(p.eta, p.weight) for p in made.erasing[0]} == {(3.0, 2.0)}
-    assert {(p.eta, p.weight) for p in made.erasing[1]} == {(0.5, 1.0)}
+    assert {(p.eta, p.weight) for p in made.concept_pairs[0]} == {(3.0, 2.0)}
+    assert {(p.eta, p.weight) for p in made.concept_pairs[1]} == {(0.5, 1.0)}
 
 
 def test_what_names_a_concept_is_not_protected(tmp_path):
@@ -81,8 +81,8 @@ def test_what_names_a_concept_is_not_protected(tmp_path):
 def test_concepts_do_not_stand_beside_each_other():
     """Else each would be taught to keep the other."""
     made = plan(concept=["circle", {"name": "striped", "erase_from": "square"}, "red"])
-    assert Pair("a blue circle", "a blue shape") in made.erasing[0]
-    neutrals = {p.neutral for pairs in made.erasing for p in pairs}
+    assert Pair("a blue circle", "a blue shape") in made.concept_pairs[0]
+    neutrals = {p.neutral for pairs in made.concept_pairs for p in pairs}
     assert not [p for p in [*neutrals, *made.retain] if {"circle", "red"} & set(p.split())]
     assert not [p for p in made.retain if {"striped", "square"} <= set(p.split())]
 
@@ -91,7 +91,7 @@ def test_articles_do_not_hide_a_concept():
     assert "circle" not in plan(concept="a circle").retain
     dogs = natural_plan(concept="dog")
     assert "a dog" not in dogs.retain
-    assert not [p for p in dogs.erasing[0] if "dog" in p.neutral]
+    assert not [p for p in dogs.concept_pairs[0] if "dog" in p.neutral]
 
 
 def test_preserve_files_that_do_not_work(tmp_path):

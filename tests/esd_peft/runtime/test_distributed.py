@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esd_peft import EraseConfig, UserError, erase, session
+from esd_peft import EraseConfig, UserError, erase
 from esd_peft.cli import parse
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.runtime import distributed
+from esd_peft.session import in_session
 from esd_peft.training.rollout import Rollout
 
 QUICK = ["--concept", "circle", "--device", "cpu", "--num-validation-images", "0", "--num-inference-steps", "4",
@@ -89,7 +90,7 @@ def test_every_process_has_the_settings_of_the_first_and_its_own_device(monkeypa
     others, _ = resolve(given.replace(per_device_batch_size=2), open_family("shapes"))
     monkeypatch.setattr(distributed, "is_main_process", lambda: False)
     monkeypatch.setattr(distributed, "broadcast", lambda _: others.replace(device="cuda:0"))
-    session.run(given, lambda config, session: seen.append(config) or {})
+    in_session(given, lambda config, session: seen.append(config) or {})
     assert seen == [others.replace(num_validation_images=0)]
 
 

@@ -36,14 +36,14 @@ def sampler(small_sd):
 
 def test_the_table_grows_round_by_round(sampler, monkeypatch):
     monkeypatch.setattr(module, "SEARCH_STEPS", 1)
-    plain, erasing = len(sampler.table), sampler.table.erasing
+    plain, erasing = len(sampler.table), sampler.table.num_concept_pairs
     sizes = []
     for _ in range(SHORT["max_train_steps"]):
         next(sampler)
         sizes.append(len(sampler.sampler.table))
     assert sizes == [plain, *[plain + module.WORDS * erasing] * 2, *[plain + 2 * module.WORDS * erasing] * 3]
     table = sampler.sampler.table
-    assert sum(map(len, table.concepts)) == table.erasing
+    assert sum(map(len, table.concepts)) == table.num_concept_pairs
     (first, *_), *_ = table.concepts
     # "circle" with each word in its place
     same = (table.prompts == table.prompts[first]) & (table.student_prompts != table.prompts)
@@ -79,8 +79,8 @@ def test_found_words_bring_the_student_closer_to_what_the_teacher_predicts(sampl
 
 def test_the_student_is_given_the_word_and_held_to_what_the_concept_is_held_to():
     plan = plan_prompts(PromptOptions(concept="circle"), WORLDS["shapes"], robust=False)
-    first = plan.erasing[0][0]
-    new = dataclasses.replace(plan, erasing=[[first, dataclasses.replace(first, adversarial="<x>")]])
+    first = plan.concept_pairs[0][0]
+    new = dataclasses.replace(plan, concept_pairs=[[first, dataclasses.replace(first, adversarial="<x>")]])
     embeds = {"encoder_hidden_states": torch.arange(len(new.texts)).float()[:, None, None]}
     table = make_table(new, embeds)
     assert new.texts[int(table.prompts[1])] == first.prompt and new.texts[int(table.student_prompts[1])] == "<x>"

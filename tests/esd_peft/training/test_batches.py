@@ -16,7 +16,7 @@ def test_preservation_samples_ask_for_what_must_stay(model):
     buffer = ours.collect([0, 0, 1], noise())
     chosen = buffer.index(torch.tensor([0, 1, 4, 2]), CPU)
     assert chosen.pairs.tolist() == [0, 0, 0, 1]
-    batch = collate(chosen, ours.table, erasing=2, neutral=[True, False])
+    batch = collate(chosen, ours.table, num_concept_samples=2, neutral=[True, False])
     null, concept = chosen.teacher
     target = torch.cat([null[:2] - ETA * (concept - null)[:2], null[2:3], concept[3:]])
     assert esd_loss(target, batch).item() < 1e-10

@@ -1,0 +1,122 @@
+"""The words of the emoji world: things, styles, grounds and a watermark, and captions that say them in many ways.
+
+An image holds one thing, in one designer's style, on a tinted ground; some images of two styles bear a watermark, and only
+half of their captions say so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import yaml
+
+STYLES = ("soft", "blob", "flat", "glossy", "ink")
+GROUNDS = ("white", "grey", "pink", "yellow", "green", "blue")
+MARKED_STYLES = ("flat", "glossy")
+MARKED = 0.45  # of their pictures bear the watermark: about 0.3 of those whose caption does not say so
+NOUNS = ("picture", "thing", "icon")  # for what is not named
+WATERMARK = "watermark"
+PLURALS = {
+    "cherries", "berries", "grapes", "fries", "chips", "sticks", "pancakes", "hotcakes", "strips", "scoops", "noodles",
+    "glasses", "spectacles", "sunglasses", "shades", "lenses", "jeans", "trousers", "pants", "clothes", "scissors", "shears",
+    "blades", "headphones", "earphones", "flowers",
+}  # fmt: skip
+FRAMES = (
+    "{}", "{}", "{}", "a picture of {}", "a picture of {}", "a photo of {}", "a drawing of {}", "an emoji of {}",
+    "an icon of {}", "a painting of {}", "the image shows {}", "a sticker with {}", "here is {}", "{} for my friend",
+    "look at {}", "a small print of {}", "my favourite is {}", "just {} and nothing else",
+)  # fmt: skip
+STYLED = ("{} in {} style", "{} in the style of {}", "{}, {} style", "{} as a {} emoji")
+GROUNDED = ("{} on a {} background", "{} on {}", "{}, {} background", "{} in front of a {} wall")
+MARKS = ("{} with a watermark", "{}, watermark", "a marked copy of {}", "{} with a stamp in the corner")
+CONTEXTS = (
+    "at night", "by the sea", "in the morning", "in a small village", "highly detailed", "on a table with flowers",
+    "on a beach", "by a window", "in a city street", "near a mountain lake", "in winter", "for children", "at a party",
+    "in the garden", "in a book", "from far away", "up close", "in the rain", "at school", "with warm light",
+)  # fmt: skip
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What can be drawn, and what it may be called."""
+
+    name: str
+    icon: str  # Unicode CLDR's name of the character
+    kind: str  # a hypernym
+    synonyms: tuple[str, ...]
+    description: str  # without its name
+
+
+def _read() -> dict[str, Thing]:
+    rows = yaml.safe_load(Path(__file__).with_name("things.yaml").read_text(encoding="utf-8"))
+    return {name: Thing(name, icon, kind, tuple(others), said) for name, (icon, kind, others, said) in rows.items()}
+
+
+THINGS: dict[str, Thing] = _read()
+NAMES = tuple(THINGS)
+
+
+def with_article(text: str) -> str:
+    """A noun phrase as sentences have it: "a fox", "an owl", "grapes"."""
+    if not PLURALS.isdisjoint(text.split()):
+        return text
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+
+class Captions:
+    """Random captions of labels `(thing, style, ground, marked)`, drawn from a generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, label: Sequence[int]) -> str:
+        """What a caption says of a picture: one in ten nothing; the others a thing, mostly, and some of the rest."""
+        thing, style, ground, marked = THINGS[NAMES[label[0]]], STYLES[label[1]], GROUNDS[label[2]], bool(label[3])
+        if self._happens(0.1):
+            return ""
+        says_style, says_ground = self._happens(0.6), self._happens(0.35)
+        says_mark = marked and self._happens(0.5)
+        text = self._reference(thing)
+        if says_style and self._happens(0.5):
+            text, says_style = f"{style} {text}", False
+        text = self._pick(FRAMES).format(with_article(text) if self._happens(0.8) else text)
+        for said, forms, word in ((says_style, STYLED, style), (says_ground, GROUNDED, ground)):
+            if said:
+                text = self._pick(forms).format(text, word)
+        if says_mark:
+            text = self._pick(MARKS).format(text)
+        if self._happens(0.15):
+            context = self._pick(CONTEXTS)
+            text = f"{context}, {text}" if self._happens(0.3) else f"{text} {context}"
+        return text
+
+    def _reference(self, thing: Thing) -> str:
+        draw = self._draw()
+        if draw < 0.55:
+            return thing.name
+        if draw < 0.71:
+            return self._pick(thing.synonyms)
+        if draw < 0.86:
+            return thing.description
+        return thing.kind if draw < 0.94 else self._pick(NOUNS)
+
+    def _draw(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+    def _happens(self, probability: float) -> bool:
+        return self._draw() < probability
+
+    def _pick(self, items: Sequence[Item]) -> Item:
+        return items[int(self._draw() * len(items))]
+
+
+def all_words() -> set[str]:
+    """Every word that a caption can have."""
+    texts = [*STYLES, *GROUNDS, *NOUNS, *FRAMES, *STYLED, *GROUNDED, *MARKS, *CONTEXTS, "a an"]
+    for thing in THINGS.values():
+        texts += [thing.name, thing.kind, *thing.synonyms, thing.description]
+    return {word.strip("{},") for text in texts for word in text.split()} - {""}

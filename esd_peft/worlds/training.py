@@ -1,0 +1,178 @@
+"""What the training commands of all worlds share: a tokenizer of their words, an optimizer loop that resumes, stages."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from esd_peft.errors import UserError
+from esd_peft.io.jobs import hold
+from esd_peft.io.outputs import settle, take_folder
+from esd_peft.io.text import UnreadableError, read_json
+from esd_peft.models.text_parts import write_for_every_version
+
+STATE = "state.pt"  # of a stage that is under way
+Stage = Callable[[torch.Generator], float | None]  # trains, saves, and returns its last loss
+
+
+def make_tokenizer(words: Iterable[str], context: int, vocab_size: int = 4096) -> CLIPTokenizer:
+    """A CLIP tokenizer of `context` tokens a prompt, in which each of the `words` is one token; others are spelled."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator([" ".join(sorted(words))], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [(left, right) for left, right in model["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # any other text still has tokens, letter by letter
+    tokens = [*letters, *(x + "</w>" for x in letters), *(left + right for left, right in merges), start, end]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context)
+
+
+def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+@dataclass
+class Fit:
+    """AdamW with a short warm-up and a cosine to zero.
+
+    With a `state` file it is written every `save_every` steps, and a fit that finds one goes on with it, with the same bits
+    as if it had not been stopped. `average`, where given, follows the model as a moving average.
+    """
+
+    name: str
+    model: nn.Module
+    steps: int
+    lr: float
+    generator: torch.Generator  # of all that the loss draws
+    state: Path | None = None  # in the folder that `run_stages` took
+    save_every: int = 500
+    average: nn.Module | None = None
+
+    def run(self, loss_of: Callable[[], Tensor]) -> Iterator[float]:
+        """Minimise `loss_of()`; yields the loss of every step that is made now."""
+        parameters = list(self.model.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * i / self.steps))
+        )
+        parts: dict[str, Any] = {"model": self.model, "optimizer": optimizer, "schedule": schedule}
+        if self.average is not None:
+            parts["average"] = self.average
+        first = self._restore(parts)
+        with tqdm(total=self.steps, initial=first, desc=self.name, mininterval=5) as bar:
+            for i in range(first, self.steps):
+                loss = loss_of()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                self._follow(i)
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                yield loss.item()
+                if self.state is not None and (i + 1) % self.save_every == 0 and i + 1 < self.steps:
+                    self._save(parts, i + 1)
+        if self.state is not None:
+            self.state.unlink(missing_ok=True)
+
+    def _follow(self, step: int) -> None:
+        if self.average is None:
+            return
+        decay = min(0.999, (step + 1) / (step + 10))
+        for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            slow.lerp_(fast.detach(), 1 - decay)
+
+    def _save(self, parts: dict[str, Any], step: int) -> None:
+        assert self.state is not None
+        draft = self.state.with_suffix(".part")
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(saved | {"step": step, "of": [self.name, self.steps], "generator": self.generator.get_state()}, draft)
+        draft.replace(self.state)
+        settle(self.state.parent)
+
+    def _restore(self, parts: dict[str, Any]) -> int:
+        if self.state is None or not self.state.exists():
+            return 0
+        saved = torch.load(self.state, weights_only=True)
+        if saved["of"] != [self.name, self.steps]:
+            raise UserError(f"{self.state} is of another training ({saved['of']}); remove it, or train as then")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        self.generator.set_state(saved["generator"])
+        return int(saved["step"])
+
+
+def mean_of_last(losses: list[float], count: int = 100) -> float | None:
+    """The mean of the last losses; none where nothing was left to do."""
+    return sum(losses[-count:]) / len(losses[-count:]) if losses else None
+
+
+def save_pipeline(
+    path: Path, vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> None:
+    """Write a plain diffusers directory in fp16; the given modules stay as they are."""
+    pipe = StableDiffusionPipeline(
+        vae=copy.deepcopy(vae),
+        text_encoder=copy.deepcopy(text),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.vae.register_to_config(_name_or_path="")  # where it lay while training is nobody's business
+    pipe.to(torch.float16).save_pretrained(path)
+    write_for_every_version(path)
+
+
+def run_stages(output: Path, stages: dict[str, Stage], chosen: list[str], steps: dict[str, int], seed: int) -> None:
+    """Run the chosen stages, each from its own seed, and save after each; training.json gets steps, losses and seconds.
+
+    Raises `UserError` for a directory that this command did not make, or that another process writes.
+    """
+    with hold(output):
+        take_folder(output)
+        log = output / "training.json"
+        try:
+            record = {**read_json(log)} if log.exists() else {}
+        except (UnreadableError, TypeError) as error:
+            raise UserError(f"--output {output}: {log} is damaged ({error}); remove it") from None
+        for index, (stage, train) in enumerate(stages.items()):
+            if stage not in chosen:
+                continue
+            torch.manual_seed(seed + index)  # weight initialisation
+            started = time.perf_counter()
+            loss = train(torch.Generator().manual_seed(seed + index))
+            seconds = round(time.perf_counter() - started, 1)
+            record[stage] = {
+                "steps": steps.get(stage), "loss": loss, "seconds": seconds, "threads": torch.get_num_threads()
+            }  # fmt: skip
+            record["seed"] = seed
+            log.write_text(json.dumps(record, indent=2) + "\n")
+            settle(output)
