@@ -60,7 +60,9 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         images, side_by_side = config.validation.num_validation_images, config.buffer.rollout_batch_size
         validation = None
         if config.validation.during_training:
-            validation = ValidationSampler(family, prompts.concepts, images, side_by_side, training.seed, device, dtype)
+            validation = ValidationSampler(
+                family, prompts.concepts, images, side_by_side, training.seed, device, dtype, prompts.given
+            )
 
     # the student, whose teacher is itself with the adapter disabled; it may start from a closed form
     with profiler.phase("load"):

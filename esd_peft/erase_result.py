@@ -11,7 +11,7 @@ from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError, out_of_memory
 from esd_peft.evaluate import command_of, evaluate
 from esd_peft.evaluation.options import WITHIN, EvaluateConfig
-from esd_peft.evaluation.rates import Shares
+from esd_peft.evaluation.rates import Accuracies
 from esd_peft.evaluation.text import MARKS
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.outputs import new_file
@@ -28,16 +28,14 @@ def make_result(
     validation: ValidationSampler | None,
 ) -> dict[str, Any]:
     """What `result.json` holds; writes the images that were made into the output."""
-    concepts: Shares = {}
-    others: Shares = {}
+    found: Accuracies | None = None
     if validation is not None:
         with profiler.phase("evaluate"), finished(config.checkpoint.output):
-            concepts, others = validation.shares()
+            found = validation.accuracies()
             with new_file(config.checkpoint.output / "before_after.png") as draft:
                 validation.grid().save(draft)
     return {
-        "concepts": concepts,
-        "others": others,
+        **recognised(found),
         "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]},
         "direction_left": stopping.curve if stopping else [],
         "nfe": profiler.nfe,
@@ -48,6 +46,14 @@ def make_result(
         "config": config.model_dump(mode="json"),
         "version": __version__,
     }
+
+
+def recognised(found: Accuracies | None) -> dict[str, Any]:
+    """The rates before and after: of concepts and others in prompts that the erasure has not seen, and by strata."""
+    if found is None:
+        return {"concepts": {}, "others": {}, "strata": {}}
+    concepts, others = found.shares
+    return {"concepts": concepts, "others": others, "strata": {key: rates.to_dict() for key, rates in found.strata.items()}}
 
 
 def write(output: Path, result: dict[str, Any]) -> None:
@@ -84,7 +90,7 @@ def add_evaluation(config: EraseConfig, result: dict[str, Any]) -> None:
     with finished(config.checkpoint.output, command_of(options)):
         found = evaluate(options)
     if found.accuracies is not None:
-        result["concepts"], result["others"] = found.accuracies.shares
+        result |= recognised(found.accuracies)
     result["evaluation"] = found.to_dict()
     write(config.checkpoint.output, result)
 
@@ -108,15 +114,12 @@ def table(result: dict[str, Any]) -> str:
     """What `result.json` holds, for people: rates where there are any, then losses and costs."""
     verdicts = result.get("evaluation", {}).get("verdict", [])
     lines = [*(f"{MARKS[verdict['level']]} {verdict['text']}" for verdict in verdicts), *([""] if verdicts else [])]
-    if result["concepts"]:
-        width = max(map(len, [*result["concepts"], *result["others"], "everything else"])) + 2
+    if result["strata"]:
+        lines += _strata_lines(result["strata"])
+    elif result["concepts"]:
+        width = max(map(len, [*result["concepts"], *result["others"]])) + 2
         lines.append(f"{'recognised in images':<{max(width, 24)}}before   after")
-        lines += [_rates(name, rates, width) for name, rates in result["concepts"].items()]
-        lines.append("-" * (max(width, 24) + 14))
-        lines += [_rates(name, rates, width) for name, rates in result["others"].items()]
-    if result["others"]:
-        means = {k: sum(r[k] for r in result["others"].values()) / len(result["others"]) for k in ("before", "after")}
-        lines.append(_rates("everything else", means, width))
+        lines += [_rates(name, rates, width) for name, rates in (result["concepts"] | result["others"]).items()]
     if result["concepts"]:
         lines.append("")
     seconds, peaks = result["seconds"], result["peak_memory_bytes"]
@@ -138,3 +141,24 @@ def table(result: dict[str, Any]) -> str:
 
 def _rates(name: str, rates: dict[str, float], width: int) -> str:
     return f"{name:<{max(width, 24)}}{rates['before']:>5.1%}  {rates['after']:>6.1%}"
+
+
+def _strata_lines(strata: dict[str, Any]) -> list[str]:
+    """What is left of concepts and lost of the rest; of both first what the erasure has not seen, then what it has."""
+    lines = []
+    for title, erased, seen in (
+        ("left of what is erased, in prompts that the erasure has not seen", True, False),
+        ("and in such as it was trained on", True, True),
+        ("lost of the rest, none of which it has seen", False, False),
+        ("and of what was on its list", False, True),
+    ):
+        rows = [s for s in strata.values() if (s["erased"], s["seen"]) == (erased, seen)]
+        if rows:
+            lines.append(f"{title:<66}{'before':>7}{'after':>8}  95 %")
+        for s in rows:
+            low, high = s["after"]["interval"]
+            figures = f"{s['before']['share']:>7.1%}{s['after']['share']:>8.1%}  {low:.1%} to {high:.1%}"
+            lines.append(f"  {s['title']:<64}{figures}")
+            if not erased and s["worst_lost"] > 0:
+                lines.append(f"    most of {s['worst']}: {100 * s['worst_lost']:.0f} points")
+    return lines

@@ -7,8 +7,9 @@ from diffusers import DiffusionPipeline
 from esd_peft.evaluation.image_cache import ImageStore
 from esd_peft.evaluation.metrics import Findings, Metrics, score
 from esd_peft.evaluation.rates import Accuracies, accuracies
-from esd_peft.evaluation.suites import Prompt, Roles, Suite
+from esd_peft.evaluation.suites import Roles, Suite
 from esd_peft.models.sampling import EncodedPrompts, SampleIndex, image_batches
+from esd_peft.worlds.world import Prompt
 
 
 @dataclass

@@ -1,10 +1,14 @@
 """How often images show what was asked for: the target, the same domain, the other domains (UA, IRA, CRA)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from esd_peft.evaluation.intervals import wilson
-from esd_peft.evaluation.suites import Prompt, Roles
+from esd_peft.evaluation.intervals import bootstrap_mean, wilson
+from esd_peft.evaluation.strata import STRATA, Stratum
+from esd_peft.evaluation.suites import Roles
+from esd_peft.worlds.world import Prompt
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,13 @@ class Change:
     def __add__(self, other: "Change") -> "Change":
         return Change(self.before + other.before, self.after + other.after)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As result.json holds it."""
+        return {
+            name: {"hits": r.hits, "count": r.count, "share": r.share, "interval": r.interval}
+            for name, r in (("before", self.before), ("after", self.after))
+        }
+
 
 Shares = dict[str, dict[str, float]]  # name: before, after: share of images
 
@@ -56,6 +67,7 @@ class Accuracies:
     others: dict[str, dict[str, Change]]  # domain (the target's first): label: shows it, where no concept is asked for
     beside: Change | None  # shows what else such a prompt asks for, where a concept is asked for
     target_domains: frozenset[str]
+    strata: dict[str, "StratumRates"] = field(default_factory=dict)  # by key, where the prompts belong to some
 
     @property
     def same_domain(self) -> Change | None:
@@ -83,6 +95,41 @@ class Accuracies:
         return concepts, rest
 
 
+@dataclass(frozen=True)
+class StratumRates:
+    """What was recognised in the images of a stratum (`esd_peft.evaluation.strata`)."""
+
+    stratum: Stratum
+    changes: dict[str, Change]  # by concept, by label, or by domain
+    interval: tuple[float, float]  # of `lost`, 95 % (bootstrap over prompts)
+
+    @property
+    def total(self) -> Change:
+        """Of all images."""
+        total, *more = self.changes.values()
+        return functools.reduce(Change.__add__, more, total)
+
+    @property
+    def worst(self) -> str:
+        """The one that loses most; of the concepts the one of which most is left."""
+        key = (lambda n: self.changes[n].after.share) if self.stratum.erased else (lambda n: self.changes[n].lost)
+        return max(self.changes, key=key)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As result.json holds it."""
+        return {
+            "title": self.stratum.title,
+            "erased": self.stratum.erased,
+            "seen": self.stratum.seen,
+            **self.total.to_dict(),
+            "lost": self.total.lost,
+            "lost_interval": self.interval,
+            "worst": self.worst,
+            "worst_lost": self.changes[self.worst].lost,
+            "each": {name: change.to_dict() for name, change in self.changes.items()},
+        }
+
+
 Seen = Sequence[Sequence[dict[str, str]]]  # [prompts][seeds]: what an image shows, by domain
 
 
@@ -108,7 +155,31 @@ def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -
     ]
     domains = frozenset(domain for wanted in roles.wanted.values() for domain in wanted)
     others = {domain: others[domain] for domain in sorted(others, key=lambda domain: domain not in domains)}
-    return Accuracies(targets, others, _sum(rest), domains)
+    return Accuracies(targets, others, _sum(rest), domains, _strata(prompts, roles, change))
+
+
+def _strata(
+    prompts: list[Prompt], roles: Roles, change: Callable[[dict[str, str], list[int]], Change]
+) -> dict[str, StratumRates]:
+    found: dict[str, list[tuple[str, Change]]] = {}
+    for i, prompt in enumerate(prompts):
+        if not prompt.stratum:
+            continue
+        erased = STRATA[prompt.stratum].erased
+        shown = {domain: label for domain, label in prompt.labels.items() if label == prompt.about}
+        wanted = roles.wanted[prompt.about] if erased else shown
+        found.setdefault(prompt.stratum, []).append((prompt.about, change(wanted, [i])))
+        if prompt.stratum == "wordings":
+            free = [(domain, label) for domain, label in prompt.labels.items() if domain not in wanted]
+            found.setdefault("beside", []).extend((domain, change({domain: label}, [i])) for domain, label in free)
+    return {key: _stratum(STRATA[key], found[key]) for key in STRATA if key in found}
+
+
+def _stratum(stratum: Stratum, found: list[tuple[str, Change]]) -> StratumRates:
+    changes: dict[str, Change] = {}
+    for name, made in found:
+        changes[name] = changes[name] + made if name in changes else made
+    return StratumRates(stratum, changes, bootstrap_mean([made.lost for _, made in found], seed=0))
 
 
 def rate(wanted: dict[str, str], images: list[dict[str, str]]) -> Rate:

@@ -15,12 +15,13 @@ from PIL import Image
 from esd_peft.evaluation.image_cache import ImageCache
 from esd_peft.evaluation.plots import attack_success, erased_against_kept
 from esd_peft.evaluation.result import Evaluation
-from esd_peft.evaluation.suites import Prompt, Roles
+from esd_peft.evaluation.suites import Roles
 from esd_peft.evaluation.tables import tables
 from esd_peft.evaluation.text import MARKS, as_markdown
 from esd_peft.io.outputs import new_file
 from esd_peft.io.text import shown_lines
 from esd_peft.runtime.seeds import generator
+from esd_peft.worlds.world import Prompt
 
 SHOWN, SHOWN_SEEDS = 6, 2  # prompts of each kind, and images of each
 _SIZE = 256  # pixels

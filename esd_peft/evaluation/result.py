@@ -91,12 +91,13 @@ class Evaluation:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "detector": vars(self.detector) if self.detector else None,
-            "targets": {k: _change(c) for k, c in found.targets.items()} if found else {},
-            "others": {d: {k: _change(c) for k, c in o.items()} for d, o in found.others.items()} if found else {},
+            "targets": {k: c.to_dict() for k, c in found.targets.items()} if found else {},
+            "others": {d: {k: c.to_dict() for k, c in o.items()} for d, o in found.others.items()} if found else {},
             "unlearning_accuracy": _unlearning(found),
-            "same_domain": _change(found.same_domain) if found and found.same_domain else None,
-            "cross_domain": _change(found.cross_domain) if found and found.cross_domain else None,
-            "beside": _change(found.beside) if found and found.beside else None,
+            "same_domain": found.same_domain.to_dict() if found and found.same_domain else None,
+            "cross_domain": found.cross_domain.to_dict() if found and found.cross_domain else None,
+            "beside": found.beside.to_dict() if found and found.beside else None,
+            "strata": {key: rates.to_dict() for key, rates in found.strata.items()} if found else {},
             "counts": self.counts,
             "measures": {
                 m.judge.name: {
@@ -108,7 +109,7 @@ class Evaluation:
             "attacks": [
                 {
                     **{k: v for k, v in vars(a).items() if k != "curve"},
-                    "curve": [{"budget": b, **_change(c)} for b, c in a.curve],
+                    "curve": [{"budget": b, **c.to_dict()} for b, c in a.curve],
                 }
                 for a in self.attacks
             ],
@@ -187,10 +188,3 @@ def _unlearning(found: Accuracies | None) -> float | None:
         return None
     total = sum((c.after for c in found.targets.values()), Rate(0, 0))
     return 1 - total.share
-
-
-def _change(change: Change) -> dict[str, Any]:
-    return {
-        name: {"hits": r.hits, "count": r.count, "share": r.share, "interval": r.interval}
-        for name, r in (("before", change.before), ("after", change.after))
-    }

@@ -2,7 +2,8 @@
 
 import itertools
 import string
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +12,11 @@ from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from esd_peft.errors import UserError, in_brief
+from esd_peft.evaluation.strata import ASKING, KEPT, strata_prompts
 from esd_peft.io import text as text_files
 from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
 from esd_peft.worlds import WORLDS, World
+from esd_peft.worlds.world import Prompt
 
 RETAINED = 24  # of the built-in prompts, in suite concept
 _FOLDER = files("esd_peft.evaluation") / "suites"
@@ -40,13 +43,15 @@ class Suite(BaseModel):
 
     about: str
     prompts: Literal["world", "concept", "file"] | dict[str, str | list[str]]
-    """world: an embedded pipeline's; concept: the concept in a few templates, and some of the retain set; file: --prompts;
-    or a template and, for each of its {names}, a list: every combination of them."""
+    """world: an embedded pipeline's, by strata; concept: the concept in a few templates, and some of the retain set; file:
+    --prompts; or a template and, for each of its {names}, a list: every combination of them."""
     role: Literal["named", "erased", "kept"] = "named"
     """Whose turn a prompt is: the concept's where it names it, always, or never."""
     labels: dict[str, str] = Field(default_factory=dict)
     """What every image shows (domain: label) while nothing is erased."""
     detector: DetectorSpec | None = None
+    size: Annotated[int, Field(ge=1)] = 12
+    """Of world: prompts of each stratum."""
     seeds: Annotated[int, Field(ge=1)]
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
@@ -70,14 +75,6 @@ class Suite(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, and what its image shall show: `{"shape": "circle", "colour": "red"}`; empty where nothing is known."""
-
-    text: str
-    labels: dict[str, str] = field(default_factory=dict)
-
-
 def load_suite(name: str) -> Suite:
     """The built-in suite of that name, or the YAML file. Raises `UserError` if there is none or it is damaged."""
     path = _FOLDER / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
@@ -93,8 +90,8 @@ def load_suite(name: str) -> Suite:
         raise UserError(f"--suite {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def suite_prompts(suite: Suite, concepts: list[str], source: str | None) -> list[Prompt]:
-    """The suite's prompts, in order. `source` is what `--prompts` names.
+def suite_prompts(suite: Suite, concepts: list[str], source: str | None, preserved: Iterable[str] = ()) -> list[Prompt]:
+    """The suite's prompts, in order. `source` is what `--prompts` names, `preserved` what the erasure was told to keep.
 
     Raises `UserError` for a file that is missing, superfluous, empty or without the columns that are needed.
     """
@@ -104,18 +101,12 @@ def suite_prompts(suite: Suite, concepts: list[str], source: str | None) -> list
         )
     if suite.prompts == "world":
         assert suite.world is not None  # checked with the suite
-        return world_prompts(suite.world, concepts)
+        return strata_prompts(suite.world, concepts, [*retain_prompts(), *preserved], suite.size)
     if suite.prompts == "concept":
         return _concept_prompts(concepts)
     if isinstance(suite.prompts, dict):
         return _combinations(suite.prompts, suite)
     return [_prompt(row["prompt"], row, suite) for row in read_prompts(source or "", suite)]
-
-
-def world_prompts(world: World, concepts: list[str]) -> list[Prompt]:
-    """Each concept alone in every template of the training captions, then every full prompt of the world."""
-    alone = [world.prompt(world.attributes_in(c), template) for c in concepts for template in world.captions]
-    return [Prompt(text, world.attributes_in(text)) for text in dict.fromkeys([*alone, *world.full_prompts()])]
 
 
 def _concept_prompts(concepts: list[str]) -> list[Prompt]:
@@ -173,13 +164,19 @@ def _local(source: str) -> Path:
         raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({in_brief(error)})") from None
 
 
-def select_prompts(suite: Suite, concepts: list[str], source: str | None, limit: int | None) -> tuple[list[Prompt], "Roles"]:
+def select_prompts(
+    suite: Suite, concepts: list[str], source: str | None, limit: int | None, preserved: Iterable[str] = ()
+) -> tuple[list[Prompt], "Roles"]:
     """The prompts of an evaluation and their roles; at most `limit` for each concept, and as many others.
 
     Raises `UserError` as `suite_prompts` and `assign_roles` do.
     """
-    prompts = suite_prompts(suite, concepts, source)
+    if suite.prompts == "world":
+        suite = suite.model_copy(update={"size": min(suite.size, limit or suite.size)})
+    prompts = suite_prompts(suite, concepts, source, preserved)
     roles = assign_roles(suite, prompts, concepts)
+    if suite.prompts == "world":
+        return prompts, roles
     chosen = {i for rows in (*roles.asking.values(), roles.kept) for i in spread(rows, limit)}
     prompts = [prompts[i] for i in sorted(chosen)]
     return prompts, assign_roles(suite, prompts, concepts)
@@ -205,6 +202,8 @@ def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Ro
         raise UserError("--concept is missing, and --erased does not say what was erased")
     if blank := [concept for concept in concepts if names(concept, "")]:
         raise UserError(f"--concept {blank[0]!r} names nothing; say what was erased")
+    if suite.prompts == "world" and suite.world is not None:
+        return _strata_roles(suite.world, prompts, concepts)
     wanted = {concept: _labels_of(concept, prompts) for concept in concepts}
     asking = {c: [i for i, p in enumerate(prompts) if _asks_for(c, wanted[c], p)] for c in concepts}
     if missing := [concept for concept, rows in asking.items() if not rows]:
@@ -213,6 +212,13 @@ def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Ro
         )
     asked = {i for rows in asking.values() for i in rows}
     return Roles(wanted, asking, [i for i in range(len(prompts)) if i not in asked])
+
+
+def _strata_roles(world: World, prompts: list[Prompt], concepts: list[str]) -> Roles:
+    """A concept is gone, and the rest intact, by the strata that the erasure has not seen."""
+    wanted = {concept: world.attributes_in(concept) for concept in concepts}
+    asking = {c: [i for i, p in enumerate(prompts) if p.about == c and p.stratum in ASKING] for c in concepts}
+    return Roles(wanted, asking, [i for i, p in enumerate(prompts) if p.stratum in KEPT])
 
 
 def _labels_of(concept: str, prompts: list[Prompt]) -> dict[str, str]:

@@ -10,13 +10,15 @@ from esd_peft.errors import UserError
 from esd_peft.evaluation.evaluator import Evaluator
 from esd_peft.evaluation.image_cache import ImageMemory
 from esd_peft.evaluation.metrics import Metrics
-from esd_peft.evaluation.rates import Shares
-from esd_peft.evaluation.suites import Prompt, assign_roles, load_suite, world_prompts
+from esd_peft.evaluation.rates import Accuracies
+from esd_peft.evaluation.suites import assign_roles, load_suite, suite_prompts
 from esd_peft.models import ModelFamily
 from esd_peft.models.sampling import before_after_grid, encode_prompts
 from esd_peft.worlds import World
+from esd_peft.worlds.world import Prompt
 
 SMALL_BATCH = 48  # images side by side on an embedded pipeline
+_IN_GRID = {"trained": 1, "wordings": 2, "synonyms": 2, "unnamed": 1, "neighbours": 3, "unlisted": 2, "listed": 1}  # prompts
 UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")
 
 
@@ -32,8 +34,8 @@ def check_concepts(world: World, concepts: list[str]) -> None:
 class ValidationSampler:
     """Makes the same images of a denoiser each time. Prompts are encoded when it is made.
 
-    On an embedded pipeline they are of every prompt of its world, and its classifier looks at them; otherwise they are of
-    the concepts and a few unrelated prompts.
+    On an embedded pipeline they are of its world's prompts by strata, and its classifier looks at them; otherwise they are
+    of the concepts and a few unrelated prompts.
     """
 
     family: ModelFamily
@@ -43,13 +45,14 @@ class ValidationSampler:
     seed: int
     device: torch.device
     dtype: torch.dtype
+    preserved: list[str] = field(default_factory=list)  # what the options ask to preserve
     stores: dict[str, ImageMemory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         world = self.family.world
         suite = load_suite(world.name if world else "concept").model_copy(update={"seeds": self.seeds})
         plain = [Prompt(text) for text in (*self.concepts, *UNRELATED)]
-        prompts = world_prompts(world, self.concepts) if world else plain
+        prompts = suite_prompts(suite, self.concepts, None, self.preserved) if world else plain
         roles = assign_roles(suite, prompts, self.concepts)
         metrics = Metrics.of_suite(suite, prompts)
         self.evaluator = Evaluator(suite, prompts, roles, metrics, self.seed, SMALL_BATCH if world else self.batch_size)
@@ -60,11 +63,9 @@ class ValidationSampler:
         store = self.stores[label] = ImageMemory()
         self.evaluator.make(store, self.family.pipeline(denoiser, self.device, self.dtype), self.encoded, label)
 
-    def shares(self) -> tuple[Shares, Shares]:
-        """`{name: {"before": rate, "after": rate}}` of the concepts and of everything else; empty if nobody can tell."""
-        found = self.evaluator.look(self.stores["before"], self.stores["after"])
-        accuracies = self.evaluator.accuracies(found)
-        return accuracies.shares if accuracies else ({}, {})
+    def accuracies(self) -> Accuracies | None:
+        """What was recognised before and after; none if nobody can tell."""
+        return self.evaluator.accuracies(self.evaluator.look(self.stores["before"], self.stores["after"]))
 
     def grid(self) -> Image.Image:
         """A sheet of a few prompts, before above after."""
@@ -73,14 +74,11 @@ class ValidationSampler:
         return before_after_grid([self.evaluator.prompts[i].text for i in rows], before, after)
 
     def shown(self) -> list[int]:
-        """Which prompts go into the grid: each concept alone, in a few full prompts, and a few that do not name it."""
-        world, prompts = self.family.world, self.evaluator.prompts
-        if world is None:
+        """Which prompts go into the grid: of strata the first few, those of the concepts first."""
+        prompts = self.evaluator.prompts
+        if self.family.world is None:
             return list(range(len(prompts)))
-        texts, free = [prompt.text for prompt in prompts], self.evaluator.roles.kept
-        named = [i for i in range(len(texts)) if i not in free]
-        alone = [texts.index(world.prompt(world.attributes_in(concept))) for concept in self.concepts]
-        step = 29  # prime to the 144 full prompts: consecutive picks differ in shape, colour and texture
-        few = [named[(7 + k * step) % len(named)] for k in range(3)]
-        few += [free[(k * step) % len(free)] for k in range(6 if free else 0)]
-        return list(dict.fromkeys(alone + few))
+        rows: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            rows.setdefault(prompt.stratum, []).append(i)
+        return [i for key, count in _IN_GRID.items() for i in rows.get(key, [])[:count]]

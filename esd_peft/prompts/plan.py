@@ -108,7 +108,7 @@ def plan_prompts(options: PromptOptions, world: World | None, robust: bool) -> P
     retain = _retain_set(options, given, world)
     # layers that no null space protects learn with --robust: these are held to some of what is to stay
     some = spread(retain[1:], PRESERVED) if robust else []
-    preserved = dict.fromkeys([*given, *_sources_otherwise(options, world), *some])
+    preserved = dict.fromkeys([*given, *_sources_otherwise(options), *some])
     return PromptPlan(options.concept_names, erasing, [Pair(prompt, "") for prompt in preserved], retain, given)
 
 
@@ -119,7 +119,7 @@ def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> 
     named = f"{concept.name} {source}".strip()
     pairs = [
         Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
-        for say in _templates([named, towards or ""], options, world)
+        for say in _templates([named, towards or ""], options.prompt_templates == "bare", world)
     ]
     # what another concept stands beside must not be taught to stay
     clean = [p for p in dict.fromkeys(pairs) if not _names_any(options.concept_names, p.neutral)]
@@ -141,11 +141,17 @@ def _content_words(text: str) -> set[str]:
     return {word.strip(".,;:!?\"'()").lower() for word in text.split()} - {"a", "an", "the", "of", "in", "on", ""}
 
 
-def _templates(texts: list[str], options: PromptOptions, world: World | None) -> list[Callable[[str], str]]:
-    if options.prompt_templates == "bare":
+def prompts_naming(concept: str, world: World | None) -> list[str]:
+    """The prompts with which a concept is erased by default, the plain one first."""
+    return [say(concept) for say in _templates([concept], False, world)]
+
+
+def _templates(texts: list[str], bare: bool, world: World | None) -> list[Callable[[str], str]]:
+    if bare:
         return [lambda text: text]
-    if world is not None:
-        return world.prompt_templates(texts)
+    own = world.prompt_templates(texts) if world is not None else None
+    if own is not None:
+        return own
     # the scene first: text encoders read from left to right, so its words are the same with and without the concept
     templates = TEMPLATES | {f"{scene}, {{}}": scene for scene in SCENES}
     return [functools.partial(_fill_in, template, nothing) for template, nothing in templates.items()]
@@ -161,11 +167,12 @@ def _retain_set(options: PromptOptions, given: list[str], world: World | None) -
     An attribute that is erased from something is protected beside everything else. That something is not: the words of
     "striped circle" are those of "striped" and "circle", and with both protected nothing could be learned.
     """
-    built_in = retain_prompts() if world is None else world.retain_prompts()
     sourced = [c for c in options.concept if options.source_of(c)]
-    apart = [say(c.name) for c in sourced for say in _templates([c.name], options, world)]
+    apart = [say(c.name) for c in sourced for say in _templates([c.name], options.prompt_templates == "bare", world)]
     named = options.concept_names + options.sources
-    return list(dict.fromkeys(["", *(prompt for prompt in [*given, *built_in, *apart] if not _names_any(named, prompt))]))
+    return list(
+        dict.fromkeys(["", *(prompt for prompt in [*given, *retain_prompts(), *apart] if not _names_any(named, prompt))])
+    )
 
 
 def spread(items: list[Item], count: int | None) -> list[Item]:
@@ -180,11 +187,11 @@ def retain_prompts() -> list[str]:
     return read_lines(files("esd_peft.prompts") / "retain_prompts.txt")
 
 
-def _sources_otherwise(options: PromptOptions, world: World | None) -> list[str]:
+def _sources_otherwise(options: PromptOptions) -> list[str]:
     """What concepts are erased from, with other attributes: these the loss preserves, as they cannot be protected."""
     prompts: list[str] = []
     for source in options.sources:
-        others = [f"{word} {source}" for word in ATTRIBUTES] if world is None else world.attributed(source)
+        others = [f"{word} {source}" for word in ATTRIBUTES]
         prompts += [prompt for prompt in others if not _names_any(options.concept_names, prompt)]
     return prompts
 

@@ -2,17 +2,31 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
+
+Labels = dict[str, str]  # by domain: {"thing": "fox", "style": "ink"}
 
 
 class Classifier(Protocol):
     """Names what images show."""
 
-    def name(self, images: Tensor) -> list[dict[str, str]]:
-        """Of images `[B, 3, H, W]` in [0, 1] each one's labels, by domain."""
+    def name(self, images: Tensor) -> list[Labels]:
+        """Of images `[B, 3, H, W]` in [0, 1] each one's labels."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what its image shall show; no labels where nothing is known."""
+
+    text: str
+    labels: Labels = field(default_factory=dict)
+    stratum: str = ""  # what it measures (`esd_peft.evaluation.strata`), where that is known,
+    about: str = ""  # and of which concept, or which of its labels
 
 
 class World(ABC):
@@ -22,7 +36,6 @@ class World(ABC):
     pipeline: ClassVar[Path]
     image_size: ClassVar[int]  # pixels a side
     attributes: ClassVar[dict[str, tuple[str, ...]]]  # by domain, every label that an image can have
-    captions: ClassVar[tuple[str, ...]]  # templates of the captions that the pipeline was trained on
 
     @property
     def about(self) -> str:
@@ -30,28 +43,28 @@ class World(ABC):
         return f"the embedded {self.name} pipeline"
 
     @abstractmethod
-    def attributes_in(self, text: str) -> dict[str, str]:
-        """The labels that `text` names, by domain."""
+    def attributes_in(self, text: str) -> Labels:
+        """The labels that `text` names."""
 
     @abstractmethod
-    def prompt(self, named: dict[str, str], template: str = "a {}") -> str:
-        """The caption for these labels; "" for none."""
+    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """`count` prompts that name `labels`, in the wordings of the captions, beside labels of other domains."""
+
+    def described(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Up to `count` prompts that ask for `labels` by other names; none where the world has no other names."""
+        return []
+
+    def unnamed(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Up to `count` prompts that do not ask for `labels`, whose images may have them all the same."""
+        return []
 
     @abstractmethod
-    def full_prompts(self) -> list[str]:
-        """Every prompt that names a label of each domain."""
+    def neighbours(self, domain: str, label: str) -> list[str]:
+        """The labels of the domain that are like `label`, the nearest first."""
 
-    @abstractmethod
-    def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]]:
-        """Ways to say something, alone and beside what none of `texts` names: of "" for nothing, too."""
-
-    @abstractmethod
-    def retain_prompts(self) -> list[str]:
-        """The built-in list of prompts that stay."""
-
-    @abstractmethod
-    def attributed(self, thing: str) -> list[str]:
-        """`thing` with each label of the domains that it does not name."""
+    def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]] | None:
+        """Ways to say something beside what none of `texts` names, of "" for nothing; none: as to other models."""
+        return None
 
     @abstractmethod
     def load_classifier(self) -> Classifier:

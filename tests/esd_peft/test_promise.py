@@ -1,4 +1,4 @@
-"""The promise, kept on the embedded pipeline: the concept goes, the rest stays, within the budget."""
+"""The promise, kept on an embedded pipeline: the concept goes, the rest stays, within the budget."""
 
 import pytest
 
@@ -7,13 +7,11 @@ from esd_peft import EraseConfig, erase
 
 @pytest.mark.parametrize("concept", ["circle", "striped"])
 def test_default_erasure(tmp_path, concept):
-    """One seed and one image a prompt; benchmarks/erasure.py measures three seeds on more images."""
+    """One seed and one image a prompt; benchmarks/erasure.py measures more of each, in a world that is less easy."""
     result = erase(EraseConfig(concept=concept, output=tmp_path / "erased", num_validation_images=1, device="cpu"))
-    rates = result["concepts"][concept]
-    assert rates["before"] >= 0.9
-    assert rates["after"] <= 0.05  # 31 or 43 images: one or two of them
-    losses = [r["before"] - r["after"] for r in result["others"].values()]
-    assert sum(losses) / len(losses) <= 0.01
-    assert max(losses) <= 0.05  # a shape has 24 images here: one of them
+    strata = result["strata"]
+    assert strata["wordings"]["before"]["share"] >= 0.9
+    assert strata["wordings"]["after"]["share"] <= 0.1 and strata["trained"]["after"]["share"] <= 0.15  # two images
+    assert strata["unlisted"]["lost"] <= 0.05 and strata["listed"]["lost"] <= 0.05
     assert result["nfe"] <= 6 * result["training_samples"]
     assert (tmp_path / "erased" / "before_after.png").is_file()

@@ -1,11 +1,30 @@
 """The emoji world: a thing, in a designer's style, on a tinted ground, some of them marked."""
 
+import functools
+import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from esd_peft.worlds.emoji import pictures
 from esd_peft.worlds.emoji.classifier import LABELS, Classifier, load_classifier
-from esd_peft.worlds.world import World
+from esd_peft.worlds.emoji.vocabulary import (
+    FRAMES,
+    GROUNDS,
+    MARKED_STYLES,
+    NAMES,
+    NOUNS,
+    STYLES,
+    THINGS,
+    WATERMARK,
+    Captions,
+)
+from esd_peft.worlds.world import Labels, Prompt, World
+
+_FRAMES = [frame for frame in FRAMES if frame not in ("{}", "a picture of {}", "a photo of {}")]  # as erasures do not say it
+_GROUND = re.compile(rf"\b(on|in front of)( a)? ({'|'.join(GROUNDS)})\b|\b({'|'.join(GROUNDS)}) background\b")
 
 
 class Emoji(World):
@@ -16,5 +35,69 @@ class Emoji(World):
     image_size: ClassVar[int] = pictures.SIZE
     attributes: ClassVar[dict[str, tuple[str, ...]]] = {d: tuple(filter(None, names)) for d, names in LABELS.items()}
 
+    def attributes_in(self, text: str) -> Labels:
+        """Things by their longest name ("hot dog", and no dog in it); grounds only where they are said to be one."""
+        found: Labels = {}
+        words = " ".join(re.findall(r"[a-z]+", text.lower()))
+        names = [name for name in NAMES if re.search(rf"\b{name}\b", words)]
+        if names:
+            found["thing"] = max(names, key=len)
+        if styles := [style for style in STYLES if style in words.split()]:
+            found["style"] = styles[0]
+        if ground := _GROUND.search(words):
+            found["ground"] = ground[3] or ground[4]
+        elif words in GROUNDS:
+            found["ground"] = words
+        return found | ({"mark": WATERMARK} if WATERMARK in words.split() else {})
+
+    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        return [self._prompt(labels, Captions(draws)) for _ in range(count)]
+
+    def described(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """A thing by its other names and its description, by turns."""
+        if "thing" not in labels:
+            return []
+        thing, captions = THINGS[labels["thing"]], Captions(draws)
+        texts = [text for synonym in thing.synonyms for text in (synonym, thing.description)]
+        return [self._prompt(labels, captions, texts[i % len(texts)]) for i in range(count)]
+
+    def unnamed(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Of a thing its kind, of the watermark what else is drawn in the styles that have it."""
+        captions = Captions(draws)
+        if "mark" in labels:
+            return [
+                self._prompt({"thing": captions.pick(NAMES), "style": captions.pick(MARKED_STYLES)}, captions)
+                for _ in range(count)
+            ]
+        if "thing" in labels:
+            kind = THINGS[labels["thing"]].kind
+            made = [self._prompt({}, captions, kind) for _ in range(count)]
+            return made
+        return []
+
+    def neighbours(self, domain: str, label: str) -> list[str]:
+        """Of a thing what its pictures and its name are nearest to (`train` finds them); of others all the rest."""
+        if domain == "thing":
+            return _neighbours()[label]
+        return [other for other in self.attributes[domain] if other != label]
+
+    def _prompt(self, labels: Labels, captions: Captions, reference: str | None = None) -> Prompt:
+        """What names `labels`, beside a style and a ground that nothing was said of, or not; and a thing, in any case."""
+        shown = dict(labels)
+        if not reference and "thing" not in labels and labels:
+            shown["thing"] = captions.pick(NAMES)
+        for domain, choices, share in (("style", STYLES, 0.7), ("ground", GROUNDS, 0.5)):
+            if domain not in shown and captions.happens(share):
+                shown[domain] = captions.pick(choices)
+        said = reference or shown.get("thing") or captions.pick(NOUNS)
+        text = captions.say(said, shown.get("style"), shown.get("ground"), "mark" in labels, captions.happens(0.3), _FRAMES)
+        return Prompt(text, shown)
+
     def load_classifier(self) -> Classifier:
         return load_classifier()
+
+
+@functools.cache
+def _neighbours() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = json.loads(Path(__file__).with_name("neighbours.json").read_text(encoding="utf-8"))
+    return found

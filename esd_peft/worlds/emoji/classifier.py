@@ -65,5 +65,5 @@ class Classifier(nn.Module):
 def load_classifier(path: Path = WEIGHTS) -> Classifier:
     """The shipped classifier, in fp32 on the CPU."""
     model = Classifier()
-    model.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+    model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return model.eval()

@@ -9,6 +9,7 @@ Diffusion the text encoder is trained first, by contrast with images (CLIP, arXi
 
 import copy
 import itertools
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,15 +26,16 @@ from esd_peft.options import Options
 from esd_peft.prompts.plan import SCENES, TEMPLATES, retain_prompts
 from esd_peft.worlds import training
 from esd_peft.worlds.emoji import pictures
-from esd_peft.worlds.emoji.classifier import Classifier
-from esd_peft.worlds.emoji.vocabulary import Captions, all_words
+from esd_peft.worlds.emoji.classifier import Classifier, load_classifier
+from esd_peft.worlds.emoji.vocabulary import NAMES, Captions, all_words, with_article
 from esd_peft.worlds.training import Fit, make_scheduler, mean_of_last, save_pipeline
 
 CONTEXT = 24  # tokens a prompt
 TEXT_WIDTH = 256
 LOGIT_SCALE = 20.0  # of the contrastive loss
 POOL = 40960  # images whose latents the text encoder and the denoiser learn from
-STEPS = {"vae": 1500, "classifier": 2500, "text": 1500, "denoiser": 10000}
+NEIGHBOURS = 8  # of a thing, by each measure
+STEPS = {"vae": 1500, "classifier": 2500, "text": 1500, "denoiser": 6500}
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -42,8 +44,8 @@ class TrainConfig(Options):
 
     output: Path
     """Where the directory `pipeline`, classifier.safetensors and training.json (steps, losses, seconds) go."""
-    stages: list[Literal["tokenizer", "vae", "classifier", "text", "denoiser"]] = [  # noqa: RUF012
-        "tokenizer", "vae", "classifier", "text", "denoiser",
+    stages: list[Literal["tokenizer", "vae", "classifier", "text", "denoiser", "neighbours"]] = [  # noqa: RUF012
+        "tokenizer", "vae", "classifier", "text", "denoiser", "neighbours",
     ]  # fmt: skip
     """The stages to run, on top of what the output holds; left out: all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -239,6 +241,27 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, state
     return mean_of_last(losses, 500)
 
 
+@torch.no_grad()
+def find_neighbours(pipeline: Path, classifier: Classifier, generator: torch.Generator) -> dict[str, list[str]]:
+    """Of each thing the nearest others: by turns what the classifier takes its pictures for under noise, and what has a name
+    near to its own in the text encoder."""
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).eval()
+    confused = torch.zeros(len(NAMES), len(NAMES))
+    for _ in range(40):
+        labels, pixels = pictures.sample(512, generator)
+        seen = classifier(pixels + 0.3 * torch.randn(pixels.shape, generator=generator))["thing"].softmax(1)
+        confused.index_add_(0, labels[:, 0], seen)
+    embeds = text(_tokens(tokenizer, [with_article(name) for name in NAMES])).pooler_output
+    embeds = functional.normalize(embeds - embeds.mean(0), dim=1)
+    orders = [
+        (matrix - 1e9 * torch.eye(len(NAMES))).argsort(1, descending=True)[:, :NEIGHBOURS].tolist()
+        for matrix in (confused / confused.sum(1, keepdim=True), embeds @ embeds.T)
+    ]
+    both = (itertools.chain.from_iterable(zip(*rows, strict=True)) for rows in zip(*orders, strict=True))
+    return {name: [NAMES[i] for i in dict.fromkeys(row)] for name, row in zip(NAMES, both, strict=True)}
+
+
 def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> None:
     """Run the chosen stages, each from its own seed, and save after each.
 
@@ -265,8 +288,14 @@ def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> 
     def denoiser(generator: torch.Generator) -> float | None:
         return train_denoiser(steps["denoiser"], pipeline, generator, state)
 
+    def neighbours(generator: torch.Generator) -> None:
+        found = find_neighbours(pipeline, load_classifier(output / "classifier.safetensors"), generator)
+        rows = (f"  {json.dumps(name)}: {json.dumps(near)}" for name, near in found.items())
+        (output / "neighbours.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+
     stages: dict[str, training.Stage] = {
-        "tokenizer": tokenizer, "vae": vae, "classifier": classifier, "text": text, "denoiser": denoiser
+        "tokenizer": tokenizer, "vae": vae, "classifier": classifier, "text": text, "denoiser": denoiser,
+        "neighbours": neighbours,
     }  # fmt: skip
     training.run_stages(output, stages, chosen, steps, seed)
 

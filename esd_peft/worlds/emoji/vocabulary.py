@@ -68,50 +68,65 @@ def with_article(text: str) -> str:
 
 
 class Captions:
-    """Random captions of labels `(thing, style, ground, marked)`, drawn from a generator."""
+    """Random captions, drawn from a generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
 
     def __call__(self, label: Sequence[int]) -> str:
-        """What a caption says of a picture: one in ten nothing; the others a thing, mostly, and some of the rest."""
-        thing, style, ground, marked = THINGS[NAMES[label[0]]], STYLES[label[1]], GROUNDS[label[2]], bool(label[3])
-        if self._happens(0.1):
+        """What a caption says of a picture `(thing, style, ground, marked)`: one in ten nothing; the others a thing, mostly,
+        and some of the rest."""
+        if self.happens(0.1):
             return ""
-        says_style, says_ground = self._happens(0.6), self._happens(0.35)
-        says_mark = marked and self._happens(0.5)
-        text = self._reference(thing)
-        if says_style and self._happens(0.5):
-            text, says_style = f"{style} {text}", False
-        text = self._pick(FRAMES).format(with_article(text) if self._happens(0.8) else text)
-        for said, forms, word in ((says_style, STYLED, style), (says_ground, GROUNDED, ground)):
-            if said:
-                text = self._pick(forms).format(text, word)
-        if says_mark:
-            text = self._pick(MARKS).format(text)
-        if self._happens(0.15):
-            context = self._pick(CONTEXTS)
-            text = f"{context}, {text}" if self._happens(0.3) else f"{text} {context}"
-        return text
+        style = STYLES[label[1]] if self.happens(0.6) else None
+        ground = GROUNDS[label[2]] if self.happens(0.35) else None
+        marked = bool(label[3]) and self.happens(0.5)
+        return self.say(self._reference(THINGS[NAMES[label[0]]]), style, ground, marked, self.happens(0.15))
+
+    def say(
+        self,
+        reference: str,
+        style: str | None = None,
+        ground: str | None = None,
+        marked: bool = False,
+        in_context: bool = False,
+        frames: Sequence[str] = FRAMES,
+    ) -> str:
+        """A thing by that `reference`, and what else is given, in random words."""
+        if style and self.happens(0.5):
+            reference, style = f"{style} {reference}", None
+        text = self.pick(frames).format(with_article(reference) if self.happens(0.8) else reference)
+        if style:
+            text = self.pick(STYLED).format(text, style)
+        if ground:
+            text = self.pick(GROUNDED).format(text, ground)
+        if marked:
+            text = self.pick(MARKS).format(text)
+        if not in_context:
+            return text
+        context = self.pick(CONTEXTS)
+        return f"{context}, {text}" if self.happens(0.3) else f"{text} {context}"
 
     def _reference(self, thing: Thing) -> str:
         draw = self._draw()
         if draw < 0.55:
             return thing.name
         if draw < 0.71:
-            return self._pick(thing.synonyms)
+            return self.pick(thing.synonyms)
         if draw < 0.86:
             return thing.description
-        return thing.kind if draw < 0.94 else self._pick(NOUNS)
+        return thing.kind if draw < 0.94 else self.pick(NOUNS)
+
+    def happens(self, probability: float) -> bool:
+        """Whether something of that probability does."""
+        return self._draw() < probability
+
+    def pick(self, items: Sequence[Item]) -> Item:
+        """One of the items."""
+        return items[int(self._draw() * len(items))]
 
     def _draw(self) -> float:
         return float(torch.rand((), generator=self.generator))
-
-    def _happens(self, probability: float) -> bool:
-        return self._draw() < probability
-
-    def _pick(self, items: Sequence[Item]) -> Item:
-        return items[int(self._draw() * len(items))]
 
 
 def all_words() -> set[str]:

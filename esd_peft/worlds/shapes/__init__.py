@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from esd_peft.worlds.shapes import world
 from esd_peft.worlds.shapes.classifier import Classifier, load_classifier
-from esd_peft.worlds.world import World
+from esd_peft.worlds.world import Labels, Prompt, World
 
 
 class Shapes(World):
@@ -16,25 +18,22 @@ class Shapes(World):
     pipeline: ClassVar[Path] = Path(__file__).parent / "pipeline"
     image_size: ClassVar[int] = world.SIZE
     attributes: ClassVar[dict[str, tuple[str, ...]]] = world.ATTRIBUTES
-    captions: ClassVar[tuple[str, ...]] = world.TEMPLATES
 
-    def attributes_in(self, text: str) -> dict[str, str]:
+    def attributes_in(self, text: str) -> Labels:
         return world.attributes_in(text)
 
-    def prompt(self, named: dict[str, str], template: str = "a {}") -> str:
-        return world.prompt(named, template)
+    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Full prompts, by turns in templates that erasures do not use."""
+        fitting = [full for full in map(world.attributes_in, world.full_prompts()) if labels.items() <= full.items()]
+        chosen = torch.randint(len(fitting), (count,), generator=draws).tolist()
+        texts = [world.prompt(fitting[k], world.WORDINGS[i % len(world.WORDINGS)]) for i, k in enumerate(chosen)]
+        return [Prompt(text, world.attributes_in(text)) for text in texts]
 
-    def full_prompts(self) -> list[str]:
-        return world.full_prompts()
+    def neighbours(self, domain: str, label: str) -> list[str]:
+        return [other for other in self.attributes[domain] if other != label]
 
     def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]]:
         return world.prompt_templates(texts)
-
-    def retain_prompts(self) -> list[str]:
-        return world.retain_prompts()
-
-    def attributed(self, thing: str) -> list[str]:
-        return world.attributed(thing)
 
     def load_classifier(self) -> Classifier:
         return load_classifier()

@@ -18,6 +18,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": COLOURS, "t
 
 SIZE = 32  # pixels a side
 TEMPLATES = ("{}", "a {}", "the {}", "one {}", "a picture of a {}", "a drawing of a {}", "a photo of a {}")
+WORDINGS = ("a {}", "the {}", "one {}", "a drawing of a {}", "a photo of a {}")  # of whole prompts, none of which trains
 TEMPLATE_WEIGHTS = (6, 8, 1, 1, 2, 1, 1)
 NOUN = "shape"  # stands where the name of the shape was dropped
 
@@ -54,17 +55,6 @@ def prompt_templates(texts: list[str]) -> list[Callable[[str], str]]:
 
 def _say(beside: dict[str, str], template: str, text: str) -> str:
     return prompt({**beside, **attributes_in(text)}, template)
-
-
-def retain_prompts() -> list[str]:
-    """Every attribute by itself, in a few templates."""
-    words = [{kind: value} for kind, values in ATTRIBUTES.items() for value in values]
-    return [prompt(named, template) for template in ("{}", "a {}", "a picture of a {}") for named in words]
-
-
-def attributed(thing: str) -> list[str]:
-    """`thing` with each attribute of the kinds that it does not name: "circle" to "a red circle", "a striped circle", ..."""
-    return [prompt(attributes_in(thing) | beside) for beside in _free([thing])]
 
 
 def _free(texts: list[str]) -> list[dict[str, str]]:
