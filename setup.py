@@ -18,6 +18,7 @@ setup(
         "esd_peft.attacks": ["prompts.txt"],
         "esd_peft.evaluation": ["report.html", "suites/*.yaml"],
         "esd_peft.study": ["page.html"],
+        "esd_peft.worlds.emoji": ["*.safetensors", "*.json", "*.yaml", "NOTICE", "drawings/*", "pipeline/*", "pipeline/*/*"],
         "esd_peft.worlds.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
     },
     # the lowest versions are those with which CI runs the default command once (torch and triton apart: see .ci/run)

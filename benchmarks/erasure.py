@@ -1,15 +1,14 @@
-"""Compare ways to erase on the embedded pipeline: same model, seeds and evaluation.
+"""Compare ways to erase on an embedded pipeline: same model, seeds and evaluation, by strata.
 
-    python benchmarks/erasure.py procedures --output benchmarks/results/erasure
+    python benchmarks/erasure.py procedures --output benchmarks/results/procedures
     python benchmarks/erasure.py sweep --output benchmarks/results/sweep --seeds 0
 
-Writes OUTPUT.json (every run), OUTPUT.md (a table of means and worsts) and OUTPUT.png (erased against kept, and what
-it cost; needs matplotlib), anew after every run. What OUTPUT.json already holds is not run again, so an interrupted
-command goes on where it was.
+Writes OUTPUT.json (every run), OUTPUT.md (tables of means and worsts) and OUTPUT.png (what is left against what neighbours
+lose, and against the cost; needs matplotlib), anew after every run. What OUTPUT.json already holds is not run again, so an
+interrupted command goes on where it was. Rows are in `methods.py`.
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
@@ -20,156 +19,88 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import yaml
+from methods import CONCEPTS, SUITES
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-CONCEPTS = ("circle", "star", "heart", "red", "blue", "striped", "dotted")
-
-
-def recipe(name: str) -> dict:
-    """The options of `recipes/NAME.yaml`, without their groups."""
-    groups = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    return {option: value for group in groups.values() for option, value in group.items()}
-
-
-# the peers' procedures, for as many steps as the authors' scripts take
-_PAPER, _AUTHORS, _LECO = (recipe(name) | {"max_train_steps": 200} for name in ("paper", "authors", "leco"))
-# Their published rates are for Stable Diffusion. Of these each gets the one that is best here, by what is left of the
-# concept plus the worst loss of anything else (benchmarks/results/peer_rates.md).
-PEER_RATES: dict[str, dict] = {
-    f"{name}, {rate:g}": peer | {"learning_rate": rate}
-    for name, peer in (("paper", _PAPER), ("authors' scripts", _AUTHORS), ("LECO-like", _LECO))
-    for rate in (1e-4, 3e-4, 1e-3)
-}
-PROCEDURES: dict[str, dict] = {
-    "paper": _PAPER | {"learning_rate": 3e-4},
-    "authors' scripts": _AUTHORS | {"learning_rate": 1e-3},
-    "LECO-like": _LECO | {"learning_rate": 3e-4},
-    "ours": {},
-    "contrastive": {"objective": "contrastive", "null_space": 0},
-    "ours, student, R=5": {"rollout": "student", "buffer_refresh_interval": 5},
-    "ours, student, R=10": {"rollout": "student", "buffer_refresh_interval": 10},
-    "ours, student, R=25": {"rollout": "student", "buffer_refresh_interval": 25},
-}
-_NO_TRAINING = {"max_train_steps": 1, "learning_rate": 1e-9, "trajectories": 1}
-SWEEP: dict[str, dict] = {
-    "default": {},
-    "closed form alone": _NO_TRAINING,
-    "no closed form": {"closed_form": False},
-    "no closed form, 50 steps, 12 trajectories": {"closed_form": False, "max_train_steps": 50, "trajectories": 12},
-    "rank 1": {"rank": 1},
-    "rank 4": {"rank": 4},
-    "rank 16": {"rank": 16},
-    "eta 0.5": {"negative_guidance": 0.5},
-    "eta 2": {"negative_guidance": 2},
-    "learning rate 1e-3": {"learning_rate": 1e-3},
-    "learning rate 5e-3": {"learning_rate": 5e-3},
-    "learning rate 2e-2": {"learning_rate": 2e-2},
-    "4 trajectories": {"trajectories": 4},
-    "16 trajectories": {"trajectories": 16},
-    "4 trajectories of 50 steps": {"num_inference_steps": 50, "trajectories": 4},
-    "16 trajectories of 12 steps": {"num_inference_steps": 12, "trajectories": 16},
-    "20 training steps": {"max_train_steps": 20},
-    "80 training steps": {"max_train_steps": 80},
-    "80 steps of batch 4": {"train_batch_size": 4, "max_train_steps": 80},
-    "20 steps of batch 16": {"train_batch_size": 16, "max_train_steps": 20},
-    "no preservation samples": {"preservation_ratio": 0},
-    "a quarter preservation samples": {"preservation_ratio": 0.25},
-    "no null space": {"null_space": 0},
-    "null space 0.99": {"null_space": 0.99},
-    "null space 0.9999": {"null_space": 0.9999},
-    "no guided rollouts": {"guided_rollout_ratio": 0},
-    "three in four rollouts guided": {"guided_rollout_ratio": 0.75},
-    "all rollouts guided": {"guided_rollout_ratio": 1},
-    "bare prompt": {"prompt_templates": "bare"},
-    "noisier half of the timesteps": {"min_timestep": 500},
-    "min-SNR 5": {"snr_gamma": 5},
-    "stop at 0": {"stop_at": 0, "lr_scheduler": "constant"},
-    "stop at -0.5": {"stop_at": -0.5, "lr_scheduler": "constant"},
-}
-_STAY = ["a square", "a triangle", "a star", "a cross", "a heart", "a red shape", "a blue shape", "a striped shape"]
-SCOPES: dict[str, dict] = {
-    "esd-x-strict": {},
-    "esd-x-strict, adapter none": {"adapter_type": "none"},
-    "esd-x": {"scope": "esd-x"},
-    "esd-u": {"scope": "esd-u"},
-    "esd-u, student rollouts": {"scope": "esd-u", "rollout": "student"},
-    "esd-u, student rollouts, preserve": {
-        "scope": "esd-u",
-        "rollout": "student",
-        "preserve": _STAY,
-        "preservation_ratio": 0.375,
-    },
-}
-CLAIMS: dict[str, dict] = {
-    "one concept": {"concept": "circle"},
-    "five concepts": {"concept": ["circle", "heart", "red", "blue", "striped"]},
-    "five others": {"concept": ["square", "cross", "green", "purple", "dotted"]},
-    "striped from circle": {"concept": "striped", "erase_from": "circle"},
-    "red from star": {"concept": "red", "erase_from": "star"},
-    "dotted from heart": {"concept": "dotted", "erase_from": "heart"},
-    "blue from square": {"concept": "blue", "erase_from": "square"},
-    "circle to square": {"concept": "circle", "map_to": "square"},
-    "red to blue": {"concept": "red", "map_to": "blue"},
-}
-SUITES = {"peer-rates": PEER_RATES, "claims": CLAIMS, "scopes": SCOPES, "procedures": PROCEDURES, "sweep": SWEEP}
+MODEL = "emoji"
 
 
 def run(job: tuple[str, dict, str, int], images: int) -> dict:
-    """Erase one concept one way with one seed; the rates of the result."""
+    """Erase one way with one seed; the rates of the result, by strata."""
     import torch
 
     torch.set_num_threads(1)  # workers share the cores
-    from esd_peft import EraseConfig, erase
-    from esd_peft.adapters.saved import read_adapter
     from esd_peft.evaluation.validation import ValidationSampler
     from esd_peft.models import open_family
 
     method, options, concept, seed = job
-    if "preserve" in options:
-        options = options | {"preserve": [p for p in options["preserve"] if concept not in p.split()]}
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "erased"
-        fixed = {"seed": seed, "output": output, "num_validation_images": 0, "device": "cpu"}
-        config = EraseConfig(**{"concept": concept} | options | fixed)
-        result = erase(config)
-        family, cpu = open_family("shapes"), torch.device("cpu")
-        names = config.prompts.concept_names
-        sampler = ValidationSampler(family, names, images, 48, 0, cpu, torch.float32)  # the same noise for every run
+        made = _erased(options, concept, seed, Path(folder))
+        family, cpu = open_family(MODEL), torch.device("cpu")
+        sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32)  # the same noise for all
         sampler.stores["before"] = _before(sampler)
-        sampler.make(read_adapter(output).apply(family.load_denoiser(torch.float32)), "after")
-        concepts, others = sampler.shares()
-    lost = {name: r["before"] - r["after"] for name, r in others.items()}
+        sampler.make(made.pop("denoiser"), "after")
+        strata = {key: rates.to_dict() for key, rates in sampler.accuracies().strata.items()}
     return {
         "method": method,
-        "options": job[1],
+        "options": options,
         "concept": concept,
         "seed": seed,
         "images": images,
-        "before": min(r["before"] for r in concepts.values()),
-        "after": max(r["after"] for r in concepts.values()),  # the worst, where there are several
-        "after_each": {name: r["after"] for name, r in concepts.items()},
-        "lost": lost,
-        "mean_lost": sum(lost.values()) / len(lost),
-        "worst_lost": max(lost.values()),
-        "worst_other": max(lost, key=lambda name: lost[name]),
-        "nfe": result["nfe"],
-        "training_samples": result["training_samples"],
-        "seconds": sum(result["seconds"].get(phase, 0) for phase in ("encode", "references", "rollout", "train")),
-        "peak_memory_bytes": max(result["peak_memory_bytes"].values()),
-    }
+        "strata": strata,
+    } | made
+
+
+def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> dict:
+    """The denoiser without the concepts, which these are, and what that cost."""
+    import torch
+    from closed_forms import CLOSED_FORMS
+
+    from esd_peft import EraseConfig, erase
+    from esd_peft.adapters.options import MergeConfig
+    from esd_peft.adapters.saved import read_adapter
+    from esd_peft.merge_adapter import merge_adapter
+    from esd_peft.models import open_family
+
+    if "closed_form_of" in options:
+        family = open_family(MODEL)
+        edit = CLOSED_FORMS[options["closed_form_of"]]
+        denoiser, seconds = edit(family, [concept], **{k: v for k, v in options.items() if k != "closed_form_of"})
+        return {"concepts": [concept], "denoiser": denoiser, "nfe": 0, "seconds": seconds}
+    steps = options.get("sequence", [options.get("concept", concept)])
+    model, nfe, seconds, concepts = MODEL, 0, 0.0, []
+    for number, named in enumerate(steps):  # each on the merged model before it
+        output = folder / f"erased{number}"
+        given = {name: value for name, value in options.items() if name != "sequence"} | {"concept": named}
+        config = EraseConfig(
+            **given, model=model, seed=seed, output=output, num_validation_images=0, device="cpu"
+        )  # fmt: skip
+        result = erase(config)
+        concepts += config.prompts.concept_names
+        nfe += result["nfe"]
+        seconds += sum(result["seconds"].get(phase, 0) for phase in ("encode", "load", "references", "rollout", "train"))
+        if len(steps) > 1:
+            model = str(folder / f"merged{number}")
+            merge_adapter(MergeConfig(adapter=[output], output=Path(model), verify=False))
+    if len(steps) > 1:
+        denoiser = open_family(model).load_denoiser(torch.float32)
+    else:
+        denoiser = read_adapter(output).apply(open_family(MODEL).load_denoiser(torch.float32))
+    return {"concepts": concepts, "denoiser": denoiser, "nfe": nfe, "seconds": seconds}
 
 
 def _before(sampler):  # type: ignore[no-untyped-def]
     """The base's images, made once a concept: they are the same for every method and seed."""
+    import contextlib
+
     import torch
 
     from esd_peft.evaluation.image_cache import ImageMemory
     from esd_peft.io.images import decode_image
 
-    weights = (sampler.family.path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = f"{sampler.evaluator.prompts} {sampler.seeds} {hashlib.sha256(weights).hexdigest()}"
+    weights = "".join(sampler.family.denoiser_hashes().values())
+    key = f"{sampler.evaluator.prompts} {sampler.seeds} {weights}"
     cache = Path(tempfile.gettempdir()) / f"esd_peft_before_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not cache.is_dir():
         sampler.make(sampler.family.load_denoiser(torch.float32), "before")
@@ -183,47 +114,57 @@ def _before(sampler):  # type: ignore[no-untyped-def]
     return ImageMemory({place: decode_image(path) for path, place in places.items()})
 
 
-def summary(runs: list[dict]) -> dict[str, float]:
-    """Means over concepts and seeds, and the worst of them."""
+def summary(runs: list[dict]) -> dict[str, Any]:
+    """Of each stratum the mean over runs (concepts and seeds alike) with its 95 % interval, and the worst run."""
+    from esd_peft.evaluation.intervals import bootstrap_mean
 
-    def mean(key: str) -> float:
-        return sum(r[key] for r in runs) / len(runs)
-
+    strata: dict[str, dict] = {}
+    for key in dict.fromkeys(key for r in runs for key in r["strata"]):
+        found = [r["strata"][key] for r in runs if key in r["strata"]]
+        erased = found[0]["erased"]
+        values = [s["after"]["share"] if erased else s["lost"] for s in found]
+        strata[key] = {
+            "title": found[0]["title"],
+            "erased": erased,
+            "seen": found[0]["seen"],
+            "before": sum(s["before"]["share"] for s in found) / len(found),
+            "mean": sum(values) / len(values),
+            "interval": bootstrap_mean(values, 0),
+            "worst": max(values),
+        }
     return {
         "runs": len(runs),
-        "after": mean("after"),
-        "after_worst": max(r["after"] for r in runs),
-        "mean_lost": mean("mean_lost"),
-        "worst_lost": mean("worst_lost"),
-        "worst_lost_worst": max(r["worst_lost"] for r in runs),
-        "nfe": mean("nfe"),
-        "per_sample": mean("nfe") / mean("training_samples"),
-        "seconds": mean("seconds"),
-        "peak_memory_bytes": mean("peak_memory_bytes"),
+        "strata": strata,
+        "nfe": sum(r["nfe"] for r in runs) / len(runs),
+        "seconds": sum(r["seconds"] for r in runs) / len(runs),
     }
 
 
-def markdown(found: dict[str, dict[str, float]], command: str) -> str:
-    """The summaries as a table."""
-    lines = [
-        f"`{command}`",
-        "",
-        "| | runs | recognised after: mean (worst run) | others lose: mean | worst attribute: mean (worst run) | "
-        "NFE (per sample) | seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, s in found.items():
-        lines.append(
-            f"| {name} | {s['runs']} | {s['after']:.1%} ({s['after_worst']:.1%}) | {100 * s['mean_lost']:.2f} points | "
-            f"{100 * s['worst_lost']:.1f} ({100 * s['worst_lost_worst']:.1f}) points | "
-            f"{s['nfe']:,.0f} ({s['per_sample']:.1f}) | {s['seconds']:.1f} | "
-            f"{s['peak_memory_bytes'] / 2**20:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+def markdown(found: dict[str, dict], command: str) -> str:
+    """The summaries as two tables: what is left of the concepts, and what is lost of the rest."""
+    strata = {key: s for summed in found.values() for key, s in summed["strata"].items()}
+    lines = [f"`{command}`", ""]
+    for erased, says in ((True, "left of the concept, in per cent of images"), (False, "lost of the rest, in points")):
+        keys = [key for seen in (False, True) for key, s in strata.items() if (s["erased"], s["seen"]) == (erased, seen)]
+        heads = [("(seen) " if strata[key]["seen"] else "") + strata[key]["title"] for key in keys]
+        lines += [f"{says}: mean over runs (95 %; worst run)", "", f"| | runs | {' | '.join(heads)} | NFE | seconds |"]
+        lines.append("|---" * (len(keys) + 4) + "|")
+        for name, s in found.items():
+            cells = [_cell(s["strata"].get(key)) for key in keys]
+            lines.append(f"| {name} | {s['runs']} | {' | '.join(cells)} | {s['nfe']:,.0f} | {s['seconds']:.1f} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
-def plot(found: dict[str, dict[str, float]], path: Path) -> None:
-    """Erased against kept, and erased against cost."""
+def _cell(s: dict | None) -> str:
+    if s is None:
+        return ""
+    low, high = s["interval"]
+    return f"{100 * s['mean']:.1f} ({100 * low:.1f} to {100 * high:.1f}; {100 * s['worst']:.0f})"
+
+
+def plot(found: dict[str, dict], path: Path) -> None:
+    """What is left by other wordings against what unlisted neighbours lose, and against the cost."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,9 +172,10 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
 
     figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for name, s in found.items():
-        for axes, x in ((kept, 100 * s["worst_lost"]), (cost, s["nfe"])):
-            axes.plot(x, 100 * s["after"], "o", label=name)
-    kept.set(xlabel="worst other attribute loses (points, mean over runs)", ylabel="concept still recognised (%)")
+        left = 100 * s["strata"]["wordings"]["mean"]
+        for axes, x in ((kept, 100 * s["strata"]["neighbours"]["mean"]), (cost, max(1, s["nfe"]))):
+            axes.plot(x, left, "o", label=name)
+    kept.set(xlabel="neighbours that nobody listed lose (points)", ylabel="left in unseen wordings (%)")
     cost.set(xlabel="denoiser evaluations (NFE)", xscale="log")
     figure.legend(*kept.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -253,9 +195,8 @@ def main() -> None:
     if unknown := set(args.methods or ()) - set(suite):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is not in the suite; it has {', '.join(suite)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    runs = (
-        json.loads(args.output.with_suffix(".json").read_text())["runs"] if args.output.with_suffix(".json").exists() else []
-    )
+    file = args.output.with_suffix(".json")
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
     # what was run with other options under the same name, or judged on other images, is run anew
     runs = [r for r in runs if r.get("options") == suite.get(r["method"]) and r["images"] == args.images]
     done = {(r["method"], r["concept"], r["seed"]) for r in runs}
@@ -263,7 +204,7 @@ def main() -> None:
         (m, suite[m], c, s)
         for s in args.seeds
         for m in args.methods or suite
-        for c in (["-"] if "concept" in suite[m] else args.concepts)  # some rows bring their own
+        for c in (["-"] if {"concept", "sequence"} & {*suite[m]} else args.concepts)  # some rows bring their own
     ]
     jobs = [job for job in jobs if (job[0], *job[2:]) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kill ends the workers too
@@ -271,12 +212,13 @@ def main() -> None:
         for result in pool.imap_unordered(functools.partial(run, images=args.images), jobs):
             runs.append(result)
             save(args.output, args.suite, runs)
-            print(f"{len(runs)} {result['method']}, {result['concept']}: {result['after']:.1%} after", flush=True)
+            left = result["strata"]["wordings"]["after"]["share"]
+            print(f"{len(runs)} {result['method']}, {result['concept']}: {left:.1%} left", flush=True)
     print(save(args.output, args.suite, runs))
 
 
 def save(output: Path, suite: str, runs: list[dict]) -> str:
-    """Write all results; returns the table."""
+    """Write all results; returns the tables."""
     by_method = {m: [r for r in runs if r["method"] == m] for m in SUITES[suite]}
     found = {m: summary(rows) for m, rows in by_method.items() if rows}
     options = {m: SUITES[suite][m] for m in found}

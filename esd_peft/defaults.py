@@ -1,5 +1,7 @@
 """Every default that depends on something: on other options, on the model, on the machine."""
 
+import dataclasses
+
 from esd_peft.config import EraseConfig
 from esd_peft.models import ModelFamily
 from esd_peft.prompts.options import PromptOptions
@@ -18,6 +20,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     """
     prompts = _resolve_prompts(config.prompts, config.training)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
+    plan = dataclasses.replace(plan, retain=_read_whole(plan.retain, family))
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.runtime.dtype, device)
     runtime = config.runtime.replace(device=str(device), dtype=str(dtype).removeprefix("torch."))
@@ -34,6 +37,11 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         prompts=prompts, student=student, buffer=buffer, training=training, memory=memory, runtime=runtime
     )
     return resolved, plan
+
+
+def _read_whole(texts: list[str], family: ModelFamily) -> list[str]:
+    """Those that the text encoder reads to the end: small ones know few words as a whole."""
+    return [text for text, (count, most) in zip(texts, family.token_counts(texts), strict=True) if count <= most]
 
 
 def _resolve_prompts(given: PromptOptions, training: TrainingOptions) -> PromptOptions:

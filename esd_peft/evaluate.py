@@ -1,5 +1,6 @@
 """python -m esd_peft.evaluate: images before and after → what they show → is it gone, is the rest intact?"""
 
+import dataclasses
 import os
 import shlex
 
@@ -50,7 +51,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     suite_name = config.suite or (world.name if world else "concept")
     suite = _configured(load_suite(suite_name), config)
     _check_size(suite, models.base)
-    prompts, roles = select_prompts(suite, models.concepts, config.prompts, config.limit)
+    prompts, roles = select_prompts(suite, models.concepts, config.prompts, config.limit, models.preserved)
     _check_output(config, models)
     profiler = PhaseProfiler(device)
     attacks = make_attacks(config, suite)
@@ -131,14 +132,16 @@ def _images(
     """The model's images on disk; makes those that are missing there."""
     texts, settings = [prompt.text for prompt in evaluator.prompts], evaluator.suite.image_settings
     precision = {**bits_depend_on(device, dtype), "quantize": config.quantize}
-    made_with = {"weights": model.fingerprint(), "prompts": texts, "seed": config.seed, **precision, **settings}
+    ways = [dataclasses.asdict(prompt.sampling) for prompt in evaluator.prompts]
+    made_with = {"weights": model.fingerprint(), "prompts": texts, "sampling": ways, "seed": config.seed}
+    made_with |= {**precision, **settings}
     take_folder(config.output)
     cache = ImageCache(config.output / "images" / label, made_with)
     cache.open(config.overwrite)
     for first in range(0, len(texts), PROMPTS_AT_A_TIME):
         rows = range(first, min(first + PROMPTS_AT_A_TIME, len(texts)))
         if evaluator.missing(cache, rows):
-            encoded = encode_prompts(model.family, texts[first : rows.stop], device, dtype)
+            encoded = encode_prompts(model.family, texts[first : rows.stop], device, dtype, evaluator.negatives)
             pipe = model.pipeline(device, dtype, config.quantize)
             evaluator.make(cache, pipe, encoded, label, rows)
             del pipe  # before the text encoders come again

@@ -53,6 +53,7 @@ class _PretrainedSaid(TypedDict, total=False):
 class _PromptsSaid(TypedDict, total=False):
     concept: list[str | dict[str, Any]]
     erase_from: str | None
+    preserve: list[str]
 
 
 class _StudentSaid(TypedDict, total=False):

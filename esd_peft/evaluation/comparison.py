@@ -80,6 +80,7 @@ class Comparison:
     erased: Model
     concepts: list[str]
     notes: list[str]
+    preserved: list[str]  # what the erasure was told to keep
     trained_on: str  # what the adapter, or the merged pipeline's record, names as its base
 
 
@@ -95,7 +96,7 @@ def open_models(config: EvaluateConfig) -> Comparison:
                 f"--base is missing: --erased {config.erased} was made from a directory {base}; name where it is"
             )
         erased, notes = Model(open_family(str(config.erased), "--erased")), []
-        concepts = record.get("concept", [])
+        concepts, configs = record.get("concept", []), record.get("configs", [])
         before = open_family(base, "--base")
         _check_alike(before, erased.family)
     else:
@@ -108,10 +109,10 @@ def open_models(config: EvaluateConfig) -> Comparison:
         with _named_erased():
             adapter.fitting(before.empty_denoiser())  # now, rather than after the base's images
         erased, notes = Model(before, adapter), _notes(before, adapter)
-        concepts = adapter.concepts
+        concepts, configs = adapter.concepts, [adapter.config]
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
         raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
-    return Comparison(Model(before), erased, config.concept or concepts, notes, base)
+    return Comparison(Model(before), erased, config.concept or concepts, notes, _preserved(configs), base)
 
 
 def _check_alike(before: ModelFamily, after: ModelFamily) -> None:
@@ -153,6 +154,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     except (UnreadableError, ValidationError):
         raise UserError(f"--erased: {path} is damaged; restore it, or remove it and name --base and --concept") from None
     return record
+
+
+def _preserved(configs: list[dict[str, Any]]) -> list[str]:
+    groups = [group for config in configs if isinstance(group := config.get("prompts"), dict)]
+    listed = [given for group in groups if isinstance(given := group.get("preserve"), list)]
+    return [prompt for given in listed for prompt in given if isinstance(prompt, str)]
 
 
 def _trained_on(configs: list[dict[str, Any]]) -> str | None:

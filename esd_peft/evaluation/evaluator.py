@@ -8,8 +8,8 @@ from esd_peft.evaluation.image_cache import ImageStore
 from esd_peft.evaluation.metrics import Findings, Metrics, score
 from esd_peft.evaluation.rates import Accuracies, accuracies
 from esd_peft.evaluation.suites import Roles, Suite
-from esd_peft.models.sampling import EncodedPrompts, SampleIndex, image_batches
-from esd_peft.worlds.world import Prompt
+from esd_peft.models.sampling import EncodedPrompts, SampleIndex, drawn_by, image_batches
+from esd_peft.worlds.world import Prompt, Sampling
 
 
 @dataclass
@@ -28,6 +28,11 @@ class Evaluator:
         """All images, by the numbers of their prompt and seed."""
         return [(i, k) for i in range(len(self.prompts)) for k in range(self.suite.seeds)]
 
+    @property
+    def negatives(self) -> list[str]:
+        """The negative prompts of some images."""
+        return list(dict.fromkeys(p.sampling.negative_prompt for p in self.prompts if p.sampling.negative_prompt))
+
     def missing(self, store: ImageStore, rows: range | None = None) -> list[SampleIndex]:
         """The images of the prompts `rows` (left out: all) that `store` does not hold yet."""
         return store.missing([place for place in self.places if rows is None or place[0] in rows])
@@ -37,10 +42,16 @@ class Evaluator:
     ) -> None:
         """Make these with `pipe`; `encoded` are the prompts `rows`."""
         first, missing = rows.start if rows else 0, self.missing(store, rows)
-        settings = self.suite.image_settings
-        for batch, images in image_batches(pipe, encoded, missing, self.batch_size, self.seed, label, first, **settings):
-            for place, image in zip(batch, images, strict=True):
-                store.add(place, image)
+        ways: dict[Sampling, list[SampleIndex]] = {}
+        for place in missing:
+            ways.setdefault(self.prompts[place[0]].sampling, []).append(place)
+        for way, places in ways.items():
+            settings = {"negative": way.negative_prompt, **self.suite.image_settings, **way.settings}
+            with drawn_by(pipe, way.scheduler):
+                made = image_batches(pipe, encoded, places, self.batch_size, self.seed, label, first, **settings)
+                for batch, images in made:
+                    for place, image in zip(batch, images, strict=True):
+                        store.add(place, image)
 
     def look(self, before: ImageStore, after: ImageStore) -> Findings:
         """What all metrics say of all images."""

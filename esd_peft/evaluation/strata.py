@@ -1,14 +1,15 @@
 """Prompts by what they measure: what is gone and what is kept, and of both what the erasure has seen, apart."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from esd_peft.prompts.plan import names, prompts_naming
 from esd_peft.runtime.seeds import generator
-from esd_peft.worlds.world import Labels, Prompt, World
+from esd_peft.worlds.world import Labels, Prompt, Sampling, World
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ STRATA = {
         Stratum("wordings", "its name, in other wordings and contexts", erased=True, seen=False),
         Stratum("synonyms", "other names and descriptions", erased=True, seen=False),
         Stratum("unnamed", "prompts that do not name it", erased=True, seen=False),
+        Stratum("sampling", "other samplers, steps, guidance scales and negative prompts", erased=True, seen=False),
         Stratum("neighbours", "neighbours that are on no list", erased=False, seen=False),
         Stratum("unlisted", "everything else that is on no list", erased=False, seen=False),
         Stratum("listed", "what is on the list to be kept", erased=False, seen=True),
@@ -39,11 +41,17 @@ KEPT = ("neighbours", "unlisted")  # and those by which the rest counts as intac
 NEIGHBOURS = 6  # labels that count as near to a concept
 
 
-def strata_prompts(world: World, concepts: list[str], retain: Iterable[str], size: int, seed: int = 0) -> list[Prompt]:
+def strata_prompts(
+    world: World,
+    concepts: list[str],
+    retain: Iterable[str],
+    size: int,
+    samplings: Sequence[Sampling] = (),
+    seed: int = 0,
+) -> list[Prompt]:
     """`size` prompts of each stratum, of each concept or of all that is kept; `retain` is the list to be kept.
 
-    They depend on the seed alone, whatever is erased and however: of neighbours and the rest as many labels as there are
-    prompts, if there are so many.
+    `samplings` are other ways to draw than the usual one. All depends on the seed alone, not on how something is erased.
     """
     wanted = {concept: world.attributes_in(concept) for concept in concepts}
     erased = {pair for labels in wanted.values() for pair in labels.items()}
@@ -58,6 +66,8 @@ def strata_prompts(world: World, concepts: list[str], retain: Iterable[str], siz
             "synonyms": _distinct(world.described, labels, size, draws),
             "unnamed": _distinct(world.unnamed, labels, size, draws),
         }
+        other = zip(made["wordings"], itertools.cycle(samplings), strict=False) if samplings else ()
+        made["sampling"] = [dataclasses.replace(prompt, sampling=sampling) for prompt, sampling in other]
         for key, found in made.items():
             prompts += [dataclasses.replace(prompt, stratum=key, about=concept) for prompt in found]
         for domain, label in labels.items():
@@ -72,7 +82,7 @@ def strata_prompts(world: World, concepts: list[str], retain: Iterable[str], siz
     }
     for key, pairs in groups.items():
         prompts += _of_labels(world, key, pairs, size, erased, generator(seed, f"strata/{key}"))
-    return list({prompt.text: prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of a text counts
+    return list({(p.text, p.sampling): p for p in reversed(prompts)}.values())[::-1]  # the first of a text counts
 
 
 def _listed(world: World, retain: Iterable[str]) -> set[tuple[str, str]]:

@@ -16,7 +16,7 @@ from esd_peft.evaluation.strata import ASKING, KEPT, strata_prompts
 from esd_peft.io import text as text_files
 from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
 from esd_peft.worlds import WORLDS, World
-from esd_peft.worlds.world import Prompt
+from esd_peft.worlds.world import Prompt, Sampling
 
 RETAINED = 24  # of the built-in prompts, in suite concept
 _FOLDER = files("esd_peft.evaluation") / "suites"
@@ -52,6 +52,8 @@ class Suite(BaseModel):
     detector: DetectorSpec | None = None
     size: Annotated[int, Field(ge=1)] = 12
     """Of world: prompts of each stratum."""
+    samplings: list[Sampling] = Field(default_factory=list)
+    """Of world: other ways to draw, by turns those of as many prompts as there are of a stratum."""
     seeds: Annotated[int, Field(ge=1)]
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
@@ -101,7 +103,7 @@ def suite_prompts(suite: Suite, concepts: list[str], source: str | None, preserv
         )
     if suite.prompts == "world":
         assert suite.world is not None  # checked with the suite
-        return strata_prompts(suite.world, concepts, [*retain_prompts(), *preserved], suite.size)
+        return strata_prompts(suite.world, concepts, [*retain_prompts(), *preserved], suite.size, suite.samplings)
     if suite.prompts == "concept":
         return _concept_prompts(concepts)
     if isinstance(suite.prompts, dict):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from esd_peft.evaluation.detectors import About
-from esd_peft.evaluation.rates import Accuracies, Change, Rate
+from esd_peft.evaluation.rates import Accuracies, Change, Rate, StratumRates
 from esd_peft.evaluation.result import Attack, Evaluation, Measure, Score, percent, points
 
 
@@ -36,6 +36,8 @@ def said(judge: About) -> str:
 
 
 def _rates(found: Accuracies, detector: About) -> list[Table]:
+    if found.strata:
+        return [*_strata(found.strata, detector), *_that_lose(found)]
     made = []
     if found.targets:
         rows = [_change(name, change) for name, change in found.targets.items()]
@@ -56,6 +58,32 @@ def _rates(found: Accuracies, detector: About) -> list[Table]:
     if rows:
         made.append(Table("One by one", "Each label, where no erased concept is asked for", _HEADER, rows))
     return made
+
+
+def _strata(strata: dict[str, StratumRates], detector: About) -> list[Table]:
+    """What is left, and what is lost: first where the erasure has seen nothing of it, then where it has."""
+    made = []
+    for erased, title in ((True, "Is it gone?"), (False, "Is the rest intact?")):
+        for seen, note in ((False, "Prompts and things that the erasure has not seen"), (True, "And what it has seen")):
+            chosen = [s for s in strata.values() if (s.stratum.erased, s.stratum.seen) == (erased, seen)]
+            rows = [[*_change(s.stratum.title, s.total), _worst(s)] for s in chosen]
+            if rows:
+                made.append(Table(title, f"{note}, by {said(detector)}", [*_HEADER, "worst"], rows))
+    return made
+
+
+def _worst(rates: StratumRates) -> str:
+    change = rates.changes[rates.worst]
+    if rates.stratum.erased:
+        return f"{rates.worst}: {percent(change.after.share)}"
+    return f"{rates.worst}: {points(-change.lost)}" if change.lost > 0 else ""
+
+
+def _that_lose(found: Accuracies) -> list[Table]:
+    lose = [(label, c) for labels in found.others.values() for label, c in labels.items() if c.lost > 0]
+    rows = [_change(label, change) for label, change in sorted(lose, key=lambda pair: -pair[1].lost)]
+    note = "Each label that loses anything, where no erased concept is asked for"
+    return [Table("One by one", note, _HEADER, rows)] if rows else []
 
 
 _HEADER = ["", "before", "after", "points", "95 %", "n"]
@@ -106,6 +134,6 @@ def _attack(attack: Attack) -> Table:
     header = ["budget", "base", "erased", "95 %"]
     note = (
         f"Recognised on the base without the attack, and on the erased model after it. {attack.about}; "
-        f"{attack.nfe:,} forward-equivalents"
+        f"{attack.nfe:,} denoiser evaluations (NFE)"
     )
     return Table(f"{attack.name}: {attack.concept}", note, header, rows)

@@ -56,7 +56,8 @@ class ValidationSampler:
         roles = assign_roles(suite, prompts, self.concepts)
         metrics = Metrics.of_suite(suite, prompts)
         self.evaluator = Evaluator(suite, prompts, roles, metrics, self.seed, SMALL_BATCH if world else self.batch_size)
-        self.encoded = encode_prompts(self.family, [prompt.text for prompt in prompts], self.device, self.dtype)
+        texts = [prompt.text for prompt in prompts]
+        self.encoded = encode_prompts(self.family, texts, self.device, self.dtype, self.evaluator.negatives)
 
     def make(self, denoiser: ModelMixin, label: str) -> None:
         """The images `label`, of `denoiser` as it is."""

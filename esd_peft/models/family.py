@@ -177,23 +177,24 @@ class ModelFamily(ABC):
         """What `pipe`, which has nothing but tokenizers and text encoders, makes of the prompts; of "" its null prompt."""
 
     def check_lengths(self, texts: dict[str, list[str]]) -> None:
-        """Raise `UserError` for a text, of those that options gave, that the text encoder would be shown the beginning of.
-
-        Where there are several encoders, the last one reads the most.
-        """
-        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
-        tokenizer = self.load_part(parts[-1])
-        self._fit_length(tokenizer, parts[-1])
-        own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
-        most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
+        """Raise `UserError` for a text, of those that options gave, of which the encoder reads the beginning only."""
         for option, given in texts.items():
-            for text in given:
-                count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+            for text, (count, most) in zip(given, self.token_counts(given), strict=True):
                 if count > most:
                     raise UserError(
                         f"{option} {text!r} is {count} tokens long and the text encoder reads {most}, so the rest would be "
                         "left out; use fewer words"
                     )
+
+    def token_counts(self, texts: list[str]) -> list[tuple[int, int]]:
+        """Of each text how many tokens it has, and how many the text encoder reads; of several encoders the last one, which
+        reads the most."""
+        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
+        tokenizer = self.load_part(parts[-1])
+        self._fit_length(tokenizer, parts[-1])
+        own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
+        most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
+        return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in texts]
 
     def unseen_words(self, prompt: str) -> list[str]:
         """Words that the tokenizer has no token for as a whole."""

@@ -1,8 +1,10 @@
 """Images from a prompt and a seed, and grids of them."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
@@ -20,38 +22,60 @@ SampleIndex = tuple[int, int]  # which prompt, which of its images
 class EncodedPrompts:
     """Prompts as embeddings, to be drawn by `family.pipeline`, which has no text encoders.
 
-    The embeddings, of the prompts and then of the null prompt, wait in host memory: FLUX.1's take 4 MiB a prompt.
+    The embeddings, of the prompts, the negative prompts and the null prompt, wait in host memory: FLUX.1's take 4 MiB a
+    prompt.
     """
 
     def __init__(
-        self, family: ModelFamily, embeds: PromptEmbeds, device: torch.device, rows: dict[int, int] | None = None
+        self,
+        family: ModelFamily,
+        embeds: PromptEmbeds,
+        device: torch.device,
+        rows: dict[int, int] | None = None,
+        negatives: Sequence[str] = (),
     ) -> None:
         self.family, self.embeds, self.device = family, {k: v.cpu() for k, v in embeds.items()}, device
+        self.negatives = negatives
         self.rows = rows  # of prompts that go by other numbers than their places
 
     def __len__(self) -> int:
-        return len(next(iter(self.embeds.values()))) - 1
+        return len(next(iter(self.embeds.values()))) - 1 - len(self.negatives)
 
-    def arguments(self, numbers: list[int]) -> dict[str, Any]:
-        """What the pipeline is called with for the prompts of these numbers."""
+    def arguments(self, numbers: list[int], negative: str = "") -> dict[str, Any]:
+        """What the pipeline is called with for the prompts of these numbers, and the same negative prompt for each."""
+        other = len(self) + self.negatives.index(negative) if negative else -1
         if self.rows is not None:
             numbers = [self.rows[number] for number in numbers]
         prompts, null = (
             {name: value.to(self.device) for name, value in index_embeds(self.embeds, torch.tensor(rows)).items()}
-            for rows in (numbers, [-1] * len(numbers))
+            for rows in (numbers, [other] * len(numbers))
         )
         return self.family.pipeline_arguments(prompts, null)
 
 
-def encode_prompts(family: ModelFamily, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> EncodedPrompts:
-    """The prompts, encoded once."""
-    return EncodedPrompts(family, family.encode([*prompts, ""], device, dtype), device)
+def encode_prompts(
+    family: ModelFamily, prompts: Sequence[str], device: torch.device, dtype: torch.dtype, negatives: Sequence[str] = ()
+) -> EncodedPrompts:
+    """The prompts, and those that are negative prompts of some, encoded once."""
+    return EncodedPrompts(family, family.encode([*prompts, *negatives, ""], device, dtype), device, None, negatives)
+
+
+@contextlib.contextmanager
+def drawn_by(pipe: DiffusionPipeline, scheduler: str | None) -> Iterator[None]:
+    """The pipeline with another scheduler (a class of diffusers), made of its own one's config."""
+    own = pipe.scheduler
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(own.config)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 @torch.no_grad()
 def image_batches(
     pipe: DiffusionPipeline, prompts: EncodedPrompts, places: Sequence[SampleIndex], batch_size: int, seed: int = 0,
-    label: str = "images", first: int = 0, **settings: Any,
+    label: str = "images", first: int = 0, negative: str = "", **settings: Any,
 ) -> Iterator[tuple[Sequence[SampleIndex], Tensor]]:  # fmt: skip
     """Batches of places and their images `[B, 3, H, W]` fp32 in [0, 1] on the CPU.
 
@@ -61,7 +85,7 @@ def image_batches(
     for start in tqdm(range(0, len(places), batch_size), desc=label, leave=False):
         batch = places[start : start + batch_size]
         noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
-        arguments = prompts.arguments([i - first for i, _ in batch]) | settings
+        arguments = prompts.arguments([i - first for i, _ in batch], negative) | settings
         yield batch, pipe(**arguments, generator=noise, output_type="pt").images.float().cpu()
 
 

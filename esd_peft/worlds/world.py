@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How an image is drawn, as far as it is not drawn as the others are."""
+
+    scheduler: str | None = None  # a class of diffusers
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the pipeline is called with, apart from the prompts."""
+        given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A prompt, and what its image shall show; no labels where nothing is known."""
 
@@ -27,6 +43,7 @@ class Prompt:
     labels: Labels = field(default_factory=dict)
     stratum: str = ""  # what it measures (`esd_peft.evaluation.strata`), where that is known,
     about: str = ""  # and of which concept, or which of its labels
+    sampling: Sampling = Sampling()
 
 
 class World(ABC):

@@ -25,13 +25,13 @@ def test_it_is_a_config_that_a_command_line_can_add_to(path):
 
 def test_benchmarks_compare_with_the_recipes(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    erasure = importlib.import_module("erasure")
-    for method, name in (("paper", "paper"), ("authors' scripts", "authors"), ("LECO-like", "leco")):
-        options, recipe = erasure.PROCEDURES[method], erasure.recipe(name)
+    methods = importlib.import_module("methods")
+    for method, name in (("paper", "paper"), ("authors' scripts", "authors"), ("LECO", "leco")):
+        options, recipe = methods.PROCEDURES[method], methods.recipe(name)
         differs = {option for option in options | recipe if options.get(option) != recipe.get(option)}
         assert differs <= {"learning_rate", "max_train_steps"}, "of which the rate is the best one here"
     attacks = importlib.import_module("attacks")
-    assert attacks.METHODS["--robust 3"] == erasure.recipe("robust")
+    assert attacks.METHODS["--robust 3"] == methods.recipe("robust")
 
 
 def test_what_the_peers_take_a_step():

@@ -47,7 +47,7 @@ def test_every_attack_is_judged_and_shown(options, tmp_path):
     assert [a["curve"][-1]["budget"] for a in found["attacks"]] == [2, 2, len(result_prompts()), 2]
     for file in ("report.html", "report.md"):
         text = (tmp_path / "out" / file).read_text()
-        assert all(f"{name}: circle" in text for name in names) and "forward-equivalents" in text
+        assert all(f"{name}: circle" in text for name in names) and "(NFE)" in text
     assert "Can it be brought back?" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -1,0 +1,89 @@
+"""The rows of `erasure.py`: options of `esd_peft.erase`, a peer's closed form, or several erasures one after the other."""
+
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# eight things with near neighbours, one of two words, two styles, and what shows without being named
+CONCEPTS = (
+    "fox", "tiger", "tangerine", "violin", "rose", "taxi", "owl", "soccer ball", "red apple", "ink", "blob",
+    "watermark",
+)  # fmt: skip
+TWENTY = (
+    "fox", "tiger", "tangerine", "violin", "rose", "taxi", "owl", "soccer ball", "red apple", "penguin", "frog", "banana",
+    "hamburger", "rocket", "volcano", "snowman", "drum", "crown", "hammer", "ghost",
+)  # fmt: skip
+
+
+def recipe(name: str) -> dict:
+    """The options of `recipes/NAME.yaml`, without their groups."""
+    groups = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {option: value for group in groups.values() for option, value in group.items()}
+
+
+# the peers' procedures, for as many steps as the authors' scripts take
+_PAPER, _AUTHORS, _LECO = (recipe(name) | {"max_train_steps": 200} for name in ("paper", "authors", "leco"))
+_SPM = {
+    "scope": "esd-x",
+    "rank": 1,
+    "null_space": 0,
+    "closed_form": False,
+    "max_train_steps": 200,
+    "preservation_ratio": 0.5,
+}
+# Their published rates are for Stable Diffusion. Of these each gets the one that is best here (results/peer_rates.md).
+PEER_RATES: dict[str, dict] = {
+    f"{name}, {rate:g}": peer | {"learning_rate": rate}
+    for name, peer in (("paper", _PAPER), ("authors' scripts", _AUTHORS), ("LECO", _LECO))
+    for rate in (1e-4, 3e-4, 1e-3)
+}
+CLOSED: dict[str, dict] = {
+    "UCE, current": {"closed_form_of": "uce", "form": "current"},
+    "UCE, current, expanded": {"closed_form_of": "uce", "form": "current", "expand": True},
+    "UCE, current, expanded, retain": {"closed_form_of": "uce", "form": "current", "expand": True, "retain": True},
+    "UCE, old": {"closed_form_of": "uce", "form": "old"},
+    "UCE, old, expanded": {"closed_form_of": "uce", "form": "old", "expand": True},
+    "UCE, old, expanded, retain": {"closed_form_of": "uce", "form": "old", "expand": True, "retain": True},
+    "SPEED-like": {"closed_form_of": "speed"},
+}
+TRAINED: dict[str, dict] = {
+    "paper": _PAPER | {"learning_rate": 3e-4},
+    "authors' scripts": _AUTHORS | {"learning_rate": 1e-3},
+    "LECO": _LECO | {"learning_rate": 1e-3},
+    "SPM-like": _SPM | {"learning_rate": 1e-3},
+}
+PROCEDURES: dict[str, dict] = {"ours": {}} | CLOSED | TRAINED
+CLAIMS: dict[str, dict] = {
+    "five at once": {"concept": list(TWENTY[:5])},
+    "twenty at once": {"concept": list(TWENTY)},
+    "four in sequence": {"sequence": list(TWENTY[:4])},
+    "ink from fox": {"concept": "ink", "erase_from": "fox"},
+    "glossy from owl": {"concept": "glossy", "erase_from": "owl"},
+    "fox to owl": {"concept": "fox", "map_to": "owl"},
+}
+_NO_TRAINING = {"max_train_steps": 1, "learning_rate": 1e-9, "trajectories": 1}
+SWEEP: dict[str, dict] = {
+    "default": {},
+    "closed form alone": _NO_TRAINING,
+    "no closed form": {"closed_form": False},
+    "no null space": {"null_space": 0},
+    "null space 0.9": {"null_space": 0.9},
+    "null space 0.99": {"null_space": 0.99},
+    "null space 0.9999": {"null_space": 0.9999},
+    "rank 1": {"rank": 1},
+    "rank 16": {"rank": 16},
+    "eta 0": {"negative_guidance": 0},
+    "eta 0.5": {"negative_guidance": 0.5},
+    "eta 2": {"negative_guidance": 2},
+    "learning rate 3e-4": {"learning_rate": 3e-4},
+    "learning rate 3e-3": {"learning_rate": 3e-3},
+    "20 training steps": {"max_train_steps": 20},
+    "80 training steps": {"max_train_steps": 80},
+    "16 trajectories": {"trajectories": 16},
+    "bare prompt": {"prompt_templates": "bare"},
+    "esd-x": {"scope": "esd-x"},
+    "esd-u, student rollouts": {"scope": "esd-u", "rollout": "student"},
+    "full": {"scope": "full"},
+}
+SUITES = {"procedures": PROCEDURES, "peer-rates": PEER_RATES, "claims": CLAIMS, "sweep": SWEEP}

@@ -1,0 +1,48 @@
+"""The peers' closed forms in benchmarks do what their papers say, on the embedded pipeline."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from esd_peft.models import open_family
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("closed_forms")
+
+
+@pytest.fixture
+def family():
+    return open_family("shapes")
+
+
+def embeddings(family, *texts):
+    return family.encode([*texts], torch.device("cpu"), torch.float32)["encoder_hidden_states"]
+
+
+def test_uce_moves_the_last_word_as_far_as_its_ridge_lets_it(module, family):
+    """At the minimum of |W'c − Wg|² + λ|W' − W|² for one key c and one target g: W'c = W (|c|²g + λc) / (|c|² + λ)."""
+    edited, _ = module.uce(family, ["circle"], "current")
+    circle, null = embeddings(family, "circle", "")
+    key, goal = circle[1], null[0]  # their scripts take the token before the last one: of "" that is the first
+    weight = family.load_denoiser(torch.float32).state_dict()[LAYER]
+    square = key @ key
+    expected = weight @ (square * goal + 0.5 * key) / (square + 0.5)
+    torch.testing.assert_close(edited.state_dict()[LAYER] @ key, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("edit", "options"), [("uce", {"form": "old", "retain": True}), ("speed", {})], ids=str)
+def test_only_keys_and_values_change_and_the_null_prompt_hardly(module, family, edit, options):
+    edited, seconds = module.CLOSED_FORMS[edit](family, ["circle"], **options)
+    before, after = family.load_denoiser(torch.float32).state_dict(), edited.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in changed) and seconds > 0
+    circle, null = embeddings(family, "circle", "")
+    change = (after[LAYER] - before[LAYER]).T
+    assert (null @ change).norm() < 0.5 * (circle @ change).norm()
