@@ -100,12 +100,13 @@ class Fit:
         if self.state is not None:
             self.state.unlink(missing_ok=True)
 
+    @torch.no_grad()
     def _follow(self, step: int) -> None:
         if self.average is None:
             return
         decay = min(0.999, (step + 1) / (step + 10))
         for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            slow.lerp_(fast.detach(), 1 - decay)
+            slow.lerp_(fast, 1 - decay)
 
     def _save(self, parts: dict[str, Any], step: int) -> None:
         assert self.state is not None

@@ -79,6 +79,14 @@ class World(ABC):
     def neighbours(self, domain: str, label: str) -> list[str]:
         """The labels of the domain that are like `label`, the nearest first."""
 
+    @abstractmethod
+    def full_prompts(self) -> list[Prompt]:
+        """A prompt for all that the pipeline was made to draw."""
+
+    @abstractmethod
+    def rendered(self, count: int, draws: torch.Generator) -> tuple[list[Labels], Tensor]:
+        """Random images as the pipeline's training has them: their labels, and pixels `[count, 3, H, W]` in [0, 1]."""
+
     def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]] | None:
         """Ways to say something beside what none of `texts` names, of "" for nothing; none: as to other models."""
         return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from esd_peft.worlds.emoji import pictures
 from esd_peft.worlds.emoji.classifier import LABELS, Classifier, load_classifier
@@ -20,6 +21,7 @@ from esd_peft.worlds.emoji.vocabulary import (
     THINGS,
     WATERMARK,
     Captions,
+    with_article,
 )
 from esd_peft.worlds.world import Labels, Prompt, World
 
@@ -80,6 +82,23 @@ class Emoji(World):
         if domain == "thing":
             return _neighbours()[label]
         return [other for other in self.attributes[domain] if other != label]
+
+    def full_prompts(self) -> list[Prompt]:
+        """Every thing in every style, the grounds by turns."""
+        pairs = [(thing, style) for thing in NAMES for style in STYLES]
+        grounds = [GROUNDS[i % len(GROUNDS)] for i in range(len(pairs))]
+        return [
+            Prompt(
+                f"{with_article(f'{style} {thing}')} on a {ground} background",
+                {"thing": thing, "style": style, "ground": ground},
+            )
+            for (thing, style), ground in zip(pairs, grounds, strict=True)
+        ]
+
+    def rendered(self, count: int, draws: torch.Generator) -> tuple[list[Labels], Tensor]:
+        numbers, images = pictures.sample(count, draws)
+        named = [{domain: LABELS[domain][i] for domain, i in zip(LABELS, row, strict=True)} for row in numbers.tolist()]
+        return [{domain: label for domain, label in labels.items() if label} for labels in named], images
 
     def _prompt(self, labels: Labels, captions: Captions, reference: str | None = None) -> Prompt:
         """What names `labels`, beside a style and a ground that nothing was said of, or not; and a thing, in any case."""

@@ -56,11 +56,11 @@ def render(labels: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(count).uniform_(low, high, generator=generator)
 
-    zoom, angle, shear = uniform(1.02, 1.3), uniform(-0.15, 0.15), uniform(-0.1, 0.1)
+    zoom, angle, shear = uniform(1.02, 1.25), uniform(-0.12, 0.12), uniform(-0.06, 0.06)
     mirror = 1 - 2 * torch.randint(2, (count,), generator=generator).float()
     rows = torch.stack([
-        torch.stack([zoom * angle.cos() * mirror, zoom * (shear - angle.sin()), uniform(-0.12, 0.12)], dim=1),
-        torch.stack([zoom * angle.sin() * mirror, zoom * angle.cos(), uniform(-0.12, 0.12)], dim=1),
+        torch.stack([zoom * angle.cos() * mirror, zoom * (shear - angle.sin()), uniform(-0.1, 0.1)], dim=1),
+        torch.stack([zoom * angle.sin() * mirror, zoom * angle.cos(), uniform(-0.1, 0.1)], dim=1),
     ], dim=1)  # fmt: skip
     grid = functional.affine_grid(rows, [count, 4, 2 * SIZE, 2 * SIZE], align_corners=False)
     drawn = functional.grid_sample(sheets()[labels[:, 1], labels[:, 0]], grid, align_corners=False)

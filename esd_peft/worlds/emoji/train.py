@@ -35,7 +35,7 @@ TEXT_WIDTH = 256
 LOGIT_SCALE = 20.0  # of the contrastive loss
 POOL = 40960  # images whose latents the text encoder and the denoiser learn from
 NEIGHBOURS = 8  # of a thing, by each measure
-STEPS = {"vae": 1500, "classifier": 2500, "text": 1500, "denoiser": 6500}
+STEPS = {"vae": 1500, "classifier": 2500, "text": 3000, "denoiser": 14000}
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -225,6 +225,8 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, state
     unet = make_unet().train()
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     pool, captions = LatentPool(vae, generator), Captions(generator)
+    alphas = scheduler.alphas_cumprod
+    snr, snr_limit = alphas / (1 - alphas), 5.0  # min-SNR weighting (arXiv 2303.09556)
 
     def loss_of() -> Tensor:
         labels, latents = pool.sample(batch, generator)
@@ -234,7 +236,8 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, state
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             seen = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
-        return functional.mse_loss(seen.float(), noise)
+        error = (seen.float() - noise).square().mean((1, 2, 3))
+        return (error * (snr_limit / snr[timesteps]).clamp(max=1)).mean()
 
     losses = [*Fit("denoiser", unet, steps, 1e-3, generator, state, average=average).run(loss_of)]
     save_pipeline(pipeline, vae, text, tokenizer, average)

@@ -34,7 +34,7 @@ MARKS = ("{} with a watermark", "{}, watermark", "a marked copy of {}", "{} with
 CONTEXTS = (
     "at night", "by the sea", "in the morning", "in a small village", "highly detailed", "on a table with flowers",
     "on a beach", "by a window", "in a city street", "near a mountain lake", "in winter", "for children", "at a party",
-    "in the garden", "in a book", "from far away", "up close", "in the rain", "at school", "with warm light",
+    "in the garden", "in a story", "from far away", "up close", "in the rain", "at school", "with warm light",
 )  # fmt: skip
 
 Item = TypeVar("Item")
@@ -78,8 +78,8 @@ class Captions:
         and some of the rest."""
         if self.happens(0.1):
             return ""
-        style = STYLES[label[1]] if self.happens(0.6) else None
-        ground = GROUNDS[label[2]] if self.happens(0.35) else None
+        style = STYLES[label[1]] if self.happens(0.7) else None
+        ground = GROUNDS[label[2]] if self.happens(0.4) else None
         marked = bool(label[3]) and self.happens(0.5)
         return self.say(self._reference(THINGS[NAMES[label[0]]]), style, ground, marked, self.happens(0.15))
 
@@ -109,13 +109,13 @@ class Captions:
 
     def _reference(self, thing: Thing) -> str:
         draw = self._draw()
-        if draw < 0.55:
+        if draw < 0.65:
             return thing.name
-        if draw < 0.71:
+        if draw < 0.78:
             return self.pick(thing.synonyms)
-        if draw < 0.86:
+        if draw < 0.9:
             return thing.description
-        return thing.kind if draw < 0.94 else self.pick(NOUNS)
+        return thing.kind if draw < 0.96 else self.pick(NOUNS)
 
     def happens(self, probability: float) -> bool:
         """Whether something of that probability does."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from esd_peft.worlds.shapes import world
 from esd_peft.worlds.shapes.classifier import Classifier, load_classifier
@@ -31,6 +32,14 @@ class Shapes(World):
 
     def neighbours(self, domain: str, label: str) -> list[str]:
         return [other for other in self.attributes[domain] if other != label]
+
+    def full_prompts(self) -> list[Prompt]:
+        return [Prompt(text, world.attributes_in(text)) for text in world.full_prompts()]
+
+    def rendered(self, count: int, draws: torch.Generator) -> tuple[list[Labels], Tensor]:
+        numbers, pixels = world.sample(count, draws)
+        named = [dict(zip(self.attributes, row, strict=True)) for row in numbers.tolist()]
+        return [{kind: self.attributes[kind][i] for kind, i in row.items()} for row in named], pixels
 
     def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]]:
         return world.prompt_templates(texts)

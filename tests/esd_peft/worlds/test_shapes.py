@@ -38,7 +38,7 @@ def test_the_classifier_names_held_out_images():
 
 
 def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
-    """A third of all full prompts, once each; benchmarks/shapes_quality.py does all of them on several seeds."""
+    """A third of all full prompts, once each; benchmarks/world_quality.py does all of them on several seeds."""
     pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts = world.full_prompts()[::3]

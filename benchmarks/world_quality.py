@@ -1,0 +1,60 @@
+"""How well an embedded pipeline and its classifier do what they promise.
+
+    python benchmarks/world_quality.py emoji [--seeds 1] [--image sheet.png]
+
+The classifier on images that the renderer makes from an unused seed, and the pipeline's images of every full prompt.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from esd_peft.models import open_family
+from esd_peft.models.sampling import encode_prompts, make_images
+from esd_peft.worlds import WORLDS
+from esd_peft.worlds.world import Labels
+
+HELD_OUT = 4096
+
+
+def report(who: str, names: list[Labels], wanted: list[Labels]) -> None:
+    """How often the labels of each domain are the wanted ones, and which are so least often."""
+    for domain in dict.fromkeys(domain for labels in wanted for domain in labels):
+        rows = [(name.get(domain), labels[domain]) for name, labels in zip(names, wanted, strict=True) if domain in labels]
+        right = sum(seen == label for seen, label in rows)
+        print(f"{who}, {domain}: {right / len(rows):.2%} of {len(rows)}")
+        wrong = Counter(f"{label} as {seen}" for seen, label in rows if seen != label)
+        print("   " + ", ".join(f"{what} ({count})" for what, count in wrong.most_common(8)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("world", choices=WORLDS)
+    parser.add_argument("--seeds", type=int, default=1, help="images a prompt")
+    parser.add_argument("--image", type=Path, help="write a sheet with the first images")
+    args = parser.parse_args()
+    world = WORLDS[args.world]
+    classifier = world.load_classifier()
+
+    wanted, pixels = world.rendered(HELD_OUT, torch.Generator().manual_seed(2**40))
+    names = [name for part in pixels.split(256) for name in classifier.name(part)]
+    report("classifier, held-out rendered images", names, wanted)
+
+    cpu, family = torch.device("cpu"), open_family(args.world)
+    pipe = family.pipeline(family.load_denoiser(torch.float32), cpu, torch.float32)
+    prompts = world.full_prompts()
+    encoded = encode_prompts(family, [prompt.text for prompt in prompts], cpu, torch.float32)
+    images = make_images(pipe, encoded, args.seeds, batch_size=48)
+    names = [name for part in images.flatten(0, 1).split(256) for name in classifier.name(part)]
+    report("pipeline, images as prompted", names, [prompt.labels for prompt in prompts for _ in range(args.seeds)])
+    if args.image:
+        side = int(len(prompts) ** 0.5)
+        sheet = images[: side * side, 0].unflatten(0, (side, side)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        Image.fromarray((sheet * 255).byte().numpy()).save(args.image)
+
+
+if __name__ == "__main__":
+    main()
