@@ -218,6 +218,8 @@ def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Ro
 
 def _strata_roles(world: World, prompts: list[Prompt], concepts: list[str]) -> Roles:
     """A concept is gone, and the rest intact, by the strata that the erasure has not seen."""
+    if unknown := [concept for concept in concepts if not world.attributes_in(concept)]:
+        raise UserError(_not_in_suite(unknown[0], [label for labels in world.attributes.values() for label in labels]))
     wanted = {concept: world.attributes_in(concept) for concept in concepts}
     asking = {c: [i for i, p in enumerate(prompts) if p.about == c and p.stratum in ASKING] for c in concepts}
     return Roles(wanted, asking, [i for i, p in enumerate(prompts) if p.stratum in KEPT])
@@ -228,9 +230,14 @@ def _labels_of(concept: str, prompts: list[Prompt]) -> dict[str, str]:
     known = {(domain, label) for prompt in prompts for domain, label in prompt.labels.items()}
     named = [(d, label) for d, label in known if names(label, concept) or names(concept, label)]
     if known and not named:
-        labels = ", ".join(sorted(label for _, label in known))
-        raise UserError(f"--concept {concept!r} is not in this --suite, which knows {labels[:300]}; use --suite concept")
+        raise UserError(_not_in_suite(concept, [label for _, label in known]))
     return dict(sorted(named, key=lambda pair: (len(pair[1]), pair[1])))
+
+
+def _not_in_suite(concept: str, labels: list[str]) -> str:
+    return (
+        f"--concept {concept!r} is not in this --suite, which knows {', '.join(sorted(labels))[:300]}; use --suite concept"
+    )
 
 
 def _asks_for(concept: str, wanted: dict[str, str], prompt: Prompt) -> bool:

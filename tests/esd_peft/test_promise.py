@@ -1,14 +1,11 @@
 """The promise, kept on an embedded pipeline: the concept goes, the rest stays, within the budget."""
 
-import pytest
-
 from esd_peft import EraseConfig, erase
 
 
-@pytest.mark.parametrize("concept", ["circle", "striped"])
-def test_default_erasure(tmp_path, concept):
+def test_default_erasure(tmp_path):
     """One seed and one image a prompt; benchmarks/erasure.py measures more of each, in a world that is less easy."""
-    result = erase(EraseConfig(concept=concept, output=tmp_path / "erased", num_validation_images=1, device="cpu"))
+    result = erase(EraseConfig(concept="circle", output=tmp_path / "erased", num_validation_images=1, device="cpu"))
     strata = result["strata"]
     assert strata["wordings"]["before"]["share"] >= 0.9
     assert strata["wordings"]["after"]["share"] <= 0.1 and strata["trained"]["after"]["share"] <= 0.15  # two images

@@ -1,6 +1,7 @@
 """Compiles every launch of `esd_kernels` for a GPU that is not there, and reads what became of it from the machine code.
 
     python tests/helpers/ahead_of_time.py cuda 90        # sm_90; cuda 75 … 120, or hip gfx942
+    python tests/helpers/ahead_of_time.py cuda 80 0 3    # every third launch, from the first on
 
 Prints a JSON list, a row for each compiled launch. It runs in a process of its own, because the tests' own process has
 the kernels interpreted. The launchers themselves are called, so that a launch has just the arguments, and
@@ -63,12 +64,15 @@ class Warmed:
         return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
 
 
-def launches(compiled: list):
-    """Every kind of launch: a name, and how many kernels it added to `compiled`."""
+def launches(first: int, step: int):
+    """Every kind of launch, or every `step`th of them from `first` on: a name, after it was launched."""
+    numbers = itertools.count()
     for (name, dtype), (batch, n) in itertools.product(DTYPES.items(), SHAPES):
         x = torch.empty(batch, n, dtype=dtype)
         per_sample = torch.empty(batch)
         for anchor, etas, weight in itertools.product((False, True), repeat=3):
+            if next(numbers) % step != first:
+                continue
             fused.launch(
                 x,
                 torch.empty(2 * batch, n, dtype=dtype),
@@ -79,6 +83,8 @@ def launches(compiled: list):
             )
             flags = "".join(f" {flag}" for flag, on in (("anchor", anchor), ("etas", etas), ("weight", weight)) if on)
             yield {"kernel": "guided_mse", "dtype": name, "batch": batch, "n": n, "flags": flags.strip()}
+        if next(numbers) % step != first:
+            continue
         fused.launch_scaling(x, torch.empty(()), 1.0)
         yield {"kernel": "scale", "dtype": name, "batch": batch, "n": n, "flags": ""}
 
@@ -123,14 +129,14 @@ def _amd(code: str) -> dict:
     }
 
 
-def main(backend: str, arch: str) -> list[dict]:
+def main(backend: str, arch: str, first: str = "0", step: str = "1") -> list[dict]:
     driver.set_active(StandIn(GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)))
     compiled: list = []
     fused._guided_mse_kernel = Warmed(fused._guided_mse_kernel, compiled)
     fused._scale_kernel = Warmed(fused._scale_kernel, compiled)
     measured: dict[str, dict] = {}  # launches of one specialisation share their code
     rows = []
-    for launch in launches(compiled):
+    for launch in launches(int(first), int(step)):
         kernel = compiled.pop()
         if kernel.hash not in measured:
             measured[kernel.hash] = measure(kernel)

@@ -140,7 +140,6 @@ LEFT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        ("erase --help", 0),
         ("erase --concept circle --print-config", 0),
         ("erase --concept circle --plan --prompt-templates bare", 0),
         ("erase", 2),
