@@ -35,7 +35,7 @@ TEXT_WIDTH = 256
 LOGIT_SCALE = 20.0  # of the contrastive loss
 POOL = 40960  # images whose latents the text encoder and the denoiser learn from
 NEIGHBOURS = 8  # of a thing, by each measure
-STEPS = {"vae": 1500, "classifier": 2500, "text": 3000, "denoiser": 14000}
+STEPS = {"vae": 1500, "classifier": 2500, "text": 3000, "denoiser": 14000, "decoder": 3000}
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -44,8 +44,8 @@ class TrainConfig(Options):
 
     output: Path
     """Where the directory `pipeline`, classifier.safetensors and training.json (steps, losses, seconds) go."""
-    stages: list[Literal["tokenizer", "vae", "classifier", "text", "denoiser", "neighbours"]] = [  # noqa: RUF012
-        "tokenizer", "vae", "classifier", "text", "denoiser", "neighbours",
+    stages: list[Literal["tokenizer", "vae", "classifier", "text", "denoiser", "decoder", "neighbours"]] = [  # noqa: RUF012
+        "tokenizer", "vae", "classifier", "text", "denoiser", "decoder", "neighbours",
     ]  # fmt: skip
     """The stages to run, on top of what the output holds; left out: all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -58,6 +58,8 @@ class TrainConfig(Options):
     """Optimizer steps of the text encoder."""
     denoiser_steps: Steps = STEPS["denoiser"]
     """Optimizer steps of the denoiser."""
+    decoder_steps: Steps = STEPS["decoder"]
+    """Optimizer steps of the autoencoder's decoder, after the denoiser's."""
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -131,6 +133,27 @@ def train_vae(steps: int, generator: torch.Generator, state: Path, batch: int = 
         latents = vae.encode(pictures.sample(512, generator)[1] * 2 - 1).latent_dist.sample(generator)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae, mean_of_last(losses)
+
+
+def train_decoder(steps: int, pipeline: Path, generator: torch.Generator, state: Path, batch: int = 32) -> float | None:
+    """More steps for the autoencoder's decoder alone: latents stay what the denoiser learned. Differences of neighbouring
+    pixels count too, which keeps lines sharp."""
+    vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32).requires_grad_(False)
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True).train()
+
+    def loss_of() -> Tensor:
+        pixels = pictures.sample(batch, generator)[1] * 2 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.sample(generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = vae.decode(latents).sample.float()
+        error = seen - pixels
+        edges = [error.diff(dim=axis).abs().mean() for axis in (2, 3)]
+        return error.abs().mean() + error.square().mean() + edges[0] + edges[1]
+
+    losses = list(Fit("decoder", decoder, steps, 1e-3, generator, state).run(loss_of))
+    vae.eval().half().save_pretrained(pipeline / "vae")
+    return mean_of_last(losses)
 
 
 def train_classifier(
@@ -291,15 +314,23 @@ def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> 
     def denoiser(generator: torch.Generator) -> float | None:
         return train_denoiser(steps["denoiser"], pipeline, generator, state)
 
+    def decoder(generator: torch.Generator) -> float | None:
+        return train_decoder(steps["decoder"], pipeline, generator, state)
+
     def neighbours(generator: torch.Generator) -> None:
         found = find_neighbours(pipeline, load_classifier(output / "classifier.safetensors"), generator)
         rows = (f"  {json.dumps(name)}: {json.dumps(near)}" for name, near in found.items())
         (output / "neighbours.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
 
     stages: dict[str, training.Stage] = {
-        "tokenizer": tokenizer, "vae": vae, "classifier": classifier, "text": text, "denoiser": denoiser,
+        "tokenizer": tokenizer,
+        "vae": vae,
+        "classifier": classifier,
+        "text": text,
+        "denoiser": denoiser,
+        "decoder": decoder,
         "neighbours": neighbours,
-    }  # fmt: skip
+    }
     training.run_stages(output, stages, chosen, steps, seed)
 
 
