@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.models import ModelFamily
-from esd_peft.prompts.plan import retain_prompts
+from esd_peft.prompts.plan import names, retain_prompts
 
 EXPANDED = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}")  # UCE's, for objects
 
@@ -24,7 +24,7 @@ def uce(family: ModelFamily, concepts: list[str], form: str, expand: bool = Fals
     five templates, `retain` holds our built-in list.
     """
     started = time.perf_counter()
-    kept = [text for text in retain_prompts() if not any(concept in text for concept in concepts)] if retain else []
+    kept = _retained(concepts) if retain else []
     pairs = [
         (template.format(c), template.format("")) for c in concepts for template in ("{}", *(EXPANDED if expand else ()))
     ]
@@ -54,7 +54,7 @@ def speed(family: ModelFamily, concepts: list[str], explained: float = 0.999):
     """After SPEED (arXiv 2503.07392): the edit acts in the null space of retained embeddings, of which only those stay in
     the set that an edit without it moves more than the average one."""
     started = time.perf_counter()
-    kept = [text for text in retain_prompts() if not any(concept in text for concept in concepts)]
+    kept = _retained(concepts)
     embed, last = _embedder(family, [*concepts, *kept, "", " "])
     keys = torch.cat([embed[c][last[c] :] for c in concepts])
     targets = torch.cat([embed[""][last[c] :] for c in concepts])
@@ -72,6 +72,10 @@ def speed(family: ModelFamily, concepts: list[str], explained: float = 0.999):
 
 
 CLOSED_FORMS: dict[str, Callable] = {"uce": uce, "speed": speed}
+
+
+def _retained(concepts: list[str]) -> list[str]:
+    return [text for text in retain_prompts() if not any(names(concept, text) for concept in concepts)]
 
 
 def _embedder(family: ModelFamily, texts: list[str]) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -5,18 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
-from typing import (
-    Any,
-    ClassVar,
-    Required,  # pydantic needs it before Python 3.12
-)
+from typing import Any, ClassVar, Required
 
 import peft
 import torch
 from diffusers import ModelMixin
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.adapters.deltas import Replacement, WeightDelta
 from esd_peft.adapters.peft_config import Patterns, fits_base_only, for_layers, read_peft_config

@@ -42,6 +42,27 @@ def make_tokenizer(words: Iterable[str], context: int, vocab_size: int = 4096) -
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context)
 
 
+def make_vae(image_size: int) -> AutoencoderKL:
+    """Images of so many pixels a side to latents of 8 channels, a quarter as wide and high."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=8,
+        layers_per_block=1,
+        norm_num_groups=16,
+        sample_size=image_size,
+    )
+
+
+def worn(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Images `[B, 3, H, W]` with noise and blur, more or less of both, which stand in for what a decoder does to images."""
+    soft = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    pixels = pixels.lerp(soft, torch.rand(len(pixels), 1, 1, 1, generator=generator))
+    noise = torch.randn(pixels.shape, generator=generator) * 0.08
+    return pixels + noise * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+
+
 def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return DDIMScheduler(

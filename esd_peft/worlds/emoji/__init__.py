@@ -73,8 +73,7 @@ class Emoji(World):
             ]
         if "thing" in labels:
             kind = THINGS[labels["thing"]].kind
-            made = [self._prompt({}, captions, kind) for _ in range(count)]
-            return made
+            return [self._prompt({}, captions, kind) for _ in range(count)]
         return []
 
     def neighbours(self, domain: str, label: str) -> list[str]:

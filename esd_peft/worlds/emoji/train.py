@@ -28,7 +28,7 @@ from esd_peft.worlds import training
 from esd_peft.worlds.emoji import pictures
 from esd_peft.worlds.emoji.classifier import Classifier, load_classifier
 from esd_peft.worlds.emoji.vocabulary import NAMES, Captions, all_words, with_article
-from esd_peft.worlds.training import Fit, make_scheduler, mean_of_last, save_pipeline
+from esd_peft.worlds.training import Fit, make_scheduler, make_vae, mean_of_last, save_pipeline, worn
 
 CONTEXT = 24  # tokens a prompt
 TEXT_WIDTH = 256
@@ -69,19 +69,6 @@ def make_tokenizer() -> CLIPTokenizer:
     return training.make_tokenizer(words - {""}, CONTEXT, vocab_size=8192)
 
 
-def make_vae() -> AutoencoderKL:
-    """32x32 images to 8x8 latents of 8 channels."""
-    return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=8,
-        layers_per_block=1,
-        norm_num_groups=16,
-        sample_size=pictures.SIZE,
-    )
-
-
 def make_unet() -> UNet2DConditionModel:
     """Two levels, cross-attention on both."""
     return UNet2DConditionModel(
@@ -117,7 +104,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def train_vae(steps: int, generator: torch.Generator, state: Path, batch: int = 32) -> tuple[AutoencoderKL, float | None]:
     """Reconstruct (L1 and L2), with a KL term small enough that lines survive."""
-    vae = make_vae().train()
+    vae = make_vae(pictures.SIZE).train()
 
     def loss_of() -> Tensor:
         pixels = pictures.sample(batch, generator)[1] * 2 - 1
@@ -159,15 +146,12 @@ def train_decoder(steps: int, pipeline: Path, generator: torch.Generator, state:
 def train_classifier(
     steps: int, generator: torch.Generator, state: Path, batch: int = 96
 ) -> tuple[Classifier, float | None]:
-    """Cross-entropy over the heads; noise and blur stand in for what a decoder does to images."""
+    """Cross-entropy over the heads; on images that are worn as a decoder would."""
     classifier = Classifier().train()
 
     def loss_of() -> Tensor:
         labels, pixels = pictures.sample(batch, generator)
-        soft = functional.avg_pool2d(functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        pixels = pixels.lerp(soft, torch.rand(batch, 1, 1, 1, generator=generator))
-        noise = torch.randn(pixels.shape, generator=generator) * 0.08
-        logits = classifier(pixels + noise * torch.rand(batch, 1, 1, 1, generator=generator))
+        logits = classifier(worn(pixels, generator))
         terms = [functional.cross_entropy(x, labels[:, i]) for i, x in enumerate(logits.values())]
         return torch.stack(terms).sum()
 

@@ -23,7 +23,7 @@ from esd_peft.options import Options
 from esd_peft.worlds import training
 from esd_peft.worlds.shapes import world
 from esd_peft.worlds.shapes.classifier import Classifier
-from esd_peft.worlds.training import Fit, make_scheduler, mean_of_last, save_pipeline
+from esd_peft.worlds.training import Fit, make_scheduler, make_vae, mean_of_last, save_pipeline, worn
 
 CONTEXT = 16  # tokens a prompt
 STEPS = {"vae": 1500, "classifier": 2000, "denoiser": 10000}
@@ -53,19 +53,6 @@ def make_tokenizer() -> CLIPTokenizer:
     words = {w for values in world.ATTRIBUTES.values() for w in values} | {world.NOUN}
     words |= {w for template in world.TEMPLATES for w in template.replace("{}", "").split()}
     return training.make_tokenizer(words, CONTEXT)
-
-
-def make_vae() -> AutoencoderKL:
-    """32x32 images to 8x8 latents of 8 channels."""
-    return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=8,
-        layers_per_block=1,
-        norm_num_groups=16,
-        sample_size=world.SIZE,
-    )
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -103,7 +90,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[AutoencoderKL, float | None]:
     """Reconstruct (L1 and L2), with a KL term small enough that textures survive."""
-    vae = make_vae().train()
+    vae = make_vae(world.SIZE).train()
 
     def loss_of() -> Tensor:
         pixels = world.sample(batch, generator)[1] * 2 - 1
@@ -121,15 +108,12 @@ def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[
 
 
 def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) -> tuple[Classifier, float | None]:
-    """Cross-entropy over the three heads; noise and blur stand in for what a decoder does to images."""
+    """Cross-entropy over the three heads; on images that are worn as a decoder would."""
     classifier = Classifier().train()
 
     def loss_of() -> Tensor:
         labels, pixels = world.sample(batch, generator)
-        soft = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        pixels = pixels.lerp(soft, torch.rand(batch, 1, 1, 1, generator=generator))
-        noise = torch.randn(pixels.shape, generator=generator) * 0.08
-        logits = classifier(pixels + noise * torch.rand(batch, 1, 1, 1, generator=generator))
+        logits = classifier(worn(pixels, generator))
         terms = [nn.functional.cross_entropy(x, labels[:, i]) for i, x in enumerate(logits.values())]
         return torch.stack(terms).sum()
 
