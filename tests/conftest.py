@@ -1,3 +1,4 @@
+import gc
 import os
 
 # before any kernel is imported: Triton decides at import whether it compiles or interprets
@@ -10,12 +11,40 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import settings
 
+from esd_peft.models import ModelFamily
 from pipelines import small_stable_diffusion
 
 # the same examples every time; tests/programs/fuzz.py asks for --hypothesis-profile=large
 settings.register_profile("few", max_examples=25, derandomize=True, database=None)
 settings.register_profile("large", max_examples=10_000, derandomize=True, database=None)
 settings.load_profile("few")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so the garbage collector, which every erasure calls, need not go through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries say at the end what nobody has collected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_models_are_checked_once():
+    """Most tests open the same few pipelines. One whose files are what they were when it was found whole is whole."""
+    check, whole = ModelFamily.check, set()
+
+    def remembered(family, weights):
+        files = ((path, path.stat()) for path in sorted(family.path.rglob("*")) if path.is_file())
+        found = (type(family), family.path, family.variant, weights, *((p, s.st_mtime_ns, s.st_size) for p, s in files))
+        if found not in whole:
+            check(family, weights)
+            whole.add(found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelFamily, "check", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,18 +17,34 @@ QUICK = {"concept": "circle", "num_inference_steps": 3, "trajectories": 2, "max_
 ON_THE_GPU = """
 import json, sys
 from emulated_cuda import emulated_cuda  # before PyTorch
+answers, sys.stdout = sys.stdout, sys.stderr
 from esd_peft import EraseConfig, erase
 from esd_peft.training import adversarial
 adversarial.SEARCH_STEPS = adversarial.WORDS = adversarial.SEARCH_TRAJECTORIES = 1  # enough for every kind of operation
 with emulated_cuda():
-    print(json.dumps(erase(EraseConfig(**json.loads(sys.argv[1])))["loss"]))
+    for line in sys.stdin:
+        print(json.dumps(erase(EraseConfig(**json.loads(line)))["loss"]), file=answers, flush=True)
 """
 
 
-def child(script, *arguments):
-    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=HELPERS, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def erase_there(tmp_path_factory):
+    """Erases on the emulated GPU, all runs in one process, and returns the loss. A run that fails ends the process."""
+    errors = tmp_path_factory.mktemp("gpu") / "errors"
+    with errors.open("w") as file:
+        command, pipe = [sys.executable, "-c", ON_THE_GPU], subprocess.PIPE
+        process = subprocess.Popen(command, cwd=HELPERS, stdin=pipe, stdout=pipe, stderr=file, text=True)
+
+    def run(options, output):
+        process.stdin.write(json.dumps(QUICK | options | {"output": str(output), "device": "cuda"}) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, errors.read_text()
+        return json.loads(answer)
+
+    yield run
+    process.stdin.close()
+    assert process.wait(60) == 0, errors.read_text()
 
 
 @pytest.mark.parametrize(
@@ -44,8 +60,8 @@ def child(script, *arguments):
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
-def test_as_on_the_cpu(tmp_path, options):
-    there = child(ON_THE_GPU, json.dumps(QUICK | options | {"output": str(tmp_path / "gpu"), "device": "cuda"}))
+def test_as_on_the_cpu(tmp_path, erase_there, options):
+    there = erase_there(options, tmp_path / "gpu")
     here = erase(EraseConfig(**(QUICK | options | {"output": tmp_path / "cpu", "device": "cpu"})))["loss"]
     exact = options["dtype"] == "float32"
     assert there == pytest.approx(here, rel=1e-4 if exact else 0.05)
@@ -57,14 +73,12 @@ def test_as_on_the_cpu(tmp_path, options):
         torch.testing.assert_close(second[key], value, rtol=0, atol=5 * QUICK["learning_rate"])
 
 
-def test_robust(tmp_path):
-    config = QUICK | {"robust": 1, "max_train_steps": 3, "output": str(tmp_path / "gpu"), "device": "cuda"}
-    assert child(ON_THE_GPU, json.dumps(config | {"dtype": "bfloat16"}))["last"] > 0
+def test_robust(tmp_path, erase_there):
+    assert erase_there({"robust": 1, "max_train_steps": 3, "dtype": "bfloat16"}, tmp_path / "gpu")["last"] > 0
 
 
-def test_images(small_sd, tmp_path):
-    config = QUICK | {"model": str(small_sd), "num_validation_images": 1, "output": str(tmp_path / "gpu"), "device": "cuda"}
-    child(ON_THE_GPU, json.dumps(config | {"dtype": "float16"}))
+def test_images(small_sd, tmp_path, erase_there):
+    erase_there({"model": str(small_sd), "num_validation_images": 1, "dtype": "float16"}, tmp_path / "gpu")
     assert (tmp_path / "gpu" / "before_after.png").is_file()
 
 
@@ -102,5 +116,7 @@ with emulated_cuda():
 def test_mistakes_are_seen():
     """What a GPU refuses is refused, and nothing else is."""
     allowed = ["a number", "indices here", "copied", "the kernel there"]
-    outcomes = child(MISTAKES)
+    done = subprocess.run([sys.executable, "-c", MISTAKES], cwd=HELPERS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
     assert [name for name, outcome in outcomes.items() if outcome == "done"] == allowed

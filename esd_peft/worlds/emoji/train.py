@@ -108,9 +108,8 @@ def train_vae(steps: int, generator: torch.Generator, state: Path, batch: int = 
 
     def loss_of() -> Tensor:
         pixels = pictures.sample(batch, generator)[1] * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            seen = vae.decode(posterior.sample(generator)).sample.float()
+        posterior = vae.encode(pixels).latent_dist
+        seen = vae.decode(posterior.sample(generator)).sample
         error = seen - pixels
         return error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().float().mean()
 
@@ -132,8 +131,7 @@ def train_decoder(steps: int, pipeline: Path, generator: torch.Generator, state:
         pixels = pictures.sample(batch, generator)[1] * 2 - 1
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.sample(generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            seen = vae.decode(latents).sample.float()
+        seen = vae.decode(latents).sample
         error = seen - pixels
         edges = [error.diff(dim=axis).abs().mean() for axis in (2, 3)]
         return error.abs().mean() + error.square().mean() + edges[0] + edges[1]
@@ -207,7 +205,8 @@ def train_text_encoder(
 
     def loss_of() -> Tensor:
         labels, latents = pool.sample(batch, generator)
-        tokens = _tokens(tokenizer, [captions(label) for label in labels])
+        # What stands after a caption's end has no say in its vector, so the captions need no more than their own length.
+        tokens = _tokens(tokenizer, [captions(label) for label in labels], padding="longest")
         texts = functional.normalize(project(text(tokens).pooler_output), dim=-1)
         logits = LOGIT_SCALE * texts @ tower(latents).T
         target = torch.arange(batch)
@@ -218,8 +217,8 @@ def train_text_encoder(
     return mean_of_last(losses)
 
 
-def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    padded = tokenizer(prompts, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
+def _tokens(tokenizer: CLIPTokenizer, prompts: list[str], padding: str = "max_length") -> Tensor:
+    padded = tokenizer(prompts, padding=padding, max_length=CONTEXT, truncation=True, return_tensors="pt")
     return padded.input_ids
 
 
@@ -233,18 +232,17 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, state
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     pool, captions = LatentPool(vae, generator), Captions(generator)
     alphas = scheduler.alphas_cumprod
-    snr, snr_limit = alphas / (1 - alphas), 5.0  # min-SNR weighting (arXiv 2303.09556)
+    # Min-SNR weighting (arXiv 2303.09556), by how often a timestep is drawn instead of by how much its loss counts.
+    odds = (5 * (1 - alphas) / alphas).clamp(max=1)
 
     def loss_of() -> Tensor:
         labels, latents = pool.sample(batch, generator)
         with torch.no_grad():
             embeds = text(_tokens(tokenizer, [captions(label) for label in labels])).last_hidden_state
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            seen = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
-        error = (seen.float() - noise).square().mean((1, 2, 3))
-        return (error * (snr_limit / snr[timesteps]).clamp(max=1)).mean()
+        timesteps = odds.multinomial(batch, replacement=True, generator=generator)
+        seen = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
+        return functional.mse_loss(seen, noise)
 
     losses = [*Fit("denoiser", unet, steps, 1e-3, generator, state, average=average).run(loss_of)]
     save_pipeline(pipeline, vae, text, tokenizer, average)

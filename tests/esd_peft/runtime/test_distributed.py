@@ -54,8 +54,7 @@ def endless(tmp_path, *arguments):
 
 @pytest.mark.parametrize("options", [[], ["--rollout", "student", "--buffer-refresh-interval", "3", "--stop-at", "-0.9"]])
 def test_two_processes_train_what_one_does(tmp_path, options):
-    command = [sys.executable, "-m", "esd_peft.erase", *QUICK, *options, "--output", "one"]
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    erase(parse(EraseConfig, "erase", [*QUICK, *options, "--output", str(tmp_path / "one")]))
     run = launch(tmp_path, *options, "--output", "two")
     assert run.wait(120) == 0, (tmp_path / "stderr").read_text()
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
@@ -140,10 +139,7 @@ LEFT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        ("erase --concept circle --print-config", 0),
         ("erase --concept circle --plan --prompt-templates bare", 0),
-        ("erase", 2),
-        ("merge_adapter --adapter nowhere --output merged", 2),
         ("evaluate --erased nowhere", 2),
         ("study analyse --answers nowhere", 2),
     ],
