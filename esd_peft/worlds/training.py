@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from esd_peft.errors import UserError
 from esd_peft.io.jobs import hold
@@ -23,6 +23,7 @@ from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.text_parts import write_for_every_version
 
 STATE = "state.pt"  # of a stage that is under way
+SampleImages = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # labels `[B, domains]`, pixels in [0, 1]
 Stage = Callable[[torch.Generator], float | None]  # trains, saves, and returns its last loss
 
 
@@ -42,6 +43,30 @@ def make_tokenizer(words: Iterable[str], context: int, vocab_size: int = 4096) -
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context)
 
 
+def tokens(tokenizer: CLIPTokenizer, prompts: list[str], padding: str = "max_length") -> Tensor:
+    """Their tokens `[B, length]`; the padding is that of transformers."""
+    most = tokenizer.model_max_length
+    padded = tokenizer(prompts, padding=padding, max_length=most, truncation=True, return_tensors="pt")
+    return padded.input_ids
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, width: int, hidden: int) -> CLIPTextModel:
+    """CLIP's, of three layers of that width, with so many hidden units in each."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 def make_vae(image_size: int) -> AutoencoderKL:
     """Images of so many pixels a side to latents of 8 channels, a quarter as wide and high."""
     return AutoencoderKL(
@@ -53,6 +78,26 @@ def make_vae(image_size: int) -> AutoencoderKL:
         norm_num_groups=16,
         sample_size=image_size,
     )
+
+
+class LatentPool:
+    """Labels and latents of `size` images that `sample` makes, so that the autoencoder runs once."""
+
+    @torch.no_grad()
+    def __init__(self, vae: AutoencoderKL, sample: SampleImages, generator: torch.Generator, size: int) -> None:
+        parts = []
+        for _ in tqdm(range(size // 128), desc="encode", mininterval=5):
+            labels, pixels = sample(128, generator)
+            posterior = vae.encode(pixels * 2 - 1).latent_dist
+            parts.append((labels, posterior.mean, posterior.std))
+        self.labels, self.means, self.stds = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.scale = vae.config.scaling_factor
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[list[list[int]], Tensor]:
+        """Labels and scaled latents `[count, 8, H, W]` of some of the images."""
+        chosen = torch.randint(len(self.labels), (count,), generator=generator)
+        jitter = torch.randn(count, *self.means.shape[1:], generator=generator)
+        return self.labels[chosen].tolist(), (self.means[chosen] + self.stds[chosen] * jitter) * self.scale
 
 
 def worn(pixels: Tensor, generator: torch.Generator) -> Tensor:

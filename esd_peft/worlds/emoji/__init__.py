@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.worlds.emoji import pictures
-from esd_peft.worlds.emoji.classifier import LABELS, Classifier, load_classifier
+from esd_peft.worlds.emoji.classifier import LABELS, Classifier
 from esd_peft.worlds.emoji.vocabulary import (
     FRAMES,
     GROUNDS,
@@ -112,7 +112,7 @@ class Emoji(World):
         return Prompt(text, shown)
 
     def load_classifier(self) -> Classifier:
-        return load_classifier()
+        return Classifier.load(Path(__file__).with_name("classifier.safetensors"))
 
 
 @functools.cache

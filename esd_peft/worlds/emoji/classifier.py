@@ -1,16 +1,13 @@
 """The classifier of the emoji world: a residual network that names the thing, style, ground and watermark of an image."""
 
 import itertools
-from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from esd_peft.worlds.classifier import WorldClassifier
 from esd_peft.worlds.emoji.vocabulary import GROUNDS, NAMES, STYLES, WATERMARK
 
-WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 MARKS = ("", WATERMARK)  # an image without one has no label of that domain
 LABELS: dict[str, tuple[str, ...]] = {"thing": NAMES, "style": STYLES, "ground": GROUNDS, "mark": MARKS}
 
@@ -31,8 +28,10 @@ class Block(nn.Module):
         return functional.relu(self.norms[1](inner) + self.skip(x))
 
 
-class Classifier(nn.Module):
+class Classifier(WorldClassifier):
     """Pixels `[B, 3, 32, 32]` in [0, 1] to one row of logits per domain."""
+
+    labels = LABELS
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -49,21 +48,3 @@ class Classifier(nn.Module):
         features = self.trunk(pixels)
         pooled, flat = features.mean((2, 3)), features.flatten(1)
         return {domain: head(flat if domain == "mark" else pooled) for domain, head in self.heads.items()}
-
-    @torch.no_grad()
-    def name(self, pixels: Tensor) -> list[dict[str, str]]:
-        """What each image shows: `{"thing": "fox", "style": "ink", "ground": "grey"}`, and a mark where it has one."""
-        best = {domain: logits.argmax(1).tolist() for domain, logits in self(pixels.float()).items()}
-        named = [{domain: LABELS[domain][best[domain][i]] for domain in best} for i in range(len(pixels))]
-        return [{domain: label for domain, label in labels.items() if label} for labels in named]
-
-    def save(self, path: Path) -> None:
-        """Write the weights in fp16."""
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, path)
-
-
-def load_classifier(path: Path = WEIGHTS) -> Classifier:
-    """The shipped classifier, in fp32 on the CPU."""
-    model = Classifier()
-    model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    return model.eval()

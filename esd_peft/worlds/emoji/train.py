@@ -3,7 +3,7 @@
     python -m esd_peft.worlds.emoji.train --output DIR
 
 makes a plain `StableDiffusionPipeline` directory at DIR/pipeline, DIR/classifier.safetensors and DIR/training.json (steps,
-losses and seconds of each stage), in about two hours on 2 CPU cores; stopped, it goes on where it was. As for Stable
+losses and seconds of each stage), in some hours on 2 CPU cores; stopped, it goes on where it was. As for Stable
 Diffusion the text encoder is trained first, by contrast with images (CLIP, arXiv 2103.00020), and then frozen.
 """
 
@@ -11,31 +11,41 @@ import copy
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from esd_peft.cli import parse, run_command
 from esd_peft.options import Options
 from esd_peft.prompts.plan import SCENES, TEMPLATES, retain_prompts
 from esd_peft.worlds import training
 from esd_peft.worlds.emoji import pictures
-from esd_peft.worlds.emoji.classifier import Classifier, load_classifier
+from esd_peft.worlds.emoji.classifier import Classifier
 from esd_peft.worlds.emoji.vocabulary import NAMES, Captions, all_words, with_article
-from esd_peft.worlds.training import Fit, make_scheduler, make_vae, mean_of_last, save_pipeline, worn
+from esd_peft.worlds.training import (
+    Fit,
+    LatentPool,
+    make_scheduler,
+    make_text_encoder,
+    make_vae,
+    mean_of_last,
+    save_pipeline,
+    tokens,
+    worn,
+)
 
 CONTEXT = 24  # tokens a prompt
 TEXT_WIDTH = 256
 LOGIT_SCALE = 20.0  # of the contrastive loss
 POOL = 40960  # images whose latents the text encoder and the denoiser learn from
 NEIGHBOURS = 8  # of a thing, by each measure
-STEPS = {"vae": 1500, "classifier": 2500, "text": 3000, "denoiser": 14000, "decoder": 3000}
+STEPS = {"vae": 1500, "classifier": 2500, "text": 3000, "denoiser": 6500, "refine": 7500, "decoder": 3000}
+StageName = Literal["tokenizer", "vae", "classifier", "text", "denoiser", "refine", "decoder", "neighbours"]
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -44,9 +54,7 @@ class TrainConfig(Options):
 
     output: Path
     """Where the directory `pipeline`, classifier.safetensors and training.json (steps, losses, seconds) go."""
-    stages: list[Literal["tokenizer", "vae", "classifier", "text", "denoiser", "decoder", "neighbours"]] = [  # noqa: RUF012
-        "tokenizer", "vae", "classifier", "text", "denoiser", "decoder", "neighbours",
-    ]  # fmt: skip
+    stages: list[StageName] = [*get_args(StageName)]  # noqa: RUF012
     """The stages to run, on top of what the output holds; left out: all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed on the same machine trains the same weights."""
@@ -58,6 +66,8 @@ class TrainConfig(Options):
     """Optimizer steps of the text encoder."""
     denoiser_steps: Steps = STEPS["denoiser"]
     """Optimizer steps of the denoiser."""
+    refine_steps: Steps = STEPS["refine"]
+    """More optimizer steps of the denoiser, from the average of the first ones."""
     decoder_steps: Steps = STEPS["decoder"]
     """Optimizer steps of the autoencoder's decoder, after the denoiser's."""
 
@@ -82,23 +92,6 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=(4, 5),
         norm_num_groups=16,
-    )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Three layers of 256."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
     )
 
 
@@ -157,26 +150,6 @@ def train_classifier(
     return classifier.eval(), mean_of_last(losses)
 
 
-class LatentPool:
-    """Labels and latents of many images, so that the autoencoder runs once."""
-
-    @torch.no_grad()
-    def __init__(self, vae: AutoencoderKL, generator: torch.Generator, size: int = POOL) -> None:
-        parts = []
-        for _ in tqdm(range(size // 128), desc="encode", mininterval=5):
-            labels, pixels = pictures.sample(128, generator)
-            posterior = vae.encode(pixels * 2 - 1).latent_dist
-            parts.append((labels, posterior.mean, posterior.std))
-        self.labels, self.means, self.stds = (torch.cat(column) for column in zip(*parts, strict=True))
-        self.scale = vae.config.scaling_factor
-
-    def sample(self, count: int, generator: torch.Generator) -> tuple[list[list[int]], Tensor]:
-        """Labels and latents `[count, 8, 8, 8]` of some of the images."""
-        chosen = torch.randint(len(self.labels), (count,), generator=generator)
-        jitter = torch.randn(count, *self.means.shape[1:], generator=generator)
-        return self.labels[chosen].tolist(), (self.means[chosen] + self.stds[chosen] * jitter) * self.scale
-
-
 class LatentTower(nn.Module):
     """The other half of CLIP: a latent `[B, 8, 8, 8]` to a vector `[B, width]`."""
 
@@ -199,15 +172,16 @@ def train_text_encoder(
     """CLIP's symmetric contrastive loss between captions and latents; saves the text encoder in `pipeline`."""
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
-    pool, captions = LatentPool(vae, generator, POOL // 2), Captions(generator)
-    text, tower, project = make_text_encoder(tokenizer), LatentTower(), nn.Linear(TEXT_WIDTH, 128, bias=False)
+    pool, captions = LatentPool(vae, pictures.sample, generator, POOL // 2), Captions(generator)
+    text, tower = make_text_encoder(tokenizer, TEXT_WIDTH, TEXT_WIDTH), LatentTower()
+    project = nn.Linear(TEXT_WIDTH, 128, bias=False)
     model = nn.ModuleList([text, tower, project]).train()
 
     def loss_of() -> Tensor:
         labels, latents = pool.sample(batch, generator)
         # What stands after a caption's end has no say in its vector, so the captions need no more than their own length.
-        tokens = _tokens(tokenizer, [captions(label) for label in labels], padding="longest")
-        texts = functional.normalize(project(text(tokens).pooler_output), dim=-1)
+        said = tokens(tokenizer, [captions(label) for label in labels], padding="longest")
+        texts = functional.normalize(project(text(said).pooler_output), dim=-1)
         logits = LOGIT_SCALE * texts @ tower(latents).T
         target = torch.arange(batch)
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
@@ -217,20 +191,21 @@ def train_text_encoder(
     return mean_of_last(losses)
 
 
-def _tokens(tokenizer: CLIPTokenizer, prompts: list[str], padding: str = "max_length") -> Tensor:
-    padded = tokenizer(prompts, padding=padding, max_length=CONTEXT, truncation=True, return_tensors="pt")
-    return padded.input_ids
+def train_denoiser(
+    steps: int, pipeline: Path, generator: torch.Generator, state: Path, refine: bool = False, batch: int = 48
+) -> float | None:
+    """Noise prediction by the UNet, for the other parts in `pipeline`; saves the whole, the UNet as its moving average.
 
-
-def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, state: Path, batch: int = 48) -> float | None:
-    """Noise prediction by the UNet, for the other parts in `pipeline`; saves the whole, the UNet as its moving average."""
+    With `refine` it goes on from the UNet in `pipeline`, at a learning rate that starts anew (arXiv 1608.03983).
+    """
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).eval()
     scheduler = make_scheduler()
-    unet = make_unet().train()
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", dtype=torch.float32) if refine else make_unet()
+    unet.train()
     average = copy.deepcopy(unet).eval().requires_grad_(False)
-    pool, captions = LatentPool(vae, generator), Captions(generator)
+    pool, captions = LatentPool(vae, pictures.sample, generator, POOL), Captions(generator)
     alphas = scheduler.alphas_cumprod
     # Min-SNR weighting (arXiv 2303.09556), by how often a timestep is drawn instead of by how much its loss counts.
     odds = (5 * (1 - alphas) / alphas).clamp(max=1)
@@ -238,13 +213,13 @@ def train_denoiser(steps: int, pipeline: Path, generator: torch.Generator, state
     def loss_of() -> Tensor:
         labels, latents = pool.sample(batch, generator)
         with torch.no_grad():
-            embeds = text(_tokens(tokenizer, [captions(label) for label in labels])).last_hidden_state
+            embeds = text(tokens(tokenizer, [captions(label) for label in labels])).last_hidden_state
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = odds.multinomial(batch, replacement=True, generator=generator)
         seen = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
         return functional.mse_loss(seen, noise)
 
-    losses = [*Fit("denoiser", unet, steps, 1e-3, generator, state, average=average).run(loss_of)]
+    losses = [*Fit("refine" if refine else "denoiser", unet, steps, 1e-3, generator, state, average=average).run(loss_of)]
     save_pipeline(pipeline, vae, text, tokenizer, average)
     return mean_of_last(losses, 500)
 
@@ -260,7 +235,7 @@ def find_neighbours(pipeline: Path, classifier: Classifier, generator: torch.Gen
         labels, pixels = pictures.sample(512, generator)
         seen = classifier(pixels + 0.3 * torch.randn(pixels.shape, generator=generator))["thing"].softmax(1)
         confused.index_add_(0, labels[:, 0], seen)
-    embeds = text(_tokens(tokenizer, [with_article(name) for name in NAMES])).pooler_output
+    embeds = text(tokens(tokenizer, [with_article(name) for name in NAMES])).pooler_output
     embeds = functional.normalize(embeds - embeds.mean(0), dim=1)
     orders = [
         (matrix - 1e9 * torch.eye(len(NAMES))).argsort(1, descending=True)[:, :NEIGHBOURS].tolist()
@@ -296,11 +271,14 @@ def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> 
     def denoiser(generator: torch.Generator) -> float | None:
         return train_denoiser(steps["denoiser"], pipeline, generator, state)
 
+    def refine(generator: torch.Generator) -> float | None:
+        return train_denoiser(steps["refine"], pipeline, generator, state, refine=True)
+
     def decoder(generator: torch.Generator) -> float | None:
         return train_decoder(steps["decoder"], pipeline, generator, state)
 
     def neighbours(generator: torch.Generator) -> None:
-        found = find_neighbours(pipeline, load_classifier(output / "classifier.safetensors"), generator)
+        found = find_neighbours(pipeline, Classifier.load(output / "classifier.safetensors"), generator)
         rows = (f"  {json.dumps(name)}: {json.dumps(near)}" for name, near in found.items())
         (output / "neighbours.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
 
@@ -310,6 +288,7 @@ def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> 
         "classifier": classifier,
         "text": text,
         "denoiser": denoiser,
+        "refine": refine,
         "decoder": decoder,
         "neighbours": neighbours,
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.shapes.classifier import Classifier, load_classifier
+from esd_peft.worlds.shapes.classifier import Classifier
 from esd_peft.worlds.world import Labels, Prompt, World
 
 
@@ -45,4 +45,4 @@ class Shapes(World):
         return world.prompt_templates(texts)
 
     def load_classifier(self) -> Classifier:
-        return load_classifier()
+        return Classifier.load(Path(__file__).with_name("classifier.safetensors"))

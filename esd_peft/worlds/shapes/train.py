@@ -3,31 +3,41 @@
     python -m esd_peft.worlds.shapes.train --output DIR
 
 makes a plain `StableDiffusionPipeline` directory at DIR/pipeline, DIR/classifier.safetensors and
-DIR/training.json (steps, losses and seconds of each stage). The stages run in the order of `STAGES`;
+DIR/training.json (steps, losses and seconds of each stage). The stages run in the order of `StageName`;
 `--stages` runs some of them again on top of what DIR holds.
 """
 
 import copy
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from esd_peft.cli import parse, run_command
 from esd_peft.options import Options
 from esd_peft.worlds import training
 from esd_peft.worlds.shapes import world
 from esd_peft.worlds.shapes.classifier import Classifier
-from esd_peft.worlds.training import Fit, make_scheduler, make_vae, mean_of_last, save_pipeline, worn
+from esd_peft.worlds.training import (
+    Fit,
+    LatentPool,
+    make_scheduler,
+    make_text_encoder,
+    make_vae,
+    mean_of_last,
+    save_pipeline,
+    tokens,
+    worn,
+)
 
 CONTEXT = 16  # tokens a prompt
+POOL = 32768  # images whose latents the denoiser learns from
 STEPS = {"vae": 1500, "classifier": 2000, "denoiser": 10000}
-STAGES = ("tokenizer", *STEPS)
+StageName = Literal["tokenizer", "vae", "classifier", "denoiser"]
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -36,7 +46,7 @@ class TrainConfig(Options):
 
     output: Path
     """Where the directory `pipeline`, classifier.safetensors and training.json (steps, losses, seconds) go."""
-    stages: list[Literal["tokenizer", "vae", "classifier", "denoiser"]] = ["tokenizer", "vae", "classifier", "denoiser"]  # noqa: RUF012
+    stages: list[StageName] = [*get_args(StageName)]  # noqa: RUF012
     """The stages to run, on top of what the output holds; left out: all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed on the same machine trains the same weights."""
@@ -68,23 +78,6 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=128,
         attention_head_dim=(2, 3),
         norm_num_groups=16,
-    )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Three layers of 128."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
     )
 
 
@@ -131,17 +124,15 @@ def train_denoiser(
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
     scheduler = make_scheduler()
-    model = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)}).train()
+    model = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer, 128, 512)}).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    labels, means, stds = _latent_pool(vae, generator)
+    pool = LatentPool(vae, world.sample, generator, POOL)
 
     def loss_of() -> Tensor:
-        chosen = torch.randint(len(labels), (batch,), generator=generator)
-        noise, jitter = torch.randn(2, batch, *means.shape[1:], generator=generator)
-        latents = (means[chosen] + stds[chosen] * jitter) * vae.config.scaling_factor
-        prompts = [world.caption(labels[i], generator) for i in chosen]
-        tokens = tokenizer(prompts, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
-        embeds = model["text"](tokens.input_ids).last_hidden_state
+        labels, latents = pool.sample(batch, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        prompts = [world.caption(label, generator) for label in labels]
+        embeds = model["text"](tokens(tokenizer, prompts)).last_hidden_state
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
         seen = model["unet"](scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
         return nn.functional.mse_loss(seen.float(), noise)
@@ -150,18 +141,6 @@ def train_denoiser(
     losses = [*fit.run(loss_of)]
     save_pipeline(pipeline, vae, average["text"], tokenizer, average["unet"])
     return mean_of_last(losses, 500)
-
-
-@torch.no_grad()
-def _latent_pool(vae: AutoencoderKL, generator: torch.Generator, size: int = 32768) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, means and standard deviations of `size` encoded images, so that the encoder runs once."""
-    parts = []
-    for _ in tqdm(range(size // 128), desc="encode"):
-        labels, pixels = world.sample(128, generator)
-        posterior = vae.encode(pixels * 2 - 1).latent_dist
-        parts.append((labels, posterior.mean, posterior.std))
-    labels, means, stds = (torch.cat(column) for column in zip(*parts, strict=True))
-    return labels, means, stds
 
 
 def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> None:

@@ -6,7 +6,7 @@ from a named `torch.Generator`, so a seed gives the same images and captions eve
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,13 +75,13 @@ def sample(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return labels, render(labels, generator)
 
 
-def caption(label: Tensor, generator: torch.Generator) -> str:
-    """A caption for one label `[3]`: words dropped at random, one in ten empty, in one of `TEMPLATES`."""
+def caption(label: Sequence[int], generator: torch.Generator) -> str:
+    """A caption for one label (shape, colour, texture): words dropped at random, one in ten empty, in one of `TEMPLATES`."""
     draw = torch.rand(5, generator=generator)
     if draw[0] < 0.1:
         return ""
     keep = [True] * 3 if draw[1] < 0.4 else [bool(x < 0.5) for x in draw[2:]]
-    named = {kind: values[int(i)] for (kind, values), i, kept in zip(ATTRIBUTES.items(), label, keep, strict=True) if kept}
+    named = {kind: values[i] for (kind, values), i, kept in zip(ATTRIBUTES.items(), label, keep, strict=True) if kept}
     chosen = torch.multinomial(torch.tensor(TEMPLATE_WEIGHTS, dtype=torch.float), 1, generator=generator)
     return prompt(named, TEMPLATES[int(chosen)])
 

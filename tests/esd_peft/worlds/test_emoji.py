@@ -8,7 +8,7 @@ from torch import nn
 
 from esd_peft.errors import UserError
 from esd_peft.worlds.emoji import Emoji, pictures
-from esd_peft.worlds.emoji.classifier import LABELS, load_classifier
+from esd_peft.worlds.emoji.classifier import LABELS
 from esd_peft.worlds.emoji.train import make_tokenizer
 from esd_peft.worlds.emoji.vocabulary import (
     CONTEXTS,
@@ -100,7 +100,7 @@ def test_prompts_ask_for_what_they_are_to_measure():
 
 def test_the_classifier_names_what_is_drawn_anew():
     labels, images = pictures.sample(1024, draws(2**40))
-    seen = load_classifier().name(images)
+    seen = Emoji().load_classifier().name(images)
     for i, (domain, names) in enumerate(LABELS.items()):
         right = sum(found.get(domain, "") == names[int(label[i])] for found, label in zip(seen, labels, strict=True))
         assert right / len(labels) >= 0.97, domain

@@ -14,7 +14,6 @@ from esd_peft.models import open_family
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.shapes.classifier import load_classifier
 from esd_peft.worlds.shapes.train import TrainConfig, train
 
 EMBEDDED = WORLDS["shapes"].pipeline
@@ -31,7 +30,7 @@ def test_what_ships_is_small_plain_and_half_precision():
 
 def test_the_classifier_names_held_out_images():
     labels, pixels = world.sample(600, torch.Generator().manual_seed(2**41))
-    names = load_classifier().name(pixels)
+    names = WORLDS["shapes"].load_classifier().name(pixels)
     for i, (kind, values) in enumerate(world.ATTRIBUTES.items()):
         right = [name[kind] == values[int(label[i])] for name, label in zip(names, labels, strict=True)]
         assert sum(right) / len(right) >= 0.98, kind
@@ -45,7 +44,7 @@ def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
     images = pipe(
         prompts, num_inference_steps=25, guidance_scale=3.0, generator=generator(0, "plain"), output_type="pt"
     ).images
-    names = load_classifier().name(images)
+    names = WORLDS["shapes"].load_classifier().name(images)
     for kind in world.ATTRIBUTES:
         right = [name[kind] == world.attributes_in(p)[kind] for name, p in zip(names, prompts, strict=True)]
         assert sum(right) / len(right) >= 0.9, kind
@@ -60,7 +59,7 @@ def test_the_world_is_seeded_and_large_enough():
 
 def test_captions_drop_words_and_are_sometimes_empty():
     generator = torch.Generator().manual_seed(0)
-    label = torch.tensor([0, 1, 2])  # circle, yellow, dotted
+    label = [0, 1, 2]  # circle, yellow, dotted
     captions = [world.caption(label, generator) for _ in range(400)]
     assert 0.05 < captions.count("") / 400 < 0.3
     named = [world.attributes_in(c) for c in captions]

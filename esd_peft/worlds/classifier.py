@@ -1,0 +1,34 @@
+"""What the classifiers of all worlds share: a head for each domain, names for what is seen, a file of weights."""
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from esd_peft.worlds.world import Labels
+
+
+class WorldClassifier(nn.Module):
+    """Pixels `[B, 3, H, W]` in [0, 1] to one row of logits `[B, labels]` for each domain."""
+
+    labels: ClassVar[dict[str, tuple[str, ...]]]  # by domain; "" where an image has none of them
+
+    @torch.no_grad()
+    def name(self, images: Tensor) -> list[Labels]:
+        """What each image shows, by domain."""
+        best = {domain: logits.argmax(1).tolist() for domain, logits in self(images.float()).items()}
+        named = [{domain: self.labels[domain][best[domain][i]] for domain in best} for i in range(len(images))]
+        return [{domain: label for domain, label in labels.items() if label} for labels in named]
+
+    def save(self, path: Path) -> None:
+        """Write the weights in fp16."""
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What `save` wrote, in fp32 on the CPU."""
+        model = cls()
+        model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+        return model.eval()
