@@ -42,8 +42,8 @@ class EvaluateConfig(Options):
     base: str | None = None
     """The pipeline directory before erasing; left out: the one the adapter was trained on."""
     suite: str | None = None
-    """What to ask: shapes, concept, imagenette, artists, i2p, coco, csv, or a YAML file like theirs
-    (docs/evaluation.md); left out: shapes for the embedded pipeline, otherwise concept."""
+    """What to ask: shapes, emoji, concept, imagenette, artists, i2p, coco, csv, or a YAML file like theirs
+    (docs/evaluation.md); left out: that of an embedded pipeline, otherwise concept."""
     prompts: str | None = None
     """With suites i2p, coco and csv: a CSV file with a column prompt, or OWNER/NAME/FILE.csv of a dataset on the hub."""
     concept: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)

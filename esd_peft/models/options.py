@@ -27,4 +27,4 @@ class PretrainedOptions(ModelOptions):
 
     model: str = "shapes"
     """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, PixArt-Σ, Sana), the hub id of
-    one, a single-file checkpoint, or shapes: the embedded pipeline."""
+    one, a single-file checkpoint, or an embedded pipeline: shapes, emoji."""

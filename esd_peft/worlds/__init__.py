@@ -5,12 +5,13 @@ A world is a name for `--model`. What is particular to one of them is known here
 
 from pathlib import Path
 
+from esd_peft.worlds.emoji import Emoji
 from esd_peft.worlds.shapes import Shapes
 from esd_peft.worlds.world import World
 
 __all__ = ["WORLDS", "World", "find_world"]
 
-WORLDS: dict[str, World] = {world.name: world for world in (Shapes(),)}
+WORLDS: dict[str, World] = {world.name: world for world in (Shapes(), Emoji())}
 
 
 def find_world(model: str) -> World | None:

@@ -237,9 +237,11 @@ def find_neighbours(pipeline: Path, classifier: Classifier, generator: torch.Gen
         confused.index_add_(0, labels[:, 0], seen)
     embeds = text(tokens(tokenizer, [with_article(name) for name in NAMES])).pooler_output
     embeds = functional.normalize(embeds - embeds.mean(0), dim=1)
+    shares = confused / confused.sum(1, keepdim=True)
+    shares = shares / shares.mean(0)  # under noise some names are given to everything
     orders = [
         (matrix - 1e9 * torch.eye(len(NAMES))).argsort(1, descending=True)[:, :NEIGHBOURS].tolist()
-        for matrix in (confused / confused.sum(1, keepdim=True), embeds @ embeds.T)
+        for matrix in (shares, embeds @ embeds.T)
     ]
     both = (itertools.chain.from_iterable(zip(*rows, strict=True)) for rows in zip(*orders, strict=True))
     return {name: [NAMES[i] for i in dict.fromkeys(row)] for name, row in zip(NAMES, both, strict=True)}

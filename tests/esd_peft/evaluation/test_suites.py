@@ -8,7 +8,7 @@ from esd_peft.prompts.plan import spread
 from esd_peft.worlds import WORLDS
 from esd_peft.worlds.world import Prompt
 
-BUILT_IN = ("artists", "coco", "concept", "csv", "i2p", "imagenette", "shapes")
+BUILT_IN = ("artists", "coco", "concept", "csv", "emoji", "i2p", "imagenette", "shapes")
 
 
 def prompts_and_roles(name, concepts, source=None):
@@ -169,7 +169,7 @@ def test_suites_of_ones_own(tmp_path):
     ],
 )
 def test_a_suite_of_a_world_names_one_that_is_there(tmp_path, text):
-    with pytest.raises(UserError, match=r"name an embedded pipeline, \{kind: world, model: shapes\}"):
+    with pytest.raises(UserError, match=r"name an embedded pipeline, \{kind: world, model: shapes, emoji\}"):
         load_suite(write(tmp_path / "world.yaml", f"about: x\nseeds: 1\n{text}"))
     known = "about: x\nseeds: 1\nprompts: world\ndetector: {kind: world, model: shapes}\n"
     assert load_suite(write(tmp_path / "world.yaml", known)).world is WORLDS["shapes"]

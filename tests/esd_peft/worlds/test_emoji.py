@@ -4,6 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from esd_peft.errors import UserError
@@ -145,3 +147,32 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
     other = Fit("test", nn.Linear(4, 4), 9, 1e-2, draws(), state)
     with pytest.raises(UserError, match="of another training"):
         next(other.run(loss))
+
+
+def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
+    """A tenth of all full prompts, once each; benchmarks/world_quality.py does all of them."""
+    world = Emoji()
+    pipe = StableDiffusionPipeline.from_pretrained(world.pipeline, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = world.full_prompts()[::11]
+    texts = [prompt.text for prompt in prompts]
+    images = pipe(texts, num_inference_steps=20, guidance_scale=3.0, generator=draws(), output_type="pt").images
+    seen = world.load_classifier().name(images)
+    for domain, least in {"thing": 0.65, "style": 0.5, "ground": 0.9}.items():
+        right = [found.get(domain) == prompt.labels[domain] for found, prompt in zip(seen, prompts, strict=True)]
+        assert sum(right) / len(right) >= least, domain
+
+
+def test_what_ships_is_small_plain_and_half_precision():
+    assert sum(path.stat().st_size for path in Emoji.pipeline.parent.rglob("*") if path.is_file()) <= 25e6
+    weights = [*Emoji.pipeline.rglob("*.safetensors")]
+    assert len(weights) == 3
+    assert {t.dtype for path in weights for t in load_file(path).values() if t.is_floating_point()} == {torch.float16}
+
+
+def test_every_thing_has_neighbours():
+    world = Emoji()
+    for name in NAMES:
+        near = world.neighbours("thing", name)
+        assert len(near) >= 6 and name not in near and {*near} <= {*NAMES}
+    assert "lion" in world.neighbours("thing", "tiger")
