@@ -33,7 +33,7 @@ def run(folder, *words, **options):
 
 @pytest.mark.parametrize(
     "environment",
-    [{"PYTHONIOENCODING": e} for e in ("ascii", "cp1252", "utf-16")] + [{"LC_ALL": "C"}],
+    [{"PYTHONIOENCODING": e} for e in ("ascii", "latin-1", "cp1252", "utf-16")] + [{"LC_ALL": "C"}],
     ids=str,
 )
 def test_every_encoding_takes_every_name(made, environment):

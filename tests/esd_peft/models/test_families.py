@@ -156,7 +156,8 @@ def test_adapter_and_merged_weights_in_plain_diffusers(kind, tmp_path, monkeypat
     torch.testing.assert_close(predict(denoiser), seen, atol=max(1e-4, rounding), rtol=1e-3)
 
 
-def test_half_precision_and_little_memory(kind, tmp_path):
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_half_precision_and_little_memory(kind, tmp_path, quantize):
     options = {
         "num_inference_steps": 2,
         "trajectories": 2,
@@ -164,7 +165,7 @@ def test_half_precision_and_little_memory(kind, tmp_path):
         "num_validation_images": 1,
         "device": "cpu",
     }
-    options |= {"dtype": "bfloat16", "gradient_checkpointing": True, "quantize": "nf4", "per_device_batch_size": 3}
+    options |= {"dtype": "bfloat16", "gradient_checkpointing": True, "quantize": quantize, "per_device_batch_size": 3}
     result = erase(EraseConfig(concept="circle", model=str(kind), output=tmp_path / "erased", **options))
     assert result["loss"]["last"] < 10
     assert (tmp_path / "erased" / "before_after.png").is_file()

@@ -139,7 +139,10 @@ LEFT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0
 @pytest.mark.parametrize(
     ("command", "code"),
     [
+        ("erase --concept circle --print-config", 0),
         ("erase --concept circle --plan --prompt-templates bare", 0),
+        ("erase", 2),
+        ("merge_adapter --adapter nowhere --output merged", 2),
         ("evaluate --erased nowhere", 2),
         ("study analyse --answers nowhere", 2),
     ],
