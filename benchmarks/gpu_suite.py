@@ -47,7 +47,7 @@ from esd_peft.defaults import resolve
 from esd_peft.memory.planner import describe, make_plan
 from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
-from esd_peft.runtime.devices import release, resolve_device
+from esd_peft.runtime.devices import avoid_gaps, release, resolve_device
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.work import count_denoiser_calls
 
@@ -354,6 +354,7 @@ def main() -> None:
     which.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     which.add_argument("--part", type=int, choices=PARTS, help="only the sections of this part")
     args = parser.parse_args()
+    avoid_gaps()  # as every command does
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     folder = args.output / re.sub(r"\W+", "_", device).strip("_").lower()
     folder.mkdir(parents=True, exist_ok=True)

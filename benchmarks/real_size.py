@@ -17,6 +17,7 @@ from real_models import make_model
 from esd_peft import EraseConfig, erase
 from esd_peft.cli import parse
 from esd_peft.erase_result import table
+from esd_peft.runtime.devices import describe_device, resolve_device
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     print(table(result))
     del result["config"]["pretrained"]["model"], result["config"]["checkpoint"]["output"]  # temporary names
     result["machine"] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "device": describe_device(resolve_device("auto")),
         "torch": torch.__version__,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

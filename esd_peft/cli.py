@@ -18,6 +18,7 @@ from esd_peft.io import terminal
 from esd_peft.io import text as text_files
 from esd_peft.options import Options, flag, grouped, groups_of, sentence
 from esd_peft.runtime import distributed, interrupts
+from esd_peft.runtime.devices import avoid_gaps
 
 Config = TypeVar("Config", bound=Options)
 
@@ -146,6 +147,7 @@ def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2, and so does too little
     memory."""
     transformers.utils.logging.disable_progress_bar()
+    avoid_gaps()
     interrupts.at_once()
     try:
         with terminal.forgiving_streams():

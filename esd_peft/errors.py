@@ -3,8 +3,6 @@
 import os
 import re
 
-import torch
-
 _TOKEN = re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}")  # of the hub
 
 _LONG = 2000  # characters; more than that is a file's
@@ -41,4 +39,6 @@ def system_reason(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that the GPU or the host has too little memory; PyTorch has no class of its own for the latter."""
+    import torch  # here, because commands that compute nothing can raise errors too
+
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -54,8 +54,9 @@ def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, fa
         raise UserError("--plan and --memory-budget work with --objective esd only; leave them out")
     device = resolved.runtime.torch_device
     imagined = device.type == "cpu" and given.runtime.device == "auto"
-    if imagined and given.runtime.dtype == "auto":
-        resolved = resolved.replace(dtype="bfloat16")
+    if imagined:
+        dtype = "bfloat16" if given.runtime.dtype == "auto" else given.runtime.dtype
+        resolved = resolved.replace(device="cuda", dtype=dtype)
     budget = parse_bytes(resolved.memory.memory_budget) if resolved.memory.memory_budget != "auto" else None
     if budget is None and device.type == "cuda":
         budget = _free(device)
@@ -113,7 +114,8 @@ class MemoryEstimator:
         self.learning = int(learning * (1 + (0.5 if "8bit" in config.training.optimizer else 2)))
         if denoiser.dtype != self.dtype:  # autocast keeps a copy of each weight for the backward pass
             self.learning += sum(p.numel() for p in denoiser.parameters()) * self.dtype.itemsize
-        self._work = functools.partial(_activations, family, denoiser, noise, embeds)
+        on_gpu = config.runtime.device.startswith("cuda")
+        self._work = functools.partial(_activations, family, denoiser, noise, embeds, on_gpu)
         self.running = [self._work(count) for count in (1, 2)]
 
     @functools.cache  # noqa: B019 (an estimator lives as long as its planning)
@@ -273,6 +275,7 @@ def _activations(
     denoiser: ModelMixin,
     noise: Tensor,
     embeds: PromptEmbeds,
+    on_gpu: bool,
     count: int,
     learns: bool = False,
     checkpointing: bool = False,
@@ -288,7 +291,7 @@ def _activations(
     latents = noise.expand(count, *noise.shape[1:]).to(META, denoiser.dtype)
     here = {name: value.expand(count, *value.shape[1:]) for name, value in embeds.items()}
     here = {name: value.to(denoiser.dtype) if value.is_floating_point() else value for name, value in here.items()}
-    with track_memory(denoiser) as meter, torch.set_grad_enabled(learns):
+    with track_memory(denoiser, channels_last=on_gpu) as meter, torch.set_grad_enabled(learns):
         prediction = family.predict(denoiser, latents, torch.zeros(count, device=META), here)
         if learns:
             prediction.float().square().mean().backward()

@@ -98,7 +98,9 @@ class Part:
                     made = family.from_config(family.load_config(self.path, subfolder=self.name))
                 else:
                     made = family(self._text_config())
-            made = made if dtype == torch.float32 else made.to(dtype)
+            # What a config calls its dtype, transformers gives to models within the model, but not to what is around them.
+            if dtype != torch.float32 or not isinstance(made, ModelMixin):
+                made = made.to(dtype)
             return made.requires_grad_(False).eval()
 
     def _text_config(self) -> Any:

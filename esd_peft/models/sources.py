@@ -27,6 +27,7 @@ from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.options import ModelOptions
 from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.worlds import WORLDS
 
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
 INDEX = "model_index.json"
@@ -83,7 +84,8 @@ def hub_id(path: Path) -> str | None:
 def read_index(path: Path, option: str, known: Collection[str]) -> dict[str, Any]:
     """The `model_index.json` in `path`. Raises `UserError` if it is not there, damaged, or of a class not `known`."""
     if not isfile(path / INDEX):
-        raise UserError(f"{option} {path} is not a diffusers pipeline directory: it has no {INDEX}")
+        why = f"it has no {INDEX}" if exists(path) else f"it is not there; embedded pipelines are {', '.join(WORLDS)}"
+        raise UserError(f"{option} {path} is not a diffusers pipeline directory: {why}")
     try:
         index = read_json(path / INDEX)
         name = index["_class_name"]

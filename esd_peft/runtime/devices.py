@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import os
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def describe_device(device: torch.device) -> str:
+    """Its name, for records of what ran where; of a CPU how many threads compute."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format that `--dtype` names; auto: bfloat16 (float16 on older GPUs), on a CPU float32.
 
@@ -45,6 +52,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Within it `device` is what libraries take that ask for the current one: Triton, bitsandbytes, pinned memory."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def avoid_gaps() -> None:
+    """Let PyTorch's allocator for GPUs extend what it holds instead of taking ever new pieces, which leaves gaps; call it
+    before the GPU is first used. What the user has set for the allocator stays."""
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def place(denoiser: nn.Module, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import settle, take_folder
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.runtime.devices import describe_device
 
 STATE = "state.pt"  # of a stage that is under way
 SampleImages = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # labels `[B, domains]`, pixels in [0, 1]
@@ -81,14 +82,18 @@ def make_vae(image_size: int) -> AutoencoderKL:
 
 
 class LatentPool:
-    """Labels and latents of `size` images that `sample` makes, so that the autoencoder runs once."""
+    """Labels and latents of `size` images that `sample` makes, so that the autoencoder runs once.
+
+    Latents are on the autoencoder's device. All random numbers are drawn on the CPU, there and in the rest of the trainings:
+    a seed gives the same data on every device.
+    """
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, sample: SampleImages, generator: torch.Generator, size: int) -> None:
         parts = []
         for _ in tqdm(range(size // 128), desc="encode", mininterval=5):
             labels, pixels = sample(128, generator)
-            posterior = vae.encode(pixels * 2 - 1).latent_dist
+            posterior = vae.encode(pixels.to(vae.device) * 2 - 1).latent_dist
             parts.append((labels, posterior.mean, posterior.std))
         self.labels, self.means, self.stds = (torch.cat(column) for column in zip(*parts, strict=True))
         self.scale = vae.config.scaling_factor
@@ -96,7 +101,7 @@ class LatentPool:
     def sample(self, count: int, generator: torch.Generator) -> tuple[list[list[int]], Tensor]:
         """Labels and scaled latents `[count, 8, H, W]` of some of the images."""
         chosen = torch.randint(len(self.labels), (count,), generator=generator)
-        jitter = torch.randn(count, *self.means.shape[1:], generator=generator)
+        jitter = torch.randn(count, *self.means.shape[1:], generator=generator).to(self.means.device)
         return self.labels[chosen].tolist(), (self.means[chosen] + self.stds[chosen] * jitter) * self.scale
 
 
@@ -121,6 +126,28 @@ def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )
 
 
+def replayed(unet: UNet2DConditionModel, sample: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """The UNet as a function of latents, timesteps and embeddings, all shaped like those of `sample`.
+
+    On a GPU it is a CUDA graph, gradients included: to start the operations of so small a network one by one takes several
+    times as long as they do.
+    """
+
+    class Denoise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+            seen: Tensor = self.unet(latents, timesteps, embeds, return_dict=False)[0]
+            return seen
+
+    denoise = Denoise()
+    if sample[0].is_cuda:
+        torch.cuda.make_graphed_callables(denoise, sample)  # in place
+    return denoise
+
+
 @dataclass
 class Fit:
     """AdamW with a short warm-up and a cosine to zero.
@@ -141,7 +168,7 @@ class Fit:
     def run(self, loss_of: Callable[[], Tensor]) -> Iterator[float]:
         """Minimise `loss_of()`; yields the loss of every step that is made now."""
         parameters = list(self.model.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, fused=parameters[0].is_cuda)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * i / self.steps))
         )
@@ -171,8 +198,7 @@ class Fit:
         if self.average is None:
             return
         decay = min(0.999, (step + 1) / (step + 10))
-        for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _save(self, parts: dict[str, Any], step: int) -> None:
         assert self.state is not None
@@ -185,7 +211,7 @@ class Fit:
     def _restore(self, parts: dict[str, Any]) -> int:
         if self.state is None or not self.state.exists():
             return 0
-        saved = torch.load(self.state, weights_only=True)
+        saved = torch.load(self.state, map_location="cpu", weights_only=True)
         if saved["of"] != [self.name, self.steps]:
             raise UserError(f"{self.state} is of another training ({saved['of']}); remove it, or train as then")
         for name, part in parts.items():
@@ -218,7 +244,14 @@ def save_pipeline(
     write_for_every_version(path)
 
 
-def run_stages(output: Path, stages: dict[str, Stage], chosen: list[str], steps: dict[str, int], seed: int) -> None:
+def run_stages(
+    output: Path,
+    stages: dict[str, Stage],
+    chosen: list[str],
+    steps: dict[str, int],
+    seed: int,
+    device: torch.device,
+) -> None:
     """Run the chosen stages, each from its own seed, and save after each; training.json gets steps, losses and seconds.
 
     Raises `UserError` for a directory that this command did not make, or that another process writes.
@@ -237,9 +270,8 @@ def run_stages(output: Path, stages: dict[str, Stage], chosen: list[str], steps:
             started = time.perf_counter()
             loss = train(torch.Generator().manual_seed(seed + index))
             seconds = round(time.perf_counter() - started, 1)
-            record[stage] = {
-                "steps": steps.get(stage), "loss": loss, "seconds": seconds, "threads": torch.get_num_threads()
-            }  # fmt: skip
+            where = describe_device(device)
+            record[stage] = {"steps": steps.get(stage), "loss": loss, "seconds": seconds, "device": where}
             record["seed"] = seed
             log.write_text(json.dumps(record, indent=2) + "\n")
             settle(output)

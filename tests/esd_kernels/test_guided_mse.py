@@ -120,7 +120,7 @@ class Launches(TorchDispatchMode):
 def test_launches_of_loss_and_gradient(dtype, monkeypatch):
     """At the sizes of latents launching is what takes the time."""
     student, teacher, eta, anchor, weight = inputs((4, 4, 64, 64), dtype)
-    from_the_scaler = torch.ones(())
+    from_the_scaler = torch.ones((), device=DEVICE)
     with Launches(monkeypatch) as launches:
         loss = guided_mse(student, teacher, eta, anchor, weight)
         torch.autograd.grad(loss, student, from_the_scaler)

@@ -49,7 +49,7 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--preserve-file .", "--preserve-file . cannot be read"),
     ("--preserve-file {text}", "--preserve-file .* holds no prompt; write one a line"),
     ("--preserve-file {binary}", "--preserve-file .* cannot be read"),
-    ("--model nowhere", "--model nowhere is not a diffusers pipeline directory"),
+    ("--model nowhere", "--model nowhere is not a diffusers pipeline directory: .* pipelines are shapes, emoji"),
     ("--model=", "--model.* is not a diffusers pipeline directory"),
     ("--model {text}", "--model .* is a pickle, which can run code; use a .safetensors file"),
     ("--model {text} --variant fp16", "--variant names files of a directory or a hub repository; leave it out"),

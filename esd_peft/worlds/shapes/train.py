@@ -167,7 +167,7 @@ def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int) -> 
         return train_denoiser(steps["denoiser"], pipeline, generator, output / training.STATE)
 
     stages: dict[str, training.Stage] = {"tokenizer": tokenizer, "vae": vae, "classifier": classifier, "denoiser": denoiser}
-    training.run_stages(output, stages, chosen, steps, seed)
+    training.run_stages(output, stages, chosen, steps, seed, torch.device("cpu"))
 
 
 def main() -> None:

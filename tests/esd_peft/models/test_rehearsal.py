@@ -12,6 +12,7 @@ from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
+from families import save_family
 from runs import SHORTEST as QUICK
 
 
@@ -114,3 +115,13 @@ def test_only_a_variant_is_there(small_sd, model):
     with pytest.raises(UserError, match="but one of --variant fp16; add that"):
         open_family(str(model))
     assert open_family(str(model), options=ModelOptions(variant="fp16")).variant == "fp16"
+
+
+def test_parts_stored_in_half_precision_are_rehearsed_in_one_dtype(tmp_path):
+    """transformers gives the dtype of a config to models within the model; PyTorch may then refuse to attend."""
+    path = save_family("sdxl", tmp_path / "sdxl")
+    for part in ("text_encoder", "text_encoder_2"):
+        edit(path / part / "config.json", dtype="bfloat16")
+    family = open_family(str(path))
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        assert {p.dtype for p in family.empty_part(part).parameters()} == {torch.float32}
