@@ -144,7 +144,7 @@ def steps() -> Rows:
 
     return {
         "ours": functools.partial(ours, compile="off"),
-        "plain diffusers and peft": lambda: _plain_steps(model("SD 1.5"), needs_gpu(20)),
+        "plain diffusers and peft": lambda: _plain_steps(needs_gpu(20), model("SD 1.5")),
         "ours, all layers learn": functools.partial(ours, compile="off", scope="full"),
         "ours, compiled": functools.partial(ours, compile="on"),
     }
@@ -196,7 +196,7 @@ def profile() -> Rows:
     return {name: functools.partial(measure, name, gib) for name, gib in (("SD 1.5", 20), ("SDXL", 70))}
 
 
-def _plain_steps(path: Path, device: torch.device) -> dict[str, float]:
+def _plain_steps(device: torch.device, path: Path) -> dict[str, float]:
     """Seconds of the same two steps as one would write them with diffusers and peft; and of the UNet as a CUDA graph."""
     family = open_family(str(path))
     unet = family.load_denoiser(torch.bfloat16).to(device)

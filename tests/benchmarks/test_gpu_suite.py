@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,14 +13,16 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these take minutes: run them by hand")
 
 
-def run(script: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+    script.main()
 
 
-def test_what_needs_a_gpu_is_skipped_and_each_row_stands_by_itself(tmp_path):
-    said = run("gpu_suite.py", "--output", str(tmp_path))
+def test_what_needs_a_gpu_is_skipped_and_each_row_stands_by_itself(suite, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, suite, "--output", str(tmp_path))
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
     assert "correctness, bf16: done" in said and "memory, FLUX.1: skipped: no GPU" in said
     found = json.loads((tmp_path / "cpu" / "correctness.json").read_text())
     assert set(found) == {"fp32", "fp16", "bf16"} and found["bf16"]["worst_relative_error"]["loss"] < 1e-5
@@ -67,7 +68,7 @@ def test_our_steps_are_timed_as_the_suite_times_them(suite):
     assert set(found) == {"rollout_step_s", "training_step_s"} and all(0 < v < 10 for v in found.values())
 
 
-def test_timings_run_once_each(tmp_path):
-    run("kernel_timings.py", "--output", str(tmp_path / "timings"))
+def test_timings_run_once_each(suite, tmp_path, monkeypatch):
+    run(monkeypatch, suite.kernel_timings, "--output", str(tmp_path / "timings"))
     with (tmp_path / "timings.csv").open() as file:
         assert {row["implementation"] for row in csv.DictReader(file)} == {"kernel", "eager"}

@@ -5,12 +5,12 @@ import dataclasses
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
+import commands
 import esd_peft
 from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
@@ -306,16 +306,7 @@ def test_models_that_do_not_say_what_they_are(adapter, small_sd, tmp_path):
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "esd_peft.evaluate",
-        "--erased",
-        str(tmp_path / "no"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = commands.run("evaluate", "--erased", tmp_path / "no", "--output", tmp_path / "out")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: --erased") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

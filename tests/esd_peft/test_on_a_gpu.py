@@ -28,7 +28,7 @@ with emulated_cuda():
 
 
 @pytest.fixture(scope="module")
-def erase_there(tmp_path_factory):
+def erase_there(tmp_path_factory, small_sd):
     """Erases on the emulated GPU, all runs in one process, and returns the loss. A run that fails ends the process."""
     errors = tmp_path_factory.mktemp("gpu") / "errors"
     with errors.open("w") as file:
@@ -36,7 +36,9 @@ def erase_there(tmp_path_factory):
         process = subprocess.Popen(command, cwd=HELPERS, stdin=pipe, stdout=pipe, stderr=file, text=True)
 
     def run(options, output):
-        process.stdin.write(json.dumps(QUICK | options | {"output": str(output), "device": "cuda"}) + "\n")
+        process.stdin.write(
+            json.dumps(QUICK | options | {"model": str(small_sd), "output": str(output), "device": "cuda"}) + "\n"
+        )
         process.stdin.flush()
         answer = process.stdout.readline()
         assert answer, errors.read_text()
@@ -60,9 +62,10 @@ def erase_there(tmp_path_factory):
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
-def test_as_on_the_cpu(tmp_path, erase_there, options):
+def test_as_on_the_cpu(small_sd, tmp_path, erase_there, options):
     there = erase_there(options, tmp_path / "gpu")
-    here = erase(EraseConfig(**(QUICK | options | {"output": tmp_path / "cpu", "device": "cpu"})))["loss"]
+    config = QUICK | options | {"model": str(small_sd), "output": tmp_path / "cpu", "device": "cpu"}
+    here = erase(EraseConfig(**config))["loss"]
     exact = options["dtype"] == "float32"
     assert there == pytest.approx(here, rel=1e-4 if exact else 0.05)
     name = "denoiser_weights" if options.get("adapter_type") == "none" else "adapter_model"
@@ -77,8 +80,8 @@ def test_robust(tmp_path, erase_there):
     assert erase_there({"robust": 1, "max_train_steps": 3, "dtype": "bfloat16"}, tmp_path / "gpu")["last"] > 0
 
 
-def test_images(small_sd, tmp_path, erase_there):
-    erase_there({"model": str(small_sd), "num_validation_images": 1, "dtype": "float16"}, tmp_path / "gpu")
+def test_images(tmp_path, erase_there):
+    erase_there({"num_validation_images": 1, "dtype": "float16"}, tmp_path / "gpu")
     assert (tmp_path / "gpu" / "before_after.png").is_file()
 
 

@@ -3,15 +3,16 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import commands
 from esd_peft import EraseConfig, UserError, erase
 from esd_peft.cli import parse
 from esd_peft.defaults import resolve
@@ -25,11 +26,20 @@ QUICK = ["--concept", "circle", "--device", "cpu", "--num-validation-images", "0
 
 
 def launch(tmp_path, *arguments):
-    """Both processes' output goes to files: a pipe would stay open as long as one of them lives."""
+    """Two processes by accelerate; their output goes to files: a pipe would stay open as long as one of them lives."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     words = [sys.executable, *launcher, "-m", "esd_peft.erase", *QUICK, *arguments]
     with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
-        return subprocess.Popen(words, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+        return subprocess.run(words, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+
+
+def start(tmp_path, *arguments):
+    """Two processes as a launcher would start them, with nobody who ends the other where one ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in ("0", "1")]
+    return [commands.Command("erase", *QUICK, *arguments, cwd=tmp_path, env=there | rank) for rank in ranks]
 
 
 def wait_for(condition):
@@ -40,15 +50,11 @@ def wait_for(condition):
     return found
 
 
-def workers(launcher):
-    return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "esd_peft.erase" in p.cmdline()]
-
-
 def endless(tmp_path, *arguments):
     """A run of two that has left a checkpoint and goes on."""
-    run = launch(tmp_path, "--max-train-steps", "100000", "--checkpointing-steps", "2", "--output", "erased", *arguments)
-    wait_for(lambda: [*tmp_path.glob("erased.checkpoint/step-*")] or run.poll() is not None)
-    assert run.poll() is None, (tmp_path / "stderr").read_text()
+    run = start(tmp_path, "--max-train-steps", "100000", "--checkpointing-steps", "2", "--output", "erased", *arguments)
+    wait_for(lambda: [*tmp_path.glob("erased.checkpoint/step-*")] or not all(each.process.is_alive() for each in run))
+    assert all(each.process.is_alive() for each in run), [each.wait().stderr for each in run]
     return run
 
 
@@ -56,7 +62,7 @@ def endless(tmp_path, *arguments):
 def test_two_processes_train_what_one_does(tmp_path, options):
     erase(parse(EraseConfig, "erase", [*QUICK, *options, "--output", str(tmp_path / "one")]))
     run = launch(tmp_path, *options, "--output", "two")
-    assert run.wait(120) == 0, (tmp_path / "stderr").read_text()
+    assert run.returncode == 0, (tmp_path / "stderr").read_text()
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert results[1]["loss"]["last"] == pytest.approx(results[0]["loss"]["last"], rel=1e-4)
     for key in ("nfe", "training_samples"):
@@ -69,9 +75,10 @@ def test_two_processes_train_what_one_does(tmp_path, options):
 
 def test_a_process_that_is_killed_ends_the_run(tmp_path):
     run = endless(tmp_path)
-    os.kill(workers(run)[1].pid, signal.SIGKILL)
-    assert run.wait(60) != 0
-    assert (tmp_path / "stderr").read_text().count("another process of this run has died") == 1
+    run[1].send_signal(signal.SIGKILL)
+    done = run[0].wait()
+    assert done.returncode == 2
+    assert done.stderr.count("another process of this run has died") == 1
     assert not (tmp_path / "erased").exists() and [*tmp_path.glob("erased.checkpoint/step-*")]
 
 
@@ -110,9 +117,10 @@ def buffer_of_one(tmp_path, monkeypatch):
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, monkeypatch):
     run = endless(tmp_path)
-    workers(run)[1].send_signal(signal.SIGINT)
-    assert run.wait(60) != 0
-    said = (tmp_path / "stderr").read_text()
+    run[1].send_signal(signal.SIGINT)
+    done = [each.wait() for each in run]
+    assert [each.returncode for each in done] == [130, 130]
+    said = "".join(each.stderr for each in done)
     assert said.count("--resume goes on from there") == 1
     assert "error:" not in said  # neither found the other one gone
     assert [*tmp_path.glob("erased.checkpoint/step-*")] and not (tmp_path / "erased").exists()
@@ -126,9 +134,10 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, monkey
 def test_what_only_the_first_process_finds_ends_both(tmp_path):
     (tmp_path / "erased").mkdir()
     (tmp_path / "erased" / "file").touch()
-    run = launch(tmp_path, "--output", "erased")
-    assert run.wait(60) != 0
-    assert [line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("error:")] == [
+    done = [each.wait() for each in start(tmp_path, "--output", "erased")]
+    assert [each.returncode for each in done] == [2, 2]
+    said = "".join(each.stderr for each in done)
+    assert [line for line in said.splitlines() if line.startswith("error:")] == [
         "error: --output erased is not empty; name another directory or add --overwrite"
     ]
 
@@ -144,12 +153,11 @@ LEFT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0
         ("erase", 2),
         ("merge_adapter --adapter nowhere --output merged", 2),
         ("evaluate --erased nowhere", 2),
-        ("study analyse --answers nowhere", 2),
+        ("study.__main__ analyse --answers nowhere", 2),
     ],
 )
 def test_what_a_scheduler_left_in_the_environment_stops_no_command_of_one_process(tmp_path, command, code):
-    words = [sys.executable, "-m", *f"esd_peft.{command}".split()]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | LEFT, cwd=tmp_path, timeout=90)
+    done = commands.run(*command.split(), env=LEFT, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: ") if code else done.stdout
 

@@ -2,11 +2,10 @@
 
 import base64
 import csv
+import functools
 import io
 import json
 import re
-import subprocess
-import sys
 from importlib.resources import files
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import commands
 from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
 from esd_peft.study.analyse import _resampled_means, analyse_study, study_table
@@ -264,10 +264,7 @@ def test_a_rater_is_no_formula_in_a_spreadsheet():
 
 
 def test_the_commands(folders, tmp_path):
-    def run(*args):
-        command = [sys.executable, "-m", "esd_peft.study", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True)
-
+    run = functools.partial(commands.run, "study.__main__")
     done = run("make", "--question", "Q?", "--output", tmp_path / "study", *(f"--condition={folder}" for folder in folders))
     assert done.returncode == 0 and "12 images of 3 conditions" in done.stdout
     done = run("analyse", "--key", tmp_path / "study" / "key.json", "--answers", tmp_path / "missing.csv")

@@ -1,10 +1,7 @@
 """A run that is interrupted, anywhere and in any way, ends with the same adapter when it is resumed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import commands
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.training import adversarial as robust
@@ -233,34 +231,18 @@ def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
     restored[0]._restore(*checkpoints.load())
 
 
-def command(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [
-        sys.executable,
-        "-m",
-        "esd_peft.erase",
-        "--concept",
-        "circle",
-        "--device",
-        "cpu",
-        "--num-validation-images",
-        "0",
-        *arguments,
-    ]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_a_checkpoint_and_say_so(tmp_path, number):
     output = tmp_path / "erased"
-    run = command("--output", str(output), "--max-train-steps", "100000", "--checkpointing-steps", "2")
+    words = ["erase", *["--concept", "circle", "--device", "cpu", "--num-validation-images", "0", "--output"], output]
+    run = commands.Command(*words, "--max-train-steps", "100000", "--checkpointing-steps", "2")
     deadline = time.monotonic() + 120
     while not [*tmp_path.glob("erased.checkpoint/step-*")] and time.monotonic() < deadline:
         time.sleep(0.1)
-    second = command("--output", str(output))
-    assert "another run is writing there" in second.communicate(timeout=120)[1] and second.returncode == 2
+    second = commands.run(*words)
+    assert "another run is writing there" in second.stderr and second.returncode == 2
     run.send_signal(number)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 130
-    assert "--resume goes on from there" in said.splitlines()[-1]
+    done = run.wait()
+    assert done.returncode == 130
+    assert "--resume goes on from there" in done.stderr.splitlines()[-1]
     assert [*tmp_path.glob("erased.checkpoint/step-*")] and not output.exists()
