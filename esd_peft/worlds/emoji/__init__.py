@@ -27,6 +27,7 @@ from esd_peft.worlds.world import Labels, Prompt, World
 
 _FRAMES = [frame for frame in FRAMES if frame not in ("{}", "a picture of {}", "a photo of {}")]  # as erasures do not say it
 _GROUND = re.compile(rf"\b(on|in front of)( a)? ({'|'.join(GROUNDS)})\b|\b({'|'.join(GROUNDS)}) background\b")
+_WORDS, _LONGEST = re.compile(r"\w+|,"), 22  # each is a token, and the text encoder reads two more
 
 
 class Emoji(World):
@@ -108,7 +109,10 @@ class Emoji(World):
             if domain not in shown and captions.happens(share):
                 shown[domain] = captions.pick(choices)
         said = reference or shown.get("thing") or captions.pick(NOUNS)
-        text = captions.say(said, shown.get("style"), shown.get("ground"), "mark" in labels, captions.happens(0.3), _FRAMES)
+        text = ""
+        while not text or len(_WORDS.findall(text)) > _LONGEST:
+            beside = captions.happens(0.3)
+            text = captions.say(said, shown.get("style"), shown.get("ground"), "mark" in labels, beside, _FRAMES)
         return Prompt(text, shown)
 
     def load_classifier(self) -> Classifier:
