@@ -47,7 +47,8 @@ from esd_peft.defaults import resolve
 from esd_peft.memory.planner import describe, make_plan
 from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
-from esd_peft.runtime.devices import avoid_gaps, release, resolve_device
+from esd_peft.runtime.allocator import avoid_gaps
+from esd_peft.runtime.devices import release, resolve_device
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.work import count_denoiser_calls
 

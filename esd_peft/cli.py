@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
 
-import transformers
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,8 +16,9 @@ from esd_peft.errors import UserError, out_of_memory
 from esd_peft.io import terminal
 from esd_peft.io import text as text_files
 from esd_peft.options import Options, flag, grouped, groups_of, sentence
-from esd_peft.runtime import distributed, interrupts
-from esd_peft.runtime.devices import avoid_gaps
+from esd_peft.runtime import interrupts
+from esd_peft.runtime.allocator import avoid_gaps
+from esd_peft.runtime.failures import first_to_fail
 
 Config = TypeVar("Config", bound=Options)
 
@@ -146,7 +146,8 @@ def _unboxed(text: str) -> str:
 def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2, and so does too little
     memory."""
-    transformers.utils.logging.disable_progress_bar()
+    if transformers := sys.modules.get("transformers"):  # a command that loads models has imported it
+        transformers.utils.logging.disable_progress_bar()
     avoid_gaps()
     interrupts.at_once()
     try:
@@ -161,7 +162,7 @@ def run_command(main: Callable[[], object]) -> None:
         if not out_of_memory(error):
             raise
         said, code = "error: this machine has too little memory for that; take smaller numbers or a smaller model", 2
-    if distributed.first_to_fail():
+    if first_to_fail():
         with terminal.forgiving_streams():
             print(said, file=sys.stderr)
     sys.exit(code)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,8 +23,9 @@ def test_our_folder_does_not_shadow_the_package_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_importing_the_package_does_not_import_torch():
-    assert run("import sys, esd_peft; print('torch' in sys.modules)").strip() == "False"
+@pytest.mark.parametrize("module", ["esd_peft", "esd_peft.study.__main__"])
+def test_what_computes_nothing_does_not_import_torch(module):
+    assert run(f"import sys, {module}; print('torch' in sys.modules)").strip() == "False"
 
 
 def test_jobs_are_functions_even_after_their_modules_are_imported():

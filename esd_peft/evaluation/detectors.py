@@ -15,7 +15,7 @@ from esd_peft.errors import UserError
 from esd_peft.evaluation.clip import Clip
 from esd_peft.evaluation.pretrained import describe_version, load_pretrained
 from esd_peft.evaluation.suites import DetectorSpec
-from esd_peft.io.images import to_pixels
+from esd_peft.io.pixels import to_pixels
 from esd_peft.worlds import WORLDS, World
 
 

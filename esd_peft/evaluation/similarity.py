@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from esd_peft.errors import UserError
-from esd_peft.io.images import to_pixels
+from esd_peft.io.pixels import to_pixels
 
 LPIPS_SIZE = 64  # pixels, as in UCE's protocol
 

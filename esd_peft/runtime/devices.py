@@ -2,8 +2,6 @@
 
 import contextlib
 import gc
-import os
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +50,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Within it `device` is what libraries take that ask for the current one: Triton, bitsandbytes, pinned memory."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def avoid_gaps() -> None:
-    """Let PyTorch's allocator for GPUs extend what it holds instead of taking ever new pieces, which leaves gaps; call it
-    before the GPU is first used. What the user has set for the allocator stays."""
-    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def place(denoiser: nn.Module, device: torch.device) -> None:

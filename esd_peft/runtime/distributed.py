@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from esd_peft.errors import UserError
+from esd_peft.runtime import failures, interrupts
 
 PATIENCE = timedelta(minutes=30)  # with a process that lives but does not answer: the first one may be taking images
-_store: Store | None = None  # what the processes tell each other outside of collectives: who has failed first
 
 
 def start() -> None:
@@ -30,7 +29,6 @@ def start() -> None:
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
-    global _store
     try:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if not 0 <= rank < world or not os.environ["MASTER_ADDR"] or not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
@@ -43,9 +41,10 @@ def start() -> None:
     if rank == 0:
         print(f"note: this is one of {world} processes, as WORLD_SIZE says; unset RANK for a run of one", file=sys.stderr)
     with _together():
-        _store, *_ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
+        store, *_ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
+        failures.store = store
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 @contextlib.contextmanager
@@ -58,18 +57,6 @@ def joined() -> Iterator[None]:
         yield
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def first_to_fail() -> bool:
-    """Whether no other process has failed before: the one that says why. To be asked once."""
-    if _store is None:
-        return True
-    try:
-        return _store.add("esd_peft/failed", 1) == 1
-    except RuntimeError:  # the store went with the launcher, or with the first process
-        return is_main_process()
-    except KeyboardInterrupt:  # the launcher ends this one because another one is gone: rather said twice than never
-        return True
 
 
 def own_device(name: str) -> str:
@@ -135,6 +122,13 @@ def any_process(flag: bool) -> bool:
     with _together():
         dist.all_reduce(shared, dist.ReduceOp.MAX)
     return bool(shared)
+
+
+def stop_here() -> None:
+    """Raises `InterruptedBetweenSteps`, in all processes of the run, if a signal was noted in one of them."""
+    signals = interrupts.noted_so_far()
+    if signals is not None and any_process(bool(signals)):
+        raise interrupts.InterruptedBetweenSteps
 
 
 def broadcast(value: Any) -> Any:

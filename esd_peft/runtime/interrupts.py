@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from esd_peft.runtime import distributed
-
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 _seen: list[int] | None = None  # within `noted`
 
@@ -23,7 +21,8 @@ def at_once() -> None:
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[int]]:
-    """They fill a list, for a loop to look at, and end `stop_here`; a second one raises `KeyboardInterrupt` at once."""
+    """They fill a list, for a loop to look at, and end `distributed.stop_here`; a second one raises `KeyboardInterrupt` at
+    once."""
     global _seen
     seen: list[int] = []
 
@@ -41,10 +40,9 @@ def noted() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def stop_here() -> None:
-    """Raises `InterruptedBetweenSteps`, in all processes of the run, if a signal was noted in one of them."""
-    if _seen is not None and distributed.any_process(bool(_seen)):
-        raise InterruptedBetweenSteps
+def noted_so_far() -> list[int] | None:
+    """The signals that were noted; none outside of `noted`."""
+    return _seen
 
 
 def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:

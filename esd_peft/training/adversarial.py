@@ -18,7 +18,7 @@ from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim, load_encoders
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import PairTable, make_table
-from esd_peft.runtime import interrupts
+from esd_peft.runtime import distributed
 from esd_peft.runtime.seeds import generator as named_generator
 from esd_peft.training.batches import Batch, BatchSampler
 from esd_peft.training.options import BufferOptions, TrainingOptions
@@ -123,4 +123,4 @@ class AdversarialSampler:
             return (prediction.float() - batch.teacher[1].float()).square().mean()
 
         for _ in itertools.islice(learn_words(tokens, loss), SEARCH_STEPS):
-            interrupts.stop_here()
+            distributed.stop_here()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from esd_peft.errors import UserError
-from esd_peft.io.images import checked_images, read_images
+from esd_peft.io.images import checked_images
+from esd_peft.io.pixels import read_images
 from esd_peft.models.family import index_embeds
 from esd_peft.models.sampling import encode_prompts, make_images
 from esd_peft.prompts.table import PairTable

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from esd_peft.errors import UserError
 from esd_peft.models.family import index_embeds
 from esd_peft.prompts.table import PairTable
-from esd_peft.runtime import distributed, interrupts
+from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import fetch, finish, send
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.buffer import Buffer, concatenate
@@ -84,7 +84,7 @@ class Rollout:
         timesteps = send(scheduler.timesteps, device)
         buffers = []
         for i, timestep in enumerate(scheduler.timesteps):
-            interrupts.stop_here()
+            distributed.stop_here()
             inputs = family.scale_input(scheduler, latents, timestep)
             predictions = self._predict(table, inputs, timesteps[i], pairs, teacher=True) if by_teacher else None
             if kept[:, i].any():

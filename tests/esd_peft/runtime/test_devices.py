@@ -1,7 +1,6 @@
 """Layouts and number formats are the device's business: nothing that is saved shows them."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.models import open_family
 from esd_peft.models.flux import Flux
-from esd_peft.runtime.devices import avoid_gaps, place
+from esd_peft.runtime.devices import place
 from esd_peft.training import student
 from families import save_family
 
@@ -80,19 +79,3 @@ def test_every_family_runs_in_half_precision_without_autocast(tmp_path, monkeypa
     model = save_family(name, tmp_path / "model")
     precise, half = (run(model, tmp_path / dtype, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert half["loss"]["first"] == pytest.approx(precise["loss"]["first"], rel=0.5, abs=2e-4)
-
-
-@pytest.mark.parametrize(
-    ("given", "after"),
-    [
-        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
-    ],
-    ids=["nothing", "the old name", "the new name"],
-)
-def test_the_allocator_leaves_no_gaps_unless_the_user_says_otherwise(monkeypatch, given, after):
-    monkeypatch.setattr("os.environ", dict(given))
-    monkeypatch.setattr("sys.platform", "linux")
-    avoid_gaps()
-    assert os.environ == after

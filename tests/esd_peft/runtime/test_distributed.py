@@ -17,7 +17,7 @@ from esd_peft import EraseConfig, UserError, erase
 from esd_peft.cli import parse
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
-from esd_peft.runtime import distributed
+from esd_peft.runtime import distributed, failures
 from esd_peft.session import in_session
 from esd_peft.training.rollout import Rollout
 
@@ -87,8 +87,8 @@ def test_a_process_that_is_ended_while_it_asks_who_failed_first_says_why(monkeyp
         def add(self, key, count):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(distributed, "_store", Store())
-    assert distributed.first_to_fail()
+    monkeypatch.setattr(failures, "store", Store())
+    assert failures.first_to_fail()
 
 
 def test_every_process_has_the_settings_of_the_first_and_its_own_device(monkeypatch):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from esd_peft import EraseConfig, erase
 from esd_peft.cli import run_command
-from esd_peft.runtime import interrupts
+from esd_peft.runtime import distributed, interrupts
 from esd_peft.training.adversarial import AdversarialSampler
 from esd_peft.training.rollout import Rollout
 
@@ -141,11 +141,11 @@ def test_what_is_ignored_stays_ignored(small_sd, tmp_path):
     with interrupts.noted() as seen:
         signal.raise_signal(signal.SIGHUP)
         assert not seen
-        interrupts.stop_here()
+        distributed.stop_here()
         signal.raise_signal(signal.SIGTERM)
         assert seen == [signal.SIGTERM]
         with pytest.raises(interrupts.InterruptedBetweenSteps):
-            interrupts.stop_here()
+            distributed.stop_here()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -8,7 +8,7 @@ from PIL import Image
 
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
-from esd_peft.io.images import read_images
+from esd_peft.io.pixels import read_images
 from esd_peft.training.batches import Batch
 from esd_peft.training.contrastive import ReferenceSampler, augment, contrastive_loss
 from runs import prepare
