@@ -37,8 +37,9 @@ def run(job: tuple[str, dict, str, int], images: int) -> dict:
     method, options, concept, seed = job
     with tempfile.TemporaryDirectory() as folder:
         made = _erased(options, concept, seed, Path(folder))
-        family, cpu = open_family(MODEL), torch.device("cpu")
-        sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32)  # the same noise for all
+        family, cpu, preserved = open_family(MODEL), torch.device("cpu"), made.pop("preserved", [])
+        # the same noise for all; what a row preserves by name counts as listed
+        sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32, preserved)
         sampler.stores["before"] = _before(sampler)
         sampler.make(made.pop("denoiser"), "after")
         strata = {key: rates.to_dict() for key, rates in sampler.accuracies().strata.items()}
@@ -69,7 +70,7 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
         denoiser, seconds = edit(family, [concept], **{k: v for k, v in options.items() if k != "closed_form_of"})
         return {"concepts": [concept], "denoiser": denoiser, "nfe": 0, "seconds": seconds}
     steps = options.get("sequence", [options.get("concept", concept)])
-    model, nfe, seconds, concepts = MODEL, 0, 0.0, []
+    model, nfe, seconds, concepts, preserved = MODEL, 0, 0.0, [], []
     for number, named in enumerate(steps):  # each on the merged model before it
         output = folder / f"erased{number}"
         given = {name: value for name, value in options.items() if name != "sequence"} | {"concept": named}
@@ -78,6 +79,7 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
         )  # fmt: skip
         result = erase(config)
         concepts += config.prompts.concept_names
+        preserved += result["config"]["prompts"]["preserve"]
         nfe += result["nfe"]
         seconds += sum(result["seconds"].get(phase, 0) for phase in ("encode", "load", "references", "rollout", "train"))
         if len(steps) > 1:
@@ -87,7 +89,7 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
         denoiser = open_family(model).load_denoiser(torch.float32)
     else:
         denoiser = read_adapter(output).apply(open_family(MODEL).load_denoiser(torch.float32))
-    return {"concepts": concepts, "denoiser": denoiser, "nfe": nfe, "seconds": seconds}
+    return {"concepts": concepts, "preserved": preserved, "denoiser": denoiser, "nfe": nfe, "seconds": seconds}
 
 
 def _before(sampler):  # type: ignore[no-untyped-def]

@@ -44,7 +44,8 @@ class EraseConfig(Options):
             raise ValueError("--offload does not work with --adapter-type none or --compile on; leave one of them out")
         if buffer.trajectories is not None and buffer.trajectories < len(prompts.concept):
             raise ValueError(f"--trajectories must be at least the number of concepts, {len(prompts.concept)}")
-        preserves = prompts.preserve or prompts.preserve_file or prompts.sources or training.robust
+        listed = prompts.preserve or prompts.preserve_file or prompts.preserve_words
+        preserves = listed or prompts.sources or training.robust
         if buffer.preservation_trajectories and not preserves:
             raise ValueError("--preservation-trajectories needs something to preserve; add --preserve or leave it out")
         if training.stop_at is not None and any(map(prompts.goal_of, prompts.concept)):

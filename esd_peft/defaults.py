@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import torch
+
 from esd_peft.config import EraseConfig
 from esd_peft.models import ModelFamily
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
+from esd_peft.runtime.seeds import generator
 from esd_peft.training.contrastive import epochs_of_references
 from esd_peft.training.options import BufferOptions, StudentOptions, TrainingOptions
 
@@ -18,7 +21,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     budget it knows nothing (`esd_peft.memory.planner`). Raises `UserError` for a device, a folder or a file that is not
     there, and for prompts that contradict each other.
     """
-    prompts = _resolve_prompts(config.prompts, config.training)
+    prompts = _resolve_prompts(config.prompts, config.training, family)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
     plan = dataclasses.replace(plan, retain=_read_whole(plan.retain, family))
     device = resolve_device(config.runtime.device)
@@ -44,9 +47,10 @@ def _read_whole(texts: list[str], family: ModelFamily) -> list[str]:
     return [text for text, (count, most) in zip(texts, family.token_counts(texts), strict=True) if count <= most]
 
 
-def _resolve_prompts(given: PromptOptions, training: TrainingOptions) -> PromptOptions:
+def _resolve_prompts(given: PromptOptions, training: TrainingOptions, family: ModelFamily) -> PromptOptions:
     """η is 1, or 0 where the concept is mapped to something: one that is mapped by itself says so itself."""
-    given = given.replace(preserve=read_preserved(given), preserve_file=None)
+    preserved = [*read_preserved(given), *_draw_words(given, training.seed, family)]
+    given = given.replace(preserve=list(dict.fromkeys(preserved)), preserve_file=None, preserve_words=0)
     if training.objective != "esd":  # it has no η
         return given
     eta = given.negative_guidance
@@ -56,6 +60,17 @@ def _resolve_prompts(given: PromptOptions, training: TrainingOptions) -> PromptO
     ]
     eta = (0.0 if given.map_to else 1.0) if eta is None else eta
     return given.replace(concept=concepts, negative_guidance=eta)
+
+
+def _draw_words(given: PromptOptions, seed: int, family: ModelFamily) -> list[str]:
+    """Prompts of as many words as `given` asks for, or of all there are; none that names what is erased, or a part of it."""
+    if not given.preserve_words:
+        return []
+    goals = [goal for goal in map(given.goal_of, given.concept) if goal]
+    said = {word for name in [*given.concept_names, *goals] for word in name.lower().split()}
+    words = [word for word in family.whole_words() if word not in said]
+    drawn = torch.randperm(len(words), generator=generator(seed, "preserve words"))[: given.preserve_words]
+    return [f"a {words[i]}" for i in drawn.tolist()]
 
 
 def _resolve_student(given: StudentOptions, prompts: PromptOptions, training: TrainingOptions) -> StudentOptions:

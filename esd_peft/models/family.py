@@ -21,6 +21,7 @@ from esd_peft.models.options import SCOPES
 from esd_peft.models.parts import Part
 from esd_peft.models.rehearsal import rehearse
 from esd_peft.models.sources import hub_id
+from esd_peft.models.text_parts import whole_words
 from esd_peft.runtime.devices import release
 from esd_peft.worlds import World
 
@@ -195,6 +196,10 @@ class ModelFamily(ABC):
         own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
         most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
         return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in texts]
+
+    def whole_words(self) -> list[str]:
+        """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
+        return whole_words(self.load_part("tokenizer").get_vocab())
 
     def unseen_words(self, prompt: str) -> list[str]:
         """Words that the tokenizer has no token for as a whole."""

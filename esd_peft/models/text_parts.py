@@ -29,6 +29,17 @@ def write_for_every_version(pipeline: Path) -> None:
         _write_slow_files(tokenizer)
 
 
+def whole_words(vocabulary: dict[str, int]) -> list[str]:
+    """Those tokens that are a word from its beginning to its end, in the order of their numbers: of three letters or more,
+    from a to z. CLIP marks the end of a word, SentencePiece and byte-level BPE (T5, Gemma, Qwen) its beginning."""
+    words = []
+    for token in sorted(vocabulary, key=vocabulary.__getitem__):
+        word = token.removesuffix("</w>") if token.endswith("</w>") else token[1:] if token[:1] in ("▁", "Ġ") else ""
+        if len(word) >= 3 and word.isascii() and word.isalpha() and word.islower():
+            words.append(word)
+    return words
+
+
 def _old_name(name: str) -> str:
     """Of the encoder's own weights; a projection beside it has no prefix in any version."""
     return _PREFIX + name if name.startswith(_OWN) else name

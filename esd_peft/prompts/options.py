@@ -80,6 +80,9 @@ class PromptOptions(Options):
     learn outside of it, and the student is held to the teacher along trajectories of the prompt; repeat for several."""
     preserve_file: Path | None = None
     """A text file of prompts to preserve, one a line."""
+    preserve_words: Annotated[int, Field(ge=0, le=10**4)] = 0
+    """So many words of the tokenizer's vocabulary are preserved too ("a WORD"), drawn at random: where more learns than
+    --null-space protects, they hold what nobody has listed (docs/scopes.md)."""
 
     @field_validator("concept", "preserve", mode="before")
     @classmethod

@@ -83,7 +83,7 @@ def test_a_model_that_lacks_a_part(broken, tmp_path, part):
 
 
 def test_models_that_are_not_there_or_of_another_family(broken, tmp_path):
-    refused_erase("no model_index.json", tmp_path / "out", model=str(tmp_path / "nothing"))
+    refused_erase("it is not there", tmp_path / "out", model=str(tmp_path / "nothing"))
     index = broken / "model_index.json"
     values = json.loads(index.read_text())
     index.write_text(json.dumps(values | {"_class_name": "KandinskyPipeline"}))

@@ -109,6 +109,21 @@ def test_the_prompts_of_a_file_are_in_the_config(shapes, tmp_path):
     assert resolve(EraseConfig(**yaml.safe_load(resolved.to_yaml())), shapes) == (resolved, prompts)
 
 
+def test_words_of_the_vocabulary_are_preserved_as_if_they_were_named(shapes):
+    given = config(concept=["red circle"], preserve=["a red square"], map_to="a dotted heart", preserve_words=4)
+    resolved, prompts = resolve(given, shapes)
+    first, *drawn = resolved.prompts.preserve
+    assert first == "a red square" and len({*drawn}) == 4 and resolved.prompts.preserve_words == 0
+    assert all(text.removeprefix("a ") in shapes.whole_words() for text in drawn)
+    assert {pair.prompt for pair in prompts.preserve} == {first, *drawn}
+    assert resolve(resolved, shapes)[0] == resolved
+    others, _ = resolve(given.replace(seed=1), shapes)
+    assert others.prompts.preserve != resolved.prompts.preserve
+    everything, _ = resolve(given.replace(preserve_words=10_000), shapes)
+    left = {*shapes.whole_words()} - {"red", "circle", "dotted", "heart"}
+    assert {*everything.prompts.preserve} == {first, *(f"a {word}" for word in left)}
+
+
 @pytest.mark.parametrize("line", ["a\tstar", "a star\x1b[2J", "x" * 4001])
 def test_a_file_of_prompts_holds_what_options_may_hold(shapes, tmp_path, line):
     """Otherwise the config that is written beside the adapter could not be read again."""

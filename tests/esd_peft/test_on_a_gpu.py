@@ -67,7 +67,7 @@ def test_as_on_the_cpu(small_sd, tmp_path, erase_there, options):
     config = QUICK | options | {"model": str(small_sd), "output": tmp_path / "cpu", "device": "cpu"}
     here = erase(EraseConfig(**config))["loss"]
     exact = options["dtype"] == "float32"
-    assert there == pytest.approx(here, rel=1e-4 if exact else 0.05)
+    assert there == pytest.approx(here, rel=1e-4 if exact else 0.1)
     name = "denoiser_weights" if options.get("adapter_type") == "none" else "adapter_model"
     first, second = (load_file(tmp_path / place / f"{name}.safetensors") for place in ("cpu", "gpu"))
     assert first.keys() == second.keys()

@@ -195,7 +195,7 @@ def test_a_directory_link_to_a_model_and_a_cache_snapshot_are_fine(small_sd, tmp
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("sd.safetensors", "sd.safetensors is not there"), ("models/sd.safetensors", "is not there"), ("sd", "no model_index")],
+    [("sd.safetensors", "sd.safetensors is not there"), ("models/sd.safetensors", "is not there"), ("sd", "is not there")],
 )
 def test_files_that_are_not_there(name, says):
     with pytest.raises(UserError, match=says):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from esd_peft.models import text_parts
-from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.models.text_parts import whole_words, write_for_every_version
 from esd_peft.worlds import WORLDS
 
 EMBEDDED = WORLDS["shapes"].pipeline
@@ -59,3 +59,11 @@ def test_what_is_in_that_form_stays_as_it_is(tmp_path):
 def test_a_projection_beside_the_encoder_keeps_its_name():
     names = ["encoder.layers.0.mlp.fc1.weight", "text_model.embeddings.position_embedding.weight", "text_projection.weight"]
     assert [text_parts._old_name(name) for name in names] == [f"text_model.{names[0]}", *names[1:]]
+
+
+def test_whole_words_of_every_kind_of_vocabulary_in_its_order():
+    clip = {"fox</w>": 3, "tiger</w>": 2, "ti": 1, "a</w>": 0, "x9z</w>": 5, "été</w>": 6, "<|endoftext|>": 7, "Cat</w>": 8}
+    assert whole_words(clip) == ["tiger", "fox"]
+    assert whole_words({"▁fox": 1, "fox": 0, "▁": 2, "▁owl": 3, "</s>": 4}) == ["fox", "owl"]
+    assert whole_words({"Ġfox": 0, "fox": 1, "Ġfox9": 2}) == ["fox"]
+    assert whole_words({}) == []
