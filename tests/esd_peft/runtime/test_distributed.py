@@ -25,14 +25,6 @@ QUICK = ["--concept", "circle", "--device", "cpu", "--num-validation-images", "0
          "--trajectories", "3", "--train-batch-size", "5", "--max-train-steps", "6", "--preserve", "square"]  # fmt: skip
 
 
-def launch(tmp_path, *arguments):
-    """Two processes by accelerate; their output goes to files: a pipe would stay open as long as one of them lives."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    words = [sys.executable, *launcher, "-m", "esd_peft.erase", *QUICK, *arguments]
-    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
-        return subprocess.run(words, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
-
-
 def start(tmp_path, *arguments):
     """Two processes as a launcher would start them, with nobody who ends the other where one ends."""
     with socket.socket() as free:
@@ -58,11 +50,27 @@ def endless(tmp_path, *arguments):
     return run
 
 
-@pytest.mark.parametrize("options", [[], ["--rollout", "student", "--buffer-refresh-interval", "3", "--stop-at", "-0.9"]])
-def test_two_processes_train_what_one_does(tmp_path, options):
-    erase(parse(EraseConfig, "erase", [*QUICK, *options, "--output", str(tmp_path / "one")]))
-    run = launch(tmp_path, *options, "--output", "two")
+def test_accelerate_starts_two_that_train_what_one_does(tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    words = [sys.executable, *launcher, "-m", "esd_peft.erase", *QUICK, "--output", "two"]
+    # to files: a pipe would stay open as long as one of them lives
+    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.run(words, stdout=out, stderr=err, env=environment, cwd=tmp_path)
     assert run.returncode == 0, (tmp_path / "stderr").read_text()
+    assert_alike(tmp_path, [], (tmp_path / "stdout").read_text())
+
+
+def test_so_do_two_with_rollouts_by_the_student(tmp_path):
+    options = ["--rollout", "student", "--buffer-refresh-interval", "3", "--stop-at", "-0.9"]
+    done = [each.wait() for each in start(tmp_path, *options, "--output", "two")]
+    assert [each.returncode for each in done] == [0, 0], done
+    assert_alike(tmp_path, options, "".join(each.stdout for each in done))
+
+
+def assert_alike(tmp_path, options, said):
+    """What two made in the folder `two` is what one makes, and one of them spoke."""
+    erase(parse(EraseConfig, "erase", [*QUICK, *options, "--output", str(tmp_path / "one")]))
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert results[1]["loss"]["last"] == pytest.approx(results[0]["loss"]["last"], rel=1e-4)
     for key in ("nfe", "training_samples"):
@@ -70,7 +78,7 @@ def test_two_processes_train_what_one_does(tmp_path, options):
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-3)
-    assert (tmp_path / "stdout").read_text().count("To make it permanent") == 1
+    assert said.count("To make it permanent") == 1
 
 
 def test_a_process_that_is_killed_ends_the_run(tmp_path):
