@@ -53,12 +53,7 @@ TRAINED: dict[str, dict] = {
     "LECO": _LECO | {"learning_rate": 1e-3},
     "SPM-like": _SPM | {"learning_rate": 1e-3},
 }
-# all layers learn, and what nobody has listed is held by words of the vocabulary
-_WORDS = {
-    "scope": "full", "null_space": 0, "closed_form": False, "learning_rate": 1e-3, "max_train_steps": 200,
-    "trajectories": 12, "preservation_ratio": 0.6, "preserve_words": 96,
-}  # fmt: skip
-PROCEDURES: dict[str, dict] = {"ours": {}, "ours, all layers and words": _WORDS} | CLOSED | TRAINED
+PROCEDURES: dict[str, dict] = {"ours": {}, "ours, thorough": recipe("thorough")} | CLOSED | TRAINED
 CLAIMS: dict[str, dict] = {
     "five at once": {"concept": list(TWENTY[:5])},
     "twenty at once": {"concept": list(TWENTY)},
