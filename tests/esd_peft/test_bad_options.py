@@ -49,6 +49,8 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--preserve-file .", "--preserve-file . cannot be read"),
     ("--preserve-file {text}", "--preserve-file .* holds no prompt; write one a line"),
     ("--preserve-file {binary}", "--preserve-file .* cannot be read"),
+    ("--preserve-words -1", "--preserve-words"),
+    ("--preserve-words many", "--preserve-words"),
     ("--model nowhere", "--model nowhere is not a diffusers pipeline directory: .* pipelines are shapes, emoji"),
     ("--model=", "--model.* is not a diffusers pipeline directory"),
     ("--model {text}", "--model .* is a pickle, which can run code; use a .safetensors file"),
