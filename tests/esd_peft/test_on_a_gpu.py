@@ -36,9 +36,8 @@ def erase_there(tmp_path_factory, small_sd):
         process = subprocess.Popen(command, cwd=HELPERS, stdin=pipe, stdout=pipe, stderr=file, text=True)
 
     def run(options, output):
-        process.stdin.write(
-            json.dumps(QUICK | options | {"model": str(small_sd), "output": str(output), "device": "cuda"}) + "\n"
-        )
+        given = QUICK | {"model": str(small_sd)} | options | {"output": str(output), "device": "cuda"}
+        process.stdin.write(json.dumps(given) + "\n")
         process.stdin.flush()
         answer = process.stdout.readline()
         assert answer, errors.read_text()
@@ -63,11 +62,11 @@ def erase_there(tmp_path_factory, small_sd):
     ids=lambda o: "-".join(map(str, o.values())),
 )
 def test_as_on_the_cpu(small_sd, tmp_path, erase_there, options):
-    there = erase_there(options, tmp_path / "gpu")
-    config = QUICK | options | {"model": str(small_sd), "output": tmp_path / "cpu", "device": "cpu"}
-    here = erase(EraseConfig(**config))["loss"]
     exact = options["dtype"] == "float32"
-    assert there == pytest.approx(here, rel=1e-4 if exact else 0.1)
+    options = options | {"model": str(small_sd) if exact else "shapes"}  # of random weights the loss is mostly rounding
+    there = erase_there(options, tmp_path / "gpu")
+    here = erase(EraseConfig(**(QUICK | options | {"output": tmp_path / "cpu", "device": "cpu"})))["loss"]
+    assert there == pytest.approx(here, rel=1e-4 if exact else 0.05)
     name = "denoiser_weights" if options.get("adapter_type") == "none" else "adapter_model"
     first, second = (load_file(tmp_path / place / f"{name}.safetensors") for place in ("cpu", "gpu"))
     assert first.keys() == second.keys()
