@@ -9,6 +9,7 @@ interrupted command goes on where it was. Rows are in `methods.py`.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,6 +19,7 @@ import shlex
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ def run(job: tuple[str, dict, str, int], images: int) -> dict:
     from esd_peft.models import open_family
 
     method, options, concept, seed = job
-    with tempfile.TemporaryDirectory() as folder:
-        made = _erased(options, concept, seed, Path(folder))
+    own = {name: value for name, value in options.items() if name != "withheld"}
+    with tempfile.TemporaryDirectory() as folder, _withheld(concept if "withheld" in options else None):
+        made = _erased(own, concept, seed, Path(folder))
         family, cpu, preserved = open_family(MODEL), torch.device("cpu"), made.pop("preserved", [])
         # the same noise for all; what a row preserves by name counts as listed
         sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32, preserved)
@@ -92,10 +95,27 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
     return {"concepts": concepts, "preserved": preserved, "denoiser": denoiser, "nfe": nfe, "seconds": seconds}
 
 
+@contextlib.contextmanager
+def _withheld(concept: str | None) -> Iterator[None]:
+    """Within it no tokenizer knows the names of what is measured as kept beside the concept, and is on no list."""
+    from esd_peft.evaluation.strata import KEPT
+    from esd_peft.evaluation.suites import load_suite, suite_prompts
+    from esd_peft.models.family import ModelFamily
+
+    if concept is None:
+        yield
+        return
+    measured = {p.about for p in suite_prompts(load_suite(MODEL), [concept], None) if p.stratum in KEPT}
+    words, known = {word for label in measured for word in label.split()}, ModelFamily.whole_words
+    ModelFamily.whole_words = lambda self: [word for word in known(self) if word not in words]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ModelFamily.whole_words = known  # type: ignore[method-assign]
+
+
 def _before(sampler):  # type: ignore[no-untyped-def]
     """The base's images, made once a concept: they are the same for every method and seed."""
-    import contextlib
-
     import torch
 
     from esd_peft.evaluation.image_cache import ImageMemory

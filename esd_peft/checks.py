@@ -42,6 +42,8 @@ def check_words(options: PromptOptions, family: ModelFamily) -> None:
 
 def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> None:
     """Raise `UserError` for prompts that the model does not read to their end, and for objectives that do not fit it."""
+    if config.student.attention_steps and not family.has_cross_attention:
+        raise UserError("--attention-steps needs cross-attention that nothing masks, which this model lacks; leave it out")
     contrastive = config.training.objective == "contrastive"
     if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
         family.noise_schedule.alphas_cumprod()

@@ -42,10 +42,13 @@ class EraseConfig(Options):
             raise ValueError(f"--quantize {memory.quantize} works with --adapter-type lora only, not {student.adapter_type}")
         if memory.offload and (student.adapter_type == "none" or self.runtime.compile == "on"):
             raise ValueError("--offload does not work with --adapter-type none or --compile on; leave one of them out")
+        if training.max_train_steps == 0 and student.attention_steps == 0 and student.closed_form is False:
+            raise ValueError("--max-train-steps 0 needs --attention-steps or --closed-form True; train for 1 or more")
+        if student.attention_steps and (training.objective != "esd" or student.scope in ("esd-u", "selfattn")):
+            raise ValueError("--attention-steps works with --objective esd and where cross-attention learns; leave it out")
         if buffer.trajectories is not None and buffer.trajectories < len(prompts.concept):
             raise ValueError(f"--trajectories must be at least the number of concepts, {len(prompts.concept)}")
-        listed = prompts.preserve or prompts.preserve_file or prompts.preserve_words
-        preserves = listed or prompts.sources or training.robust
+        preserves = prompts.preserve or prompts.preserve_file or prompts.sources or training.robust
         if buffer.preservation_trajectories and not preserves:
             raise ValueError("--preservation-trajectories needs something to preserve; add --preserve or leave it out")
         if training.stop_at is not None and any(map(prompts.goal_of, prompts.concept)):

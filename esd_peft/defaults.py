@@ -2,16 +2,15 @@
 
 import dataclasses
 
-import torch
-
 from esd_peft.config import EraseConfig
 from esd_peft.models import ModelFamily
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
-from esd_peft.runtime.seeds import generator
 from esd_peft.training.contrastive import epochs_of_references
 from esd_peft.training.options import BufferOptions, StudentOptions, TrainingOptions
+
+MANY_WORDS = 500  # of the vocabulary, without which there is too little to hold the rest with
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:
@@ -21,13 +20,14 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     budget it knows nothing (`esd_peft.memory.planner`). Raises `UserError` for a device, a folder or a file that is not
     there, and for prompts that contradict each other.
     """
-    prompts = _resolve_prompts(config.prompts, config.training, family)
+    steps = _attention_steps(config, family)
+    prompts = _resolve_prompts(config.prompts, config.training, steps > 0)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
     plan = dataclasses.replace(plan, retain=_read_whole(plan.retain, family))
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.runtime.dtype, device)
     runtime = config.runtime.replace(device=str(device), dtype=str(dtype).removeprefix("torch."))
-    student = _resolve_student(config.student, prompts, config.training)
+    student = _resolve_student(config.student, prompts, config.training, steps)
     if config.training.objective == "esd":
         training = _resolve_training(config.training, student, prompts)
         buffer = _resolve_buffer(config.buffer, student, prompts, plan, family)
@@ -47,10 +47,24 @@ def _read_whole(texts: list[str], family: ModelFamily) -> list[str]:
     return [text for text, (count, most) in zip(texts, family.token_counts(texts), strict=True) if count <= most]
 
 
-def _resolve_prompts(given: PromptOptions, training: TrainingOptions, family: ModelFamily) -> PromptOptions:
-    """η is 1, or 0 where the concept is mapped to something: one that is mapped by itself says so itself."""
-    preserved = [*read_preserved(given), *_draw_words(given, training.seed, family)]
-    given = given.replace(preserve=list(dict.fromkeys(preserved)), preserve_file=None, preserve_words=0)
+def _attention_steps(config: EraseConfig, family: ModelFamily) -> int:
+    """Where cross-attention can learn by itself, and the tokenizer knows words that hold the rest in place."""
+    student, training = config.student, config.training
+    if student.attention_steps is not None:
+        return student.attention_steps
+    as_usual = training.objective == "esd" and not (training.robust or training.stop_at is not None or student.null_space)
+    in_scope = student.scope in (None, "esd-x", "full") and student.adapter_type in ("lora", "none")
+    if not (as_usual and in_scope and student.closed_form is None):
+        return 0
+    if len(family.whole_words()) < MANY_WORDS or not family.has_cross_attention:
+        return 0
+    return 600 + 200 * len(config.prompts.concept)
+
+
+def _resolve_prompts(given: PromptOptions, training: TrainingOptions, by_layers: bool) -> PromptOptions:
+    """η is 1, or 0 where the concept is mapped to something: one that is mapped by itself says so itself. Where layers learn
+    one by one half of it is enough."""
+    given = given.replace(preserve=read_preserved(given), preserve_file=None)
     if training.objective != "esd":  # it has no η
         return given
     eta = given.negative_guidance
@@ -58,40 +72,34 @@ def _resolve_prompts(given: PromptOptions, training: TrainingOptions, family: Mo
         c.model_copy(update={"negative_guidance": 0.0}) if eta is None and c.negative_guidance is None and c.map_to else c
         for c in given.concept
     ]
-    eta = (0.0 if given.map_to else 1.0) if eta is None else eta
+    usual = 0.5 if by_layers else 1.0
+    eta = (0.0 if given.map_to else usual) if eta is None else eta
     return given.replace(concept=concepts, negative_guidance=eta)
 
 
-def _draw_words(given: PromptOptions, seed: int, family: ModelFamily) -> list[str]:
-    """Prompts of as many words as `given` asks for, or of all there are; none that names what is erased, or a part of it."""
-    if not given.preserve_words:
-        return []
-    goals = [goal for goal in map(given.goal_of, given.concept) if goal]
-    said = {word for name in [*given.concept_names, *goals] for word in name.lower().split()}
-    words = [word for word in family.whole_words() if word not in said]
-    drawn = torch.randperm(len(words), generator=generator(seed, "preserve words"))[: given.preserve_words]
-    return [f"a {words[i]}" for i in drawn.tolist()]
-
-
-def _resolve_student(given: StudentOptions, prompts: PromptOptions, training: TrainingOptions) -> StudentOptions:
-    robust = training.robust > 0
+def _resolve_student(
+    given: StudentOptions, prompts: PromptOptions, training: TrainingOptions, attention_steps: int
+) -> StudentOptions:
+    robust, by_layers = training.robust > 0, attention_steps > 0
     # a prompt that brings the concept back is given away by what the other layers make of it, too
-    scope = given.scope or ("full" if robust else "esd-x-strict")
+    scope = given.scope or ("full" if robust else "esd-x" if by_layers else "esd-x-strict")
     # LoHa and LoKr have no factor that would take a projection; the other scopes have no layer that reads the prompt alone
     reads_prompt = given.adapter_type in ("lora", "none") and scope not in ("esd-u", "selfattn")
     null_space = given.null_space
     if null_space is None:
         # what of the concept lies within the protected subspace is what an attacker can still say
-        null_space = 0.97 if robust else 0.99 if prompts.sources else 0.999
-    rank = given.rank or min((16 if robust else 8) * len(prompts.concept), 64)
+        null_space = 0.0 if by_layers else 0.97 if robust else 0.99 if prompts.sources else 0.999
+    closed_form = not by_layers if given.closed_form is None else given.closed_form
+    rank = given.rank or min((16 if robust or by_layers else 8) * len(prompts.concept), 64)
     if given.adapter_type == "none":
         rank = given.rank
     return given.replace(
         scope=scope,
+        attention_steps=attention_steps,
         rank=rank,
         alpha=rank if given.alpha is None else given.alpha,
         null_space=null_space if reads_prompt else 0.0,
-        closed_form=given.closed_form and reads_prompt and training.objective == "esd",
+        closed_form=closed_form and reads_prompt and training.objective == "esd",
     )
 
 
@@ -108,9 +116,12 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
     ratio = given.preservation_ratio
     if ratio is None:
         ratio = 0.5 if rounds else 0.25 if prompts.sources else 0.125
+    steps = given.max_train_steps
+    if steps is None:
+        steps = 0 if student.attention_steps else few * (1 + 2 * rounds if rounds else 1 if quick else 8)
     return given.replace(
         preservation_ratio=0.0 if given.train_batch_size == 1 else ratio,
-        max_train_steps=given.max_train_steps or few * (1 + 2 * rounds if rounds else 1 if quick else 8),
+        max_train_steps=steps,
         train_batch_size=given.train_batch_size or 8,
         # fast where the null space holds everything else in place: docs/scopes.md
         learning_rate=given.learning_rate or (1e-2 if student.protected else 1e-3),
@@ -119,7 +130,7 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
 
 def _resolve_contrastive(given: TrainingOptions, concepts: int) -> TrainingOptions:
     training = given.replace(train_batch_size=given.train_batch_size or 32, learning_rate=given.learning_rate or 1e-4)
-    steps = given.max_train_steps or epochs_of_references(training, concepts)
+    steps = epochs_of_references(training, concepts) if given.max_train_steps is None else given.max_train_steps
     return training.replace(max_train_steps=steps)
 
 

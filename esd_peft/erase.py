@@ -24,10 +24,12 @@ from esd_peft.memory.planner import make_plan, plan_table
 from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
 from esd_peft.prompts.table import make_table
+from esd_peft.prompts.wordings import encode_wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.tracking import tracker
 from esd_peft.session import Session, in_session
+from esd_peft.training.attention import distill_attention
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.objective import make_objective
@@ -50,13 +52,16 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     """The method, for a resolved config."""
     family, prompts, checkpoints = session.family, session.prompts, session.checkpoints
     device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
-    training = config.training
+    training, resumes = config.training, config.checkpoint.resume
     profiler = PhaseProfiler(device)
 
     # prompts with the concept, without it, and to preserve; text encoders are gone before the denoiser comes
     with profiler.phase("encode"):
         embeds = family.encode(prompts.texts, device, dtype)
         table = make_table(prompts, embeds)
+        wordings = None
+        if config.student.attention_steps and not resumes:
+            wordings = encode_wordings(family, prompts, training.seed, device, dtype)
         images, side_by_side = config.validation.num_validation_images, config.buffer.rollout_batch_size
         validation = None
         if config.validation.during_training:
@@ -72,6 +77,10 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     # trajectories of the teacher fill a buffer with (x_t, t, e_null, e_concept), of which batches are made;
     # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖², ê being the student's prediction at x_t
     rollout = Rollout(student, profiler)
+    found = None
+    if wordings is not None:  # each cross-attention layer learns the target by itself
+        with profiler.phase("attention"):
+            found = distill_attention(rollout, wordings, config.buffer, config.student.attention_steps, training.seed)
     sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training)
     if validation is not None:
         with profiler.phase("evaluate"), student.teacher(), student.autocast():
@@ -85,7 +94,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     ):
         stopping = make_early_stopping(rollout, table, config.buffer, training)
         trainer = Trainer(student, training, config.memory, weight_decay, profiler)
-        loop = TrainingLoop(trainer, sampler, stopping, report, checkpoints, config.checkpoint.resume)
+        loop = TrainingLoop(trainer, sampler, stopping, report, checkpoints, resumes)
         with contextlib.closing(loop.batches()) as batches:
             for batch in batches:
                 # prediction, loss, gradients (of so many samples at a time), clipping, AdamW, projection to the null space
@@ -97,7 +106,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if validation is not None:
         with profiler.phase("evaluate"), erase_result.finished(config.checkpoint.output), student.autocast():
             validation.make(student.denoiser, "after")
-    result = erase_result.make_result(config, profiler, trainer, stopping, validation)
+    result = erase_result.make_result(config, profiler, trainer, stopping, validation, prompts.concepts, found)
     if checkpoints is not None:
         erase_result.write(config.checkpoint.output, result)
     return result

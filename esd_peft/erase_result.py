@@ -16,6 +16,7 @@ from esd_peft.evaluation.text import MARKS
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.outputs import new_file
 from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training.attention import Found
 from esd_peft.training.early_stopping import EarlyStopping
 from esd_peft.training.trainer import Trainer
 
@@ -26,8 +27,12 @@ def make_result(
     trainer: Trainer,
     stopping: EarlyStopping | None,
     validation: ValidationSampler | None,
+    concepts: list[str],
+    attention: Found | None,
 ) -> dict[str, Any]:
     """What `result.json` holds; writes the images that were made into the output."""
+    verdicts = attention.verdicts if attention is not None else []
+    losses = [*(attention.losses if attention is not None else []), *trainer.losses]
     found: Accuracies | None = None
     if validation is not None:
         with profiler.phase("evaluate"), finished(config.checkpoint.output):
@@ -36,7 +41,11 @@ def make_result(
                 validation.grid().save(draft)
     return {
         **recognised(found),
-        "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]},
+        "other_names": {
+            concept: {"erased": [c.text for c in verdict.same], "kept": [c.text for c in verdict.others]}
+            for concept, verdict in zip(concepts, verdicts, strict=False)
+        },
+        "loss": {"first": losses[0], "last": losses[-1]} if losses else {},
         "direction_left": stopping.curve if stopping else [],
         "nfe": profiler.nfe,
         "training_samples": profiler.training_samples,
@@ -129,14 +138,25 @@ def table(result: dict[str, Any]) -> str:
     nfe, samples = result["nfe"], result["training_samples"]
     lines += [
         "",
-        f"loss {result['loss']['first']:.5f} → {result['loss']['last']:.5f}, "
-        f"{result['trained_parameters']:,} parameters trained",
-        f"{nfe:,} denoiser evaluations (NFE) for {samples:,} training samples: {nfe / samples:.2f} each",
+        (f"loss {result['loss']['first']:.5f} → {result['loss']['last']:.5f}, " if result["loss"] else "")
+        + f"{result['trained_parameters']:,} parameters trained",
+        f"{nfe:,} denoiser evaluations (NFE)"
+        + (f" for {samples:,} training samples: {nfe / samples:.2f} each" if samples else ""),
     ]
+    for concept, found in result["other_names"].items():
+        for verdict, says in (("erased", "other names for {}, as the teacher sees it, erased with it"), ("kept", "kept")):
+            if found[verdict]:
+                lines.append(f"{says.format(concept)}: {_some(found[verdict])}")
     if result["direction_left"]:
         curve = ", ".join(f"{fraction:.2f} ({step})" for step, fraction in result["direction_left"])
         lines.append(f"left of the concept's direction on held-out samples (at step): {curve}")
     return "\n".join(lines)
+
+
+def _some(texts: list[str], count: int = 8) -> str:
+    """The first of them, and how many more there are."""
+    more = len(texts) - count
+    return ", ".join(texts[:count]) + (f" and {more} more" if more > 0 else "")
 
 
 def _rates(name: str, rates: dict[str, float], width: int) -> str:

@@ -13,13 +13,20 @@ from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.compilation import repeated_blocks
-from esd_peft.models.family import ENCODE_BATCH, encoder_bytes
+from esd_peft.models.family import ENCODE_BATCH, TOKENS, encoder_bytes
 from esd_peft.options import parse_bytes
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
+from esd_peft.training.attention import ERASE, HOLD, POSITIONS
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.student import make_student
-from esd_peft.training.work import SEARCH_BATCH_SIZE, buffer_shape, count_nfe
+from esd_peft.training.work import (
+    ATTENTION_TRAJECTORIES,
+    SEARCH_BATCH_SIZE,
+    buffer_shape,
+    count_attention_nfe,
+    count_nfe,
+)
 
 META = torch.device("meta")
 GIB = 2**30
@@ -116,12 +123,18 @@ class MemoryEstimator:
             self.learning += sum(p.numel() for p in denoiser.parameters()) * self.dtype.itemsize
         on_gpu = config.runtime.device.startswith("cuda")
         self._work = functools.partial(_activations, family, denoiser, noise, embeds, on_gpu)
+        self._attend = functools.partial(_attention_activations, family, denoiser, embeds)
         self.running = [self._work(count) for count in (1, 2)]
 
     @functools.cache  # noqa: B019 (an estimator lives as long as its planning)
     def training(self, checkpointing: bool) -> list[int]:
         """Bytes that a training step of one sample, and of two, needs besides weights."""
         return [self._work(count, learns=True, checkpointing=checkpointing) for count in (1, 2)]
+
+    @functools.cache  # noqa: B019
+    def attending(self) -> int:
+        """Bytes that a step of cross-attention by itself needs besides weights."""
+        return self._attend()
 
     def _encoding(self) -> tuple[int, int, PromptEmbeds]:
         """Bytes of the text encoders and what they need at work, layer by layer where they are large, and as a whole; the
@@ -150,23 +163,30 @@ class MemoryEstimator:
         shape, seeds = buffer_shape(buffer, training), config.validation.num_validation_images
         weights = self.block if memory.offload else self.bases[memory.quantize]
         working = weights + self.learning + self.embeds
+        attention = config.student.attention_steps if training.objective == "esd" else 0
         together = predictions * min(buffer.rollout_batch_size, shape.trajectories)
         stepping = self.training(memory.gradient_checkpointing)
         phases = {
             "encode": self.encoders,
             # null space and closed form: copies of the embeddings, and squares of their width in fp64
             "load": weights + 3 * self.embeds + 6 * 8 * self.width**2,
-            "rollout": working + _line(self.running, together),
-            "train": working + _line(stepping, memory.per_device_batch_size),
         }
+        if attention:
+            looking = predictions * min(buffer.rollout_batch_size, ATTENTION_TRAJECTORIES)
+            phases["attention"] = working + max(_line(self.running, looking), self.attending())
+        if training.max_train_steps:
+            phases["rollout"] = working + _line(self.running, together)
+            phases["train"] = working + _line(stepping, memory.per_device_batch_size)
         if seeds:
             images = min(buffer.rollout_batch_size, seeds * (len(self.prompts.concepts) + 3))
             phases["evaluate"] = working + max(self.drawing, _line(self.running, 2 * images))
         if training.robust:
             phases["attack"] = working + self.attacking + _line(stepping, SEARCH_BATCH_SIZE)
         steps = buffer.num_inference_steps
-        samples = shape.trajectories * min(steps, shape.keep or steps)
-        nfe = count_nfe(buffer, training, memory.gradient_checkpointing, predictions, len(self.prompts.concepts))
+        samples = shape.trajectories * min(steps, shape.keep or steps) if training.max_train_steps else 0
+        concepts = len(self.prompts.concepts)
+        nfe = count_nfe(buffer, training, memory.gradient_checkpointing, predictions, concepts)
+        nfe += count_attention_nfe(config.buffer, predictions, concepts) if attention else 0
         return Plan(config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, nfe)
 
 
@@ -295,6 +315,22 @@ def _activations(
         prediction = family.predict(denoiser, latents, torch.zeros(count, device=META), here)
         if learns:
             prediction.float().square().mean().backward()
+    for parameter in denoiser.parameters():
+        parameter.grad = None
+    return meter.peak
+
+
+def _attention_activations(family: ModelFamily, denoiser: ModelMixin, embeds: PromptEmbeds) -> int:
+    """Bytes that a step of cross-attention by itself needs: its layers' activations, all at once."""
+    tokens = embeds[TOKENS].expand(ERASE + HOLD, *embeds[TOKENS].shape[1:]).to(denoiser.dtype)
+    with track_memory(denoiser) as meter:
+        total = torch.zeros((), device=META)
+        for name in family.cross_attention(denoiser):
+            layer = denoiser.get_submodule(name)
+            states = torch.empty(ERASE + HOLD, POSITIONS, layer.to_q.in_features, device=META, dtype=denoiser.dtype)
+            total = total + layer(states, encoder_hidden_states=tokens).float().square().mean()
+        if total.requires_grad:
+            total.backward()
     for parameter in denoiser.parameters():
         parameter.grad = None
     return meter.peak

@@ -271,6 +271,16 @@ class ModelFamily(ABC):
             raise UserError(f"--scope {scope} selects nothing in this model; these select something: {', '.join(others)}")
         return chosen
 
+    @functools.cached_property
+    def has_cross_attention(self) -> bool:
+        """Whether there are such layers (`cross_attention`)."""
+        return bool(self.cross_attention(self.empty_denoiser()))
+
+    def cross_attention(self, denoiser: ModelMixin) -> list[str]:
+        """Names of the layers in which the image attends to the prompt's tokens, called with its hidden states and
+        `encoder_hidden_states`; none where text and image attend to each other, or tokens are masked."""
+        return []
+
     def prompt_input(self, name: str) -> str | None:
         """Which of the prompt embeddings the denoiser's layer `name` is fed, and nothing else; none for most layers."""
         return TOKENS if self.in_scope("esd-x-strict", name) else None

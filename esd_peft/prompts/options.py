@@ -72,7 +72,7 @@ class PromptOptions(Options):
     """What the concept becomes; left out: what the model draws without naming it."""
     negative_guidance: Auto[Annotated[float, Field(ge=0, le=100)]] = LEFT_OUT
     """η of the guided target e_null − η (e_concept − e_null), the paper's negative guidance (its 1 is 2 in the authors'
-    current scripts); left out: 1, or 0 for what is mapped to something."""
+    current scripts); left out: 1, 0.5 with --attention-steps, or 0 for what is mapped to something."""
     prompt_templates: Literal["auto", "bare"] = "auto"
     """auto: train on the concept in several templates and beside other things; bare: only as given (the paper)."""
     preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
@@ -80,9 +80,6 @@ class PromptOptions(Options):
     learn outside of it, and the student is held to the teacher along trajectories of the prompt; repeat for several."""
     preserve_file: Path | None = None
     """A text file of prompts to preserve, one a line."""
-    preserve_words: Annotated[int, Field(ge=0, le=10**4)] = 0
-    """So many words of the tokenizer's vocabulary are preserved too ("a WORD"), drawn at random: where more learns than
-    --null-space protects, they hold what nobody has listed (docs/scopes.md)."""
 
     @field_validator("concept", "preserve", mode="before")
     @classmethod

@@ -17,20 +17,25 @@ class StudentOptions(Options):
 
     scope: Auto[Scope] = LEFT_OUT
     """Which layers learn: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or
-    full; left out: esd-x-strict, or full with --robust."""
+    full; left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict."""
     adapter_type: AdapterType = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Auto[Annotated[int, Field(ge=1, le=1024)]] = LEFT_OUT
-    """Rank of the adapter; left out: 8 for each concept (16 with --robust), at most 64."""
+    """Rank of the adapter; left out: 8 for each concept (16 with --attention-steps or --robust), at most 64."""
     alpha: Auto[Annotated[float, Field(gt=0, le=1e6)]] = LEFT_OUT
     """The adapter's output is scaled by alpha / rank; left out: alpha = rank."""
-    closed_form: bool = True
+    attention_steps: Auto[Annotated[int, Field(ge=0, le=10**6)]] = LEFT_OUT
+    """Steps in which each cross-attention layer learns the guided target by itself, before the student does as a whole: in
+    random contexts, under other names that the teacher knows, and held by the tokenizer's words (docs/attention.md); of
+    Stable Diffusion 1.x, 2.x and XL. 0: none; left out: 600 + 200 for each concept, or 0 where the tokenizer knows less
+    than 500 words, and with another scope or objective, --null-space, --closed-form or --robust."""
+    closed_form: Auto[bool] = LEFT_OUT
     """Start the layers that read the prompt from a closed-form edit like UCE's instead of from zero (docs/objectives.md). It
-    needs --adapter-type lora or none, and --objective esd."""
+    needs --adapter-type lora or none, and --objective esd; left out: yes, but with --attention-steps."""
     null_space: Auto[Annotated[float, Field(ge=0, lt=1)]] = LEFT_OUT
     """Layers that read the prompt learn only outside the subspace that explains this share of the variance of the retain
-    set (--preserve and a built-in list); 0: no such bound. It needs --adapter-type lora or none; left out: 0.999, 0.99 with
-    --erase-from, or 0.97 with --robust."""
+    set (--preserve and a built-in list); 0: no such bound. It needs --adapter-type lora or none; left out: 0 with
+    --attention-steps, otherwise 0.999, 0.99 with --erase-from, or 0.97 with --robust."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudentOptions":
@@ -100,9 +105,10 @@ class TrainingOptions(Options):
     stop_at: Annotated[float, Field(gt=-100, lt=1)] | None = None
     """Stop early, as soon as the student's prediction on held-out trajectories has come so far: 1 is e_concept, where it
     begins, 0 is e_null, and −η is the guided target; left out: all steps are taken."""
-    max_train_steps: Auto[Annotated[int, Field(ge=1, le=10**9)]] = LEFT_OUT
-    """Optimizer steps; left out: 20 + 20 for each concept; 8 times that with --erase-from, or with another scope or adapter
-    than the defaults; with --robust N instead 1 + 2 N times (--objective contrastive: 10 epochs)."""
+    max_train_steps: Auto[Annotated[int, Field(ge=0, le=10**9)]] = LEFT_OUT
+    """Optimizer steps; left out: 0 with --attention-steps, otherwise 20 + 20 for each concept; 8 times that with
+    --erase-from, or with another scope or adapter than the defaults; with --robust N instead 1 + 2 N times (--objective
+    contrastive: 10 epochs)."""
     train_batch_size: Auto[Annotated[int, Field(ge=1, le=10**5)]] = LEFT_OUT
     """Samples in an optimizer step; left out: 8, or 32 with --objective contrastive."""
     learning_rate: Auto[Annotated[float, Field(gt=0, le=1)]] = LEFT_OUT

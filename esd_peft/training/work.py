@@ -8,10 +8,14 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from esd_peft.prompts.wordings import NEAR_WORDS, phrases
 from esd_peft.training.options import BufferOptions, TrainingOptions
 
 SEARCH_STEPS = 60  # of an adversarial round, in which its prompts are learned side by side
 SEARCH_BATCH_SIZE = 8
+LOOKS = 2  # at each candidate for another name
+ATTENTION_TRAJECTORIES = 12  # of the teacher, along which cross-attention is seen at work, and the steps of each
+ATTENTION_ROLLOUT_STEPS = 10
 SEARCH_TRAJECTORIES = 4  # of the teacher, for each concept, along which they are learned
 
 
@@ -73,9 +77,23 @@ def nfe_per_sample(gradient_checkpointing: bool) -> int:
     return 4 if gradient_checkpointing else 3
 
 
+def attention_rollout(buffer: BufferOptions) -> BufferOptions:
+    """The trajectories along which cross-attention is seen at work."""
+    steps = min(ATTENTION_ROLLOUT_STEPS, buffer.num_inference_steps)
+    everything = {"min_timestep": 0, "max_timestep": BufferOptions.model_fields["max_timestep"].default}
+    return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, num_inference_steps=steps, **everything)
+
+
+def count_attention_nfe(buffer: BufferOptions, predictions: int, concepts: int) -> int:
+    """NFE of `esd_peft.training.attention`, at most: where candidates are few it takes less."""
+    trajectories = concepts + max(2, ATTENTION_TRAJECTORIES - concepts)
+    rollouts = trajectories * attention_rollout(buffer).num_inference_steps * predictions
+    return rollouts + concepts * LOOKS * (NEAR_WORDS + phrases(concepts))
+
+
 def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
     """How often the buffer is filled in all."""
-    return sum(math.ceil(steps / (buffer.buffer_refresh_interval or steps)) for steps in stages(training))
+    return sum(math.ceil(steps / (buffer.buffer_refresh_interval or steps)) for steps in stages(training) if steps)
 
 
 def count_nfe(

@@ -109,19 +109,28 @@ def test_the_prompts_of_a_file_are_in_the_config(shapes, tmp_path):
     assert resolve(EraseConfig(**yaml.safe_load(resolved.to_yaml())), shapes) == (resolved, prompts)
 
 
-def test_words_of_the_vocabulary_are_preserved_as_if_they_were_named(shapes):
-    given = config(concept=["red circle"], preserve=["a red square"], map_to="a dotted heart", preserve_words=4)
-    resolved, prompts = resolve(given, shapes)
-    first, *drawn = resolved.prompts.preserve
-    assert first == "a red square" and len({*drawn}) == 4 and resolved.prompts.preserve_words == 0
-    assert all(text.removeprefix("a ") in shapes.whole_words() for text in drawn)
-    assert {pair.prompt for pair in prompts.preserve} == {first, *drawn}
-    assert resolve(resolved, shapes)[0] == resolved
-    others, _ = resolve(given.replace(seed=1), shapes)
-    assert others.prompts.preserve != resolved.prompts.preserve
-    everything, _ = resolve(given.replace(preserve_words=10_000), shapes)
-    left = {*shapes.whole_words()} - {"red", "circle", "dotted", "heart"}
-    assert {*everything.prompts.preserve} == {first, *(f"a {word}" for word in left)}
+def test_where_the_tokenizer_knows_many_words_cross_attention_learns_by_itself(shapes):
+    emoji = open_family("emoji")
+    resolved, prompts = resolve(config(concept=["fox", "owl"]), emoji)
+    student, training = resolved.student, resolved.training
+    assert (student.attention_steps, student.scope, student.rank) == (1000, "esd-x", 32)
+    assert (student.closed_form, student.null_space) == (False, 0.0)
+    assert (training.max_train_steps, resolved.prompts.negative_guidance) == (0, 0.5)
+    assert resolve(resolved, emoji) == (resolved, prompts)
+    mapped, _ = resolve(config(concept="fox", map_to="owl"), emoji)
+    assert (mapped.student.attention_steps, mapped.prompts.negative_guidance) == (800, 0.0)
+    assert resolve(config(), shapes)[0].student.attention_steps == 0, "it has nothing to hold the rest with"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"attention_steps": 0}, {"closed_form": True}, {"null_space": 0.9}, {"scope": "esd-x-strict"}, {"robust": 1},
+     {"objective": "contrastive"}, {"adapter_type": "lokr"}, {"stop_at": 0.0}],
+    ids=str,
+)  # fmt: skip
+def test_whoever_asks_for_something_else_gets_it(options):
+    resolved, _ = resolve(config(concept="fox", **options), open_family("emoji"))
+    assert resolved.student.attention_steps == 0 and resolved.training.max_train_steps > 0
 
 
 @pytest.mark.parametrize("line", ["a\tstar", "a star\x1b[2J", "x" * 4001])
@@ -144,22 +153,31 @@ def test_the_device_and_the_dtype_are_those_it_runs_on(shapes):
 
 
 MAPPED = {"concept": [{"name": "circle", "map_to": "square"}, "red"]}
+RANK = "8 for each concept (16 with --attention-steps or --robust), at most 64"
 ROWS = [  # an option, what its help says, with which options, and the value
-    ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {}, 1.0),
-    ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {"map_to": "square"}, 0.0),
-    ("scope", "left out: esd-x-strict, or full with --robust", {}, "esd-x-strict"),
-    ("scope", "left out: esd-x-strict, or full with --robust", {"robust": 1}, "full"),
-    ("rank", "8 for each concept (16 with --robust), at most 64", {}, 8),
-    ("rank", "8 for each concept (16 with --robust), at most 64", {"concept": ["circle", "red", "star"]}, 24),
-    ("rank", "8 for each concept (16 with --robust), at most 64", {"robust": 1, "concept": ["circle", "red"]}, 32),
-    ("rank", "8 for each concept (16 with --robust), at most 64", {"concept": ["circle", "square", "star", "heart", "cross",
+    ("negative_guidance", "left out: 1, 0.5 with --attention-steps, or 0 for what is mapped to", {}, 1.0),
+    ("negative_guidance", "left out: 1, 0.5 with --attention-steps, or 0 for what is mapped to", {"map_to": "square"}, 0.0),
+    ("scope", "left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict", {}, "esd-x-strict"),
+    ("scope", "left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict", {"robust": 1}, "full"),
+    ("rank", RANK, {}, 8),
+    ("rank", RANK, {"attention_steps": 5}, 16),
+    ("null_space", "left out: 0 with --attention-steps", {"attention_steps": 5}, 0.0),
+    ("scope", "esd-x with --attention-steps", {"attention_steps": 5}, "esd-x"),
+    ("negative_guidance", "0.5 with --attention-steps", {"attention_steps": 5}, 0.5),
+    ("max_train_steps", "0 with --attention-steps", {"attention_steps": 5}, 0),
+    ("rank", RANK, {"concept": ["circle", "red", "star"]}, 24),
+    ("rank", RANK, {"robust": 1, "concept": ["circle", "red"]}, 32),
+    ("rank", RANK, {"concept": ["circle", "square", "star", "heart", "cross",
      "red", "blue", "green", "cyan"]}, 64),
     ("alpha", "alpha = rank", {}, 8),
     ("alpha", "alpha = rank", {"rank": 5}, 5),
+    ("attention_steps", "or 0 where the tokenizer knows less than 500 words", {}, 0),
     ("null_space", "0.999, 0.99 with --erase-from, or 0.97 with --robust", {}, 0.999),
     ("null_space", "0.999, 0.99 with --erase-from, or 0.97 with --robust", {"erase_from": "striped"}, 0.99),
     ("null_space", "0.999, 0.99 with --erase-from, or 0.97 with --robust", {"robust": 1}, 0.97),
     ("null_space", "It needs --adapter-type lora or none", {"adapter_type": "lokr"}, 0.0),
+    ("closed_form", "left out: yes, but with --attention-steps", {}, True),
+    ("closed_form", "left out: yes, but with --attention-steps", {"attention_steps": 5}, False),
     ("closed_form", "It needs --adapter-type lora or none, and --objective esd", {"adapter_type": "loha"}, False),
     ("closed_form", "It needs --adapter-type lora or none, and --objective esd", {"objective": "contrastive"}, False),
     ("trajectories", "4 + 4 for each concept", {}, 8),

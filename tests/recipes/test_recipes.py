@@ -30,7 +30,6 @@ def test_benchmarks_compare_with_the_recipes(monkeypatch):
         options, recipe = methods.PROCEDURES[method], methods.recipe(name)
         differs = {option for option in options | recipe if options.get(option) != recipe.get(option)}
         assert differs <= {"learning_rate", "max_train_steps"}, "of which the rate is the best one here"
-    assert methods.PROCEDURES["ours, thorough"] == methods.recipe("thorough")
     attacks = importlib.import_module("attacks")
     assert attacks.METHODS["--robust 3"] == methods.recipe("robust")
 

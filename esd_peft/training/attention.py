@@ -1,0 +1,219 @@
+"""Cross-attention learns the guided target layer by layer.
+
+A cross-attention layer's output O(h, c), for hidden states h and a prompt c, is all that the prompt does there. So what the
+denoiser is to do (eq. 6) can be asked of each layer by itself: where a prompt names the concept
+
+    O'(h, prompt) = O(h, goal) − η (O(h, prompt) − O(h, prompt without the concept))
+
+and O'(h, w) = O(h, w) for every other prompt w, O being the teacher's layer, which answers for any prompt at the cost of
+that layer alone. The denoiser runs only to collect some h, and to say which words are other names for the concept. So
+thousands of prompts that nobody has listed hold the rest in place, where a trajectory of each would cost fifty evaluations
+of the denoiser.
+
+UCE and MACE (arXiv 2308.14761, 2403.06135) ask the like of keys and values, token by token and in closed form. Outputs leave
+queries, keys and values free to find what sets the concept apart from what is near it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from esd_kernels import guided_mse
+from esd_peft.models.family import TOKENS
+from esd_peft.prompts.plan import Pair, PromptPlan
+from esd_peft.prompts.table import make_table
+from esd_peft.prompts.wordings import Wordings
+from esd_peft.runtime import distributed
+from esd_peft.runtime.seeds import generator
+from esd_peft.training.buffer import Buffer
+from esd_peft.training.names import Verdict, judge
+from esd_peft.training.options import BufferOptions
+from esd_peft.training.rollout import Rollout
+from esd_peft.training.student import Student
+from esd_peft.training.work import ATTENTION_TRAJECTORIES, attention_rollout
+
+POSITIONS = 16  # of a layer's hidden states are kept of each sample: attention answers each by itself
+ERASE, HOLD = 16, 16  # prompts in a step
+HOLD_WEIGHT = 3.0
+LORA_RATE, WEIGHTS_RATE = 3e-3, 1e-3
+LOSS_EVERY = 50
+
+
+@dataclass
+class Found:
+    """What came of it."""
+
+    verdicts: list[Verdict]  # of each concept's candidates
+    losses: list[float]  # the mean of every `LOSS_EVERY` steps: 1 is what the concept does in the layers
+
+
+def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptions, steps: int, seed: int) -> Found:
+    """Train the student's cross-attention for so many steps.
+
+    Of several processes the main one trains, and the others take what it has learned.
+    """
+    student, draws = rollout.student, generator(seed, "attention")
+    layers = {name: student.denoiser.get_submodule(name) for name in student.family.cross_attention(student.denoiser)}
+    hidden, trajectories = _collect(rollout, wordings, layers, options, draws)
+    verdicts = []
+    for number in range(len(wordings.candidates)):
+        own = trajectories.index((trajectories.pairs == number).nonzero().squeeze(1), torch.device("cpu"))
+        verdicts.append(judge(student, wordings, number, own, 2 * options.rollout_batch_size))
+        rollout.profiler.nfe += verdicts[-1].nfe
+    losses = []
+    if distributed.is_main_process():
+        losses = _train(LayerLoss(student, layers, hidden, wordings, draws), Batches(wordings, verdicts, draws), steps)
+    for parameter in student.parameters:
+        parameter.data = distributed.broadcast(parameter.data)
+    return Found(verdicts, losses)
+
+
+def _collect(
+    rollout: Rollout, wordings: Wordings, layers: dict[str, nn.Module], options: BufferOptions, draws: torch.Generator
+) -> tuple[dict[str, Tensor], Buffer]:
+    """What each layer is given, `[samples, POSITIONS, width]`, along trajectories of the concepts and of other words, with
+    the prompt and without; and these trajectories."""
+    concepts = [pairs[0] for pairs in wordings.plain]
+    count = max(2, ATTENTION_TRAJECTORIES - len(concepts))
+    words = [wordings.words[i] for i in torch.randperm(len(wordings.words), generator=draws)[:count].tolist()]
+    plan = PromptPlan([p.prompt for p in concepts], [[p] for p in concepts], [Pair(f"a {word}", "") for word in words], [])
+    rows, device = wordings.index(plan.texts), rollout.student.device
+    table = make_table(plan, {name: value[rows].to(device) for name, value in wordings.embeds.items()})
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, given: tuple[Any, ...]) -> None:
+            positions = torch.randint(given[0].shape[1], (POSITIONS,), generator=draws).to(device)
+            parts[name].append(given[0].detach()[:, positions].cpu())
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        pairs = torch.arange(len(table))
+        trajectories = rollout.collect(table, pairs, attention_rollout(options), draws, progress=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(states) for name, states in parts.items()}, trajectories
+
+
+@dataclass
+class LayerBatch:
+    """Rows of the wordings' embeddings, `ERASE` that erase and `HOLD` that hold."""
+
+    prompts: Tensor  # [B] int64
+    neutrals: Tensor  # [B]; what holds is its own neutral and goal: no guidance moves its target
+    goals: Tensor  # [B]
+    eta: Tensor  # [B] fp32
+    weight: Tensor  # [B] fp32
+
+
+class Batches:
+    """Batches without end.
+
+    Of what erases a fifth is the plan's own, two fifths stand in random contexts, the rest under other names, if there are
+    any. Of what holds two sevenths are near to the concepts, if anything is, and a seventh is the retain set.
+    """
+
+    def __init__(self, wordings: Wordings, verdicts: list[Verdict], draws: torch.Generator) -> None:
+        same = [candidate for verdict in verdicts for candidate in verdict.same]
+        near = [text for v in verdicts for c in v.others for text in (c.text, *(pair.prompt for pair in c.pairs))]
+        self.draws, self.wordings = draws, wordings
+        self.erasing = self._mixed(
+            (1, [pair for pairs in wordings.plain for pair in pairs]),
+            (2, [pair for pairs in wordings.contexts for pair in pairs]),
+            (1, [pair for candidate in same if candidate.is_word for pair in candidate.pairs]),
+            (1, [pair for candidate in same if not candidate.is_word for pair in candidate.pairs]),
+        )
+        held = ((4, wordings.held), (2, near), (1, wordings.listed))
+        self.holding = self._mixed(*((share, [Pair(text, text) for text in texts]) for share, texts in held))
+
+    def _mixed(self, *groups: tuple[int, list[Pair]]) -> tuple[LayerBatch, Tensor]:
+        """All pairs of the groups, and of each the chance to be drawn, so that each group has its share."""
+        chances = torch.cat([torch.full((len(pairs),), share / max(1, len(pairs))) for share, pairs in groups])
+        pairs = [pair for _, pairs in groups for pair in pairs]
+        prompts, neutrals, goals = (
+            self.wordings.index(texts)
+            for texts in ([p.prompt for p in pairs], [p.neutral for p in pairs], [p.goal for p in pairs])
+        )
+        etas, weights = torch.tensor([p.eta for p in pairs]), torch.tensor([p.weight for p in pairs])
+        return LayerBatch(prompts, neutrals, goals, etas, weights), chances
+
+    def __iter__(self) -> Iterator[LayerBatch]:
+        while True:
+            parts = []
+            for (side, chances), count in ((self.erasing, ERASE), (self.holding, HOLD)):
+                chosen = chances.multinomial(count, replacement=True, generator=self.draws)
+                parts.append([column[chosen] for column in vars(side).values()])
+            yield LayerBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class LayerLoss:
+    """The layers' mean squared errors for a batch, each as a share of what the concept does in that layer."""
+
+    def __init__(
+        self,
+        student: Student,
+        layers: dict[str, nn.Module],
+        hidden: dict[str, Tensor],
+        wordings: Wordings,
+        draws: torch.Generator,
+    ) -> None:
+        self.student, self.layers, self.hidden, self.draws = student, layers, hidden, draws
+        self.tokens = wordings.embeds[TOKENS]
+        self.parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
+        self.sizes: dict[str, Tensor] = {}
+
+    def __call__(self, batch: LayerBatch) -> Tensor:
+        student, device, count = self.student, self.student.device, len(batch.prompts)
+        samples = torch.randint(len(next(iter(self.hidden.values()))), (count,), generator=self.draws)
+        mapped = not torch.equal(batch.neutrals, batch.goals)
+        rows = [batch.prompts, batch.neutrals[:ERASE], *([batch.goals[:ERASE]] if mapped else [])]
+        tokens = self.tokens[torch.cat(rows)].to(device, student.dtype)
+        states = {name: self.hidden[name][samples].to(device, student.dtype) for name in self.layers}
+        with torch.no_grad(), student.teacher():
+            taught = self._outputs({n: torch.cat([x, *(x[:ERASE] for _ in rows[1:])]) for n, x in states.items()}, tokens)
+        made, eta, weight = self._outputs(states, tokens[:count]), batch.eta.to(device), batch.weight.to(device)
+        weight = torch.cat([weight[:ERASE], HOLD_WEIGHT * weight[ERASE:]])
+        total = torch.zeros((), device=device)
+        for name, output in made.items():
+            named, *others = taught[name].split([count, *(len(part) for part in rows[1:])])
+            null, *goal = (torch.cat([part, named[ERASE:]]) for part in others)
+            if name not in self.sizes:
+                self.sizes[name] = (named - null)[:ERASE].float().square().mean()
+            anchor = goal[0] if mapped else None
+            total = total + guided_mse(output, torch.cat([null, named]), eta, anchor, weight / self.sizes[name])
+        return total / len(self.layers)
+
+    def _outputs(self, states: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+        with self.student.autocast():
+            return {name: layer(states[name], encoder_hidden_states=tokens) for name, layer in self.layers.items()}
+
+
+def _train(loss_of: LayerLoss, batches: Batches, steps: int) -> list[float]:
+    """Returns the losses' means, `LOSS_EVERY` steps each."""
+    student = loss_of.student
+    rate = WEIGHTS_RATE if student.mixed_precision else LORA_RATE
+    optimizer = torch.optim.AdamW(loss_of.parameters, lr=rate, weight_decay=0.0, fused=loss_of.parameters[0].is_cuda)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    means, recent = [], []
+    with tqdm(total=steps, desc="attention") as bar:
+        for step, batch in zip(range(1, steps + 1), batches, strict=False):
+            loss = loss_of(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            student.project()
+            recent.append(loss.detach())
+            bar.update()
+            if step % LOSS_EVERY == 0 or step == steps:
+                means.append(torch.stack(recent).mean().item())
+                recent = []
+                bar.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
+    return means

@@ -1,0 +1,180 @@
+"""Cross-attention layer by layer: what the prompts are, who is another name, what is learned, and what stays."""
+
+import json
+
+import pytest
+import torch
+
+from esd_kernels import guided_mse_reference
+from esd_peft import EraseConfig, UserError, erase
+from esd_peft.adapters.saved import read_adapter
+from esd_peft.defaults import resolve
+from esd_peft.models import open_family
+from esd_peft.prompts import wordings as module
+from esd_peft.prompts.plan import names
+from esd_peft.prompts.table import make_table
+from esd_peft.prompts.wordings import encode_wordings
+from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training import attention
+from esd_peft.training.attention import ERASE, Batches, LayerLoss, distill_attention
+from esd_peft.training.rollout import Rollout
+from esd_peft.training.student import make_student
+from esd_peft.training.work import count_attention_nfe
+from families import save_family
+from pipelines import small_stable_diffusion
+from runs import CPU, SHORTEST
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """The loss without the interpreter of Triton, which takes a second for each layer and step."""
+    monkeypatch.setattr(attention, "guided_mse", guided_mse_reference)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer prompts, so that a moment is enough."""
+    for name, value in {"WORDS": 300, "CONTEXTS": 24, "HELD": 24, "NEAR_WORDS": 4, "PHRASES": 16}.items():
+        monkeypatch.setattr(module, name, value)
+
+
+def encoded(**options):
+    emoji = open_family("emoji")
+    config, plan = resolve(EraseConfig(device="cpu", **options), emoji)
+    return emoji, config, plan, encode_wordings(emoji, plan, 0, CPU, torch.float32)
+
+
+def test_what_erases_names_the_concept_and_what_holds_does_not(few):
+    _, _, plan, made = encoded(concept="red apple")
+    contexts = made.contexts[0]
+    assert len(contexts) == 24 and made.plain == plan.concept_pairs
+    assert all(names("red apple", p.prompt) and not names("red apple", p.neutral) and p.goal == p.neutral for p in contexts)
+    assert len({p.prompt for p in contexts}) > 20, "in different contexts"
+    assert not any(names("red apple", text) for text in made.held + made.listed)
+    assert {"a red", "an apple" if "an apple" in made.rows else "a apple"} & {*made.held}, "a part of its name may stay"
+    words = [c.text for c in made.candidates[0] if c.is_word]
+    phrases = [c.text for c in made.candidates[0] if not c.is_word]
+    assert (len(words), len(phrases)) == (4, 16) and all(len(c.pairs) == 6 for c in made.candidates[0])
+    assert all(candidate.text in pair.prompt for candidate in made.candidates[0] for pair in candidate.pairs)
+    assert {*made.rows} >= {p.goal for c in made.candidates[0] for p in c.pairs}
+    assert len(made.embeds["encoder_hidden_states"]) == len(made.rows)
+    again = encoded(concept="red apple")[3]
+    assert again.rows == made.rows and again.contexts == made.contexts
+
+
+def test_a_mapped_concept_becomes_its_goal_and_one_that_is_erased_from_something_has_no_other_names(few):
+    *_, made = encoded(concept="fox", map_to="owl")
+    assert all(p.anchor and names("owl", p.goal) and not names("owl", p.neutral) for p in made.contexts[0])
+    assert not any(names("owl", text) for text in made.held)
+    *_, made = encoded(concept="ink", erase_from="fox")
+    assert made.candidates == [[]] and all(names("fox", p.goal) for p in made.contexts[0])
+
+
+def test_the_teacher_knows_which_words_are_other_names(monkeypatch, few, eager):
+    def four(encoder, *_):
+        encoder.add(found := ["a vixen", "a dog", "a heart", "a sly"])
+        return found
+
+    monkeypatch.setattr(module, "_candidates", four)
+    emoji, config, _, made = encoded(concept="fox", rank=2)
+    student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
+    found = distill_attention(Rollout(student, PhaseProfiler(CPU)), made, config.buffer, 1, 0)
+    assert [c.text for c in found.verdicts[0].same] == ["a vixen", "a sly"]
+    assert [c.text for c in found.verdicts[0].others] == ["a dog", "a heart"]
+
+
+def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alone(few, eager):
+    emoji, config, plan, made = encoded(concept="fox", rank=4)
+    denoiser = emoji.load_denoiser(torch.float32)
+    student = make_student(emoji, denoiser, config.student, CPU, torch.float32)
+    rollout = Rollout(student, PhaseProfiler(CPU))
+    table = make_table(plan, emoji.encode(plan.texts, CPU, torch.float32))
+    inputs, times = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([300, 700])
+    rows = {name: value[torch.stack([table.neutrals[0], table.prompts[0]])] for name, value in table.embeds.items()}
+    with torch.no_grad():
+        null, named = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)
+        frozen = {name: p.clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
+    found = distill_attention(rollout, made, config.buffer, 60, 0)
+    with torch.no_grad():
+        with student.teacher():
+            taught = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)
+        after = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)
+    assert torch.equal(taught, torch.stack([null, named]))
+    assert all(torch.equal(p, frozen[name]) for name, p in denoiser.named_parameters() if not p.requires_grad)
+    assert all("attn2" in name for name, p in denoiser.named_parameters() if p.requires_grad)
+    assert (after[1] - null).norm() < 0.8 * (named - null).norm(), "the concept draws what its absence does"
+    assert (after[0] - null).norm() < 0.3 * (named - null).norm(), "and its absence what it did"
+    assert len(found.losses) == 2 and found.losses[-1] < found.losses[0] < 1.5
+    assert rollout.profiler.nfe == 12 * 10 * 2 + 2 * len(made.candidates[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"map_to": "owl", "negative_guidance": 0.3}], ids=str)
+def test_the_loss_is_the_guided_target_of_every_layer(few, options):
+    emoji, config, _, made = encoded(concept="fox", rank=2, **options)
+    student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
+    with torch.no_grad():
+        for parameter in student.parameters:
+            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    names_ = emoji.cross_attention(student.denoiser)
+    layers = {name: student.denoiser.get_submodule(name) for name in names_[:2]}
+    draws = torch.Generator().manual_seed(0)
+    hidden = {name: torch.randn(1, 4, layer.to_q.in_features, generator=draws) for name, layer in layers.items()}
+    batch = next(iter(Batches(made, [], draws)))
+    loss_of = LayerLoss(student, layers, hidden, made, draws)
+    loss, expected = loss_of(batch), 0.0
+    tokens = made.embeds["encoder_hidden_states"]
+    for name, layer in layers.items():
+        states = hidden[name].expand(len(batch.prompts), -1, -1)
+        out = layer(states, encoder_hidden_states=tokens[batch.prompts])
+        with student.teacher():
+            null, named, goal = (
+                layer(states, encoder_hidden_states=tokens[rows]) for rows in (batch.neutrals, batch.prompts, batch.goals)
+            )
+        size = (named - null)[:ERASE].square().mean()
+        weight = torch.cat([batch.weight[:ERASE], attention.HOLD_WEIGHT * batch.weight[ERASE:]]) / size
+        expected += guided_mse_reference(out, torch.cat([null, named]), batch.eta, goal, weight) / len(layers)
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(batch.prompts[ERASE:], batch.goals[ERASE:]), "what holds is its own goal"
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(
+    "options", [{}, {"adapter_type": "none", "rank": None}, {"scope": "esd-x-strict"}, {"scope": "full"}]
+)
+def test_whole_runs_of_small_models(tmp_path, monkeypatch, eager, kind, options):
+    monkeypatch.setattr(attention, "LOSS_EVERY", 2)
+    path = tmp_path / "model"
+    made = small_stable_diffusion(path) if kind == "sd" else save_family("sdxl", path)
+    given = SHORTEST | {"attention_steps": 4, "max_train_steps": 0, "trajectories": 2} | options
+    result = erase(EraseConfig(concept=["circle", "red"], model=str(made), output=tmp_path / "out", **given))
+    buffer = resolve(EraseConfig(concept="red", **given), open_family(str(made)))[0].buffer
+    assert 0 < result["nfe"] <= count_attention_nfe(buffer, 2, 2)
+    assert {*result["other_names"]} == {"circle", "red"} and result["training_samples"] == 0
+    assert {"attention", "save"} <= {*result["seconds"]} and result["loss"]["last"] < 10
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["loss"] == result["loss"]
+    base = open_family(str(made)).load_denoiser(torch.float32)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    changed = {n for n, p in read_adapter(tmp_path / "out").apply(base).named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("attn2" in name for name in changed)
+
+
+def test_training_goes_on_from_what_the_layers_learned(tmp_path, eager):
+    """And a run that is resumed does not let them learn once more."""
+    made = small_stable_diffusion(tmp_path / "model")
+    options = SHORTEST | {"concept": "circle", "model": str(made), "attention_steps": 2, "max_train_steps": 3}
+    result = erase(EraseConfig(output=tmp_path / "out", learning_rate=1e-12, **options))
+    assert result["training_samples"] > 0 and {"attention", "train"} <= {*result["seconds"]}
+    alone = erase(EraseConfig(output=tmp_path / "alone", **options | {"max_train_steps": 0}))
+    assert alone["training_samples"] == 0
+    weights = [
+        read_adapter(tmp_path / name).apply(open_family(str(made)).load_denoiser(torch.float32)) for name in ("out", "alone")
+    ]
+    for one, other in zip(*(w.parameters() for w in weights), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_models_without_such_layers_say_so(tmp_path):
+    made = save_family("pixart", tmp_path / "model")
+    with pytest.raises(UserError, match="--attention-steps needs cross-attention that nothing masks"):
+        erase(EraseConfig(concept="circle", model=str(made), attention_steps=3, output=tmp_path / "out", device="cpu"))
+    assert not (tmp_path / "out").exists()
