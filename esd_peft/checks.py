@@ -35,6 +35,8 @@ def check_words(options: PromptOptions, family: ModelFamily) -> None:
         return
     for concept in options.concept:
         _check_words(family, "--concept", concept.name)
+        for name in options.names_of(concept)[1:]:
+            _check_words(family, "--also-erase", name)
         _check_words(family, "--erase-from", options.source_of(concept))
         _check_words(family, "--map-to", options.goal_of(concept) or "")
     check_concepts(family.world, [concept.name for concept in options.concept])
@@ -56,7 +58,8 @@ def _given_texts(options: PromptOptions, prompts: PromptPlan) -> dict[str, list[
     """What is encoded of each option's words."""
     concepts = options.concept
     goals = [f"{goal} {options.source_of(c)}".strip() for c in concepts if (goal := options.goal_of(c))]
-    named = {"--concept": options.concept_names, "--erase-from": options.sources}
+    others = [name for names in prompts.other_names for name in names]
+    named = {"--concept": options.concept_names, "--also-erase": others, "--erase-from": options.sources}
     return named | {"--map-to": goals, "--preserve": prompts.given}
 
 

@@ -28,6 +28,8 @@ class Concept(BaseModel):
     """Erase it from this only; left out: the group's erase_from."""
     map_to: str | None = None
     """What it becomes; left out: the group's map_to."""
+    also_erase: tuple[str, ...] = ()
+    """Other names and descriptions of it, beside the group's also_erase."""
     negative_guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     """The η of its guided target; left out: the group's negative_guidance."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
@@ -45,9 +47,18 @@ class Concept(BaseModel):
             raise ValueError("name what to erase, for example --concept circle")
         return value and value.strip()
 
+    @field_validator("also_erase", mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        return _some_texts([value] if isinstance(value, str) else value)
+
     @model_serializer(mode="wrap")
     def _to_a_string(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        fields = {name: value for name, value in serialize(self).items() if value != type(self).model_fields[name].default}
+        fields = {
+            name: value
+            for name, value in serialize(self).items()
+            if value not in ([], type(self).model_fields[name].default)
+        }
         return self.name if set(fields) == {"name"} else fields
 
 
@@ -70,6 +81,9 @@ class PromptOptions(Options):
     """Erase the concept from this only: with --concept striped --erase-from shirt, stripes stay elsewhere."""
     map_to: str | None = None
     """What the concept becomes; left out: what the model draws without naming it."""
+    also_erase: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
+    """Another name or a description of the concept, which goes with it ("sly red hunter"); repeat for several. Of several
+    concepts each has its own, in YAML."""
     negative_guidance: Auto[Annotated[float, Field(ge=0, le=100)]] = LEFT_OUT
     """η of the guided target e_null − η (e_concept − e_null), the paper's negative guidance (its 1 is 2 in the authors'
     current scripts); left out: 1, 0.5 with --attention-steps, or 0 for what is mapped to something."""
@@ -81,17 +95,15 @@ class PromptOptions(Options):
     preserve_file: Path | None = None
     """A text file of prompts to preserve, one a line."""
 
-    @field_validator("concept", "preserve", mode="before")
+    @field_validator("concept", "preserve", "also_erase", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict | Concept) else value
 
-    @field_validator("preserve", "erase_from", "map_to")
+    @field_validator("preserve", "also_erase", "erase_from", "map_to")
     @classmethod
     def _some_text(cls, value: Any) -> Any:
-        if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
-            raise ValueError("say what, or leave the option out")
-        return value.strip() if isinstance(value, str) else value and [text.strip() for text in value]
+        return _some_texts([value])[0] if isinstance(value, str) else _some_texts(value) if value else value
 
     @field_validator("concept")
     @classmethod
@@ -105,6 +117,8 @@ class PromptOptions(Options):
         names = self.concept_names
         if doubled := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ValueError(f"--concept: {doubled[0]} is named twice; name each concept once")
+        if self.also_erase and len(names) > 1:
+            raise ValueError("--also-erase does not say of which --concept; in YAML each has its own also_erase")
         return self
 
     @property
@@ -116,6 +130,17 @@ class PromptOptions(Options):
     def concept_names(self) -> list[str]:
         """What is erased, as a prompt would name it: "striped circle" for striped from circle."""
         return [f"{concept.name} {self.source_of(concept)}".strip() for concept in self.concept]
+
+    @property
+    def erased_names(self) -> list[str]:
+        """What is erased under all its names."""
+        return [name for concept in self.concept for name in self.names_of(concept)]
+
+    def names_of(self, concept: Concept) -> list[str]:
+        """The concept's names, as a prompt would have them, its own first."""
+        return [
+            f"{name} {self.source_of(concept)}".strip() for name in (concept.name, *concept.also_erase, *self.also_erase)
+        ]
 
     def source_of(self, concept: Concept) -> str:
         """What the concept is erased from; "" for everywhere."""
@@ -129,3 +154,10 @@ class PromptOptions(Options):
         """η of the concept's guided target."""
         given = [eta for eta in (concept.negative_guidance, self.negative_guidance) if eta is not None]
         return given[0] if given else 0.0 if self.goal_of(concept) else 1.0
+
+
+def _some_texts(texts: Any) -> list[str]:
+    """Without the space around them. Raises `ValueError` if one is empty."""
+    if any(not str(text).strip() for text in texts):
+        raise ValueError("say what, or leave the option out")
+    return [str(text).strip() for text in texts]

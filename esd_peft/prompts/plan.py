@@ -56,6 +56,7 @@ class PromptPlan:
     preserve: list[Pair]
     retain: list[str]  # the retain set, on whose embeddings the adapter must not act
     given: list[str] = field(default_factory=list)  # what the options ask to preserve
+    other_names: list[list[str]] = field(default_factory=list)  # of each concept, as far as the options say them
 
     @property
     def all_concept_pairs(self) -> list[Pair]:
@@ -99,31 +100,35 @@ def plan_prompts(options: PromptOptions, world: World | None, robust: bool) -> P
     """
     given = read_preserved(options)
     for prompt in given:
-        if _names_any(options.concept_names, prompt):
+        if _names_any(options.erased_names, prompt):
             raise UserError(f"--preserve {prompt!r} names what is to be erased; leave it out or reword it")
     goals = [goal for goal in map(options.goal_of, options.concept) if goal]
-    if clash := [goal for goal in goals if _names_any(options.concept_names, goal)]:
+    if clash := [goal for goal in goals if _names_any(options.erased_names, goal)]:
         raise UserError(f"--map-to {clash[0]!r} names what is to be erased; map it to something that stays")
     erasing = [_pairs_of(concept, options, world) for concept in options.concept]
     retain = _retain_set(options, given, world)
     # layers that no null space protects learn with --robust: these are held to some of what is to stay
     some = spread(retain[1:], PRESERVED) if robust else []
     preserved = dict.fromkeys([*given, *_sources_otherwise(options), *some])
-    return PromptPlan(options.concept_names, erasing, [Pair(prompt, "") for prompt in preserved], retain, given)
+    other_names = [options.names_of(concept)[1:] for concept in options.concept]
+    return PromptPlan(options.concept_names, erasing, [Pair(prompt, "") for prompt in preserved], retain, given, other_names)
 
 
 def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> list[Pair]:
-    if not _content_words(concept.name):
-        raise UserError(f"--concept {concept.name!r} names nothing; say what to erase, for example --concept circle")
     source, towards = options.source_of(concept), options.goal_of(concept)
-    named = f"{concept.name} {source}".strip()
-    pairs = [
-        Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
-        for say in _templates([named, towards or ""], options.prompt_templates == "bare", world)
-    ]
+    pairs: list[Pair] = []
+    for named in options.names_of(concept):
+        if not _content_words(named.removesuffix(source)):
+            option = "--concept" if named == options.names_of(concept)[0] else "--also-erase"
+            raise UserError(f"{option} {named!r} names nothing; say what to erase, for example --concept circle")
+        pairs += [
+            Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
+            for say in _templates([named, towards or ""], options.prompt_templates == "bare", world)
+        ]
     # what another concept stands beside must not be taught to stay
-    clean = [p for p in dict.fromkeys(pairs) if not _names_any(options.concept_names, p.neutral)]
+    clean = [p for p in dict.fromkeys(pairs) if not _names_any(options.erased_names, p.neutral)]
     if not clean or any(p.prompt in (p.neutral, p.anchor) for p in clean):
+        named = options.names_of(concept)[0]
         raise UserError(f"--concept {named!r} is the same as what it is erased from or mapped to; name something else")
     return [Pair(p.prompt, p.neutral, p.anchor, options.eta_of(concept), concept.weight) for p in clean]
 
@@ -169,7 +174,7 @@ def _retain_set(options: PromptOptions, given: list[str], world: World | None) -
     """
     sourced = [c for c in options.concept if options.source_of(c)]
     apart = [say(c.name) for c in sourced for say in _templates([c.name], options.prompt_templates == "bare", world)]
-    named = options.concept_names + options.sources
+    named = options.erased_names + options.sources
     return list(
         dict.fromkeys(["", *(prompt for prompt in [*given, *retain_prompts(), *apart] if not _names_any(named, prompt))])
     )
@@ -192,7 +197,7 @@ def _sources_otherwise(options: PromptOptions) -> list[str]:
     prompts: list[str] = []
     for source in options.sources:
         others = [f"{word} {source}" for word in ATTRIBUTES]
-        prompts += [prompt for prompt in others if not _names_any(options.concept_names, prompt)]
+        prompts += [prompt for prompt in others if not _names_any(options.erased_names, prompt)]
     return prompts
 
 

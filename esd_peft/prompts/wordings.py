@@ -57,7 +57,12 @@ class Wordings:
 def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: torch.device, dtype: torch.dtype) -> Wordings:
     """The wordings of `plan`'s concepts; text encoders are on the device meanwhile. All depends on the seed alone."""
     draws = random.Random(seed_for(seed, "wordings"))
-    said = [*plan.concepts, *(pair.goal for pair in plan.all_concept_pairs if pair.anchor)]
+    others = plan.other_names or [[] for _ in plan.concepts]
+    said = [
+        *plan.concepts,
+        *(name for given in others for name in given),
+        *(pair.goal for pair in plan.all_concept_pairs if pair.anchor),
+    ]
 
     def clean(text: str) -> bool:
         return not any(names(name, text) for name in said)
@@ -67,7 +72,7 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
     encoder.add([f"a {word}" for word in words] + plan.texts)
     contexts: list[list[Pair]] = []
     candidates: list[list[Candidate]] = []
-    for concept, pairs in zip(plan.concepts, plan.concept_pairs, strict=True):
+    for concept, pairs, given in zip(plan.concepts, plan.concept_pairs, others, strict=True):
 
         def among_words(named: str, plain: Pair = pairs[0]) -> Pair:
             before, after = _context(words, draws)
@@ -77,8 +82,10 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
             )
 
         contexts.append([among_words(f"a {concept}" if i % 3 else concept) for i in range(CONTEXTS)])
+        contexts[-1] += [among_words(f"a {name}") for name in given for _ in range(CONTEXTS // 8)]
         several = len(plan.concepts)
         found = [] if _is_sourced(pairs[0], concept) else _candidates(encoder, concept, words, clean, several, draws)
+        found = [text for text in found if not any(names(kept, text) for kept in plan.given)]  # the user knows better
         named = [(text, [among_words(text) for _ in range(CONTEXTS_OF_A_NAME)]) for text in found]
         candidates.append([Candidate(text, made, is_word=text.count(" ") == 1) for text, made in named])
     held = [*(f"a {word}" for word in words), *words]

@@ -67,8 +67,9 @@ def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptio
     losses = []
     if distributed.is_main_process():
         losses = _train(LayerLoss(student, layers, hidden, wordings, draws), Batches(wordings, verdicts, draws), steps)
-    for parameter in student.parameters:
-        parameter.data = distributed.broadcast(parameter.data)
+    with torch.no_grad():
+        for parameter in student.parameters if distributed.world_size() > 1 else []:
+            parameter.copy_(distributed.broadcast(parameter.detach().cpu()))
     return Found(verdicts, losses)
 
 

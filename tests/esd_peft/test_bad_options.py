@@ -43,6 +43,13 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--map-to circle", "--map-to 'circle' names what is to be erased; map it to something that stays"),
     ("--prompt-templates many", "--prompt-templates.*bare"),
     ("--preserve=", "--preserve: say what, or leave the option out"),
+    ("--also-erase zebra", "--also-erase 'zebra'.*use its words"),
+    ("--also-erase a", "--also-erase 'a' names nothing"),
+    (
+        "--concept red --concept star --also-erase square",
+        "--also-erase does not say of which --concept; in YAML each has its own",
+    ),
+    ("--also-erase square --preserve square", "--preserve 'square' names what is to be erased; leave it out or reword it"),
     ("--preserve zebra", "--preserve 'zebra'.*use its words"),
     ("--preserve circle", "--preserve 'circle' names what is to be erased; leave it out or reword it"),
     ("--preserve-file nowhere.txt", "--preserve-file nowhere.txt cannot be read"),

@@ -34,6 +34,19 @@ def test_templates_pair_the_concept_in_context_with_the_context():
     assert Pair("a mountain lake, Van Gogh", "a mountain lake") in natural
 
 
+def test_other_names_are_erased_with_the_concept_and_stay_on_no_list():
+    made = natural_plan(concept="cat", also_erase=["dog", "small pet that purrs"])
+    pairs = made.concept_pairs[0]
+    assert pairs[0] == Pair("cat", "") and made.concepts == ["cat"] and made.other_names == [["dog", "small pet that purrs"]]
+    assert {Pair("a dog", ""), Pair("a photo of small pet that purrs", "a photo")} <= {*pairs}
+    assert not any("dog" in text.split() for text in made.retain), "which is on the built-in list"
+    concepts = [{"name": "cat", "also_erase": ["kitty"]}, "owl"]
+    assert natural_plan(concept=concepts).other_names == [["kitty"], []]
+    assert PromptOptions(concept=concepts).model_dump()["concept"][0] == {"name": "cat", "also_erase": ("kitty",)}
+    sourced = natural_plan(concept="red", erase_from="car", also_erase="scarlet")
+    assert Pair("scarlet car", "car") in sourced.concept_pairs[0]
+
+
 def test_erase_from_pairs_the_thing_with_and_without_the_attribute():
     made = plan(concept="striped", erase_from="circle")
     assert made.concept_pairs[0][0] == Pair("striped circle", "circle")

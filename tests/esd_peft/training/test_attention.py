@@ -70,6 +70,14 @@ def test_a_mapped_concept_becomes_its_goal_and_one_that_is_erased_from_something
     assert made.candidates == [[]] and all(names("fox", p.goal) for p in made.contexts[0])
 
 
+def test_the_user_knows_better(few):
+    *_, made = encoded(concept="fox", also_erase="sly red hunter", preserve="vixen")
+    assert sum("a sly red hunter" in p.prompt for p in made.contexts[0]) == 24 // 8
+    assert any(p.prompt == "a sly red hunter" for p in made.plain[0])
+    assert not any(names("vixen", c.text) for c in made.candidates[0]) and "vixen" in made.listed
+    assert not any(names("sly red hunter", text) for text in made.held + made.listed)
+
+
 def test_the_teacher_knows_which_words_are_other_names(monkeypatch, few, eager):
     def four(encoder, *_):
         encoder.add(found := ["a vixen", "a dog", "a heart", "a sly"])
