@@ -84,7 +84,9 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
         concepts += config.prompts.concept_names
         preserved += result["config"]["prompts"]["preserve"]
         nfe += result["nfe"]
-        seconds += sum(result["seconds"].get(phase, 0) for phase in ("encode", "load", "references", "rollout", "train"))
+        seconds += sum(
+            result["seconds"].get(phase, 0) for phase in ("encode", "load", "references", "attention", "rollout", "train")
+        )
         if len(steps) > 1:
             model = str(folder / f"merged{number}")
             merge_adapter(MergeConfig(adapter=[output], output=Path(model), verify=False))

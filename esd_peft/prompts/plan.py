@@ -111,7 +111,8 @@ def plan_prompts(options: PromptOptions, world: World | None, robust: bool) -> P
     some = spread(retain[1:], PRESERVED) if robust else []
     preserved = dict.fromkeys([*given, *_sources_otherwise(options), *some])
     other_names = [options.names_of(concept)[1:] for concept in options.concept]
-    return PromptPlan(options.concept_names, erasing, [Pair(prompt, "") for prompt in preserved], retain, given, other_names)
+    preserve = [Pair(prompt, "") for prompt in preserved]
+    return PromptPlan(options.concept_names, erasing, preserve, retain, given, other_names)
 
 
 def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> list[Pair]:

@@ -93,8 +93,8 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
     held += [pair.goal for pairs in contexts for pair in pairs]
     held = [text for text in dict.fromkeys(held) if clean(text)]
     listed = list(dict.fromkeys([*plan.retain, *(pair.prompt for pair in plan.preserve)]))
-    erasing = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
-    encoder.add([t for p in erasing for t in (p.prompt, p.neutral, p.goal)] + held + listed)
+    pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
+    encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed)
     return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed)
 
 

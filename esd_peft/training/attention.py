@@ -138,10 +138,8 @@ class Batches:
         """All pairs of the groups, and of each the chance to be drawn, so that each group has its share."""
         chances = torch.cat([torch.full((len(pairs),), share / max(1, len(pairs))) for share, pairs in groups])
         pairs = [pair for _, pairs in groups for pair in pairs]
-        prompts, neutrals, goals = (
-            self.wordings.index(texts)
-            for texts in ([p.prompt for p in pairs], [p.neutral for p in pairs], [p.goal for p in pairs])
-        )
+        texts = zip(*((p.prompt, p.neutral, p.goal) for p in pairs), strict=True)
+        prompts, neutrals, goals = map(self.wordings.index, texts)
         etas, weights = torch.tensor([p.eta for p in pairs]), torch.tensor([p.weight for p in pairs])
         return LayerBatch(prompts, neutrals, goals, etas, weights), chances
 
@@ -178,7 +176,8 @@ class LayerLoss:
         tokens = self.tokens[torch.cat(rows)].to(device, student.dtype)
         states = {name: self.hidden[name][samples].to(device, student.dtype) for name in self.layers}
         with torch.no_grad(), student.teacher():
-            taught = self._outputs({n: torch.cat([x, *(x[:ERASE] for _ in rows[1:])]) for n, x in states.items()}, tokens)
+            asked = {n: torch.cat([x, *(x[:ERASE] for _ in rows[1:])]) for n, x in states.items()}
+            taught = self._outputs(asked, tokens)
         made, eta, weight = self._outputs(states, tokens[:count]), batch.eta.to(device), batch.weight.to(device)
         weight = torch.cat([weight[:ERASE], HOLD_WEIGHT * weight[ERASE:]])
         total = torch.zeros((), device=device)

@@ -116,23 +116,28 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     assert rollout.profiler.nfe == 12 * 10 * 2 + 2 * len(made.candidates[0])
 
 
+def layer_loss(emoji, config, made):
+    """Of two layers with something learned, and one sample of hidden states."""
+    student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters:
+            parameter.normal_(std=0.05, generator=draws)
+    layers = {name: student.denoiser.get_submodule(name) for name in emoji.cross_attention(student.denoiser)[:2]}
+    hidden = {name: torch.randn(1, 4, layer.to_q.in_features, generator=draws) for name, layer in layers.items()}
+    return LayerLoss(student, layers, hidden, made, draws)
+
+
 @pytest.mark.parametrize("options", [{}, {"map_to": "owl", "negative_guidance": 0.3}], ids=str)
 def test_the_loss_is_the_guided_target_of_every_layer(few, options):
     emoji, config, _, made = encoded(concept="fox", rank=2, **options)
-    student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
-    with torch.no_grad():
-        for parameter in student.parameters:
-            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    names_ = emoji.cross_attention(student.denoiser)
-    layers = {name: student.denoiser.get_submodule(name) for name in names_[:2]}
-    draws = torch.Generator().manual_seed(0)
-    hidden = {name: torch.randn(1, 4, layer.to_q.in_features, generator=draws) for name, layer in layers.items()}
-    batch = next(iter(Batches(made, [], draws)))
-    loss_of = LayerLoss(student, layers, hidden, made, draws)
+    batch = next(iter(Batches(made, [], torch.Generator().manual_seed(0))))
+    loss_of = layer_loss(emoji, config, made)
+    student, layers = loss_of.student, loss_of.layers
     loss, expected = loss_of(batch), 0.0
     tokens = made.embeds["encoder_hidden_states"]
     for name, layer in layers.items():
-        states = hidden[name].expand(len(batch.prompts), -1, -1)
+        states = loss_of.hidden[name].expand(len(batch.prompts), -1, -1)
         out = layer(states, encoder_hidden_states=tokens[batch.prompts])
         with student.teacher():
             null, named, goal = (
