@@ -4,7 +4,6 @@ All of them move key vectors c (embeddings of tokens of the concept's prompts) t
 a ridge, and hold retained vectors r where they are. As each weight W becomes W M with the same M, this is solved once.
 """
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -23,7 +22,6 @@ def uce(family: ModelFamily, concepts: list[str], form: str, expand: bool = Fals
     (train-scripts/train_erase.py of 2023, technique "replace"): that token and all after it, λ 0.1. `expand` adds their
     five templates, `retain` holds our built-in list.
     """
-    started = time.perf_counter()
     kept = _retained(concepts) if retain else []
     pairs = [
         (template.format(c), template.format("")) for c in concepts for template in ("{}", *(EXPANDED if expand else ()))
@@ -47,13 +45,12 @@ def uce(family: ModelFamily, concepts: list[str], form: str, expand: bool = Fals
     targets, keys = torch.cat(left), torch.cat(right)
     retained = torch.cat(held) if held else keys[:0]
     hold = weight * retained.T @ retained + ridge * torch.eye(keys.shape[1], dtype=keys.dtype)
-    return _edited(family, (targets.T @ keys + hold) @ torch.linalg.inv(keys.T @ keys + hold), started)
+    return _edited(family, (targets.T @ keys + hold) @ torch.linalg.inv(keys.T @ keys + hold))
 
 
 def speed(family: ModelFamily, concepts: list[str], explained: float = 0.999):
     """After SPEED (arXiv 2503.07392): the edit acts in the null space of retained embeddings, of which only those stay in
     the set that an edit without it moves more than the average one."""
-    started = time.perf_counter()
     kept = _retained(concepts)
     embed, last = _embedder(family, [*concepts, *kept, "", " "])
     keys = torch.cat([embed[c][last[c] :] for c in concepts])
@@ -68,7 +65,7 @@ def speed(family: ModelFamily, concepts: list[str], explained: float = 0.999):
     null = eye - held @ held.T
     inside = keys @ null
     change = (targets - keys).T @ inside @ torch.linalg.inv(inside.T @ inside + 0.1 * eye) @ null
-    return _edited(family, eye + change, started)
+    return _edited(family, eye + change)
 
 
 CLOSED_FORMS: dict[str, Callable] = {"uce": uce, "speed": speed}
@@ -87,10 +84,10 @@ def _embedder(family: ModelFamily, texts: list[str]) -> tuple[dict[str, Tensor],
     return dict(zip(texts, tokens, strict=True)), last
 
 
-def _edited(family: ModelFamily, matrix: Tensor, started: float):
-    """The denoiser with all keys and values of cross-attention edited, and the seconds since `started`."""
+def _edited(family: ModelFamily, matrix: Tensor):
+    """The denoiser with all keys and values of cross-attention edited."""
     denoiser = family.load_denoiser(torch.float32)
     for name, module in denoiser.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             module.weight.data = (module.weight.data.double() @ matrix).float()
-    return denoiser, time.perf_counter() - started
+    return denoiser

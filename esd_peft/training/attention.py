@@ -14,6 +14,7 @@ UCE and MACE (arXiv 2308.14761, 2403.06135) ask the like of keys and values, tok
 queries, keys and values free to find what sets the concept apart from what is near it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from esd_kernels import guided_mse
+from esd_peft.errors import UserError
 from esd_peft.models.family import TOKENS
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import make_table
@@ -85,10 +87,11 @@ def _collect(
     rows, device = wordings.index(plan.texts), rollout.student.device
     table = make_table(plan, {name: value[rows].to(device) for name, value in wordings.embeds.items()})
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+    places = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=draws)))  # each process draws its own
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, given: tuple[Any, ...]) -> None:
-            positions = torch.randint(given[0].shape[1], (POSITIONS,), generator=draws).to(device)
+            positions = torch.randint(given[0].shape[1], (POSITIONS,), generator=places).to(device)
             parts[name].append(given[0].detach()[:, positions].cpu())
 
         return hook
@@ -215,5 +218,9 @@ def _train(loss_of: LayerLoss, batches: Batches, steps: int) -> list[float]:
             if step % LOSS_EVERY == 0 or step == steps:
                 means.append(torch.stack(recent).mean().item())
                 recent = []
+                if not math.isfinite(means[-1]):
+                    raise UserError(
+                        f"the loss is no longer a number at step {step} of --attention-steps; use --dtype float32"
+                    )
                 bar.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
     return means

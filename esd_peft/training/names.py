@@ -1,8 +1,9 @@
 """Other names for a concept, as the teacher sees it: what it draws for them is what it draws for the concept.
 
 Of a word that is another name for the concept the direction e_word − e_null is the concept's, e_concept − e_null, at the
-same x_t; of what merely resembles it, or stands beside it in the text encoder, it is another one. On the embedded emoji
-pipeline the cosine of the two is above 0.8 for synonyms, and below 0.45 for 46 of 48 words that are no synonyms.
+same x_t; of what merely resembles it, or stands beside it in the text encoder, it is another one. Of the 24 words nearest to
+fox, tangerine, violin, red apple and rose on the embedded emoji pipeline the cosine is at least 0.82 for their synonyms and
+for words that only their descriptions have, and at most 0.57 for all others but two pieces of words (0.65).
 """
 
 from dataclasses import dataclass

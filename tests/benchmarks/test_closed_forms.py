@@ -39,10 +39,10 @@ def test_uce_moves_the_last_word_as_far_as_its_ridge_lets_it(module, family):
 
 @pytest.mark.parametrize(("edit", "options"), [("uce", {"form": "old", "retain": True}), ("speed", {})], ids=str)
 def test_only_keys_and_values_change_and_the_null_prompt_hardly(module, family, edit, options):
-    edited, seconds = module.CLOSED_FORMS[edit](family, ["circle"], **options)
+    edited = module.CLOSED_FORMS[edit](family, ["circle"], **options)
     before, after = family.load_denoiser(torch.float32).state_dict(), edited.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert changed and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in changed) and seconds > 0
+    assert changed and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in changed)
     circle, null = embeddings(family, "circle", "")
     change = (after[LAYER] - before[LAYER]).T
     assert (null @ change).norm() < 0.5 * (circle @ change).norm()

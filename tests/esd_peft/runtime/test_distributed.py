@@ -68,6 +68,14 @@ def test_so_do_two_with_rollouts_by_the_student(tmp_path):
     assert_alike(tmp_path, options, "".join(each.stdout for each in done))
 
 
+def test_cross_attention_learns_in_one_of_two_and_both_go_on_from_there(tmp_path):
+    options = ["--attention-steps", "2", "--max-train-steps", "2", "--train-batch-size", "2", "--output", "two"]
+    done = [each.wait() for each in start(tmp_path, *options)]
+    assert [each.returncode for each in done] == [0, 0], done
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert {"attention", "train"} <= {*result["seconds"]} and result["loss"]["last"] < 10
+
+
 def assert_alike(tmp_path, options, said):
     """What two made in the folder `two` is what one makes, and one of them spoke."""
     erase(parse(EraseConfig, "erase", [*QUICK, *options, "--output", str(tmp_path / "one")]))

@@ -150,6 +150,14 @@ def test_the_loss_is_the_guided_target_of_every_layer(few, options):
     assert torch.equal(batch.prompts[ERASE:], batch.goals[ERASE:]), "what holds is its own goal"
 
 
+def test_a_loss_that_is_no_number_is_said(tmp_path, eager, monkeypatch):
+    monkeypatch.setattr(attention, "LORA_RATE", float("inf"))
+    given = SHORTEST | {"concept": "circle", "model": str(small_stable_diffusion(tmp_path / "model")), "attention_steps": 4}
+    with pytest.raises(UserError, match="no longer a number at step 4 of --attention-steps; use --dtype float32"):
+        erase(EraseConfig(output=tmp_path / "out", **given))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize(
     "options", [{}, {"adapter_type": "none", "rank": None}, {"scope": "esd-x-strict"}, {"scope": "full"}]
