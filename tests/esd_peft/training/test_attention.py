@@ -158,10 +158,11 @@ def test_a_loss_that_is_no_number_is_said(tmp_path, eager, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize(
-    "options", [{}, {"adapter_type": "none", "rank": None}, {"scope": "esd-x-strict"}, {"scope": "full"}]
-)
+    ("kind", "options"),
+    [("sd", {}), ("sd", {"adapter_type": "none", "rank": None}), ("sd", {"scope": "esd-x-strict"}),
+     ("sd", {"scope": "full"}), ("sdxl", {})],
+)  # fmt: skip
 def test_whole_runs_of_small_models(tmp_path, monkeypatch, eager, kind, options):
     monkeypatch.setattr(attention, "LOSS_EVERY", 2)
     path = tmp_path / "model"
