@@ -67,7 +67,6 @@ CLAIMS: dict[str, dict] = {
     "ink from fox": {"concept": "ink", "erase_from": "fox"},
     "glossy from owl": {"concept": "glossy", "erase_from": "owl"},
     "fox to owl": {"concept": "fox", "map_to": "owl"},
-    "watermark, eta 1": {"concept": "watermark", "negative_guidance": 1},
 }
 SWEEP: dict[str, dict] = {
     "default": {},
@@ -82,7 +81,7 @@ SWEEP: dict[str, dict] = {
     "keys and values": {"scope": "esd-x-strict", "attention_steps": 800},
     "eta 0": {"negative_guidance": 0},
     "eta 0.25": {"negative_guidance": 0.25},
-    "eta 1": {"negative_guidance": 1},
+    "eta 0.5": {"negative_guidance": 0.5},
     "40 training steps after": {"max_train_steps": 40, "learning_rate": 1e-4},
     "bare prompt": {"prompt_templates": "bare"},
 }

@@ -21,7 +21,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     there, and for prompts that contradict each other.
     """
     steps = _attention_steps(config, family)
-    prompts = _resolve_prompts(config.prompts, config.training, steps > 0)
+    prompts = _resolve_prompts(config.prompts, config.training)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
     plan = dataclasses.replace(plan, retain=_read_whole(plan.retain, family))
     device = resolve_device(config.runtime.device)
@@ -61,9 +61,8 @@ def _attention_steps(config: EraseConfig, family: ModelFamily) -> int:
     return 600 + 200 * len(config.prompts.concept)
 
 
-def _resolve_prompts(given: PromptOptions, training: TrainingOptions, by_layers: bool) -> PromptOptions:
-    """η is 1, or 0 where the concept is mapped to something: one that is mapped by itself says so itself. Where layers learn
-    one by one half of it is enough."""
+def _resolve_prompts(given: PromptOptions, training: TrainingOptions) -> PromptOptions:
+    """η is 1, or 0 where the concept is mapped to something: one that is mapped by itself says so itself."""
     given = given.replace(preserve=read_preserved(given), preserve_file=None)
     if training.objective != "esd":  # it has no η
         return given
@@ -72,8 +71,7 @@ def _resolve_prompts(given: PromptOptions, training: TrainingOptions, by_layers:
         c.model_copy(update={"negative_guidance": 0.0}) if eta is None and c.negative_guidance is None and c.map_to else c
         for c in given.concept
     ]
-    usual = 0.5 if by_layers else 1.0
-    eta = (0.0 if given.map_to else usual) if eta is None else eta
+    eta = (0.0 if given.map_to else 1.0) if eta is None else eta
     return given.replace(concept=concepts, negative_guidance=eta)
 
 

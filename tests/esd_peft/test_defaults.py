@@ -115,7 +115,7 @@ def test_where_the_tokenizer_knows_many_words_cross_attention_learns_by_itself(s
     student, training = resolved.student, resolved.training
     assert (student.attention_steps, student.scope, student.rank) == (1000, "esd-x", 32)
     assert (student.closed_form, student.null_space) == (False, 0.0)
-    assert (training.max_train_steps, resolved.prompts.negative_guidance) == (0, 0.5)
+    assert (training.max_train_steps, resolved.prompts.negative_guidance) == (0, 1.0)
     assert resolve(resolved, emoji) == (resolved, prompts)
     mapped, _ = resolve(config(concept="fox", map_to="owl"), emoji)
     assert (mapped.student.attention_steps, mapped.prompts.negative_guidance) == (800, 0.0)
@@ -155,15 +155,14 @@ def test_the_device_and_the_dtype_are_those_it_runs_on(shapes):
 MAPPED = {"concept": [{"name": "circle", "map_to": "square"}, "red"]}
 RANK = "8 for each concept (16 with --attention-steps or --robust), at most 64"
 ROWS = [  # an option, what its help says, with which options, and the value
-    ("negative_guidance", "left out: 1, 0.5 with --attention-steps, or 0 for what is mapped to", {}, 1.0),
-    ("negative_guidance", "left out: 1, 0.5 with --attention-steps, or 0 for what is mapped to", {"map_to": "square"}, 0.0),
+    ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {}, 1.0),
+    ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {"map_to": "square"}, 0.0),
     ("scope", "left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict", {}, "esd-x-strict"),
     ("scope", "left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict", {"robust": 1}, "full"),
     ("rank", RANK, {}, 8),
     ("rank", RANK, {"attention_steps": 5}, 16),
     ("null_space", "left out: 0 with --attention-steps", {"attention_steps": 5}, 0.0),
     ("scope", "esd-x with --attention-steps", {"attention_steps": 5}, "esd-x"),
-    ("negative_guidance", "0.5 with --attention-steps", {"attention_steps": 5}, 0.5),
     ("max_train_steps", "0 with --attention-steps", {"attention_steps": 5}, 0),
     ("rank", RANK, {"concept": ["circle", "red", "star"]}, 24),
     ("rank", RANK, {"robust": 1, "concept": ["circle", "red"]}, 32),
