@@ -200,10 +200,10 @@ def plot(found: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for name, s in found.items():
+    for number, (name, s) in enumerate(found.items()):
         left = 100 * s["strata"]["wordings"]["mean"]
         for axes, x in ((kept, 100 * s["strata"]["neighbours"]["mean"]), (cost, max(1, s["nfe"]))):
-            axes.plot(x, left, "o", label=name)
+            axes.plot(x, left, "os^D"[number // 10], label=name)  # the colours repeat after ten
     kept.set(xlabel="neighbours that nobody listed lose (points)", ylabel="left in unseen wordings (%)")
     cost.set(xlabel="denoiser evaluations (NFE)", xscale="log")
     figure.legend(*kept.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
