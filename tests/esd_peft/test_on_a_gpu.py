@@ -79,6 +79,19 @@ def test_robust(tmp_path, erase_there):
     assert erase_there({"robust": 1, "max_train_steps": 3, "dtype": "bfloat16"}, tmp_path / "gpu")["last"] > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float16", "offload": True, "gradient_checkpointing": True},
+        {"dtype": "bfloat16", "adapter_type": "none", "map_to": "square"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_cross_attention(tmp_path, erase_there, options):
+    given = options | {"attention_steps": 1, "max_train_steps": 1, "scope": "esd-x"}
+    assert 0 < erase_there(given, tmp_path / "gpu")["first"] < 10
+
+
 def test_images(tmp_path, erase_there):
     erase_there({"num_validation_images": 1, "dtype": "float16"}, tmp_path / "gpu")
     assert (tmp_path / "gpu" / "before_after.png").is_file()
