@@ -62,12 +62,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         wordings = None
         if config.student.attention_steps and not resumes:
             wordings = encode_wordings(family, prompts, training.seed, device, dtype)
-        images, side_by_side = config.validation.num_validation_images, config.buffer.rollout_batch_size
-        validation = None
-        if config.validation.during_training:
-            validation = ValidationSampler(
-                family, prompts.concepts, images, side_by_side, training.seed, device, dtype, prompts.given
-            )
+        validation = make_validation(config, session) if config.validation.during_training else None
 
     # the student, whose teacher is itself with the adapter disabled; it may start from a closed form
     with profiler.phase("load"):
@@ -110,6 +105,17 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if checkpoints is not None:
         erase_result.write(config.checkpoint.output, result)
     return result
+
+
+def make_validation(config: EraseConfig, session: Session) -> ValidationSampler:
+    """What makes the images before and after, with their prompts encoded."""
+    prompts, images, side_by_side = (
+        session.prompts,
+        config.validation.num_validation_images,
+        config.buffer.rollout_batch_size,
+    )
+    device, dtype, seed = config.runtime.torch_device, config.runtime.torch_dtype, config.training.seed
+    return ValidationSampler(session.family, prompts.concepts, images, side_by_side, seed, device, dtype, prompts.given)
 
 
 def save(config: EraseConfig, session: Session, student: Student) -> None:

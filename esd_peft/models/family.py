@@ -155,15 +155,20 @@ class ModelFamily(ABC):
         Of a large encoder one layer at a time is on a GPU: the same embeddings, in little memory. The pipeline itself
         encodes: padding, masks and layers are its own.
         """
+        pipe = self.load_encoders(device, dtype)
+        embeds = self.encode_many(pipe, prompts, device, torch.device("cpu"))
+        del pipe
+        release(device)
+        return {name: value.to(device) for name, value in embeds.items()}
+
+    def load_encoders(self, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+        """The pipeline's tokenizers and text encoders for `encode_many`; of large encoders layers come as they compute."""
         pipe = self.assemble(self.text_parts, dtype)
         if device.type == "cuda":
             bring_encoders(pipe, device)
         else:
             pipe.to(device)
-        embeds = self.encode_many(pipe, prompts, device, torch.device("cpu"))
-        del pipe
-        release(device)
-        return {name: value.to(device) for name, value in embeds.items()}
+        return pipe
 
     def encode_many(
         self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device, home: torch.device

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds
 from esd_peft.prompts.plan import Pair, PromptPlan, names
+from esd_peft.runtime.devices import release
 from esd_peft.runtime.seeds import seed_for
 
 WORDS = 2000  # of the vocabulary, at most: the first ones, which are the most frequent
@@ -95,6 +96,7 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
     listed = list(dict.fromkeys([*plan.retain, *(pair.prompt for pair in plan.preserve)]))
     pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
     encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed)
+    encoder.free()
     return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed)
 
 
@@ -104,20 +106,26 @@ def phrases(concepts: int) -> int:
 
 
 class _Encoder:
-    """Texts, each encoded once."""
+    """Texts, each encoded once, by text encoders that are loaded once."""
 
     def __init__(self, family: ModelFamily, device: torch.device, dtype: torch.dtype) -> None:
-        self.family, self.device, self.dtype = family, device, dtype
+        self.family, self.device, self.pipe = family, device, family.load_encoders(device, dtype)
         self.rows: dict[str, int] = {}
         self.embeds: PromptEmbeds = {}
 
+    @torch.no_grad()
     def add(self, texts: list[str]) -> None:
         new = [text for text in dict.fromkeys(texts) if text not in self.rows]
         if not new:
             return
-        made = {key: value.cpu() for key, value in self.family.encode(new, self.device, self.dtype).items()}
+        made = self.family.encode_many(self.pipe, new, self.device, torch.device("cpu"))
         self.embeds = {key: torch.cat([self.embeds[key], value]) if self.embeds else value for key, value in made.items()}
         self.rows |= {text: len(self.rows) + i for i, text in enumerate(new)}
+
+    def free(self) -> None:
+        """The text encoders go."""
+        del self.pipe
+        release(self.device)
 
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
         """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken."""

@@ -32,10 +32,12 @@ from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.seeds import generator
 from esd_peft.training.buffer import Buffer
+from esd_peft.training.esd import WEIGHT_DECAY
 from esd_peft.training.names import Verdict, judge
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
+from esd_peft.training.trainer import make_optimizer
 from esd_peft.training.work import ATTENTION_TRAJECTORIES, attention_rollout
 
 POSITIONS = 16  # of a layer's hidden states are kept of each sample: attention answers each by itself
@@ -202,7 +204,7 @@ def _train(loss_of: LayerLoss, batches: Batches, steps: int) -> list[float]:
     """Returns the losses' means, `LOSS_EVERY` steps each."""
     student = loss_of.student
     rate = WEIGHTS_RATE if student.mixed_precision else LORA_RATE
-    optimizer = torch.optim.AdamW(loss_of.parameters, lr=rate, weight_decay=0.0, fused=loss_of.parameters[0].is_cuda)
+    optimizer = make_optimizer("AdamW", loss_of.parameters, rate, WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     means, recent = [], []
     with tqdm(total=steps, desc="attention") as bar:

@@ -15,9 +15,9 @@ from esd_peft.models.family import index_embeds
 from esd_peft.prompts.wordings import Candidate, Wordings
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.student import Student
+from esd_peft.training.work import LOOKED_AT
 
 SAME, OTHER = 0.6, 0.4  # from this cosine on it is another name; below that one it is something else
-AT = (0.2, 0.5)  # of a trajectory: where its x_t are looked at, `work.LOOKS` times
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def judge(student: Student, wordings: Wordings, concept: int, trajectory: Buffer
         return Verdict([], [])
     rows = wordings.index(candidate.text for candidate in candidates)
     likeness = torch.zeros(len(rows))
-    for place in AT:
+    for place in LOOKED_AT:
         sample = trajectory.index(torch.tensor([int(place * len(trajectory))]), student.device)
         null, named = sample.teacher[:2].float().flatten(1)
         for part in torch.arange(len(rows)).split(batch_size):
@@ -45,9 +45,11 @@ def judge(student: Student, wordings: Wordings, concept: int, trajectory: Buffer
             many = sample.inputs.expand(len(part), *sample.inputs.shape[1:])
             with student.teacher():
                 predicted = student.predict(many, sample.timesteps.expand(len(part)), embeds)
-            likeness[part] += _likeness(predicted, null, named).cpu() / len(AT)
+            likeness[part] += _likeness(predicted, null, named).cpu() / len(LOOKED_AT)
     judged = list(zip(candidates, likeness.tolist(), strict=True))
-    return Verdict([c for c, like in judged if like >= SAME], [c for c, like in judged if like < OTHER], len(AT) * len(rows))
+    return Verdict(
+        [c for c, like in judged if like >= SAME], [c for c, like in judged if like < OTHER], len(LOOKED_AT) * len(rows)
+    )
 
 
 def _likeness(predicted: Tensor, null: Tensor, named: Tensor) -> Tensor:

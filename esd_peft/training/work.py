@@ -13,7 +13,7 @@ from esd_peft.training.options import BufferOptions, TrainingOptions
 
 SEARCH_STEPS = 60  # of an adversarial round, in which its prompts are learned side by side
 SEARCH_BATCH_SIZE = 8
-LOOKS = 2  # at each candidate for another name
+LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is another name
 ATTENTION_TRAJECTORIES = 12  # of the teacher, along which cross-attention is seen at work, and the steps of each
 ATTENTION_ROLLOUT_STEPS = 10
 SEARCH_TRAJECTORIES = 4  # of the teacher, for each concept, along which they are learned
@@ -88,7 +88,7 @@ def count_attention_nfe(buffer: BufferOptions, predictions: int, concepts: int) 
     """NFE of `esd_peft.training.attention`, at most: where candidates are few it takes less."""
     trajectories = concepts + max(2, ATTENTION_TRAJECTORIES - concepts)
     rollouts = trajectories * attention_rollout(buffer).num_inference_steps * predictions
-    return rollouts + concepts * LOOKS * (NEAR_WORDS + phrases(concepts))
+    return rollouts + concepts * len(LOOKED_AT) * (NEAR_WORDS + phrases(concepts))
 
 
 def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
