@@ -1,7 +1,8 @@
 """Peers that edit keys and values of cross-attention in closed form, as their public code does it, for any diffusers UNet.
 
 All of them move key vectors c (embeddings of tokens of the concept's prompts) to targets g (those of what it becomes), with
-a ridge, and hold retained vectors r where they are. As each weight W becomes W M with the same M, this is solved once.
+a ridge, and hold retained vectors r where they are. UCE here makes the weights that its current script makes (to 1e-4 of the
+change) and those of its old one.
 """
 
 from collections.abc import Callable
@@ -18,54 +19,61 @@ EXPANDED = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "pa
 def uce(family: ModelFamily, concepts: list[str], form: str, expand: bool = False, retain: bool = False):
     """UCE (arXiv 2308.14761), for its concept type "object".
 
-    `form` "current" (trainscripts/uce_sd_erase.py): the last word's token alone moves to the null prompt's, λ 0.5. "old"
-    (train-scripts/train_erase.py of 2023, technique "replace"): that token and all after it, λ 0.1. `expand` adds their
-    five templates, `retain` holds our built-in list.
+    `form` "current" (trainscripts/uce_sd_erase.py): the last word's token alone moves to the null prompt's. "old"
+    (train-scripts/train_erase.py of 2023, technique "replace"): that token and all after it move to those of " ", and ""
+    is always held. `expand` adds their five templates, `retain` holds our built-in list. λ is 0.5, as both set it.
     """
     kept = _retained(concepts) if retain else []
-    pairs = [
-        (template.format(c), template.format("")) for c in concepts for template in ("{}", *(EXPANDED if expand else ()))
-    ]
-    embed, last = _embedder(family, [*(text for pair in pairs for text in pair), *kept, "", " "])
-    left, right = [], []
-    for named, guide in pairs:
-        guide = guide or ("" if form == "current" else " ")
-        if form == "current":
-            left.append(embed[guide][last[guide]][None])
-            right.append(embed[named][last[named]][None])
-        else:
-            farthest = max(last[named], last[guide])
-            count = len(embed[named]) - farthest
-            left.append(embed[guide][last[guide] : last[guide] + count])
-            right.append(embed[named][last[named] : last[named] + count])
+    templates = ("{}", *(EXPANDED if expand else ()))
+    pairs = [(t.format(c), t.format("") if form == "current" else " ") for c in concepts for t in templates]
+    embed, last = _embedder(family, [*(text for pair in pairs for text in pair), *kept, ""])
     if form == "current":
-        held, ridge, weight = [embed[text][last[text]][None] for text in kept], 0.5, 1.0
+        left = [embed[guide][last[guide]][None] for _, guide in pairs]
+        right = [embed[named][last[named]][None] for named, _ in pairs]
+        held, weight = [embed[text][last[text]][None] for text in kept], 1.0
     else:
-        held, ridge, weight = [embed[text] for text in kept or [""]], 0.1, max(0.1, 1 / max(1, len(kept)))
+        left, right = [], []
+        for named, guide in pairs:
+            count = len(embed[named]) - max(last[named], last[guide])
+            left.append(embed[guide][last[guide] :][:count])
+            right.append(embed[named][last[named] :][:count])
+        held, weight = [embed[text] for text in ["", *kept]], max(0.1, 1 / (1 + len(kept)))
     targets, keys = torch.cat(left), torch.cat(right)
     retained = torch.cat(held) if held else keys[:0]
-    hold = weight * retained.T @ retained + ridge * torch.eye(keys.shape[1], dtype=keys.dtype)
-    return _edited(family, (targets.T @ keys + hold) @ torch.linalg.inv(keys.T @ keys + hold))
+    hold = weight * retained.T @ retained + 0.5 * torch.eye(keys.shape[1], dtype=keys.dtype)
+    matrix = (targets.T @ keys + hold) @ torch.linalg.inv(keys.T @ keys + hold)
+    return _edited(family, lambda weight: weight @ matrix)
 
 
-def speed(family: ModelFamily, concepts: list[str], explained: float = 0.999):
-    """After SPEED (arXiv 2503.07392): the edit acts in the null space of retained embeddings, of which only those stay in
-    the set that an edit without it moves more than the average one."""
+def speed(family: ModelFamily, concepts: list[str], augmented: int = 10, threshold: float = 0.1):
+    """SPEED (arXiv 2503.07392, train_erase_null.py): values alone change, each layer's in the null space of retained keys.
+
+    Of the built-in list those stay that an edit without null space moves more than the average one, and of `augmented`
+    copies of each, with noise where the layer hears least, likewise. The null prompt's tokens (the first, and three means of
+    the others) stay exactly. The null space is that of energies below `threshold`.
+    """
     kept = _retained(concepts)
-    embed, last = _embedder(family, [*concepts, *kept, "", " "])
-    keys = torch.cat([embed[c][last[c] :] for c in concepts])
-    targets = torch.cat([embed[""][last[c] :] for c in concepts])
-    eye = torch.eye(keys.shape[1], dtype=keys.dtype)
-    free = (targets - keys).T @ keys @ torch.linalg.inv(keys.T @ keys + 0.1 * eye)
-    moved = torch.stack([(embed[text][1:] @ free.T).norm(dim=1).max() for text in kept])
-    chosen = torch.cat([embed[text] for text, much in zip(kept, moved >= moved.mean(), strict=True) if much] + [embed[""]])
-    energy, axes = torch.linalg.eigh(chosen.T @ chosen)
-    share = energy.flip(0).cumsum(0) / energy.sum()
-    held = axes.flip(1)[:, : int((share < explained).sum()) + 1]
-    null = eye - held @ held.T
-    inside = keys @ null
-    change = (targets - keys).T @ inside @ torch.linalg.inv(inside.T @ inside + 0.1 * eye) @ null
-    return _edited(family, eye + change)
+    embed, last = _embedder(family, [*concepts, *kept, ""])
+    keys = torch.stack([embed[c][last[c]] for c in concepts])
+    square, null = keys.T @ keys / len(keys), embed[""]
+    moving = null[last[""]].outer(keys.mean(dim=0)) - square
+    retained, eye = torch.stack([embed[text][last[text]] for text in kept]), torch.eye(len(square), dtype=keys.dtype)
+    exact = torch.cat([null[:1], _means(null[1:], 3)]).T
+    draws = torch.Generator().manual_seed(0)
+
+    def edit(weight: Tensor) -> Tensor:
+        free = weight @ moving @ torch.linalg.inv(eye + square)
+        chosen = _most_moved(retained, free)
+        unheard = torch.linalg.svd(weight, full_matrices=False).Vh[-1]
+        noise = torch.randn(augmented * len(chosen), 1, generator=draws, dtype=keys.dtype) * unheard
+        chosen = torch.cat([chosen, _most_moved(chosen.repeat(augmented, 1) + noise, free)])
+        energy, axes = torch.linalg.eigh(chosen.T @ chosen / len(chosen))
+        null_space = axes[:, energy < threshold] @ axes[:, energy < threshold].T
+        inverse = torch.linalg.inv(square @ null_space + eye)
+        exactly = inverse @ exact @ torch.linalg.pinv(exact.T @ null_space @ inverse @ exact) @ exact.T @ null_space
+        return weight + weight @ moving @ null_space @ (eye - exactly) @ inverse
+
+    return _edited(family, edit, ("to_v",))
 
 
 CLOSED_FORMS: dict[str, Callable] = {"uce": uce, "speed": speed}
@@ -84,10 +92,25 @@ def _embedder(family: ModelFamily, texts: list[str]) -> tuple[dict[str, Tensor],
     return dict(zip(texts, tokens, strict=True)), last
 
 
-def _edited(family: ModelFamily, matrix: Tensor):
-    """The denoiser with all keys and values of cross-attention edited."""
+def _most_moved(keys: Tensor, change: Tensor) -> Tensor:
+    """Those that the change of a layer moves more than the average one."""
+    moved = (keys @ change.T).norm(dim=1)
+    return keys[moved > moved.mean()]
+
+
+def _means(points: Tensor, count: int) -> Tensor:
+    """The means of `count` clusters (k-means, begun at evenly spread points)."""
+    means = points[torch.linspace(0, len(points) - 1, count).long()]
+    for _ in range(50):
+        own = torch.cdist(points, means).argmin(dim=1)
+        means = torch.stack([points[own == i].mean(dim=0) if (own == i).any() else means[i] for i in range(count)])
+    return means
+
+
+def _edited(family: ModelFamily, edit: Callable[[Tensor], Tensor], layers: tuple[str, ...] = ("to_k", "to_v")):
+    """The denoiser with the weights of these layers of cross-attention edited, in fp64."""
     denoiser = family.load_denoiser(torch.float32)
     for name, module in denoiser.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            module.weight.data = (module.weight.data.double() @ matrix).float()
+        if name.endswith(tuple(f"attn2.{layer}" for layer in layers)):
+            module.weight.data = edit(module.weight.data.double()).float()
     return denoiser

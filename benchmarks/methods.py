@@ -25,8 +25,9 @@ def recipe(name: str) -> dict:
 # the peers' procedures, for as many steps as the authors' scripts take
 _PAPER, _AUTHORS, _LECO = (recipe(name) | {"max_train_steps": 200} for name in ("paper", "authors", "leco"))
 _SPM = {
-    "scope": "esd-x",
+    "scope": "full",
     "rank": 1,
+    "alpha": 1.0,
     "null_space": 0,
     "closed_form": False,
     "max_train_steps": 200,
@@ -45,7 +46,7 @@ CLOSED: dict[str, dict] = {
     "UCE, old": {"closed_form_of": "uce", "form": "old"},
     "UCE, old, expanded": {"closed_form_of": "uce", "form": "old", "expand": True},
     "UCE, old, expanded, retain": {"closed_form_of": "uce", "form": "old", "expand": True, "retain": True},
-    "SPEED-like": {"closed_form_of": "speed"},
+    "SPEED": {"closed_form_of": "speed"},
 }
 TRAINED: dict[str, dict] = {
     "paper": _PAPER | {"learning_rate": 3e-4},

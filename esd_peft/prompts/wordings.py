@@ -1,24 +1,34 @@
 """Prompts by which cross-attention learns: a concept in many contexts, what may be other names for it, and all else.
 
 What the words of a concept do to a prompt is learned from prompts with them and without, in contexts made of random words of
-the tokenizer's vocabulary. Of the words and phrases that are nearest to the concept as the text encoder reads them, the
-teacher says later which are other names for it (`esd_peft.training.names`): so each comes in contexts of its own.
+the tokenizer's vocabulary. Of the words, names and phrases that are nearest to the concept as the text encoder reads them,
+the teacher says later which are other names for it (`esd_peft.training.names`): so each comes in contexts of its own.
+
+CLIP's tokenizer knows 32,230 words. The first 2,000 hold the rest in place, but tiger, violin and picasso come later: so
+what is near a concept is looked for among all of them, and among names of artists, famous people, characters and places.
 """
 
+import functools
+import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
 import torch
 from torch import Tensor
 
+from esd_peft.io.text import read_lines
 from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds
 from esd_peft.prompts.plan import Pair, PromptPlan, names
 from esd_peft.runtime.devices import release
 from esd_peft.runtime.seeds import seed_for
 
 WORDS = 2000  # of the vocabulary, at most: the first ones, which are the most frequent
+NEAR = 256  # of all other words and of the names, those that are nearest to the concepts
+MANY = 256  # of these prompts are encoded at a time
+SHORT = 10  # tokens by which these are found: of prompts of one word or name, those after it say no more
 CONTEXTS = 256  # of each concept
 CONTEXTS_OF_A_NAME = 6  # of each candidate
 HELD = 768  # prompts of random words
@@ -58,46 +68,56 @@ class Wordings:
 def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: torch.device, dtype: torch.dtype) -> Wordings:
     """The wordings of `plan`'s concepts; text encoders are on the device meanwhile. All depends on the seed alone."""
     draws = random.Random(seed_for(seed, "wordings"))
-    others = plan.other_names or [[] for _ in plan.concepts]
-    said = [
-        *plan.concepts,
-        *(name for given in others for name in given),
-        *(pair.goal for pair in plan.all_concept_pairs if pair.anchor),
-    ]
-
-    def clean(text: str) -> bool:
-        return not any(names(name, text) for name in said)
-
-    words = [word for word in family.whole_words()[:WORDS] if clean(word)]
     encoder = _Encoder(family, device, dtype)
-    encoder.add([f"a {word}" for word in words] + plan.texts)
+    words, near = _vocabulary(encoder, plan)
+    alone = words + near
+    encoder.add([f"a {word}" for word in alone] + plan.texts)
     contexts: list[list[Pair]] = []
     candidates: list[list[Candidate]] = []
+    others = plan.other_names or [[] for _ in plan.concepts]
     for concept, pairs, given in zip(plan.concepts, plan.concept_pairs, others, strict=True):
-
-        def among_words(named: str, plain: Pair = pairs[0]) -> Pair:
-            before, after = _context(words, draws)
-            anchor = None if plain.anchor is None else _fill(before, plain.anchor, after)
-            return replace(
-                plain, prompt=_fill(before, named, after), neutral=_fill(before, plain.neutral, after), anchor=anchor
-            )
-
+        among_words = functools.partial(_among_words, words, draws, pairs[0])
         contexts.append([among_words(f"a {concept}" if i % 3 else concept) for i in range(CONTEXTS)])
         contexts[-1] += [among_words(f"a {name}") for name in given for _ in range(CONTEXTS // 8)]
-        several = len(plan.concepts)
-        found = [] if _is_sourced(pairs[0], concept) else _candidates(encoder, concept, words, clean, several, draws)
+        found = [] if _is_sourced(pairs[0], concept) else _candidates(encoder, concept, alone, plan, draws)
         found = [text for text in found if not any(names(kept, text) for kept in plan.given)]  # the user knows better
-        named = [(text, [among_words(text) for _ in range(CONTEXTS_OF_A_NAME)]) for text in found]
-        candidates.append([Candidate(text, made, is_word=text.count(" ") == 1) for text, made in named])
-    held = [*(f"a {word}" for word in words), *words]
+        candidates.append(
+            [
+                Candidate(text, [among_words(text) for _ in range(CONTEXTS_OF_A_NAME)], text.removeprefix("a ") in alone)
+                for text in found
+            ]
+        )
+    held = [*(f"a {word}" for word in alone), *alone]
     held += [" ".join(draws.sample(words, min(len(words), draws.randint(2, 5)))) for _ in range(HELD)]
     held += [pair.goal for pairs in contexts for pair in pairs]
-    held = [text for text in dict.fromkeys(held) if clean(text)]
+    held = _unsaid(plan, held)
     listed = list(dict.fromkeys([*plan.retain, *(pair.prompt for pair in plan.preserve)]))
     pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
     encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed)
     encoder.free()
     return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed)
+
+
+def _vocabulary(encoder: "_Encoder", plan: PromptPlan) -> tuple[list[str], list[str]]:
+    """The tokenizer's first words, and of its others and the built-in names those that are near a concept. None of them
+    names one, or what one becomes."""
+    known = _unsaid(plan, encoder.family.whole_words())
+    rarer = known[WORDS:] + _unsaid(plan, known_names(encoder.family))
+    return known[:WORDS], encoder.shortlist(plan.concepts, rarer, NEAR // len(plan.concepts)) if rarer else []
+
+
+def _unsaid(plan: PromptPlan, texts: Iterable[str]) -> list[str]:
+    """Those texts that name no concept, nor what one becomes, once each."""
+    anchors = [pair.anchor for pair in plan.all_concept_pairs if pair.anchor]
+    said = dict.fromkeys([*plan.concepts, *itertools.chain(*plan.other_names), *anchors])
+    return [text for text in dict.fromkeys(texts) if not any(names(name, text) for name in said)]
+
+
+def known_names(family: ModelFamily) -> list[str]:
+    """The built-in names that the tokenizer knows; it spells others, and the text encoder has learned nothing of these."""
+    found = read_lines(files("esd_peft.prompts") / "names.txt")
+    counts = [count for count, _ in family.token_counts([f"a {name}" for name in found])]  # with both ends of a prompt
+    return [name for name, count in zip(found, counts, strict=True) if count <= min(SHORT, 3 + 2 * len(name.split()))]
 
 
 def phrases(concepts: int) -> int:
@@ -122,6 +142,25 @@ class _Encoder:
         self.embeds = {key: torch.cat([self.embeds[key], value]) if self.embeds else value for key, value in made.items()}
         self.rows |= {text: len(self.rows) + i for i, text in enumerate(new)}
 
+    @torch.no_grad()
+    def shortlist(self, concepts: list[str], words: list[str], count: int) -> list[str]:
+        """The `count` words that are nearest to each concept, by the first tokens of prompts that hold nothing else."""
+        tokenizers = [part for name, part in self.pipe.components.items() if "tokenizer" in name and part is not None]
+        lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+        texts = [f"a {text}" for text in (*concepts, *words)]
+        longest = max(SHORT, *(count for count, _ in self.family.token_counts(texts[: len(concepts)])))
+        try:
+            for tokenizer in tokenizers:
+                tokenizer.model_max_length = min(longest, tokenizer.model_max_length)
+            parts = (texts[i : i + MANY] for i in range(0, len(texts), MANY))
+            tokens = [self.family.encode_prompts(self.pipe, part, self.device)[TOKENS].cpu() for part in parts]
+        finally:
+            for tokenizer, length in zip(tokenizers, lengths, strict=True):
+                tokenizer.model_max_length = length
+        means = _centred(torch.cat(tokens))
+        likeness = means[: len(concepts)] @ means[len(concepts) :].T
+        return [words[i] for i in dict.fromkeys(likeness.topk(min(count, len(words))).indices.flatten().tolist())]
+
     def free(self) -> None:
         """The text encoders go."""
         del self.pipe
@@ -129,28 +168,31 @@ class _Encoder:
 
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
         """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken."""
-        means = self.embeds[TOKENS].float().mean(dim=1)
-        means = means - means.mean(dim=0)
-        likeness = torch.cosine_similarity(means[[self.rows[text] for text in texts]], means[self.rows[concept]], dim=-1)
+        means = _centred(self.embeds[TOKENS])
+        likeness = means[[self.rows[text] for text in texts]] @ means[self.rows[concept]]
         return [texts[i] for i in likeness.argsort(descending=True).tolist()]
 
 
-def _candidates(
-    encoder: _Encoder, concept: str, words: list[str], clean: Callable[[str], bool], concepts: int, draws: random.Random
-) -> list[str]:
+def _centred(tokens: Tensor) -> Tensor:
+    """Unit vectors `[texts, width]`, whose products say how alike texts are: mean tokens, less the mean of all texts."""
+    means = tokens.float().mean(dim=1)
+    return torch.nn.functional.normalize(means - means.mean(dim=0), dim=-1)
+
+
+def _candidates(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan, draws: random.Random) -> list[str]:
     """The words that are nearest to the concept, and the nearest phrases of such words."""
     plain = f"a {concept}"
     encoder.add([plain])
     near = encoder.nearest(plain, [f"a {word}" for word in words])[:POOL]
     pool = [text.removeprefix("a ") for text in near]
     combined = [f"a {u} {v}" for u in pool[:16] for v in pool[:16] if u != v]
-    combined += [f"a {' '.join(draws.sample(pool, min(len(pool), 2 + i % 3)))}" for i in range(900 // concepts)]
-    combined = [text for text in dict.fromkeys(combined) if clean(text)]
+    combined += [f"a {' '.join(draws.sample(pool, min(len(pool), 2 + i % 3)))}" for i in range(900 // len(plan.concepts))]
+    combined = _unsaid(plan, combined)
     encoder.add(combined)
     chosen: list[str] = []
     uses: Counter[str] = Counter()
     for text in encoder.nearest(plain, combined):
-        if len(chosen) < phrases(concepts) and max(uses[word] for word in text.split()[1:]) < USES:
+        if len(chosen) < phrases(len(plan.concepts)) and max(uses[word] for word in text.split()[1:]) < USES:
             chosen.append(text)
             uses.update(text.split()[1:])
     return near[:NEAR_WORDS] + chosen
@@ -159,6 +201,13 @@ def _candidates(
 def _is_sourced(plain: Pair, concept: str) -> bool:
     """Whether the concept is erased from something only: another name for "striped circle" would be one for a circle."""
     return bool(plain.neutral) and names(plain.neutral, concept)
+
+
+def _among_words(words: list[str], draws: random.Random, plain: Pair, named: str) -> Pair:
+    """The pair with `named` for its concept, between random words."""
+    before, after = _context(words, draws)
+    anchor = None if plain.anchor is None else _fill(before, plain.anchor, after)
+    return replace(plain, prompt=_fill(before, named, after), neutral=_fill(before, plain.neutral, after), anchor=anchor)
 
 
 def _context(words: list[str], draws: random.Random) -> tuple[str, str]:

@@ -14,6 +14,8 @@ UCE and MACE (arXiv 2308.14761, 2403.06135) ask the like of keys and values, tok
 queries, keys and values free to find what sets the concept apart from what is near it.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
 from esd_peft.training.trainer import make_optimizer
-from esd_peft.training.work import ATTENTION_TRAJECTORIES, attention_rollout
+from esd_peft.training.work import attention_rollout, other_trajectories
 
 POSITIONS = 16  # of a layer's hidden states are kept of each sample: attention answers each by itself
 ERASE, HOLD = 16, 16  # prompts in a step
@@ -62,12 +64,17 @@ def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptio
     """
     student, draws = rollout.student, generator(seed, "attention")
     layers = {name: student.denoiser.get_submodule(name) for name in student.family.cross_attention(student.denoiser)}
-    hidden, trajectories = _collect(rollout, wordings, layers, options, draws)
+    collect = functools.partial(_collect, rollout, wordings, layers, attention_rollout(options), draws)
+    concepts = [pairs[0] for pairs in wordings.plain]
+    named, trajectories = collect(PromptPlan([p.prompt for p in concepts], [[p] for p in concepts], [], []))
     verdicts = []
     for number in range(len(wordings.candidates)):
         own = trajectories.index((trajectories.pairs == number).nonzero().squeeze(1), torch.device("cpu"))
         verdicts.append(judge(student, wordings, number, own, 2 * options.rollout_batch_size))
         rollout.profiler.nfe += verdicts[-1].nfe
+    others = _others(wordings, verdicts, other_trajectories(len(concepts)), draws)
+    seen, _ = collect(PromptPlan([], [], [Pair(text, "") for text in others], []))
+    hidden = {name: torch.cat([states, seen[name]]) for name, states in named.items()}
     losses = []
     if distributed.is_main_process():
         losses = _train(LayerLoss(student, layers, hidden, wordings, draws), Batches(wordings, verdicts, draws), steps)
@@ -77,15 +84,26 @@ def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptio
     return Found(verdicts, losses)
 
 
+def _others(wordings: Wordings, verdicts: list[Verdict], count: int, draws: torch.Generator) -> list[str]:
+    """`count` prompts: a half neighbours of the concepts, the nearest of each first, as far as there are any; the rest
+    random words."""
+    near = [[c.text for c in verdict.others if c.is_word] for verdict in verdicts]
+    ranked = dict.fromkeys(text for rank in itertools.zip_longest(*near) for text in rank if text is not None)
+    chosen = [*ranked][: count // 2]
+    far = [text for word in wordings.words if (text := f"a {word}") not in ranked]
+    return chosen + [far[i] for i in torch.randperm(len(far), generator=draws)[: count - len(chosen)].tolist()]
+
+
 def _collect(
-    rollout: Rollout, wordings: Wordings, layers: dict[str, nn.Module], options: BufferOptions, draws: torch.Generator
+    rollout: Rollout,
+    wordings: Wordings,
+    layers: dict[str, nn.Module],
+    options: BufferOptions,
+    draws: torch.Generator,
+    plan: PromptPlan,
 ) -> tuple[dict[str, Tensor], Buffer]:
-    """What each layer is given, `[samples, POSITIONS, width]`, along trajectories of the concepts and of other words, with
-    the prompt and without; and these trajectories."""
-    concepts = [pairs[0] for pairs in wordings.plain]
-    count = max(2, ATTENTION_TRAJECTORIES - len(concepts))
-    words = [wordings.words[i] for i in torch.randperm(len(wordings.words), generator=draws)[:count].tolist()]
-    plan = PromptPlan([p.prompt for p in concepts], [[p] for p in concepts], [Pair(f"a {word}", "") for word in words], [])
+    """What each layer is given, `[samples, POSITIONS, width]`, along a trajectory of each pair of the plan, with the prompt
+    and without; and these trajectories."""
     rows, device = wordings.index(plan.texts), rollout.student.device
     table = make_table(plan, {name: value[rows].to(device) for name, value in wordings.embeds.items()})
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -101,7 +119,7 @@ def _collect(
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     try:
         pairs = torch.arange(len(table))
-        trajectories = rollout.collect(table, pairs, attention_rollout(options), draws, progress=False)
+        trajectories = rollout.collect(table, pairs, options, draws, progress=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -84,10 +84,15 @@ def attention_rollout(buffer: BufferOptions) -> BufferOptions:
     return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, num_inference_steps=steps, **everything)
 
 
+def other_trajectories(concepts: int) -> int:
+    """Of the trajectories along which cross-attention is seen at work, those of other prompts than the concepts'."""
+    return max(2, ATTENTION_TRAJECTORIES - concepts)
+
+
 def count_attention_nfe(buffer: BufferOptions, predictions: int, concepts: int) -> int:
     """NFE of `esd_peft.training.attention`, at most: where candidates are few it takes less."""
-    trajectories = concepts + max(2, ATTENTION_TRAJECTORIES - concepts)
-    rollouts = trajectories * attention_rollout(buffer).num_inference_steps * predictions
+    steps = attention_rollout(buffer).num_inference_steps
+    rollouts = steps * (predictions * concepts + 2 * other_trajectories(concepts))
     return rollouts + concepts * len(LOOKED_AT) * (NEAR_WORDS + phrases(concepts))
 
 
