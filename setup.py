@@ -14,6 +14,7 @@ setup(
     package_dir={"esd_kernels": "kernels/esd_kernels"},
     packages=[*find_packages(include=["esd_peft", "esd_peft.*"]), "esd_kernels"],
     package_data={
+        "esd_peft.presets": ["*.yaml"],
         "esd_peft.prompts": ["names.txt", "retain_prompts.txt"],
         "esd_peft.attacks": ["prompts.txt"],
         "esd_peft.evaluation": ["report.html", "suites/*.yaml"],

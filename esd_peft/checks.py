@@ -64,8 +64,9 @@ def _given_texts(options: PromptOptions, prompts: PromptPlan) -> dict[str, list[
 
 
 def _check_words(family: ModelFamily, option: str, text: str) -> None:
-    if unseen := family.unseen_words(text):
+    if family.world is not None and (unseen := family.unseen_words(text)):
+        known = ", ".join(labels[0] for labels in family.world.attributes.values())
         raise UserError(
-            f"{option} {text!r}: the embedded pipeline has never seen {', '.join(map(repr, unseen))}; "
-            "use its words (circle, red, striped, ...) or name your own pipeline with --model"
+            f"{option} {text!r}: {family.world.about} has never seen {', '.join(map(repr, unseen))}; "
+            f"use its words ({known}, ...) or name your own pipeline with --model"
         )

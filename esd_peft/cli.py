@@ -5,7 +5,7 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
 
@@ -23,18 +23,20 @@ from esd_peft.runtime.failures import first_to_fail
 Config = TypeVar("Config", bound=Options)
 
 
-def parse(config: type[Config], command: str, argv: list[str] | None = None) -> Config:
-    """The config from the command line; `--config FILE` gives defaults, `--print-config` prints YAML and exits.
+def parse(
+    config: type[Config], command: str, argv: list[str] | None = None, presets: Mapping[str, Path] | None = None
+) -> Config:
+    """The config from the command line; `--preset NAME` and `--config FILE` give defaults (the file's win over the
+    preset's), `--print-config` prints YAML and exits.
 
     Raises:
         UserError: an option or a value that does not fit, in one sentence.
         SystemExit: after `--help` or `--print-config`.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    path = _take_option(argv, "--config")
+    values = _defaults(config, argv, presets or {})
     show = "--print-config" in argv
     argv = [arg for arg in argv if arg != "--print-config"]
-    values = read_yaml(Path(path), config) if path else {}
     for name in _lists(config):
         if any(re.match(f"{flag(name)}(=|$)", arg) for arg in argv):
             _forget(values, name)  # named anew, not added to
@@ -45,7 +47,7 @@ def parse(config: type[Config], command: str, argv: list[str] | None = None) -> 
                 config,
                 args=argv,
                 prog=f"python -m esd_peft.{command}",
-                description=f"{config.__doc__} --config FILE reads a YAML file of these options; --print-config prints one.",
+                description=_description(config, presets or {}),
                 default=_unchecked(config, values) if values else None,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
@@ -57,6 +59,26 @@ def parse(config: type[Config], command: str, argv: list[str] | None = None) -> 
         print(parsed.to_yaml(), end="")
         raise SystemExit(0)
     return parsed
+
+
+def _description(config: type[Options], presets: Mapping[str, Path]) -> str:
+    said = f"{config.__doc__} --config FILE reads a YAML file of these options; --print-config prints one."
+    return said + (f" --preset sets what one of {', '.join(presets)} needs." if presets else "")
+
+
+def _defaults(config: type[Options], argv: list[str], presets: Mapping[str, Path]) -> dict[str, Any]:
+    """What a preset and a file say, whose options are taken out of `argv`."""
+    preset = _take_option(argv, "--preset", f"a name: {', '.join(presets)}") if presets else None
+    path = _take_option(argv, "--config", "a file")
+    if preset is not None and preset not in presets:
+        near = difflib.get_close_matches(preset, presets, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(presets)}"
+        raise UserError(f"--preset {preset} is not known; {hint}")
+    values = read_yaml(presets[preset], config) if preset is not None else {}
+    groups = groups_of(config)
+    for name, value in (read_yaml(Path(path), config) if path else {}).items():
+        values[name] = values[name] | value if name in groups and name in values else value
+    return values
 
 
 def read_yaml(path: Path, config: type[Options]) -> dict[str, Any]:
@@ -122,11 +144,11 @@ def _unchecked(config: type[Config], values: dict[str, Any]) -> Config:
     return config.model_construct(**made)
 
 
-def _take_option(argv: list[str], name: str) -> str | None:
+def _take_option(argv: list[str], name: str, kind: str) -> str | None:
     for i, arg in enumerate(argv):
         if arg == name:
             if i + 1 == len(argv):
-                raise UserError(f"{name} needs a file")
+                raise UserError(f"{name} needs {kind}")
             value = argv[i + 1]
             del argv[i : i + 2]
             return value

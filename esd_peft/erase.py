@@ -23,6 +23,7 @@ from esd_peft.io.terminal import say
 from esd_peft.memory.planner import make_plan, plan_table
 from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
+from esd_peft.presets import PRESETS
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import encode_wordings
 from esd_peft.runtime import distributed
@@ -131,7 +132,7 @@ def save(config: EraseConfig, session: Session, student: Student) -> None:
 
 def main() -> None:
     """The command line."""
-    config = parse(EraseConfig, "erase")
+    config = parse(EraseConfig, "erase", presets=PRESETS)
     if config.memory.plan:
         family = open_family(config.pretrained.model, options=config.pretrained, weights=False)
         say(plan_table(make_plan(config, *resolve(config, family), family)))
