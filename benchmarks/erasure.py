@@ -208,6 +208,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
     cost.set(xlabel="denoiser evaluations (NFE)", xscale="log")
     figure.legend(*kept.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:

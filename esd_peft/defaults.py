@@ -23,7 +23,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     steps = _attention_steps(config, family)
     prompts = _resolve_prompts(config.prompts, config.training)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
-    plan = dataclasses.replace(plan, retain=_read_whole(plan.retain, family))
+    plan = dataclasses.replace(plan, retain=family.read_whole(plan.retain))
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.runtime.dtype, device)
     runtime = config.runtime.replace(device=str(device), dtype=str(dtype).removeprefix("torch."))
@@ -42,18 +42,13 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     return resolved, plan
 
 
-def _read_whole(texts: list[str], family: ModelFamily) -> list[str]:
-    """Those that the text encoder reads to the end: small ones know few words as a whole."""
-    return [text for text, (count, most) in zip(texts, family.token_counts(texts), strict=True) if count <= most]
-
-
 def _attention_steps(config: EraseConfig, family: ModelFamily) -> int:
     """Where cross-attention can learn by itself, and the tokenizer knows words that hold the rest in place."""
     student, training = config.student, config.training
     if student.attention_steps is not None:
         return student.attention_steps
     as_usual = training.objective == "esd" and not (training.robust or training.stop_at is not None or student.null_space)
-    in_scope = student.scope in (None, "esd-x", "full") and student.adapter_type in ("lora", "none")
+    in_scope = student.scope in (None, "esd-x", "esd-x-ff", "full") and student.adapter_type in ("lora", "none")
     if not (as_usual and in_scope and student.closed_form is None):
         return 0
     if len(family.whole_words()) < MANY_WORDS or not family.has_cross_attention:
@@ -80,7 +75,7 @@ def _resolve_student(
 ) -> StudentOptions:
     robust, by_layers = training.robust > 0, attention_steps > 0
     # a prompt that brings the concept back is given away by what the other layers make of it, too
-    scope = given.scope or ("full" if robust else "esd-x" if by_layers else "esd-x-strict")
+    scope = given.scope or ("full" if robust else "esd-x-ff" if by_layers else "esd-x-strict")
     # LoHa and LoKr have no factor that would take a projection; the other scopes have no layer that reads the prompt alone
     reads_prompt = given.adapter_type in ("lora", "none") and scope not in ("esd-u", "selfattn")
     null_space = given.null_space

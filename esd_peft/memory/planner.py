@@ -17,7 +17,7 @@ from esd_peft.models.family import ENCODE_BATCH, TOKENS, encoder_bytes
 from esd_peft.options import parse_bytes
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
-from esd_peft.training.attention import ERASE, HOLD, POSITIONS
+from esd_peft.training.attention import ERASE, HOLD, POSITIONS, AttentionLayer
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.student import make_student
 from esd_peft.training.work import (
@@ -326,9 +326,9 @@ def _attention_activations(family: ModelFamily, denoiser: ModelMixin, embeds: Pr
     with track_memory(denoiser) as meter:
         total = torch.zeros((), device=META)
         for name in family.cross_attention(denoiser):
-            layer = denoiser.get_submodule(name)
-            states = torch.empty(ERASE + HOLD, POSITIONS, layer.to_q.in_features, device=META, dtype=denoiser.dtype)
-            total = total + layer(states, encoder_hidden_states=tokens).float().square().mean()
+            layer = AttentionLayer(denoiser.get_submodule(name))
+            states = torch.empty(ERASE + HOLD, POSITIONS, layer.width, device=META, dtype=denoiser.dtype)
+            total = total + layer(states, tokens).float().square().mean()
         if total.requires_grad:
             total.backward()
     for parameter in denoiser.parameters():

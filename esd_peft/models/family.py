@@ -3,6 +3,7 @@
 import functools
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -192,6 +193,11 @@ class ModelFamily(ABC):
                         "left out; use fewer words"
                     )
 
+    def read_whole(self, texts: Iterable[str]) -> list[str]:
+        """Those texts that the text encoder reads to the end: small ones know few words as a whole."""
+        texts = [*texts]
+        return [text for text, (count, most) in zip(texts, self.token_counts(texts), strict=True) if count <= most]
+
     def token_counts(self, texts: list[str]) -> list[tuple[int, int]]:
         """Of each text how many tokens it has, and how many the text encoder reads; of several encoders the last one, which
         reads the most."""
@@ -278,12 +284,12 @@ class ModelFamily(ABC):
 
     @functools.cached_property
     def has_cross_attention(self) -> bool:
-        """Whether there are such layers (`cross_attention`)."""
+        """Whether there are such blocks (`cross_attention`)."""
         return bool(self.cross_attention(self.empty_denoiser()))
 
     def cross_attention(self, denoiser: ModelMixin) -> list[str]:
-        """Names of the layers in which the image attends to the prompt's tokens, called with its hidden states and
-        `encoder_hidden_states`; none where text and image attend to each other, or tokens are masked."""
+        """Names of the transformer blocks in which the image attends to the prompt's tokens (diffusers' `norm2` and `attn2`,
+        then `norm3` and `ff`); none where text and image attend to each other, or tokens are masked."""
         return []
 
     def prompt_input(self, name: str) -> str | None:

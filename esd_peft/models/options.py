@@ -4,7 +4,9 @@ from typing import Literal, get_args
 
 from esd_peft.options import Options
 
-Scope = Literal["esd-x", "esd-x-strict", "esd-u", "selfattn", "full"]  # which layers learn (`esd_peft.models.scopes`)
+Scope = Literal[
+    "esd-x", "esd-x-strict", "esd-x-ff", "esd-u", "selfattn", "full"
+]  # which layers learn (`esd_peft.models.scopes`)
 SCOPES: tuple[str, ...] = get_args(Scope)
 
 

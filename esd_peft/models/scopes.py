@@ -6,7 +6,14 @@ def cross_attention(scope: str, name: str) -> bool:
     parts = name.split(".")
     if scope == "esd-x-strict":
         return "attn2" in parts and ("to_k" in parts or "to_v" in parts)
-    return {"esd-x": "attn2" in parts, "esd-u": "attn2" not in parts, "selfattn": "attn1" in parts, "full": True}[scope]
+    attends = "attn2" in parts
+    return {
+        "esd-x": attends,
+        "esd-x-ff": attends or "ff" in parts,
+        "esd-u": not attends,
+        "selfattn": "attn1" in parts,
+        "full": True,
+    }[scope]
 
 
 _TEXT_PROJECTIONS = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
@@ -18,11 +25,18 @@ def joint_attention(scope: str, name: str) -> bool:
     - `esd-x-strict`: the layers that see nothing but the prompt, through which it comes in: `context_embedder` (token
       embeddings) and `text_embedder.linear_1` (pooled embedding). Keys and values of the text see the noise level
       and, from the second layer on, the image too. UCE edits the same two layers of FLUX.
-    - `esd-x`: these, and the text's own projections in attention.
+    - `esd-x`: these, and the text's own projections in attention. `esd-x-ff`: the text's feed-forward layers, too.
     - `esd-u`: all else. `selfattn`: the image's projections in attention (in FLUX's single layers: those of both).
     """
     parts = set(name.split("."))
     entrance = "context_embedder" in parts or {"text_embedder", "linear_1"} <= parts
     text = entrance or bool(parts & _TEXT_PROJECTIONS)
     attends = bool(parts & {"attn", "attn2"}) and not text
-    return {"esd-x-strict": entrance, "esd-x": text, "esd-u": not text, "selfattn": attends, "full": True}[scope]
+    return {
+        "esd-x-strict": entrance,
+        "esd-x": text,
+        "esd-x-ff": text or "ff_context" in parts,
+        "esd-u": not text,
+        "selfattn": attends,
+        "full": True,
+    }[scope]

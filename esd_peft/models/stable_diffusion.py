@@ -62,7 +62,7 @@ class StableDiffusion(ModelFamily):
         return {TOKENS: pipe.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)[0]}
 
     def cross_attention(self, denoiser: ModelMixin) -> list[str]:
-        return [name for name, _ in denoiser.named_modules() if name.split(".")[-1] == "attn2"]
+        return [name.removesuffix(".attn2") for name, _ in denoiser.named_modules() if name.endswith(".attn2")]
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         return denoiser(latents, timesteps, timestep_cond=embedded_guidance(denoiser, latents), **embeds).sample

@@ -8,7 +8,6 @@ CLIP's tokenizer knows 32,230 words. The first 2,000 hold the rest in place, but
 what is near a concept is looked for among all of them, and among names of artists, famous people, characters and places.
 """
 
-import functools
 import itertools
 import random
 from collections import Counter
@@ -29,13 +28,27 @@ WORDS = 2000  # of the vocabulary, at most: the first ones, which are the most f
 NEAR = 256  # of all other words and of the names, those that are nearest to the concepts
 MANY = 256  # of these prompts are encoded at a time
 SHORT = 10  # tokens by which these are found: of prompts of one word or name, those after it say no more
-CONTEXTS = 256  # of each concept
+CONTEXTS, FEWEST = 512, 128  # random contexts of the concepts together, and of each at least
 CONTEXTS_OF_A_NAME = 6  # of each candidate
-HELD = 768  # prompts of random words
+HELD = 2000  # prompts of random words
 USES = 6  # of a word in the phrases that are candidates: most would hold the nearest word otherwise
 NEAR_WORDS, PHRASES = 24, 64  # candidates of a concept; of several, fewer phrases of each
 POOL = 64  # words nearest to the concept, of which phrases are made
-BEFORE, AFTER = ("", "", "{u}", "{u},", "{u} {v}"), ("", "", "{x}", ", {x}", "{x} {y}", "{x} a {y}")  # what stands around it
+AROUND = (0, 0, 1, 1, 2, 3, 4, 6)  # so many words stand before it, and after it
+BETWEEN = (
+    "of",
+    "a",
+    "the",
+    "in",
+    "on",
+    "with",
+    "and",
+    "by",
+    "at",
+    "for",
+    "near",
+    ",",
+)  # what may stand before each of these
 
 
 @dataclass(frozen=True)
@@ -72,30 +85,48 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
     words, near = _vocabulary(encoder, plan)
     alone = words + near
     encoder.add([f"a {word}" for word in alone] + plan.texts)
-    contexts: list[list[Pair]] = []
-    candidates: list[list[Candidate]] = []
-    others = plan.other_names or [[] for _ in plan.concepts]
-    for concept, pairs, given in zip(plan.concepts, plan.concept_pairs, others, strict=True):
-        among_words = functools.partial(_among_words, words, draws, pairs[0])
-        contexts.append([among_words(f"a {concept}" if i % 3 else concept) for i in range(CONTEXTS)])
-        contexts[-1] += [among_words(f"a {name}") for name in given for _ in range(CONTEXTS // 8)]
-        found = [] if _is_sourced(pairs[0], concept) else _candidates(encoder, concept, alone, plan, draws)
-        found = [text for text in found if not any(names(kept, text) for kept in plan.given)]  # the user knows better
-        candidates.append(
-            [
-                Candidate(text, [among_words(text) for _ in range(CONTEXTS_OF_A_NAME)], text.removeprefix("a ") in alone)
-                for text in found
-            ]
-        )
+    contexts = _contexts(plan, words, draws)
+    candidates = _candidates(encoder, plan, words, alone, draws)
     held = [*(f"a {word}" for word in alone), *alone]
-    held += [" ".join(draws.sample(words, min(len(words), draws.randint(2, 5)))) for _ in range(HELD)]
+    held += [_some_words(words, draws, draws.randint(2, 10)) for _ in range(HELD)]
     held += [pair.goal for pairs in contexts for pair in pairs]
-    held = _unsaid(plan, held)
+    # of a longer prompt the encoder may not read the concept
+    drawn = [p.prompt for group in contexts for p in group] + [p.prompt for g in candidates for c in g for p in c.pairs]
+    whole = {*family.read_whole(dict.fromkeys(drawn + held))}
+    contexts = [[pair for pair in pairs if pair.prompt in whole] for pairs in contexts]
+    candidates = [[replace(c, pairs=[p for p in c.pairs if p.prompt in whole]) for c in group] for group in candidates]
+    held = [text for text in _unsaid(plan, held) if text in whole]
     listed = list(dict.fromkeys([*plan.retain, *(pair.prompt for pair in plan.preserve)]))
     pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
     encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed)
     encoder.free()
     return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed)
+
+
+def _contexts(plan: PromptPlan, words: list[str], draws: random.Random) -> list[list[Pair]]:
+    """Of each concept its pairs in random contexts, under the names that are given for it."""
+    others = plan.other_names or [[] for _ in plan.concepts]
+    count = max(FEWEST, CONTEXTS // len(plan.concepts))
+    made = []
+    for concept, pairs, given in zip(plan.concepts, plan.concept_pairs, others, strict=True):
+        named = [f"a {concept}" if i % 3 else concept for i in range(count)]
+        named += [f"a {name}" for name in given for _ in range(count // 8)]
+        made.append([_among_words(words, draws, pairs[0], text) for text in named])
+    return made
+
+
+def _candidates(
+    encoder: "_Encoder", plan: PromptPlan, words: list[str], alone: list[str], draws: random.Random
+) -> list[list[Candidate]]:
+    """Of each concept what may be another name for it; nothing that the options say is to stay: the user knows better."""
+    made = []
+    for concept, pairs in zip(plan.concepts, plan.concept_pairs, strict=True):
+        found = [] if _is_sourced(pairs[0], concept) else _nearest(encoder, concept, alone, plan, draws)
+        found = [text for text in found if not any(names(kept, text) for kept in plan.given)]
+        among = [[_among_words(words, draws, pairs[0], text) for _ in range(CONTEXTS_OF_A_NAME)] for text in found]
+        is_word = [text.removeprefix("a ") in alone for text in found]
+        made.append([Candidate(*one) for one in zip(found, among, is_word, strict=True)])
+    return made
 
 
 def _vocabulary(encoder: "_Encoder", plan: PromptPlan) -> tuple[list[str], list[str]]:
@@ -179,7 +210,7 @@ def _centred(tokens: Tensor) -> Tensor:
     return torch.nn.functional.normalize(means - means.mean(dim=0), dim=-1)
 
 
-def _candidates(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan, draws: random.Random) -> list[str]:
+def _nearest(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan, draws: random.Random) -> list[str]:
     """The words that are nearest to the concept, and the nearest phrases of such words."""
     plain = f"a {concept}"
     encoder.add([plain])
@@ -212,9 +243,20 @@ def _among_words(words: list[str], draws: random.Random, plain: Pair, named: str
 
 def _context(words: list[str], draws: random.Random) -> tuple[str, str]:
     """What stands before something and after it: random words, or nothing."""
-    beside = {place: draws.choice(words) for place in "uvxy"}
-    return draws.choice(BEFORE).format(**beside), draws.choice(AFTER).format(**beside)
+    before, after = (_some_words(words, draws, draws.choice(AROUND)) for _ in range(2))
+    comma, other = (", " if draws.random() < 0.3 else " " for _ in range(2))
+    return before and before + comma, after and other + after
+
+
+def _some_words(words: list[str], draws: random.Random, count: int) -> str:
+    """So many random words, some of them joined as words of sentences are."""
+    chosen: list[str] = []
+    for _ in range(count):
+        if draws.random() < 0.35:
+            chosen.append(draws.choice(BETWEEN))
+        chosen.append(draws.choice(words))
+    return " ".join(chosen)
 
 
 def _fill(before: str, text: str, after: str) -> str:
-    return " ".join(part for part in (before, text, after) if part).replace(" ,", ",").strip(", ")
+    return " ".join(f"{before}{text}{after}".split()).replace(" ,", ",").strip(", ")

@@ -1,7 +1,8 @@
 """Cross-attention learns the guided target layer by layer.
 
-A cross-attention layer's output O(h, c), for hidden states h and a prompt c, is all that the prompt does there. So what the
-denoiser is to do (eq. 6) can be asked of each layer by itself: where a prompt names the concept
+What a prompt c does to hidden states h it does in cross-attention. Let O(h, c) be what such a layer and the feed-forward
+layer after it add to h. So what the denoiser is to do (eq. 6) can be asked of each layer by itself: where a prompt names the
+concept
 
     O'(h, prompt) = O(h, goal) − η (O(h, prompt) − O(h, prompt without the concept))
 
@@ -10,8 +11,9 @@ that layer alone. The denoiser runs only to collect some h, and to say which wor
 thousands of prompts that nobody has listed hold the rest in place, where a trajectory of each would cost fifty evaluations
 of the denoiser.
 
-UCE and MACE (arXiv 2308.14761, 2403.06135) ask the like of keys and values, token by token and in closed form. Outputs leave
-queries, keys and values free to find what sets the concept apart from what is near it.
+UCE and MACE (arXiv 2308.14761, 2403.06135) ask the like of keys and values, token by token and in closed form. These are
+linear in the prompt's tokens, in which a concept is hardly apart from what is near it. The feed-forward layer is not: with
+it, half as much of the neighbours is moved (docs/attention.md).
 """
 
 import functools
@@ -44,7 +46,7 @@ from esd_peft.training.work import attention_rollout, other_trajectories
 
 POSITIONS = 16  # of a layer's hidden states are kept of each sample: attention answers each by itself
 ERASE, HOLD = 16, 16  # prompts in a step
-HOLD_WEIGHT = 3.0
+HOLD_WEIGHT = 10.0
 LORA_RATE, WEIGHTS_RATE = 3e-3, 1e-3
 LOSS_EVERY = 50
 
@@ -63,7 +65,8 @@ def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptio
     Of several processes the main one trains, and the others take what it has learned.
     """
     student, draws = rollout.student, generator(seed, "attention")
-    layers = {name: student.denoiser.get_submodule(name) for name in student.family.cross_attention(student.denoiser)}
+    blocks = student.family.cross_attention(student.denoiser)
+    layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
     collect = functools.partial(_collect, rollout, wordings, layers, attention_rollout(options), draws)
     concepts = [pairs[0] for pairs in wordings.plain]
     named, trajectories = collect(PromptPlan([p.prompt for p in concepts], [[p] for p in concepts], [], []))
@@ -84,6 +87,30 @@ def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptio
     return Found(verdicts, losses)
 
 
+class AttentionLayer(nn.Module):
+    """A transformer block's cross-attention and the feed-forward layer after it: what they add to hidden states.
+
+    Args:
+        block: diffusers' `BasicTransformerBlock`, whose layers these stay.
+    """
+
+    norm2: nn.Module
+    attn2: nn.Module
+    norm3: nn.Module
+    ff: nn.Module
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm2, self.attn2, self.norm3, self.ff = block.norm2, block.attn2, block.norm3, block.ff
+        self.width: int = block.attn2.to_q.in_features
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Of hidden states `[B, positions, width]`, as `norm2` is given them, and tokens `[B, tokens, width of these]`."""
+        attended = self.attn2(self.norm2(hidden), encoder_hidden_states=tokens)
+        fed: Tensor = attended + self.ff(self.norm3(hidden + attended))
+        return fed
+
+
 def _others(wordings: Wordings, verdicts: list[Verdict], count: int, draws: torch.Generator) -> list[str]:
     """`count` prompts: a half neighbours of the concepts, the nearest of each first, as far as there are any; the rest
     random words."""
@@ -97,7 +124,7 @@ def _others(wordings: Wordings, verdicts: list[Verdict], count: int, draws: torc
 def _collect(
     rollout: Rollout,
     wordings: Wordings,
-    layers: dict[str, nn.Module],
+    layers: dict[str, AttentionLayer],
     options: BufferOptions,
     draws: torch.Generator,
     plan: PromptPlan,
@@ -116,7 +143,7 @@ def _collect(
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    hooks = [layer.norm2.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     try:
         pairs = torch.arange(len(table))
         trajectories = rollout.collect(table, pairs, options, draws, progress=False)
@@ -181,7 +208,7 @@ class LayerLoss:
     def __init__(
         self,
         student: Student,
-        layers: dict[str, nn.Module],
+        layers: dict[str, AttentionLayer],
         hidden: dict[str, Tensor],
         wordings: Wordings,
         draws: torch.Generator,
@@ -215,7 +242,7 @@ class LayerLoss:
 
     def _outputs(self, states: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
         with self.student.autocast():
-            return {name: layer(states[name], encoder_hidden_states=tokens) for name, layer in self.layers.items()}
+            return {name: layer(states[name], tokens) for name, layer in self.layers.items()}
 
 
 def _train(loss_of: LayerLoss, batches: Batches, steps: int) -> list[float]:

@@ -16,8 +16,9 @@ class StudentOptions(Options):
     """What learns: which layers of the denoiser, and through which kind of adapter."""
 
     scope: Auto[Scope] = LEFT_OUT
-    """Which layers learn: cross-attention (esd-x), its keys and values (esd-x-strict), all but it (esd-u), selfattn, or
-    full; left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict."""
+    """Which layers learn: cross-attention (esd-x), its keys and values (esd-x-strict), it and the feed-forward layers
+    (esd-x-ff), all but it (esd-u), selfattn, or full; left out: esd-x-ff with --attention-steps, full with --robust,
+    otherwise esd-x-strict."""
     adapter_type: AdapterType = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Auto[Annotated[int, Field(ge=1, le=1024)]] = LEFT_OUT

@@ -113,7 +113,7 @@ def test_where_the_tokenizer_knows_many_words_cross_attention_learns_by_itself(s
     emoji = open_family("emoji")
     resolved, prompts = resolve(config(concept=["fox", "owl"]), emoji)
     student, training = resolved.student, resolved.training
-    assert (student.attention_steps, student.scope, student.rank) == (1000, "esd-x", 32)
+    assert (student.attention_steps, student.scope, student.rank) == (1000, "esd-x-ff", 32)
     assert (student.closed_form, student.null_space) == (False, 0.0)
     assert (training.max_train_steps, resolved.prompts.negative_guidance) == (0, 1.0)
     assert resolve(resolved, emoji) == (resolved, prompts)
@@ -157,12 +157,12 @@ RANK = "8 for each concept (16 with --attention-steps or --robust), at most 64"
 ROWS = [  # an option, what its help says, with which options, and the value
     ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {}, 1.0),
     ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {"map_to": "square"}, 0.0),
-    ("scope", "left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict", {}, "esd-x-strict"),
-    ("scope", "left out: esd-x with --attention-steps, full with --robust, otherwise esd-x-strict", {"robust": 1}, "full"),
+    ("scope", "left out: esd-x-ff with --attention-steps, full with --robust, otherwise esd-x-strict", {}, "esd-x-strict"),
+    ("scope", "full with --robust, otherwise esd-x-strict", {"robust": 1}, "full"),
     ("rank", RANK, {}, 8),
     ("rank", RANK, {"attention_steps": 5}, 16),
     ("null_space", "left out: 0 with --attention-steps", {"attention_steps": 5}, 0.0),
-    ("scope", "esd-x with --attention-steps", {"attention_steps": 5}, "esd-x"),
+    ("scope", "esd-x-ff with --attention-steps", {"attention_steps": 5}, "esd-x-ff"),
     ("max_train_steps", "0 with --attention-steps", {"attention_steps": 5}, 0),
     ("rank", RANK, {"concept": ["circle", "red", "star"]}, 24),
     ("rank", RANK, {"robust": 1, "concept": ["circle", "red"]}, 32),

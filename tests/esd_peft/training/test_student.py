@@ -20,14 +20,16 @@ def sd15():
         return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
-@pytest.mark.parametrize(("scope", "millions"), [("esd-x", 44.0), ("esd-x-strict", 19.2), ("esd-u", 815), ("full", 860)])
+@pytest.mark.parametrize(
+    ("scope", "millions"), [("esd-x", 44.0), ("esd-x-strict", 19.2), ("esd-x-ff", 192.8), ("esd-u", 815), ("full", 860)]
+)
 def test_scope_sizes_of_stable_diffusion_1(sd15, scope, millions):
     parameters = dict(sd15.named_parameters())
     names = open_family("shapes").scope_parameters(sd15, scope)
     assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
-@pytest.mark.parametrize(("scope", "millions"), [("esd-x", 546), ("esd-x-strict", 341), ("full", 2567)])
+@pytest.mark.parametrize(("scope", "millions"), [("esd-x", 546), ("esd-x-strict", 341), ("esd-x-ff", 1775), ("full", 2567)])
 def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -59,14 +61,17 @@ def test_scopes_of_joint_attention():
         block + n for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     }
     assert {block + "to_k", "single_transformer_blocks.0.attn.to_v"} < chosen["selfattn"] < chosen["esd-u"]
+    fed = chosen["esd-x-ff"] - chosen["esd-x"]
+    assert len(fed) == 4 and all("ff_context" in name for name in fed), "the text's, of which single blocks have none"
     assert chosen["esd-x"] | chosen["esd-u"] == chosen["full"] == set(names)
     assert not chosen["esd-x"] & chosen["esd-u"]
 
 
 def test_scopes_select_what_they_say(sd15):
     family = open_family("shapes")
-    chosen = {s: set(family.scope_modules(sd15, s)) for s in ("esd-x", "esd-x-strict", "esd-u", "selfattn", "full")}
-    assert chosen["esd-x-strict"] < chosen["esd-x"] < chosen["full"]
+    chosen = {s: set(family.scope_modules(sd15, s)) for s in SCOPES}
+    assert chosen["esd-x-strict"] < chosen["esd-x"] < chosen["esd-x-ff"] < chosen["full"]
+    assert len(chosen["esd-x-ff"] - chosen["esd-x"]) == 32 and not chosen["esd-x-ff"] & chosen["selfattn"]
     assert chosen["selfattn"] < chosen["esd-u"]
     assert chosen["esd-x"] | chosen["esd-u"] == chosen["full"]
     assert not chosen["esd-x"] & chosen["esd-u"]
