@@ -1,0 +1,107 @@
+"""python -m esd_peft.doctor MODEL: what a model is, how it would be erased from, what fits which card, what is installed.
+
+It loads no weights, and of a hub repository it downloads none.
+"""
+
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import psutil
+import torch
+import tyro
+
+from esd_peft.cli import parse, run_command
+from esd_peft.config import EraseConfig
+from esd_peft.defaults import resolve
+from esd_peft.errors import UserError
+from esd_peft.io.terminal import say
+from esd_peft.memory.planner import amount, describe, make_plan
+from esd_peft.models import ModelFamily, open_family
+from esd_peft.models.family import module_bytes
+from esd_peft.models.options import ModelOptions
+from esd_peft.runtime.devices import describe_device, resolve_device, resolve_dtype
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+CARDS = ("8GiB", "12GiB", "16GiB", "24GiB")
+
+
+class DoctorConfig(ModelOptions):
+    """Say what a model is, how it would be erased from, what fits which card, and what this machine has."""
+
+    model: Annotated[str, tyro.conf.Positional] = "shapes"
+    """What erase's --model takes."""
+
+
+def examine(config: DoctorConfig) -> Iterator[str]:
+    """Line by line. Raises `UserError` for a model that is not there or not whole."""
+    yield from _machine()
+    family = open_family(config.model, "MODEL", config, weights=False)
+    concept = "something" if family.world is None else next(iter(family.world.attributes.values()))[0]
+    options: dict[str, Any] = config.model_dump() | {"concept": concept}
+    given = EraseConfig(**options)
+    resolved, prompts = resolve(given, family)
+    yield from ("", *_model(family), _method(resolved), "")
+    yield "what fits, as planned (the commands' --plan says more):"
+    for card in CARDS:
+        asked = given.replace(memory_budget=card)
+        try:
+            plan = make_plan(asked, resolved.replace(memory_budget=card), prompts, family)
+            yield f"  {card:<7}{describe(plan.config)}: {amount(plan.peak)} at most"
+        except UserError as error:
+            yield f"  {card:<7}does not fit: {error}"
+
+
+def _machine() -> Iterator[str]:
+    yield "packages    " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    device = resolve_device("auto")
+    name, dtype = describe_device(device), str(resolve_dtype("auto", device)).removeprefix("torch.")
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    yield f"device      {name}, {amount(free)} of {amount(total)} free; computes in {dtype}"
+    if device.type == "cuda":
+        yield "kernel      " + ("eager, until triton is installed" if _version("triton") == "missing" else "Triton")
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        yield "compiler    " + ("there" if compiler else "missing: Triton and --compile need one; install gcc")
+    else:
+        yield "            No GPU that PyTorch sees: embedded pipelines take minutes here, anything larger is slow. Only a GPU has"
+        yield "            --quantize, 8-bit optimizers, --compile and the Triton kernel."
+
+
+def _model(family: ModelFamily) -> Iterator[str]:
+    denoiser = family.empty_denoiser()
+    count, size = sum(p.numel() for p in denoiser.parameters()), module_bytes(denoiser)
+    kind = f"{type(family).__name__}, {family.pipeline_class.__name__}"
+    yield f"model       {family.name}: {kind}; {type(denoiser).__name__} of {count / 1e6:,.1f} M parameters"
+    yield f"            ({amount(size / 2)} in half precision), trajectories of {family.num_inference_steps} steps"
+    words = len(family.whole_words())
+    yield f"            its tokenizer knows {words:,} words as a whole"
+
+
+def _method(resolved: EraseConfig) -> str:
+    student, steps = resolved.student, resolved.training.max_train_steps
+    if student.attention_steps:
+        how = f"layer by layer: --attention-steps {student.attention_steps}, --scope {student.scope} (docs/attention.md)"
+    else:
+        how = f"along trajectories: --max-train-steps {steps}, --scope {student.scope} (docs/scopes.md)"
+    return f"method      {how}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def main() -> None:
+    """The command line."""
+    for line in examine(parse(DoctorConfig, "doctor")):
+        say(line)
+
+
+if __name__ == "__main__":
+    run_command(main)
