@@ -67,8 +67,8 @@ def _machine() -> Iterator[str]:
         compiler = shutil.which("cc") or shutil.which("gcc")
         yield "compiler    " + ("there" if compiler else "missing: Triton and --compile need one; install gcc")
     else:
-        yield "            No GPU that PyTorch sees: embedded pipelines take minutes here, anything larger is slow. Only a GPU has"
-        yield "            --quantize, 8-bit optimizers, --compile and the Triton kernel."
+        yield "            No GPU that PyTorch sees: embedded pipelines take minutes here, anything larger is slow."
+        yield "            Only a GPU has --quantize, 8-bit optimizers, --compile and the Triton kernel."
 
 
 def _model(family: ModelFamily) -> Iterator[str]:
