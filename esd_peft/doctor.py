@@ -22,6 +22,7 @@ from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.family import module_bytes
 from esd_peft.models.options import ModelOptions
 from esd_peft.runtime.devices import describe_device, resolve_device, resolve_dtype
+from esd_peft.training.options import StudentOptions
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 CARDS = ("8GiB", "12GiB", "16GiB", "24GiB")
@@ -42,7 +43,7 @@ def examine(config: DoctorConfig) -> Iterator[str]:
     options: dict[str, Any] = config.model_dump() | {"concept": concept}
     given = EraseConfig(**options)
     resolved, prompts = resolve(given, family)
-    yield from ("", *_model(family), _method(resolved), "")
+    yield from ("", *_model(family), _method(resolved.student, resolved.training.max_train_steps), "")
     yield "what fits, as planned (the commands' --plan says more):"
     for card in CARDS:
         asked = given.replace(memory_budget=card)
@@ -81,8 +82,7 @@ def _model(family: ModelFamily) -> Iterator[str]:
     yield f"            its tokenizer knows {words:,} words as a whole"
 
 
-def _method(resolved: EraseConfig) -> str:
-    student, steps = resolved.student, resolved.training.max_train_steps
+def _method(student: StudentOptions, steps: int) -> str:
     if student.attention_steps:
         how = f"layer by layer: --attention-steps {student.attention_steps}, --scope {student.scope} (docs/attention.md)"
     else:
