@@ -16,6 +16,7 @@ linear in the prompt's tokens, in which a concept is hardly apart from what is n
 it, half as much of the neighbours is moved (docs/attention.md).
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -62,12 +63,14 @@ class Found:
 def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptions, steps: int, seed: int) -> Found:
     """Train the student's cross-attention for so many steps.
 
-    Of several processes the main one trains, and the others take what it has learned.
+    Of several processes the main one trains, and the others take what it has learned; each runs all trajectories, as there
+    are few.
     """
     student, draws = rollout.student, generator(seed, "attention")
     blocks = student.family.cross_attention(student.denoiser)
     layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
-    collect = functools.partial(_collect, rollout, wordings, layers, attention_rollout(options), draws)
+    alone = dataclasses.replace(rollout, shared=False)
+    collect = functools.partial(_collect, alone, wordings, layers, attention_rollout(options), draws)
     concepts = [pairs[0] for pairs in wordings.plain]
     named, trajectories = collect(PromptPlan([p.prompt for p in concepts], [[p] for p in concepts], [], []))
     verdicts = []
@@ -134,7 +137,7 @@ def _collect(
     rows, device = wordings.index(plan.texts), rollout.student.device
     table = make_table(plan, {name: value[rows].to(device) for name, value in wordings.embeds.items()})
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
-    places = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=draws)))  # each process draws its own
+    places = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=draws)))
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, given: tuple[Any, ...]) -> None:

@@ -30,6 +30,7 @@ class Rollout:
 
     student: Student
     profiler: PhaseProfiler
+    shared: bool = True  # several processes predict a part each, and tell the others
 
     def collect(
         self,
@@ -121,7 +122,8 @@ class Rollout:
     def _predict(self, table: PairTable, inputs: Tensor, timestep: Tensor, pairs: Tensor, teacher: bool) -> Tensor:
         """e_null, e_concept and, by the teacher where a pair has one, e_anchor, as one batch: `[2 or 3, M, ...]`."""
         count = len(pairs)
-        own = slice((part := distributed.share(count)).start, part.stop)  # of the trajectories; the others' come back below
+        # of the trajectories; the others' come back below
+        own = slice((part := distributed.share(count)).start, part.stop) if self.shared else slice(None)
         inputs, pairs = inputs[own], pairs[own]
         rows = [table.neutrals[pairs], table.prompts[pairs]]
         if table.anchors is not None and teacher:  # nothing but the teacher's guided target drives by the anchor
@@ -134,7 +136,8 @@ class Rollout:
                 embeds = index_embeds(table.embeds, torch.cat(rows))
                 prediction = self.student.predict(repeated, timestep.expand(len(repeated)), embeds)
         self.profiler.nfe += len(rows) * count
-        return distributed.gather(prediction.unflatten(0, (len(rows), len(pairs))), count, dim=1)
+        prediction = prediction.unflatten(0, (len(rows), len(pairs)))
+        return distributed.gather(prediction, count, dim=1) if self.shared else prediction
 
     def _samples(self, inputs: Tensor, timestep: Tensor, answers: Tensor, pairs: Tensor) -> Buffer:
         dtype = self.student.dtype

@@ -88,7 +88,7 @@ def test_robust(tmp_path, erase_there):
     ids=lambda o: "-".join(map(str, o.values())),
 )
 def test_cross_attention(tmp_path, erase_there, options):
-    given = options | {"attention_steps": 1, "max_train_steps": 1, "scope": "esd-x"}
+    given = options | {"attention_steps": 1, "max_train_steps": 1, "scope": "esd-x-ff"}
     assert 0 < erase_there(given, tmp_path / "gpu")["first"] < 10
 
 
