@@ -1,9 +1,8 @@
 """Other names for a concept, as the teacher sees it: what it draws for them is what it draws for the concept.
 
 Of a word that is another name for the concept the direction e_word − e_null is the concept's, e_concept − e_null, at the
-same x_t; of what merely resembles it, or stands beside it in the text encoder, it is another one. Of the 24 words nearest to
-fox, tangerine, violin, red apple and rose on the embedded emoji pipeline the cosine is at least 0.82 for their synonyms and
-for words that only their descriptions have, and at most 0.57 for all others but two pieces of words (0.65).
+same x_t; of what merely resembles it, or stands beside it in the text encoder, it is another one. Of a fox on the embedded
+emoji pipeline vixen and sly are found so, and dog and heart told apart.
 """
 
 from dataclasses import dataclass
