@@ -1,8 +1,7 @@
 """Peers that edit keys and values of cross-attention in closed form, as their public code does it, for any diffusers UNet.
 
 All of them move key vectors c (embeddings of tokens of the concept's prompts) to targets g (those of what it becomes), with
-a ridge, and hold retained vectors r where they are. UCE here makes the weights that its current script makes (to 1e-4 of the
-change) and those of its old one.
+a ridge, and hold retained vectors r where they are.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,6 @@ It loads no weights, and of a hub repository it downloads none.
 
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import psutil
@@ -17,11 +16,12 @@ from esd_peft.config import EraseConfig
 from esd_peft.defaults import resolve
 from esd_peft.errors import UserError
 from esd_peft.io.terminal import say
-from esd_peft.memory.planner import amount, describe, make_plan
+from esd_peft.memory.planner import MemoryEstimator, amount, describe, fit, imagined
 from esd_peft.models import ModelFamily, open_family
-from esd_peft.models.family import module_bytes
 from esd_peft.models.options import ModelOptions
+from esd_peft.options import parse_bytes
 from esd_peft.runtime.devices import describe_device, resolve_device, resolve_dtype
+from esd_peft.runtime.reproducibility import installed
 from esd_peft.training.options import StudentOptions
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
@@ -45,17 +45,18 @@ def examine(config: DoctorConfig) -> Iterator[str]:
     resolved, prompts = resolve(given, family)
     yield from ("", *_model(family), _method(resolved.student, resolved.training.max_train_steps), "")
     yield "what fits, as planned (the commands' --plan says more):"
+    resolved = imagined(given.runtime, resolved)
+    estimator = MemoryEstimator(resolved, prompts, family)
     for card in CARDS:
-        asked = given.replace(memory_budget=card)
         try:
-            plan = make_plan(asked, resolved.replace(memory_budget=card), prompts, family)
+            plan = fit(estimator, given, resolved, parse_bytes(card))
             yield f"  {card:<7}{describe(plan.config)}: {amount(plan.peak)} at most"
         except UserError as error:
             yield f"  {card:<7}does not fit: {error}"
 
 
 def _machine() -> Iterator[str]:
-    yield "packages    " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    yield "packages    " + ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
     device = resolve_device("auto")
     name, dtype = describe_device(device), str(resolve_dtype("auto", device)).removeprefix("torch.")
     if device.type == "cuda":
@@ -64,7 +65,7 @@ def _machine() -> Iterator[str]:
         free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
     yield f"device      {name}, {amount(free)} of {amount(total)} free; computes in {dtype}"
     if device.type == "cuda":
-        yield "kernel      " + ("eager, until triton is installed" if _version("triton") == "missing" else "Triton")
+        yield "kernel      " + ("eager, until triton is installed" if installed("triton") == "none" else "Triton")
         compiler = shutil.which("cc") or shutil.which("gcc")
         yield "compiler    " + ("there" if compiler else "missing: Triton and --compile need one; install gcc")
     else:
@@ -74,10 +75,10 @@ def _machine() -> Iterator[str]:
 
 def _model(family: ModelFamily) -> Iterator[str]:
     denoiser = family.empty_denoiser()
-    count, size = sum(p.numel() for p in denoiser.parameters()), module_bytes(denoiser)
+    count = sum(p.numel() for p in denoiser.parameters())
     kind = f"{type(family).__name__}, {family.pipeline_class.__name__}"
     yield f"model       {family.name}: {kind}; {type(denoiser).__name__} of {count / 1e6:,.1f} M parameters"
-    yield f"            ({amount(size / 2)} in half precision), trajectories of {family.num_inference_steps} steps"
+    yield f"            ({amount(2 * count)} in half precision), trajectories of {family.num_inference_steps} steps"
     words = len(family.whole_words())
     yield f"            its tokenizer knows {words:,} words as a whole"
 
@@ -88,13 +89,6 @@ def _method(student: StudentOptions, steps: int) -> str:
     else:
         how = f"along trajectories: --max-train-steps {steps}, --scope {student.scope} (docs/scopes.md)"
     return f"method      {how}"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
 
 
 def main() -> None:

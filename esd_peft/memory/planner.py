@@ -13,10 +13,12 @@ from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.compilation import repeated_blocks
-from esd_peft.models.family import ENCODE_BATCH, TOKENS, encoder_bytes
+from esd_peft.models.family import ENCODE_BATCH, TOKENS
+from esd_peft.models.offload import encoder_bytes
 from esd_peft.options import parse_bytes
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
+from esd_peft.runtime.options import RuntimeOptions
 from esd_peft.training.attention import ERASE, HOLD, POSITIONS, AttentionLayer
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.student import make_student
@@ -59,18 +61,22 @@ def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, fa
     """
     if resolved.training.objective != "esd":
         raise UserError("--plan and --memory-budget work with --objective esd only; leave them out")
-    device = resolved.runtime.torch_device
-    imagined = device.type == "cpu" and given.runtime.device == "auto"
-    if imagined:
-        dtype = "bfloat16" if given.runtime.dtype == "auto" else given.runtime.dtype
-        resolved = resolved.replace(device="cuda", dtype=dtype)
+    device, on_this_machine = resolved.runtime.torch_device, resolved
+    resolved = imagined(given.runtime, resolved)
     budget = parse_bytes(resolved.memory.memory_budget) if resolved.memory.memory_budget != "auto" else None
     if budget is None and device.type == "cuda":
         budget = _free(device)
-    elif budget is None and imagined:
+    elif budget is None and resolved is not on_this_machine:
         budget = 12 * GIB
     estimator = MemoryEstimator(resolved, prompts, family)
     return estimator.plan(resolved) if budget is None else fit(estimator, given, resolved, budget)
+
+
+def imagined(given: RuntimeOptions, resolved: EraseConfig) -> EraseConfig:
+    """With `--device auto` on a machine without a GPU the config as a GPU would run it; otherwise as it is."""
+    if resolved.runtime.torch_device.type != "cpu" or given.device != "auto":
+        return resolved
+    return resolved.replace(device="cuda", dtype="bfloat16" if given.dtype == "auto" else given.dtype)
 
 
 def given_settings(given: EraseConfig) -> set[str]:

@@ -17,7 +17,7 @@ from esd_peft.io.tensors import find_weights, sha256
 from esd_peft.models import scopes
 from esd_peft.models.checkpoint_layout import CheckpointLayout
 from esd_peft.models.noise_schedule import NoiseSchedule
-from esd_peft.models.offload import offload_base, streamed_bytes
+from esd_peft.models.offload import bring_encoders
 from esd_peft.models.options import SCOPES
 from esd_peft.models.parts import Part
 from esd_peft.models.rehearsal import rehearse
@@ -29,7 +29,6 @@ from esd_peft.worlds import World
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
 PromptEmbeds = dict[str, Tensor]
 ENCODE_BATCH = 16  # prompts at a time
-LARGE = 6 * 2**30  # bytes from which a text encoder (T5-XXL) stays in host memory, its layers on the GPU one by one
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
@@ -371,29 +370,6 @@ class ModelFamily(ABC):
             "guidance_scale": self.guidance_scale,
         }
         return prompts | nulls | settings
-
-
-def bring_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
-    """The pipeline's text encoders to the device, layer by layer as they compute where they are large."""
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            if module_bytes(part) > LARGE:
-                offload_base(part.requires_grad_(False), device)
-            else:
-                part.to(device)
-
-
-def encoder_bytes(pipe: DiffusionPipeline) -> tuple[int, int]:
-    """Of all text encoders: on a GPU while prompts are encoded (`bring_encoders`), and as a whole."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    sizes = [*map(module_bytes, parts)]
-    there = [streamed_bytes(part) if size > LARGE else size for part, size in zip(parts, sizes, strict=True)]
-    return sum(there), sum(sizes)
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Of its parameters."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def index_embeds(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:

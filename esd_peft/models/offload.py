@@ -1,8 +1,14 @@
-"""The frozen base in host memory, each layer on the device only while it computes: slow, and the last resort."""
+"""A frozen base or a large text encoder in host memory, each layer on the device only while it computes.
+
+That is slow: of the base it is the last resort.
+"""
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers import DiffusionPipeline
 from torch import nn
+
+LARGE = 6 * 2**30  # bytes from which a text encoder (T5-XXL) stays in host memory, its layers on the GPU one by one
 
 
 def offload_base(denoiser: nn.Module, device: torch.device) -> None:
@@ -28,3 +34,26 @@ def streamed_bytes(module: nn.Module) -> int:
     layers = [sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in module.modules()]
     layers = [size for size in layers if size]
     return layers[0] + max(layers[1:], default=0)
+
+
+def bring_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """The pipeline's text encoders to the device, layer by layer as they compute where they are large."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            if _bytes(part) > LARGE:
+                offload_base(part.requires_grad_(False), device)
+            else:
+                part.to(device)
+
+
+def encoder_bytes(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Of all text encoders: on a GPU while prompts are encoded (`bring_encoders`), and as a whole."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    sizes = [*map(_bytes, parts)]
+    there = [streamed_bytes(part) if size > LARGE else size for part, size in zip(parts, sizes, strict=True)]
+    return sum(there), sum(sizes)
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of its parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())

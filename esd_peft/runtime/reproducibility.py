@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 def bits_depend_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Each by its name, to be kept beside what was made and compared with what goes on from there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {package: _version(package) for package in _PACKAGES}
+    versions = {package: installed(package) for package in _PACKAGES}
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "device": f"{device.type} {name}",
@@ -22,8 +22,8 @@ def bits_depend_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str:
-    """bitsandbytes need not be there."""
+def installed(package: str) -> str:
+    """The version of a package, or none: bitsandbytes need not be there."""
     try:
         return version(package)
     except PackageNotFoundError:

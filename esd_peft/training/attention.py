@@ -12,8 +12,8 @@ thousands of prompts that nobody has listed hold the rest in place, where a traj
 of the denoiser.
 
 UCE and MACE (arXiv 2308.14761, 2403.06135) ask the like of keys and values, token by token and in closed form. These are
-linear in the prompt's tokens, in which a concept is hardly apart from what is near it. The feed-forward layer is not: with
-it, half as much of the neighbours is moved (docs/attention.md).
+linear in the prompt's tokens, in which a concept is hardly apart from what is near it. The softmax and the feed-forward
+layer are not.
 """
 
 import dataclasses

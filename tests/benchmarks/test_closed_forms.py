@@ -38,15 +38,16 @@ def test_uce_moves_the_last_word_as_far_as_its_ridge_lets_it(module, family):
 
 
 @pytest.mark.parametrize(
-    ("edit", "options", "layers", "held"),
+    ("edit", "options", "layers", "first"),
     [("uce", {"form": "old", "retain": True}, ("to_k", "to_v"), 0.5), ("speed", {}, ("to_v",), 1e-3)],
     ids=["UCE", "SPEED"],
 )
-def test_only_these_layers_change_and_the_null_prompt_hardly(module, family, edit, options, layers, held):
+def test_only_these_layers_change_and_the_null_prompt_hardly(module, family, edit, options, layers, first):
     edited = module.CLOSED_FORMS[edit](family, ["circle"], **options)
     before, after = family.load_denoiser(torch.float32).state_dict(), edited.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed and {name.split(".attn2.")[1] for name in changed} == {f"{layer}.weight" for layer in layers}
     circle, null = embeddings(family, "circle", "")
     change = (after[LAYER] - before[LAYER]).T
-    assert (null[:1] @ change).norm() < held * (circle @ change).norm()
+    assert (null @ change).norm() < 0.5 * (circle @ change).norm()
+    assert (null[0] @ change).norm() < first * (circle @ change).norm(), "which SPEED holds exactly"

@@ -9,8 +9,7 @@ import torch
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.defaults import resolve
 from esd_peft.evaluation import validation
-from esd_peft.models import family as family_module
-from esd_peft.models import flux, open_family
+from esd_peft.models import flux, offload, open_family
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
@@ -178,10 +177,10 @@ def test_large_text_encoders_give_the_same_embeddings_layer_by_layer(name, tmp_p
     family = open_family(str(save_family(name, tmp_path / "model")))
     cpu, prompts = torch.device("cpu"), ["a circle", "", "a red square"]
     plain = family.encode(prompts, cpu, torch.float32)
-    monkeypatch.setattr(family_module, "LARGE", 0)
+    monkeypatch.setattr(offload, "LARGE", 0)
     pipe = family.assemble(family.text_parts, torch.float32)
-    there, whole = family_module.encoder_bytes(pipe)
-    family_module.bring_encoders(pipe, cpu)
+    there, whole = offload.encoder_bytes(pipe)
+    offload.bring_encoders(pipe, cpu)
     encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     stays = sum(p.numel() * p.element_size() for part in encoders for p in part.parameters() if not p.is_meta)
     assert stays < there < 0.8 * whole  # on the device between layers, and with the largest of these

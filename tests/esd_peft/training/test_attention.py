@@ -129,7 +129,8 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     assert learns == {"attn2", "ff"}
     assert (after[1] - null).norm() < 0.8 * (named - null).norm(), "the concept draws what its absence does"
     assert (after[0] - null).norm() < 0.3 * (named - null).norm(), "and its absence what it did"
-    assert len(found.losses) == 2 and found.losses[-1] < found.losses[0]
+    assert len(found.losses) == 2
+    assert found.losses[-1] < found.losses[0] < 2, "half of (1 + η)², which nothing learned has"
     assert rollout.profiler.nfe == 12 * 10 * 2 + 2 * len(made.candidates[0])
 
 
