@@ -6,11 +6,10 @@ from esd_peft.config import EraseConfig
 from esd_peft.models import ModelFamily
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
+from esd_peft.prompts.wordings import MANY_WORDS
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
 from esd_peft.training.contrastive import epochs_of_references
 from esd_peft.training.options import BufferOptions, StudentOptions, TrainingOptions
-
-MANY_WORDS = 500  # of the vocabulary, without which there is too little to hold the rest with
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:

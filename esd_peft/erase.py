@@ -31,6 +31,7 @@ from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.tracking import tracker
 from esd_peft.session import Session, in_session
 from esd_peft.training.attention import distill_attention
+from esd_peft.training.diagnosis import choose_probes, diagnose
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.objective import make_objective
@@ -58,7 +59,8 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
 
     # prompts with the concept, without it, and to preserve; text encoders are gone before the denoiser comes
     with profiler.phase("encode"):
-        embeds = family.encode(prompts.texts, device, dtype)
+        probes = choose_probes(family, prompts, training.seed)
+        embeds, probes.embeds = family.encode_groups([prompts.texts, probes.texts], device, dtype)
         table = make_table(prompts, embeds)
         wordings = None
         if config.student.attention_steps and not resumes:
@@ -77,6 +79,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if wordings is not None:  # each cross-attention layer learns the target by itself
         with profiler.phase("attention"):
             found = distill_attention(rollout, wordings, config.buffer, config.student.attention_steps, training.seed)
+        probes.add_near(found.near, wordings.encoded(found.near))
     sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training)
     if validation is not None:
         with profiler.phase("evaluate"), student.teacher(), student.autocast():
@@ -102,7 +105,9 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if validation is not None:
         with profiler.phase("evaluate"), erase_result.finished(config.checkpoint.output), student.autocast():
             validation.make(student.denoiser, "after")
-    result = erase_result.make_result(config, profiler, trainer, stopping, validation, prompts.concepts, found)
+    with profiler.phase("evaluate"), erase_result.finished(config.checkpoint.output):
+        diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed)
+    result = erase_result.make_result(config, profiler, trainer, stopping, validation, prompts.concepts, found, diagnosis)
     if checkpoints is not None:
         erase_result.write(config.checkpoint.output, result)
     return result

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from esd_peft._version import __version__
@@ -17,6 +18,7 @@ from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.outputs import new_file
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.attention import Found
+from esd_peft.training.diagnosis import Diagnosis
 from esd_peft.training.early_stopping import EarlyStopping
 from esd_peft.training.trainer import Trainer
 
@@ -29,6 +31,7 @@ def make_result(
     validation: ValidationSampler | None,
     concepts: list[str],
     attention: Found | None,
+    diagnosis: Diagnosis,
 ) -> dict[str, Any]:
     """What `result.json` holds; writes the images that were made into the output."""
     verdicts = attention.verdicts if attention is not None else []
@@ -47,6 +50,7 @@ def make_result(
         },
         "loss": {"first": losses[0], "last": losses[-1]} if losses else {},
         "direction_left": stopping.curve if stopping else [],
+        "diagnosis": diagnosis.to_dict(),
         "nfe": profiler.nfe,
         "training_samples": profiler.training_samples,
         "trained_parameters": sum(p.numel() for p in trainer.student.parameters),
@@ -150,7 +154,22 @@ def table(result: dict[str, Any]) -> str:
     if result["direction_left"]:
         curve = ", ".join(f"{fraction:.2f} ({step})" for step, fraction in result["direction_left"])
         lines.append(f"left of the concept's direction on held-out samples (at step): {curve}")
+    lines += ["", *_diagnosis_lines(result["diagnosis"])]
     return "\n".join(lines)
+
+
+def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
+    """What predictions say, and what to turn."""
+    for kind, says in (
+        ("left", "of the concept's direction is left"),
+        ("listed", "is how far prompts on the list have moved"),
+        ("near", "is how far prompts like the concept have moved"),
+        ("unlisted", "is how far random words have moved"),
+    ):
+        if figures := diagnosis[kind]:
+            worst = max(figures, key=figures.__getitem__)
+            yield f"{mean(figures.values()):>6.0%} {says} (most: {worst!r}, {figures[worst]:.0%})"
+    yield from (f"→ {advice}" for advice in diagnosis["advice"])
 
 
 def _some(texts: list[str], count: int = 8) -> str:

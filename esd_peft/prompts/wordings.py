@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from esd_peft.io.text import read_lines
-from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds
+from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds, index_embeds
 from esd_peft.prompts.plan import Pair, PromptPlan, names
 from esd_peft.runtime.devices import release
 from esd_peft.runtime.seeds import seed_for
 
+MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
 WORDS = 2000  # of the vocabulary, at most: the first ones, which are the most frequent
 NEAR = 256  # of all other words and of the names, those that are nearest to the concepts
 MANY = 256  # of these prompts are encoded at a time
@@ -76,6 +77,10 @@ class Wordings:
     def index(self, texts: Iterable[str]) -> Tensor:
         """Their rows, int64."""
         return torch.tensor([self.rows[text] for text in texts], dtype=torch.int64)
+
+    def encoded(self, texts: Iterable[str]) -> PromptEmbeds:
+        """Their embeddings."""
+        return index_embeds(self.embeds, self.index(texts))
 
 
 def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: torch.device, dtype: torch.dtype) -> Wordings:

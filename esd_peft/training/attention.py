@@ -59,6 +59,11 @@ class Found:
     verdicts: list[Verdict]  # of each concept's candidates
     losses: list[float]  # the mean of every `LOSS_EVERY` steps: 1 is what the concept does in the layers
 
+    @property
+    def near(self) -> list[str]:
+        """Prompts of one word that are like a concept and were held, the nearest of each first."""
+        return _near(self.verdicts)
+
 
 def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptions, steps: int, seed: int) -> Found:
     """Train the student's cross-attention for so many steps.
@@ -114,12 +119,17 @@ class AttentionLayer(nn.Module):
         return fed
 
 
+def _near(verdicts: list[Verdict]) -> list[str]:
+    """The words that are held, once, the nearest of each concept first."""
+    near = [[c.text for c in verdict.others if c.is_word] for verdict in verdicts]
+    return list(dict.fromkeys(text for rank in itertools.zip_longest(*near) for text in rank if text is not None))
+
+
 def _others(wordings: Wordings, verdicts: list[Verdict], count: int, draws: torch.Generator) -> list[str]:
     """`count` prompts: a half neighbours of the concepts, the nearest of each first, as far as there are any; the rest
     random words."""
-    near = [[c.text for c in verdict.others if c.is_word] for verdict in verdicts]
-    ranked = dict.fromkeys(text for rank in itertools.zip_longest(*near) for text in rank if text is not None)
-    chosen = [*ranked][: count // 2]
+    ranked = _near(verdicts)
+    chosen = ranked[: count // 2]
     far = [text for word in wordings.words if (text := f"a {word}") not in ranked]
     return chosen + [far[i] for i in torch.randperm(len(far), generator=draws)[: count - len(chosen)].tolist()]
 
