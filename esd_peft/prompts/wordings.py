@@ -31,7 +31,8 @@ MANY = 256  # of these prompts are encoded at a time
 SHORT = 10  # tokens by which these are found: of prompts of one word or name, those after it say no more
 CONTEXTS, FEWEST = 512, 128  # random contexts of the concepts together, and of each at least
 CONTEXTS_OF_A_NAME = 6  # of each candidate
-HELD = 2000  # prompts of random words
+HELD = 2000  # prompts of random words, one half around a word that is near to a concept
+CLOSE = 200  # such words
 USES = 6  # of a word in the phrases that are candidates: most would hold the nearest word otherwise
 NEAR_WORDS, PHRASES = 24, 64  # candidates of a concept; of several, fewer phrases of each
 POOL = 64  # words nearest to the concept, of which phrases are made
@@ -93,7 +94,10 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
     contexts = _contexts(plan, words, draws)
     candidates = _candidates(encoder, plan, words, alone, draws)
     held = [*(f"a {word}" for word in alone), *alone]
-    held += [_some_words(words, draws, draws.randint(2, 10)) for _ in range(HELD)]
+    held += [_some_words(words, draws, draws.randint(2, 10)) for _ in range(HELD // 2)]
+    ranked = [encoder.nearest(f"a {concept}", held[: len(alone)]) for concept in plan.concepts]
+    close = [text for near in ranked for text in near[: CLOSE // len(ranked)]]
+    held += [_among_words(words, draws, Pair("", ""), draws.choice(close)).prompt for _ in range(HELD // 2)]
     held += [pair.goal for pairs in contexts for pair in pairs]
     # of a longer prompt the encoder may not read the concept
     drawn = [p.prompt for group in contexts for p in group] + [p.prompt for g in candidates for c in g for p in c.pairs]
@@ -204,6 +208,7 @@ class _Encoder:
 
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
         """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken."""
+        self.add([concept, *texts])
         means = _centred(self.embeds[TOKENS])
         likeness = means[[self.rows[text] for text in texts]] @ means[self.rows[concept]]
         return [texts[i] for i in likeness.argsort(descending=True).tolist()]
@@ -218,13 +223,11 @@ def _centred(tokens: Tensor) -> Tensor:
 def _nearest(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan, draws: random.Random) -> list[str]:
     """The words that are nearest to the concept, and the nearest phrases of such words."""
     plain = f"a {concept}"
-    encoder.add([plain])
     near = encoder.nearest(plain, [f"a {word}" for word in words])[:POOL]
     pool = [text.removeprefix("a ") for text in near]
     combined = [f"a {u} {v}" for u in pool[:16] for v in pool[:16] if u != v]
     combined += [f"a {' '.join(draws.sample(pool, min(len(pool), 2 + i % 3)))}" for i in range(900 // len(plan.concepts))]
     combined = _unsaid(plan, combined)
-    encoder.add(combined)
     chosen: list[str] = []
     uses: Counter[str] = Counter()
     for text in encoder.nearest(plain, combined):

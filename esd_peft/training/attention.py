@@ -31,7 +31,7 @@ from tqdm import tqdm
 from esd_kernels import guided_mse
 from esd_peft.errors import UserError
 from esd_peft.models.family import TOKENS
-from esd_peft.prompts.plan import Pair, PromptPlan
+from esd_peft.prompts.plan import Pair, PromptPlan, names
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed
@@ -43,9 +43,9 @@ from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
 from esd_peft.training.trainer import make_optimizer
-from esd_peft.training.work import attention_rollout, other_trajectories
+from esd_peft.training.work import attention_rollout, other_trajectories, own_trajectories
 
-POSITIONS = 16  # of a layer's hidden states are kept of each sample: attention answers each by itself
+POSITIONS = 8  # of a layer's hidden states are kept of each sample: attention answers each by itself
 ERASE, HOLD = 16, 16  # prompts in a step
 HOLD_WEIGHT = 10.0
 LORA_RATE, WEIGHTS_RATE = 3e-3, 1e-3
@@ -77,11 +77,15 @@ def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptio
     alone = dataclasses.replace(rollout, shared=False)
     collect = functools.partial(_collect, alone, wordings, layers, attention_rollout(options), draws)
     concepts = [pairs[0] for pairs in wordings.plain]
-    named, trajectories = collect(PromptPlan([p.prompt for p in concepts], [[p] for p in concepts], [], []))
+    each = own_trajectories(len(concepts))
+    named, along = collect(PromptPlan([p.prompt for p in concepts], [[p] * each for p in concepts], [], []))
+    own = [
+        along.index((along.pairs == pair).nonzero().squeeze(1), torch.device("cpu")) for pair in range(len(concepts) * each)
+    ]
     verdicts = []
-    for number in range(len(wordings.candidates)):
-        own = trajectories.index((trajectories.pairs == number).nonzero().squeeze(1), torch.device("cpu"))
-        verdicts.append(judge(student, wordings, number, own, 2 * options.rollout_batch_size))
+    for number in range(len(concepts)):
+        mine = own[number * each : (number + 1) * each]
+        verdicts.append(judge(student, wordings, number, mine, 2 * options.rollout_batch_size))
         rollout.profiler.nfe += verdicts[-1].nfe
     others = _others(wordings, verdicts, other_trajectories(len(concepts)), draws)
     seen, _ = collect(PromptPlan([], [], [Pair(text, "") for text in others], []))
@@ -194,7 +198,12 @@ class Batches:
             (1, [pair for candidate in same if candidate.is_word for pair in candidate.pairs]),
             (1, [pair for candidate in same if not candidate.is_word for pair in candidate.pairs]),
         )
-        held = ((4, wordings.held), (2, near), (1, wordings.listed))
+        erased = [candidate.text for candidate in same if candidate.is_word]
+        held = (
+            (4, [text for text in wordings.held if not any(names(name, text) for name in erased)]),
+            (2, near),
+            (1, wordings.listed),
+        )
         self.holding = self._mixed(*((share, [Pair(text, text) for text in texts]) for share, texts in held))
 
     def _mixed(self, *groups: tuple[int, list[Pair]]) -> tuple[LayerBatch, Tensor]:

@@ -16,7 +16,8 @@ from esd_peft.training.buffer import Buffer
 from esd_peft.training.student import Student
 from esd_peft.training.work import LOOKED_AT
 
-SAME, OTHER = 0.6, 0.4  # from this cosine on it is another name; below that one it is something else
+SAME, OTHER = 0.7, 0.5  # from this mean cosine on it is another name; below that one it is something else
+OPEN = 0.4  # below this one along the first trajectory, it is not looked at again
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,29 @@ class Verdict:
 
 
 @torch.no_grad()
-def judge(student: Student, wordings: Wordings, concept: int, trajectory: Buffer, batch_size: int) -> Verdict:
-    """Sort the candidates of the `concept`-th concept, along one `trajectory` of it that the teacher has driven."""
+def judge(student: Student, wordings: Wordings, concept: int, trajectories: list[Buffer], batch_size: int) -> Verdict:
+    """Sort the candidates of the `concept`-th concept, along `trajectories` of it that the teacher has driven.
+
+    At one x_t or another a neighbour may look like another name (a tulip like a rose, with a cosine of 0.8), along several
+    trajectories it does not. What is nothing like it along the first is not looked at again.
+    """
     candidates = wordings.candidates[concept]
-    if not candidates:
-        return Verdict([], [])
-    rows = wordings.index(candidate.text for candidate in candidates)
-    likeness = torch.zeros(len(rows))
+    likeness, nfe, open_ = torch.zeros(len(candidates)), 0, torch.arange(len(candidates))
+    for number, trajectory in enumerate(trajectories if candidates else []):
+        found = _likeness(student, wordings, [candidates[i].text for i in open_], trajectory, batch_size)
+        likeness[open_] += (found - likeness[open_]) / (number + 1)
+        nfe += len(LOOKED_AT) * len(open_)
+        if number == 0:
+            open_ = (likeness >= OPEN).nonzero().squeeze(1)
+        if not len(open_):
+            break
+    judged = list(zip(candidates, likeness.tolist(), strict=True))
+    return Verdict([c for c, like in judged if like >= SAME], [c for c, like in judged if like < OTHER], nfe)
+
+
+def _likeness(student: Student, wordings: Wordings, texts: list[str], trajectory: Buffer, batch_size: int) -> Tensor:
+    """Of each text the mean cosine of its direction and the concept's, `[texts]`."""
+    rows, likeness = wordings.index(texts), torch.zeros(len(texts))
     for place in LOOKED_AT:
         sample = trajectory.index(torch.tensor([int(place * len(trajectory))]), student.device)
         null, named = sample.teacher[:2].float().flatten(1)
@@ -43,13 +60,7 @@ def judge(student: Student, wordings: Wordings, concept: int, trajectory: Buffer
             embeds = {name: value.to(student.device) for name, value in index_embeds(wordings.embeds, rows[part]).items()}
             many = sample.inputs.expand(len(part), *sample.inputs.shape[1:])
             with student.teacher():
-                predicted = student.predict(many, sample.timesteps.expand(len(part)), embeds)
-            likeness[part] += _likeness(predicted, null, named).cpu() / len(LOOKED_AT)
-    judged = list(zip(candidates, likeness.tolist(), strict=True))
-    return Verdict(
-        [c for c, like in judged if like >= SAME], [c for c, like in judged if like < OTHER], len(LOOKED_AT) * len(rows)
-    )
-
-
-def _likeness(predicted: Tensor, null: Tensor, named: Tensor) -> Tensor:
-    return torch.cosine_similarity(predicted.float().flatten(1) - null, (named - null).expand(len(predicted), -1))
+                predicted = student.predict(many, sample.timesteps.expand(len(part)), embeds).float().flatten(1)
+            cosines = torch.cosine_similarity(predicted - null, (named - null).expand(len(part), -1))
+            likeness[part] += cosines.cpu() / len(LOOKED_AT)
+    return likeness

@@ -15,6 +15,7 @@ SEARCH_STEPS = 60  # of an adversarial round, in which its prompts are learned s
 SEARCH_BATCH_SIZE = 8
 LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is another name
 ATTENTION_TRAJECTORIES = 12  # of the teacher, along which cross-attention is seen at work, and the steps of each
+OWN_TRAJECTORIES = 3  # of each concept, where concepts are few
 ATTENTION_ROLLOUT_STEPS = 10
 SEARCH_TRAJECTORIES = 4  # of the teacher, for each concept, along which they are learned
 
@@ -84,16 +85,21 @@ def attention_rollout(buffer: BufferOptions) -> BufferOptions:
     return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, num_inference_steps=steps, **everything)
 
 
+def own_trajectories(concepts: int) -> int:
+    """Of each of so many concepts: along one alone some neighbours look like other names for it."""
+    return max(2, min(OWN_TRAJECTORIES, ATTENTION_TRAJECTORIES // concepts))
+
+
 def other_trajectories(concepts: int) -> int:
     """Of the trajectories along which cross-attention is seen at work, those of other prompts than the concepts'."""
-    return max(2, ATTENTION_TRAJECTORIES - concepts)
+    return max(2, ATTENTION_TRAJECTORIES - concepts * own_trajectories(concepts))
 
 
 def count_attention_nfe(buffer: BufferOptions, predictions: int, concepts: int) -> int:
     """NFE of `esd_peft.training.attention`, at most: where candidates are few it takes less."""
-    steps = attention_rollout(buffer).num_inference_steps
-    rollouts = steps * (predictions * concepts + 2 * other_trajectories(concepts))
-    return rollouts + concepts * len(LOOKED_AT) * (NEAR_WORDS + phrases(concepts))
+    steps, own = attention_rollout(buffer).num_inference_steps, concepts * own_trajectories(concepts)
+    rollouts = steps * (predictions * own + 2 * other_trajectories(concepts))
+    return rollouts + own * len(LOOKED_AT) * (NEAR_WORDS + phrases(concepts))
 
 
 def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:

@@ -17,6 +17,7 @@ from esd_peft.prompts.wordings import encode_wordings, known_names
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training import attention
 from esd_peft.training.attention import ERASE, AttentionLayer, Batches, LayerLoss, distill_attention
+from esd_peft.training.names import Verdict
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
 from esd_peft.training.work import count_attention_nfe
@@ -92,17 +93,37 @@ def test_the_user_knows_better(few):
     assert not any(names("sly red hunter", text) for text in made.held + made.listed)
 
 
-def test_the_teacher_knows_which_words_are_other_names(monkeypatch, few, eager):
-    def four(encoder, *_):
-        encoder.add(found := ["a vixen", "a dog", "a heart", "a sly"])
-        return found
+CANDIDATES = {"fox": ["a vixen", "a dog", "a heart", "a sly"], "rose": ["a valentine", "a tulip", "a thorns"]}
 
-    monkeypatch.setattr(module, "_nearest", four)
-    emoji, config, _, made = encoded(concept="fox", rank=2)
+
+@pytest.fixture
+def some_candidates(monkeypatch):
+    def nearest(encoder, concept, *_):
+        encoder.add(CANDIDATES[concept])
+        return CANDIDATES[concept]
+
+    monkeypatch.setattr(module, "_nearest", nearest)
+
+
+def test_the_teacher_knows_which_words_are_other_names(some_candidates, few, eager):
+    emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2)
     student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
-    found = distill_attention(Rollout(student, PhaseProfiler(CPU)), made, config.buffer, 1, 0)
-    assert [c.text for c in found.verdicts[0].same] == ["a vixen", "a sly"]
-    assert [c.text for c in found.verdicts[0].others] == ["a dog", "a heart"]
+    fox, rose = distill_attention(Rollout(student, PhaseProfiler(CPU)), made, config.buffer, 1, 0).verdicts
+    assert [c.text for c in fox.same] == ["a vixen", "a sly"]
+    assert [c.text for c in fox.others] == ["a dog", "a heart"]
+    assert [c.text for c in rose.same] == ["a valentine", "a thorns"]
+    assert [c.text for c in rose.others] == ["a tulip"], "though along one of its trajectories it looks like a rose"
+    assert fox.nfe == 2 * (4 + 2 * 2), "what is nothing like it along the first is not looked at again"
+
+
+def test_no_prompt_that_holds_has_another_name_in_it(some_candidates, few):
+    _, _, _, made = encoded(concept="fox")
+    vixen, *others = made.candidates[0]
+    batches = Batches(made, [Verdict([vixen], others)], torch.Generator().manual_seed(0))
+    texts = {row: text for text, row in made.rows.items()}
+    holding, erasing = ([texts[int(row)] for row in side[0].prompts] for side in (batches.holding, batches.erasing))
+    assert "a vixen" in made.held and not any(names("vixen", text) for text in holding)
+    assert any(names("vixen", text) for text in erasing) and "a dog" in holding
 
 
 def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alone(few, eager):
@@ -130,8 +151,9 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     assert (after[1] - null).norm() < 0.8 * (named - null).norm(), "the concept draws what its absence does"
     assert (after[0] - null).norm() < 0.3 * (named - null).norm(), "and its absence what it did"
     assert len(found.losses) == 2
-    assert found.losses[-1] < found.losses[0] < 2, "half of (1 + η)², which nothing learned has"
-    assert rollout.profiler.nfe == 12 * 10 * 2 + 2 * len(made.candidates[0])
+    assert found.losses[-1] < found.losses[0]
+    assert rollout.profiler.nfe == 12 * 10 * 2 + found.verdicts[0].nfe
+    assert 2 <= found.verdicts[0].nfe / len(made.candidates[0]) < 6
 
 
 def layer_loss(emoji, config, made):
