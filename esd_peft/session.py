@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from esd_peft import erase_result
+from esd_peft.adapters.hub import check_upload
 from esd_peft.checks import check_environment, check_model, check_words
 from esd_peft.config import EraseConfig
 from esd_peft.defaults import resolve
@@ -45,11 +46,14 @@ def in_session(given: EraseConfig, train: Train) -> dict[str, Any]:
     with only_job():
         distributed.start()
         device = resolve_device(given.runtime.device)
-        own = hold(given.checkpoint.output) if distributed.is_main_process() else contextlib.nullcontext()
-        with own, current(device):
+        output, is_main = given.checkpoint.output, distributed.is_main_process()
+        with hold(output) if is_main else contextlib.nullcontext(), current(device):
+            repository = check_upload(given.hub, output) if is_main else None
             result = _train(given, train, device)
-            if given.validation.evaluate and distributed.is_main_process():  # what training held is free again
+            if given.validation.evaluate and is_main:  # what training held is free again
                 erase_result.add_evaluation(given, result)
+            if repository is not None:
+                erase_result.upload(given, repository)
     return result
 
 

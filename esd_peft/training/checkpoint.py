@@ -34,7 +34,7 @@ _IN_BUFFER = {"inputs", "timesteps", "teacher", "pairs"}
 # what may differ between a run and its resumption: it changes nothing in the adapter
 _FREE = {
     "output", "overwrite", "resume", "plan", "checkpointing_steps", "report_to", "num_validation_images", "evaluate",
-    "validation_prompt", "validation_steps",
+    "validation_prompt", "validation_steps", "push_to_hub", "hub_model_id", "hub_private",
     "memory_budget", "device", "dtype",  # what the last two came to is compared
 }  # fmt: skip
 
