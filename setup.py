@@ -17,7 +17,7 @@ setup(
         "esd_peft.presets": ["*.yaml"],
         "esd_peft.prompts": ["names.txt", "retain_prompts.txt"],
         "esd_peft.attacks": ["prompts.txt"],
-        "esd_peft.evaluation": ["report.html", "suites/*.yaml"],
+        "esd_peft.evaluation": ["*.html", "page.css", "suites/*.yaml"],
         "esd_peft.study": ["page.html"],
         "esd_peft.worlds.emoji": ["*.safetensors", "*.json", "*.yaml", "NOTICE", "drawings/*", "pipeline/*", "pipeline/*/*"],
         "esd_peft.worlds.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],

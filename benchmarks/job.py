@@ -6,6 +6,7 @@ from esd_peft.models import open_family
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.loop import TrainingLoop
+from esd_peft.training.monitor import Monitor
 from esd_peft.training.objective import make_objective
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import load_student
@@ -31,7 +32,7 @@ class Job:
         buffer, training = self.config.buffer, self.config.training
         sampler, loss, decay = make_objective(self.rollout, self.table, self.prompts, buffer, training)
         trainer = Trainer(self.student, training, self.config.memory, decay, self.rollout.profiler)
-        loop = TrainingLoop(trainer, sampler, None, lambda values, step: None, None, resume=False)
+        loop = TrainingLoop(trainer, sampler, None, Monitor(self.student, self.rollout.profiler), None, resume=False)
         for batch in loop.batches():
             trainer.step(batch, loss)
         return trainer.losses

@@ -29,7 +29,7 @@ def check_environment(config: EraseConfig, device: torch.device) -> None:
     check_compiler(config.runtime.compile, device)
 
 
-def check_words(options: PromptOptions, family: ModelFamily) -> None:
+def check_words(options: PromptOptions, validation_prompts: list[str], family: ModelFamily) -> None:
     """Raise `UserError` for words that an embedded pipeline does not know, before prompts are made of them."""
     if family.world is None:
         return
@@ -39,6 +39,8 @@ def check_words(options: PromptOptions, family: ModelFamily) -> None:
             _check_words(family, "--also-erase", name)
         _check_words(family, "--erase-from", options.source_of(concept))
         _check_words(family, "--map-to", options.goal_of(concept) or "")
+    for prompt in validation_prompts:
+        _check_words(family, "--validation-prompt", prompt)
     check_concepts(family.world, [concept.name for concept in options.concept])
 
 
@@ -49,7 +51,9 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
     contrastive = config.training.objective == "contrastive"
     if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
         family.noise_schedule.alphas_cumprod()
-    family.check_lengths(_given_texts(config.prompts, prompts))
+    family.check_lengths(
+        _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
+    )
     for prompt in prompts.given if family.world is not None else []:
         _check_words(family, "--preserve", prompt)
 

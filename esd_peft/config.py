@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from esd_peft.adapters.options import HubOptions
 from esd_peft.evaluation.options import ValidationOptions
 from esd_peft.memory.options import MemoryOptions
 from esd_peft.models.options import PretrainedOptions
@@ -30,6 +31,7 @@ class EraseConfig(Options):
     runtime: RuntimeOptions = Field(default_factory=RuntimeOptions)
     checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
     validation: ValidationOptions = Field(default_factory=ValidationOptions)
+    hub: HubOptions = Field(default_factory=HubOptions)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EraseConfig":

@@ -1,8 +1,10 @@
 """Every default that depends on something: on other options, on the model, on the machine."""
 
 import dataclasses
+import math
 
 from esd_peft.config import EraseConfig
+from esd_peft.evaluation.options import ValidationOptions
 from esd_peft.models import ModelFamily
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
@@ -32,11 +34,18 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         buffer = _resolve_buffer(config.buffer, student, prompts, plan, family)
     else:
         training, buffer = _resolve_contrastive(config.training, len(prompts.concept)), config.buffer
+    validation = _resolve_validation(config.validation, student.attention_steps + training.max_train_steps)
     memory = config.memory.replace(per_device_batch_size=config.memory.per_device_batch_size or training.train_batch_size)
     if memory.offload:
         runtime = runtime.replace(compile="off")
     resolved = config.replace(
-        prompts=prompts, student=student, buffer=buffer, training=training, memory=memory, runtime=runtime
+        prompts=prompts,
+        student=student,
+        buffer=buffer,
+        training=training,
+        memory=memory,
+        runtime=runtime,
+        validation=validation,
     )
     return resolved, plan
 
@@ -124,6 +133,12 @@ def _resolve_contrastive(given: TrainingOptions, concepts: int) -> TrainingOptio
     training = given.replace(train_batch_size=given.train_batch_size or 32, learning_rate=given.learning_rate or 1e-4)
     steps = epochs_of_references(training, concepts) if given.max_train_steps is None else given.max_train_steps
     return training.replace(max_train_steps=steps)
+
+
+def _resolve_validation(given: ValidationOptions, steps: int) -> ValidationOptions:
+    if not given.validation_prompt:  # nothing to look at
+        return given
+    return given.replace(validation_steps=given.validation_steps or max(1, math.ceil(steps / 5)))
 
 
 def _resolve_buffer(

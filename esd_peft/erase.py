@@ -18,22 +18,24 @@ from esd_peft.adapters.save import Provenance, note_limits, save_adapter
 from esd_peft.cli import parse, run_command
 from esd_peft.config import EraseConfig
 from esd_peft.defaults import resolve
+from esd_peft.evaluation.timeline import FOLDER, PAGE, Timeline
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.terminal import say
 from esd_peft.memory.planner import make_plan, plan_table
 from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
+from esd_peft.models.sampling import encode_prompts
 from esd_peft.presets import PRESETS
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import encode_wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.runtime.tracking import tracker
 from esd_peft.session import Session, in_session
 from esd_peft.training.attention import distill_attention
 from esd_peft.training.diagnosis import choose_probes, diagnose
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
+from esd_peft.training.monitor import Monitor
 from esd_peft.training.objective import make_objective
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, load_student
@@ -66,6 +68,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         if config.student.attention_steps and not resumes:
             wordings = encode_wordings(family, prompts, training.seed, device, dtype)
         validation = make_validation(config, session) if config.validation.during_training else None
+        timeline = make_timeline(config, session) if config.validation.validation_prompt else None
 
     # the student, whose teacher is itself with the adapter disabled; it may start from a closed form
     with profiler.phase("load"):
@@ -75,10 +78,12 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     # trajectories of the teacher fill a buffer with (x_t, t, e_null, e_concept), of which batches are made;
     # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖², ê being the student's prediction at x_t
     rollout = Rollout(student, profiler)
-    found = None
+    monitor = Monitor(student, profiler, session.dashboard, timeline, config.validation.validation_steps)
+    monitor.look_at_base()
+    found, steps_before = None, config.student.attention_steps
     if wordings is not None:  # each cross-attention layer learns the target by itself
         with profiler.phase("attention"):
-            found = distill_attention(rollout, wordings, config.buffer, config.student.attention_steps, training.seed)
+            found = distill_attention(rollout, wordings, config.buffer, steps_before, training.seed, monitor)
         probes.add_near(found.near, wordings.encoded(found.near))
     sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training)
     if validation is not None:
@@ -86,14 +91,10 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
             validation.make(student.denoiser, "before")
 
     calls = count_denoiser_calls(config.buffer, training)
-    with (
-        profiler.phase("train"),
-        compiled(student.denoiser, config.runtime.compile, calls, device),
-        tracker(config.runtime.report_to, config.flat()) as report,
-    ):
+    with profiler.phase("train"), compiled(student.denoiser, config.runtime.compile, calls, device):
         stopping = make_early_stopping(rollout, table, config.buffer, training)
         trainer = Trainer(student, training, config.memory, weight_decay, profiler)
-        loop = TrainingLoop(trainer, sampler, stopping, report, checkpoints, resumes)
+        loop = TrainingLoop(trainer, sampler, stopping, monitor, checkpoints, resumes, steps_before)
         with contextlib.closing(loop.batches()) as batches:
             for batch in batches:
                 # prediction, loss, gradients (of so many samples at a time), clipping, AdamW, projection to the null space
@@ -102,10 +103,11 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if checkpoints is not None:
         with profiler.phase("save"):
             save(config, session, student)
-    if validation is not None:
-        with profiler.phase("evaluate"), erase_result.finished(config.checkpoint.output), student.autocast():
-            validation.make(student.denoiser, "after")
     with profiler.phase("evaluate"), erase_result.finished(config.checkpoint.output):
+        monitor.finish(steps_before + trainer.taken, config.checkpoint.output / FOLDER)
+        if validation is not None:
+            with student.autocast():
+                validation.make(student.denoiser, "after")
         diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed)
     result = erase_result.make_result(config, profiler, trainer, stopping, validation, prompts.concepts, found, diagnosis)
     if checkpoints is not None:
@@ -122,6 +124,20 @@ def make_validation(config: EraseConfig, session: Session) -> ValidationSampler:
     )
     device, dtype, seed = config.runtime.torch_device, config.runtime.torch_dtype, config.training.seed
     return ValidationSampler(session.family, prompts.concepts, images, side_by_side, seed, device, dtype, prompts.given)
+
+
+def make_timeline(config: EraseConfig, session: Session) -> Timeline:
+    """What `--validation-prompt` asks to look at, its prompts encoded; a run that is resumed goes on with its looks."""
+    checkpoints, prompts, seed = session.checkpoints, config.validation.validation_prompt, config.training.seed
+    assert checkpoints is not None, "only the main process has such prompts"
+    encoded = encode_prompts(session.family, prompts, config.runtime.torch_device, config.runtime.torch_dtype)
+    images, side_by_side = config.validation.num_validation_images, config.buffer.rollout_batch_size
+    title = f"Erasing {', '.join(session.prompts.concepts)}"
+    timeline = Timeline(checkpoints.folder / FOLDER, prompts, images, seed, side_by_side, encoded, title)
+    left = checkpoints.step if config.checkpoint.resume else None
+    timeline.open(left and config.student.attention_steps + left)
+    say(f"images of --validation-prompt as it trains: {timeline.page}")
+    return timeline
 
 
 def save(config: EraseConfig, session: Session, student: Student) -> None:
@@ -147,6 +163,8 @@ def main() -> None:
         say(erase_result.table(result))
         output = str(config.checkpoint.output)
         merge = shlex.join(["python", "-m", "esd_peft.merge_adapter", "--adapter", output, "--output", "MERGED"])
+        if config.validation.validation_prompt:
+            say(f"\nWhat --validation-prompt shows, step by step: {config.checkpoint.output / FOLDER / PAGE}")
         say(f"\nThe adapter, its images and result.json are in {output}. To make it permanent:\n  {merge}")
 
 

@@ -8,6 +8,9 @@ from statistics import mean
 from typing import Any
 
 from esd_peft._version import __version__
+from esd_peft.adapters.hub import ADAPTER_FILES, Repository
+from esd_peft.adapters.model_card import adapter_card
+from esd_peft.adapters.saved import read_adapter
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError, out_of_memory
 from esd_peft.evaluate import command_of, evaluate
@@ -16,6 +19,7 @@ from esd_peft.evaluation.rates import Accuracies
 from esd_peft.evaluation.text import MARKS
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.outputs import new_file
+from esd_peft.models import open_family
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.attention import Found
 from esd_peft.training.diagnosis import Diagnosis
@@ -106,6 +110,15 @@ def add_evaluation(config: EraseConfig, result: dict[str, Any]) -> None:
         result |= recognised(found.accuracies)
     result["evaluation"] = found.to_dict()
     write(config.checkpoint.output, result)
+
+
+def upload(config: EraseConfig, repository: Repository) -> None:
+    """Upload the finished adapter, and its card, which is written beside it. Raises `UserError` if that does not work."""
+    output, pretrained = config.checkpoint.output, config.pretrained
+    family = open_family(pretrained.model, options=pretrained, weights=False)
+    with new_file(output / "README.md") as draft:
+        draft.write_text(adapter_card(read_adapter(output), family, repository.name), encoding="utf-8")
+    repository.upload(output, ADAPTER_FILES)
 
 
 def _evaluation(config: EraseConfig, used: dict[str, Any]) -> EvaluateConfig:

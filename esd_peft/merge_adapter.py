@@ -15,6 +15,7 @@ from esd_peft.adapters.export import (
     read_checkpoint_denoiser,
     write_checkpoint,
 )
+from esd_peft.adapters.hub import check_upload
 from esd_peft.adapters.merge import RECORD, Changes, base_weights, find_changes, merge_in_place, merge_weight
 from esd_peft.adapters.model_card import base_licence, model_card, public_config
 from esd_peft.adapters.options import MergeConfig
@@ -41,10 +42,14 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     it is on disk, before the output gets its name.
 
     Returns what `erased.json` holds. Raises `UserError` if the adapter does not fit the base, if a file is damaged,
-    or if a merged layer differs from base + adapter by more than rounding.
+    if a merged layer differs from base + adapter by more than rounding, or if an upload that was asked for fails.
     """
     with only_job(), hold(config.output):
-        return _merge(config)
+        repository = check_upload(config, config.output)
+        record = _merge(config)
+        if repository is not None:
+            repository.upload(config.output)
+    return record
 
 
 def _merge(config: MergeConfig) -> dict[str, Any]:

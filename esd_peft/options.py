@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from esd_peft.errors import UserError
 
 _LONGEST = 4000  # characters; names of files have 255 bytes at most
-_PROMPTS = ("concept", "erase_from", "map_to", "preserve", "question", "low", "high")
+_PROMPTS = ("concept", "erase_from", "map_to", "preserve", "validation_prompt", "question", "low", "high")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from esd_peft import erase_result
+from esd_peft.adapters.hub import check_upload
 from esd_peft.checks import check_environment, check_model, check_words
 from esd_peft.config import EraseConfig
 from esd_peft.defaults import resolve
@@ -19,6 +20,7 @@ from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import current, resolve_device
 from esd_peft.runtime.reproducibility import bits_depend_on
+from esd_peft.runtime.tracking import Dashboard, dashboard
 from esd_peft.training.checkpoint import Checkpoints
 
 
@@ -29,7 +31,8 @@ class Session:
     family: ModelFamily
     prompts: PromptPlan
     denoiser_sha256: dict[str, str]  # of the denoiser's files
-    checkpoints: Checkpoints | None  # of the main process, the only one that writes
+    checkpoints: Checkpoints | None = None  # of the main process, the only one that writes
+    dashboard: Dashboard = field(default_factory=Dashboard)
 
 
 Train = Callable[[EraseConfig, Session], dict[str, Any]]  # `esd_peft.erase.train`: returns what `result.json` holds
@@ -43,26 +46,34 @@ def in_session(given: EraseConfig, train: Train) -> dict[str, Any]:
     with only_job():
         distributed.start()
         device = resolve_device(given.runtime.device)
-        own = hold(given.checkpoint.output) if distributed.is_main_process() else contextlib.nullcontext()
-        with own, current(device):
+        output, is_main = given.checkpoint.output, distributed.is_main_process()
+        with hold(output) if is_main else contextlib.nullcontext(), current(device):
+            repository = check_upload(given.hub, output) if is_main else None
             result = _train(given, train, device)
-            if given.validation.evaluate and distributed.is_main_process():  # what training held is free again
+            if given.validation.evaluate and is_main:  # what training held is free again
                 erase_result.add_evaluation(given, result)
+            if repository is not None:
+                erase_result.upload(given, repository)
     return result
 
 
 def _train(given: EraseConfig, train: Train, device: torch.device) -> dict[str, Any]:
     check_environment(given, device)
     family = open_family(given.pretrained.model, options=given.pretrained)
-    check_words(given.prompts, family)
+    check_words(given.prompts, given.validation.validation_prompt, family)
     config, prompts = resolve(given, family)
     config = within_budget(given, config, prompts, family)
     check_model(config, prompts, family)
-    session = Session(family, prompts, family.denoiser_hashes(), None)
+    session = Session(family, prompts, family.denoiser_hashes())
+
+    def run(config: EraseConfig) -> dict[str, Any]:
+        with dashboard(config.runtime.report_to, config.flat()) as session.dashboard:
+            return train(config, session)
+
     if not distributed.is_main_process():
         config = distributed.broadcast(None)  # the main process's, but for the device
-        quiet = config.replace(device=str(device), num_validation_images=0, report_to="none")
-        return with_less_memory(lambda config: train(config, session), given, quiet, prompts, family, lambda less: less)
+        quiet = config.replace(device=str(device), num_validation_images=0, validation_prompt=[], report_to="none")
+        return with_less_memory(run, given, quiet, prompts, family, lambda less: less)
     made_with = bits_depend_on(device, config.runtime.torch_dtype)
     with Checkpoints(config.checkpoint, config.flat(), session.denoiser_sha256, made_with) as checkpoints:
         session.checkpoints = checkpoints
@@ -75,4 +86,4 @@ def _train(given: EraseConfig, train: Train, device: torch.device) -> dict[str, 
         def restart_with(less: EraseConfig) -> EraseConfig:
             return less.replace(resume=checkpoints.restart_with(less.flat()))
 
-        return with_less_memory(lambda config: train(config, session), given, config, prompts, family, restart_with)
+        return with_less_memory(run, given, config, prompts, family, restart_with)

@@ -1,4 +1,4 @@
-"""The README.md of a merged model: licence passed on, what was erased, from what, how, and what evaluation said."""
+"""The README.md of a merged model or an adapter: its licence, what was erased, from what, how, and what evaluation said."""
 
 import contextlib
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCardData
 
 from esd_peft.adapters.saved import Adapter
@@ -15,52 +16,90 @@ from esd_peft.models import ModelFamily
 from esd_peft.models.sources import inside_model
 
 TAGS = ["text-to-image", "diffusers", "concept-erasure", "esd"]
-_LOCAL = ("output", "overwrite", "preserve_file", "reference", "checkpoint_config", "device", "report_to")
+_LOCAL = ("output", "overwrite", "preserve_file", "reference", "checkpoint_config", "device", "report_to",
+          "push_to_hub", "hub_model_id", "hub_private")  # fmt: skip
 _HEADER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LARGEST_HEADER = 2**18  # bytes
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$-])")
 
 
 def model_card(record: dict[str, Any], family: ModelFamily, adapters: list[Adapter], title: str) -> str:
-    """The card as Markdown with the hub's YAML header. `record` is what `erased.json` holds."""
-    base = record["base"]["name"]
-    on_hub = "/" in base
-    header = ModelCardData(
+    """A merged model's card as Markdown with the hub's YAML header. `record` is what `erased.json` holds."""
+    base = record["base"]
+    hashes = base["denoiser_sha256"].items()
+    sections = [
+        f"This is {_origin(base)} without these concepts, which were erased from its weights:",
+        _concepts(record["concept"]),
+        f"It is a plain diffusers pipeline: `{family.pipeline_class.__name__}.from_pretrained` loads it. {_RECOVERY}",
+        "## How",
+        f"{_method(record['version'])}; {record['merged_tensors']} weights of the {family.denoiser_part} were changed"
+        + _scaled(record["scales"])
+        + f". {_READS_IT}",
+        *[_fenced(yaml.safe_dump(c, sort_keys=False, allow_unicode=True)) for c in record["configs"] if c],
+        "The base's denoiser, before: " + ", ".join(f"{escape(n)} (SHA-256 `{digest}`)" for n, digest in hashes) + ".",
+        "## Evaluation",
+        *(_evaluation(adapter.result) for adapter in adapters),
+    ]
+    return _card(title, _header(base["name"], family, TAGS), sections)
+
+
+def adapter_card(adapter: Adapter, family: ModelFamily, repository: str) -> str:
+    """An adapter's card, as `model_card`, which says how to load it from the hub's `repository` (OWNER/NAME)."""
+    base = {"name": family.name, "revision": adapter.base.get("revision")}
+    kind = adapter.config["student"]["adapter_type"]
+    if (adapter.path / LORA_WEIGHT_NAME_SAFE).is_file():
+        loads = f'In diffusers: `pipe.load_lora_weights("{repository}")`.'
+    elif kind != "none":
+        loads = f'In peft: `PeftModel.from_pretrained(pipe.{family.denoiser_part}, "{repository}")`.'
+    else:
+        loads = "These are whole weights, which `python -m esd_peft.merge_adapter` puts into the base."
+    sections = [
+        f"With this adapter {_origin(base)} no longer draws these concepts:",
+        _concepts(adapter.concepts),
+        f"{loads} {_RECOVERY}",
+        "## How",
+        f"{_method(adapter.base['version'])}. {_READS_IT}",
+        _fenced(yaml.safe_dump(public_config(adapter.config), sort_keys=False, allow_unicode=True)),
+        "## Evaluation",
+        _evaluation(adapter.result),
+    ]
+    return _card(
+        repository.split("/")[-1], _header(family.name, family, [*TAGS, *([kind] if kind != "none" else [])]), sections
+    )
+
+
+_RECOVERY = "An erased concept may be recovered by fine-tuning or by learned embeddings."
+_READS_IT = "`python -m esd_peft.erase --config` reads this:"
+
+
+def _card(title: str, header: str, sections: list[str]) -> str:
+    return "\n\n".join([f"---\n{header}\n---", f"# {escape(title)}", *sections]).rstrip() + "\n"
+
+
+def _header(base: str, family: ModelFamily, tags: list[str]) -> str:
+    """What the hub reads, in YAML."""
+    return ModelCardData(
         **base_licence(family.path),
-        base_model=base if on_hub else None,
+        base_model=base if "/" in base else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=TAGS,
-    )
-    erased = "\n".join(f"- {escape(concept)}" for concept in record["concept"]) or "- (the adapter does not say)"
-    origin = f"[{escape(base)}](https://huggingface.co/{base})" if on_hub else escape(base)
-    origin += f" at `{record['base']['revision']}`" if record["base"]["revision"] else ""
-    return (
-        "\n\n".join(
-            [
-                f"---\n{header.to_yaml()}\n---",
-                f"# {escape(title)}",
-                f"This is {origin} without these concepts, which were erased from its weights:",
-                erased,
-                f"It is a plain diffusers pipeline: `{family.pipeline_class.__name__}.from_pretrained` loads it. "
-                "An erased concept may be recovered by fine-tuning or by learned embeddings.",
-                "## How",
-                f"[ESD](https://arxiv.org/abs/2303.07345), with `esd_peft` {escape(record['version'])}; "
-                f"{record['merged_tensors']} weights of the {family.denoiser_part} were changed"
-                + _scaled(record["scales"])
-                + ". `python -m esd_peft.erase --config` reads this:",
-                *[_fenced(yaml.safe_dump(c, sort_keys=False, allow_unicode=True)) for c in record["configs"] if c],
-                "The base's denoiser, before: "
-                + ", ".join(
-                    f"{escape(name)} (SHA-256 `{digest}`)" for name, digest in record["base"]["denoiser_sha256"].items()
-                )
-                + ".",
-                "## Evaluation",
-                *(_evaluation(adapter.result) for adapter in adapters),
-            ]
-        ).rstrip()
-        + "\n"
-    )
+        tags=tags,
+    ).to_yaml()
+
+
+def _origin(base: dict[str, Any]) -> str:
+    """The base's name, with where it is on the hub, if it came from there."""
+    name, revision = base["name"], base["revision"]
+    linked = f"[{escape(name)}](https://huggingface.co/{name})" if "/" in name else escape(name)
+    return linked + (f" at `{revision}`" if revision else "")
+
+
+def _concepts(concepts: list[str]) -> str:
+    return "\n".join(f"- {escape(concept)}" for concept in concepts) or "- (the adapter does not say)"
+
+
+def _method(version: str) -> str:
+    return f"[ESD](https://arxiv.org/abs/2303.07345), with `esd_peft` {escape(version)}"
 
 
 def base_licence(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The options of the merge command."""
+"""The options of the merge command, and those of an upload, which the erase command has too."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,9 +7,29 @@ import tyro
 from pydantic import Field, field_validator, model_validator
 
 from esd_peft.models.options import ModelOptions
+from esd_peft.options import Options
 
 
-class MergeConfig(ModelOptions):
+class HubOptions(Options):
+    """Whether the result is uploaded to the Hugging Face hub, with its model card."""
+
+    push_to_hub: bool = False
+    """Upload the result to the hub at the end, with its card. The token is that of hf auth login, or HF_TOKEN; whether it
+    may write there is looked at before any work."""
+    hub_model_id: str | None = None
+    """With --push-to-hub: the repository, as OWNER/NAME; left out: the output directory's name, under your own."""
+    hub_private: bool = False
+    """With --push-to-hub: make the repository a private one."""
+
+    @model_validator(mode="after")
+    def _something_is_pushed(self) -> "HubOptions":
+        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
+            option = "--hub-private" if self.hub_model_id is None else "--hub-model-id"
+            raise ValueError(f"{option} is for --push-to-hub; add that or leave it out")
+        return self
+
+
+class MergeConfig(ModelOptions, HubOptions):
     """Merge an adapter into its base: a plain pipeline that needs neither peft nor this package."""
 
     adapter: Annotated[list[Path], tyro.conf.UseAppendAction] = Field(default_factory=list)
@@ -46,6 +66,8 @@ class MergeConfig(ModelOptions):
     def _can_be_done(self) -> "MergeConfig":
         if self.unmerge:
             raise ValueError("--unmerge would bring the concept back; the base was left as it is, go on from there")
+        if self.push_to_hub and self.single_file:
+            raise ValueError("--push-to-hub uploads a directory with its card; give an --output without .safetensors")
         if len(self.scale) not in (0, 1, len(self.adapter)):
             raise ValueError(f"--scale: give it once, or once for each of the {len(self.adapter)} adapters")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, field_validator, model_validator
 
-from esd_peft.options import Options
+from esd_peft.options import LEFT_OUT, Auto, Options
 from esd_peft.runtime.options import Dtype
 
 WITHIN = "evaluation"  # the one output inside of what is evaluated
@@ -14,18 +14,40 @@ AttackName = Literal["textual-inversion", "prefix", "prompts", "fine-tuning"]
 
 
 class ValidationOptions(Options):
-    """What is looked at before and after."""
+    """What is looked at before, while it trains, and after."""
 
     num_validation_images: Annotated[int, Field(ge=0, le=10**4)] = 2
     """Images of each prompt, before and after; on the embedded pipeline they are judged. 0: none."""
+    validation_prompt: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
+    """A prompt to look at while it trains: --num-validation-images images of it, from the same noise each time, on the
+    dashboard of --report-to and in OUTPUT.checkpoint/validation, which becomes OUTPUT/validation; report.html there shows
+    them all, and at the end the adapter at other strengths; repeat for several."""
+    validation_steps: Auto[Annotated[int, Field(ge=1, le=10**9)]] = LEFT_OUT
+    """Steps between two looks at --validation-prompt, those of --attention-steps included; the base and the last step are
+    looked at anyway; left out: a fifth of all steps."""
     evaluate: bool = False
     """Make and judge the images by python -m esd_peft.evaluate once the adapter is there; its report goes to evaluation/ in
     the output directory (docs/evaluation.md)."""
 
+    @field_validator("validation_prompt", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("validation_prompt")
+    @classmethod
+    def _some_text(cls, value: list[str]) -> list[str]:
+        if any(not text.strip() for text in value):
+            raise ValueError("say what to look at, or leave the option out")
+        return value
+
     @model_validator(mode="after")
-    def _some_images(self) -> "ValidationOptions":
-        if self.evaluate and not self.num_validation_images:
-            raise ValueError("--evaluate needs images; leave --num-validation-images 0 out")
+    def _fits_together(self) -> "ValidationOptions":
+        for name, asked in (("--evaluate", self.evaluate), ("--validation-prompt", self.validation_prompt)):
+            if asked and not self.num_validation_images:
+                raise ValueError(f"{name} needs images; leave --num-validation-images 0 out")
+        if self.validation_steps is not None and not self.validation_prompt:
+            raise ValueError("--validation-steps needs a --validation-prompt to look at; add one or leave it out")
         return self
 
     @property

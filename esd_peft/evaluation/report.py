@@ -3,15 +3,14 @@
 import base64
 import io
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from esd_peft.evaluation import pages
 from esd_peft.evaluation.image_cache import ImageCache
 from esd_peft.evaluation.plots import attack_success, erased_against_kept
 from esd_peft.evaluation.result import Evaluation
@@ -19,7 +18,6 @@ from esd_peft.evaluation.suites import Roles
 from esd_peft.evaluation.tables import tables
 from esd_peft.evaluation.text import MARKS, as_markdown
 from esd_peft.io.outputs import new_file
-from esd_peft.io.text import shown_lines
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds.world import Prompt
 
@@ -49,9 +47,8 @@ def write_report(
 
 def render(result: Evaluation, figures: dict[str, list[Figure]]) -> str:
     """The HTML page."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("esd_peft.evaluation") / "report.html").read_text(encoding="utf-8"))
-    page = template.render(
+    return pages.render(
+        "report.html",
         result=result,
         tables=tables(result),
         figures={title: shown for title, shown in figures.items() if shown},
@@ -60,7 +57,6 @@ def render(result: Evaluation, figures: dict[str, list[Figure]]) -> str:
         marks=MARKS,
         config=yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True),
     )
-    return shown_lines(page)
 
 
 def _figures(

@@ -184,7 +184,8 @@ class MemoryEstimator:
             phases["rollout"] = working + _line(self.running, together)
             phases["train"] = working + _line(stepping, memory.per_device_batch_size)
         if seeds:
-            images = min(buffer.rollout_batch_size, seeds * (len(self.prompts.concepts) + 3))
+            looked_at = max(len(self.prompts.concepts) + 3, len(config.validation.validation_prompt))
+            images = min(buffer.rollout_batch_size, seeds * looked_at)
             phases["evaluate"] = working + max(self.drawing, _line(self.running, 2 * images))
         if training.robust:
             phases["attack"] = working + self.attacking + _line(stepping, SEARCH_BATCH_SIZE)

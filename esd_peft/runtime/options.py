@@ -10,7 +10,7 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 class RuntimeOptions(Options):
-    """The device, the number format, the compiler, and where the loss is logged."""
+    """The device, the number format, the compiler, and where losses and images are logged."""
 
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
@@ -21,7 +21,7 @@ class RuntimeOptions(Options):
     """Compile the denoiser's blocks (torch.compile) for rollouts and training, which takes a minute or more; auto: on a
     GPU, from about 2000 calls of the denoiser on (a default run makes 65)."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where to log the loss, beside the terminal."""
+    """Where to log the loss, beside the terminal, and the images of --validation-prompt."""
 
     @property
     def torch_device(self) -> torch.device:

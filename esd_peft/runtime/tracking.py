@@ -1,13 +1,15 @@
-"""The loss on a dashboard, through accelerate's trackers."""
+"""Losses and images on a dashboard, through accelerate's trackers."""
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from esd_peft.errors import UserError
+import numpy as np
+from PIL import Image
 
-Report = Callable[[dict[str, float], int], None]
+from esd_peft.errors import UserError
 
 
 def check_tracker(report_to: str) -> None:
@@ -16,11 +18,30 @@ def check_tracker(report_to: str) -> None:
         raise UserError(f"--report-to {report_to} is not installed; pip install {report_to}")
 
 
+@dataclass
+class Dashboard:
+    """What a run logs to; without trackers nothing is logged."""
+
+    trackers: list[Any] = field(default_factory=list)  # accelerate's `GeneralTracker`
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """The values at a step."""
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+    def log_images(self, images: Mapping[str, Sequence[Image.Image]], step: int) -> None:
+        """At a step, under each name images of one size, in RGB."""
+        for tracker in self.trackers:
+            pixels = {name: np.stack([np.asarray(image) for image in shown]) for name, shown in images.items()}
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(pixels, step=step, **layout)
+
+
 @contextlib.contextmanager
-def tracker(report_to: str, config: dict[str, Any]) -> Iterator[Report]:
-    """A function that logs values at a step, beside `config`; all of it is flushed at the end, however that comes."""
+def dashboard(report_to: str, config: dict[str, Any]) -> Iterator[Dashboard]:
+    """The dashboard that `--report-to` names, beside `config`; all of it is flushed at the end, however that comes."""
     if report_to == "none":
-        yield lambda values, step: None
+        yield Dashboard()
         return
     from accelerate import Accelerator
 
@@ -28,6 +49,6 @@ def tracker(report_to: str, config: dict[str, Any]) -> Iterator[Report]:
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
     accelerator.init_trackers("esd_peft", config=flat)
     try:
-        yield lambda values, step: accelerator.log(values, step=step)
+        yield Dashboard(accelerator.trackers)
     finally:
         accelerator.end_training()

@@ -38,6 +38,7 @@ from esd_peft.runtime import distributed
 from esd_peft.runtime.seeds import generator
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.esd import WEIGHT_DECAY
+from esd_peft.training.monitor import Monitor
 from esd_peft.training.names import Verdict, judge
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
@@ -65,8 +66,10 @@ class Found:
         return _near(self.verdicts)
 
 
-def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptions, steps: int, seed: int) -> Found:
-    """Train the student's cross-attention for so many steps.
+def distill_attention(
+    rollout: Rollout, wordings: Wordings, options: BufferOptions, steps: int, seed: int, monitor: Monitor
+) -> Found:
+    """Train the student's cross-attention for so many steps, which `monitor` is shown.
 
     Of several processes the main one trains, and the others take what it has learned; each runs all trajectories, as there
     are few.
@@ -92,7 +95,8 @@ def distill_attention(rollout: Rollout, wordings: Wordings, options: BufferOptio
     hidden = {name: torch.cat([states, seen[name]]) for name, states in named.items()}
     losses = []
     if distributed.is_main_process():
-        losses = _train(LayerLoss(student, layers, hidden, wordings, draws), Batches(wordings, verdicts, draws), steps)
+        batches = Batches(wordings, verdicts, draws)
+        losses = _train(LayerLoss(student, layers, hidden, wordings, draws), batches, steps, monitor)
     with torch.no_grad():
         for parameter in student.parameters if distributed.world_size() > 1 else []:
             parameter.copy_(distributed.broadcast(parameter.detach().cpu()))
@@ -267,7 +271,7 @@ class LayerLoss:
             return {name: layer(states[name], tokens) for name, layer in self.layers.items()}
 
 
-def _train(loss_of: LayerLoss, batches: Batches, steps: int) -> list[float]:
+def _train(loss_of: LayerLoss, batches: Batches, steps: int, monitor: Monitor) -> list[float]:
     """Returns the losses' means, `LOSS_EVERY` steps each."""
     student = loss_of.student
     rate = WEIGHTS_RATE if student.mixed_precision else LORA_RATE
@@ -291,5 +295,7 @@ def _train(loss_of: LayerLoss, batches: Batches, steps: int) -> list[float]:
                     raise UserError(
                         f"the loss is no longer a number at step {step} of --attention-steps; use --dtype float32"
                     )
+                monitor.log({"attention_loss": means[-1]}, step)
                 bar.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
+            monitor.look(step)
     return means

@@ -34,6 +34,7 @@ _IN_BUFFER = {"inputs", "timesteps", "teacher", "pairs"}
 # what may differ between a run and its resumption: it changes nothing in the adapter
 _FREE = {
     "output", "overwrite", "resume", "plan", "checkpointing_steps", "report_to", "num_validation_images", "evaluate",
+    "validation_prompt", "validation_steps", "push_to_hub", "hub_model_id", "hub_private",
     "memory_budget", "device", "dtype",  # what the last two came to is compared
 }  # fmt: skip
 
@@ -74,6 +75,11 @@ class Checkpoints:
             )
         elif options.resume and not self._steps():
             raise UserError(f"--resume: {self.folder} holds no checkpoint; leave --resume out to start from the beginning")
+
+    @property
+    def step(self) -> int | None:
+        """Of the newest checkpoint, if there is one."""
+        return int(max(self._steps()).stem.removeprefix("step-")) if self._steps() else None
 
     def settings_left(self, names: Iterable[str]) -> dict[str, Any]:
         """What the options `names` were in the run that is resumed, which may have taken less memory than it was given."""

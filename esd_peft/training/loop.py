@@ -13,10 +13,10 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.errors import UserError, in_brief
 from esd_peft.runtime import distributed, interrupts
-from esd_peft.runtime.tracking import Report
 from esd_peft.training.batches import Batch, Sampler
 from esd_peft.training.checkpoint import Checkpoints
 from esd_peft.training.early_stopping import EVERY, EarlyStopping
+from esd_peft.training.monitor import Monitor
 from esd_peft.training.trainer import Trainer
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
@@ -33,9 +33,10 @@ class TrainingLoop:
     trainer: Trainer
     sampler: Sampler
     early_stopping: EarlyStopping | None
-    report: Report
+    monitor: Monitor
     checkpoints: Checkpoints | None
     resume: bool
+    steps_before: int = 0  # of the stage before this one
 
     def batches(self) -> Generator[Batch, None, None]:
         """Each is to be trained on before the next is asked for.
@@ -48,6 +49,7 @@ class TrainingLoop:
         elif self.early_stopping is not None:
             self.early_stopping.measure(0)
         self.begun, shown = trainer.taken, distributed.is_main_process()
+        self.monitor.look(self.steps_before + trainer.taken)  # it is due yet if the run was interrupted after that step
         with (
             tqdm(total=trainer.steps, initial=trainer.taken, desc="train", disable=not shown) as bar,
             interrupts.noted() as signals,
@@ -82,8 +84,10 @@ class TrainingLoop:
         interrupted = distributed.any_process(signalled)
         done = enough or trainer.taken == trainer.steps
         if trainer.taken % LOSS_EVERY == 0 or done:
-            self.report(trainer.read_loss(), trainer.taken)
+            self.monitor.log(trainer.read_loss(), self.steps_before + trainer.taken)
             bar.set_postfix(loss=f"{trainer.losses[-1]:.5f}", refresh=False)
+        if not interrupted:
+            self.monitor.look(self.steps_before + trainer.taken)
         return interrupted, done
 
     def _save(self, interrupted: bool) -> None:

@@ -13,6 +13,7 @@ import peft
 import torch
 from diffusers import ModelMixin
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,6 +56,10 @@ class Student(ABC):
     @abstractmethod
     def teacher(self) -> contextlib.AbstractContextManager[None]:
         """Within it, the denoiser is the frozen base."""
+
+    @abstractmethod
+    def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        """Within it, what was learned counts so many times: 0 is the base, 1 the student as it is."""
 
     @abstractmethod
     def start_from(self, changes: PromptMaps) -> None:
@@ -170,6 +175,18 @@ class _AdapterStudent(Student):
     def teacher(self) -> contextlib.AbstractContextManager[None]:
         return self.peft.disable_adapter()
 
+    @contextlib.contextmanager
+    def scaled(self, strength: float) -> Iterator[None]:
+        layers = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+        scales = [layer.scaling["default"] for layer in layers]
+        try:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scaling["default"] = strength * scale
+            yield
+        finally:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scaling["default"] = scale
+
     def save(self, directory: Path) -> None:
         """PEFT's own files; for LoRA also the one file that diffusers' `load_lora_weights` reads.
 
@@ -242,10 +259,17 @@ class _WeightsStudent(Student):
         for weight, frozen, projection in self._projected:
             weight.copy_(frozen + (weight - frozen) @ projection)
 
+    def teacher(self) -> contextlib.AbstractContextManager[None]:
+        return self._holding(self._frozen)
+
+    def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        pairs = zip(self._frozen, self.parameters, strict=True)
+        return self._holding([frozen + strength * (p.detach() - frozen) for frozen, p in pairs])
+
     @contextlib.contextmanager
-    def teacher(self) -> Iterator[None]:
+    def _holding(self, values: list[Tensor]) -> Iterator[None]:
         learned: list[Tensor] = [p.data for p in self.parameters]
-        self._put(self._frozen)
+        self._put(values)
         try:
             yield
         finally:

@@ -65,6 +65,18 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--allow-pickle=maybe", "maybe"),
     ("--offload", "--offload needs --gradient-checkpointing; add it"),
     ("--evaluate --num-validation-images 0", "--evaluate needs images; leave --num-validation-images 0 out"),
+    (
+        "--validation-prompt circle --num-validation-images 0",
+        "--validation-prompt needs images; leave --num-validation-images 0 out",
+    ),
+    ("--hub-model-id me/it", "--hub-model-id is for --push-to-hub; add that or leave it out"),
+    ("--hub-private", "--hub-private is for --push-to-hub; add that or leave it out"),
+    ("--push-to-hub --hub-model-id a/b/c", "--hub-model-id 'a/b/c' is no name of a repository; write OWNER/NAME"),
+    ("--validation-prompt=", "--validation-prompt: say what to look at, or leave the option out"),
+    ("--validation-prompt zebra", "--validation-prompt 'zebra'.*use its words"),
+    ("--validation-steps 5", "--validation-steps needs a --validation-prompt to look at; add one or leave it out"),
+    ("--validation-prompt circle --validation-steps 0", "--validation-steps.*greater than or equal to 1"),
+    ("--validation-prompt circle --validation-steps -5", "--validation-steps"),
     ("--output .", "--output . is or holds .*; name another directory"),
     ("--output {text}", "--output .* is a file; name a directory"),
     ("--output /proc/out", "--output /proc/out cannot be written.*; name a writable directory"),
@@ -188,6 +200,16 @@ MERGES = [
     ("--adapter {adapter} --base nowhere --output out", "--base nowhere is not a diffusers pipeline"),
     ("--adapter {adapter} --output out", "--base is missing, and --adapter .* does not say"),
     ("--adapter {adapter} --output out --verify perhaps", "perhaps"),
+    (
+        "--adapter {adapter} --output out --hub-model-id me/it",
+        "--hub-model-id is for --push-to-hub; add that or leave it out",
+    ),
+    ("--adapter {adapter} --output out --hub-private", "--hub-private is for --push-to-hub; add that or leave it out"),
+    (
+        "--adapter {adapter} --output out --push-to-hub --hub-model-id a/b/c",
+        "--hub-model-id 'a/b/c' is no name of a repository; write OWNER/NAME",
+    ),
+    ("--adapter {adapter} --output out.safetensors --push-to-hub", "--push-to-hub uploads a directory with its card"),
     ("--adapter {adapter} --output out --overwrite perhaps", "perhaps"),
 ]
 EVALUATIONS = [  # of an adapter on the embedded pipeline, where none is named

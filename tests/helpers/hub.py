@@ -1,10 +1,12 @@
 """The hub without the hub: its cache laid out by hand, and a server that answers as it does."""
 
+import base64
 import hashlib
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -91,5 +93,81 @@ def serve(repos: dict[str, Path], gated: str = "") -> Iterator[tuple[str, list[s
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+
+
+@dataclass
+class Account:
+    """Who uploads, and what the hub has of theirs."""
+
+    role: str = "write"  # of the token
+    public: str = ""  # a repository that is there
+    full: bool = False  # no commit is taken
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by name their files
+    private: dict[str, bool] = field(default_factory=dict)
+
+
+TOKEN = "hf_" + "a" * 30
+
+
+@contextmanager
+def accept_uploads(account: Account) -> Iterator[str]:
+    """A hub on which `me`, of the organisation `team`, has an account; yields its address."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def answer(self, status: int, body: object = None, code: str = "") -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            for key, value in {"Content-Length": len(content), "Content-Type": "application/json"}.items():
+                self.send_header(key, str(value))
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                return self.answer(401, {"error": "Invalid username or password."})
+            if self.path == "/api/whoami-v2":
+                access = {"accessToken": {"role": account.role}}
+                return self.answer(200, {"type": "user", "name": "me", "orgs": [{"name": "team"}], "auth": access})
+            repo = "/".join(self.path.removeprefix("/api/models/").split("?")[0].split("/")[:2])
+            if repo not in (account.public, *account.repos):
+                return self.answer(404, {"error": "Repository not found"}, "RepoNotFound")
+            return self.answer(200, {"id": repo, "sha": COMMIT, "private": account.private.get(repo, False), "siblings": []})
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            repo = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
+            if self.path == "/api/repos/create":
+                asked = json.loads(body)
+                repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                account.repos.setdefault(repo, {})
+                account.private[repo] = bool(asked.get("private") or asked.get("visibility") == "private")
+                return self.answer(200, {"url": f"http://127.0.0.1:{server.server_port}/{repo}"})
+            if "/preupload/" in self.path:
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                return self.answer(200, {"files": files})
+            if "/commit/" in self.path:
+                if account.full:
+                    return self.answer(403, {"error": "Storage limit reached"})
+                for entry in map(json.loads, body.splitlines()):
+                    if entry["key"] == "file":
+                        account.repos[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                url = f"http://127.0.0.1:{server.server_port}/{repo}/commit/{COMMIT}"
+                return self.answer(200, {"commitUrl": url, "commitOid": COMMIT, "success": True})
+            return self.answer(200, {"errors": [], "warnings": []})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()

@@ -100,10 +100,13 @@ def test_texts_past_the_encoders_limit(small_sd, tmp_path):
         {"concept": f"{long} circle"},
         {"concept": "circle", "preserve": long},
         {"concept": "circle", "map_to": long},
+        {"concept": "circle", "validation_prompt": long},
     ):
         option = "--concept" if options["concept"] != "circle" else f"--{[*options][1].replace('_', '-')}"
         with pytest.raises(UserError, match=rf"^{option} '.*' is \d+ tokens long and the text encoder reads 16"):
-            erase(EraseConfig(**options, model=str(small_sd), output=tmp_path / "out", **QUICK))
+            erase(
+                EraseConfig(model=str(small_sd), output=tmp_path / "out", **QUICK | {"num_validation_images": 1} | options)
+            )
     with pytest.raises(UserError, match=r"the text encoder reads 16"):
         erase(EraseConfig(concept=f"{long} circle", output=tmp_path / "out", **QUICK))
     assert not (tmp_path / "out").exists()

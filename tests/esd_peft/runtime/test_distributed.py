@@ -108,12 +108,12 @@ def test_a_process_that_is_ended_while_it_asks_who_failed_first_says_why(monkeyp
 
 
 def test_every_process_has_the_settings_of_the_first_and_its_own_device(monkeypatch):
-    given, seen = EraseConfig(concept="circle", device="cpu"), []
+    given, seen = EraseConfig(concept="circle", device="cpu", validation_prompt="a star"), []
     others, _ = resolve(given.replace(per_device_batch_size=2), open_family("shapes"))
     monkeypatch.setattr(distributed, "is_main_process", lambda: False)
     monkeypatch.setattr(distributed, "broadcast", lambda _: others.replace(device="cuda:0"))
     in_session(given, lambda config, session: seen.append(config) or {})
-    assert seen == [others.replace(num_validation_images=0)]
+    assert seen == [others.replace(num_validation_images=0, validation_prompt=[])]
 
 
 def buffer_of_one(tmp_path, monkeypatch):

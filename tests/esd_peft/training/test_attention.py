@@ -17,6 +17,7 @@ from esd_peft.prompts.wordings import encode_wordings, known_names
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training import attention
 from esd_peft.training.attention import ERASE, AttentionLayer, Batches, LayerLoss, distill_attention
+from esd_peft.training.monitor import Monitor
 from esd_peft.training.names import Verdict
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
@@ -108,7 +109,9 @@ def some_candidates(monkeypatch):
 def test_the_teacher_knows_which_words_are_other_names(some_candidates, few, eager):
     emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2)
     student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
-    fox, rose = distill_attention(Rollout(student, PhaseProfiler(CPU)), made, config.buffer, 1, 0).verdicts
+    profiler = PhaseProfiler(CPU)
+    found = distill_attention(Rollout(student, profiler), made, config.buffer, 1, 0, Monitor(student, profiler))
+    fox, rose = found.verdicts
     assert [c.text for c in fox.same] == ["a vixen", "a sly"]
     assert [c.text for c in fox.others] == ["a dog", "a heart"]
     assert [c.text for c in rose.same] == ["a valentine", "a thorns"]
@@ -126,6 +129,20 @@ def test_no_prompt_that_holds_has_another_name_in_it(some_candidates, few):
     assert any(names("vixen", text) for text in erasing) and "a dog" in holding
 
 
+class Seen(Monitor):
+    """What a monitor is shown."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.steps, self.losses = [], []
+
+    def look(self, step):
+        self.steps.append(step)
+
+    def log(self, values, step):
+        self.losses.append((step, values))
+
+
 def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alone(few, eager):
     emoji, config, plan, made = encoded(concept="fox", rank=4)
     denoiser = emoji.load_denoiser(torch.float32)
@@ -137,7 +154,10 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     with torch.no_grad():
         null, named = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)
         frozen = {name: p.clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
-    found = distill_attention(rollout, made, config.buffer, 60, 0)
+    seen = Seen(student, rollout.profiler)
+    found = distill_attention(rollout, made, config.buffer, 60, 0, seen)
+    assert seen.steps == [*range(1, 61)]
+    assert seen.losses == [(50, {"attention_loss": found.losses[0]}), (60, {"attention_loss": found.losses[1]})]
     with torch.no_grad():
         with student.teacher():
             taught = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)

@@ -105,6 +105,34 @@ def test_a_student_is_its_own_teacher(small_sd, adapter_type):
     assert all(p.requires_grad for p in student.parameters)
 
 
+@pytest.mark.parametrize("adapter_type", ["lora", "loha", "lokr", "none"])
+def test_a_student_at_some_strength_has_so_much_of_its_change(small_sd, adapter_type):
+    family = open_family(str(small_sd))
+    denoiser = family.load_denoiser(torch.float32)
+    layer = family.scope_modules(denoiser, "esd-x-strict")[0]
+    rank = None if adapter_type == "none" else 2
+    options = StudentOptions(scope="esd-x-strict", adapter_type=adapter_type, rank=rank, alpha=rank)
+    student = make_student(family, denoiser, options, CPU, torch.float32)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def output():
+        return denoiser.get_submodule(layer)(x)
+
+    with torch.no_grad():
+        for p in student.parameters:
+            p += 0.1
+    with student.teacher():
+        base = output()
+    full = output()
+    assert (full - base).abs().max() > 1e-2
+    for strength in (0.0, 0.5, 1.0, 1.5):
+        with student.scaled(strength):
+            torch.testing.assert_close(output() - base, strength * (full - base), rtol=1e-4, atol=1e-5)
+    assert torch.equal(output(), full)
+    assert all(p.requires_grad for p in student.parameters)
+
+
 @pytest.mark.parametrize(("adapter_type", "enabled"), [("lora", False), ("lokr", False), ("none", True)])
 def test_autocast_only_where_the_weights_themselves_learn(small_sd, adapter_type, enabled):
     family, rank = open_family(str(small_sd)), None if adapter_type == "none" else 2

@@ -19,6 +19,7 @@ from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.contrastive import ReferenceSampler, contrastive_loss
 from esd_peft.training.loop import TrainingLoop
+from esd_peft.training.monitor import Monitor
 from esd_peft.training.objective import make_objective
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
@@ -67,7 +68,7 @@ def on_meta(monkeypatch):
             patch.setattr(torch, "tensor", on_the_host)
             patch.setattr(torch.Tensor, "new_tensor", on_the_host)  # fails: it would be on the device
             trainer = Trainer(run.student, run.config.training, run.config.memory, 0.0, run.rollout.profiler)
-            loop = TrainingLoop(trainer, sampler, None, lambda values, step: None, None, resume=False)
+            loop = TrainingLoop(trainer, sampler, None, Monitor(run.student, run.rollout.profiler), None, resume=False)
             for batch in loop.batches():
                 trainer.step(batch, loss)
         return trainer.losses, traffic

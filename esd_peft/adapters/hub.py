@@ -1,0 +1,93 @@
+"""`--push-to-hub`: whether an upload can work, before the work; and the upload, after it.
+
+The token is the one of `hf auth login` or `HF_TOKEN`, which huggingface_hub finds by itself: no option, file or message here
+holds it.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, errors
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from esd_peft.adapters.options import HubOptions
+from esd_peft.errors import UserError, in_brief
+from esd_peft.io.outputs import MARK
+from esd_peft.io.terminal import say
+
+# what is of use elsewhere: the other files of an adapter's directory say where its base lies on this machine
+ADAPTER_FILES = ("*.safetensors", "adapter_config.json", "README.md")
+_FAILED: tuple[type[Exception], ...] = (errors.HTTPError, OSError, ValueError, RuntimeError)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where an upload goes."""
+
+    name: str  # OWNER/NAME
+    private: bool
+
+    def upload(self, folder: Path, files: tuple[str, ...] = ()) -> None:
+        """Upload the folder, or those `files` in it (patterns), and say where it is; make the repository if there is none.
+
+        Raises `UserError` that says how to do it again: what was made stays where it is.
+        """
+        try:
+            api = HfApi()
+            address = api.create_repo(self.name, private=self.private or None, exist_ok=True)
+            api.upload_folder(
+                repo_id=self.name, folder_path=folder, commit_message="Upload with esd_peft",
+                allow_patterns=[*files] or None, ignore_patterns=[MARK, f"**/{MARK}"],
+            )  # fmt: skip
+        except _FAILED as error:
+            again = self._command(folder, files)
+            raise UserError(f"{folder} is finished, but not uploaded ({in_brief(error)}); for that: {again}") from None
+        say(f"uploaded to {address}")
+
+    def _command(self, folder: Path, files: tuple[str, ...]) -> str:
+        """The same upload by the hub's own command."""
+        chosen = [word for file in files for word in ("--include", file)] or ["--exclude", f"*{MARK}"]
+        return shlex.join(["hf", "upload", self.name, str(folder), ".", *chosen, *(["--private"] if self.private else [])])
+
+
+def check_upload(options: HubOptions, output: Path) -> Repository | None:
+    """Where the output is to be uploaded to; none if that is not asked for. Nothing is made on the hub yet.
+
+    Raises `UserError` without a token that may write, for a name that is none, for somebody else's, and where what is to be
+    private would go to a repository that everybody may read.
+    """
+    if not options.push_to_hub:
+        return None
+    name, api = options.hub_model_id or output.resolve().name, HfApi()
+    try:
+        validate_repo_id(name)
+        repository = _own(name, api.whoami())
+        public = api.repo_exists(repository) and not api.repo_info(repository).private
+    except errors.HFValidationError:
+        raise UserError(
+            f"--hub-model-id {name!r} is no name of a repository; write OWNER/NAME, of letters, digits, -, _ and ."
+        ) from None
+    except errors.LocalTokenNotFoundError:
+        raise UserError("--push-to-hub needs a token of the hub; run hf auth login, or set HF_TOKEN") from None
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise UserError("--push-to-hub: the hub does not know the token; run hf auth login, or set HF_TOKEN") from None
+        raise UserError(f"--push-to-hub: the hub refuses ({in_brief(error)}); try again later, or leave it out") from None
+    except _FAILED as error:
+        raise UserError(f"--push-to-hub: the hub cannot be reached ({in_brief(error)}); leave it out") from None
+    if public and options.hub_private:
+        raise UserError(f"--hub-private: {repository} is there and public; make it private, or name another --hub-model-id")
+    return Repository(repository, options.hub_private)
+
+
+def _own(name: str, account: dict[str, Any]) -> str:
+    """`name` with its owner: the account, or one of its organisations. Raises `UserError` if it may not write there."""
+    owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+    owner, _, repository = name.rpartition("/")
+    if owner and owner not in owners:
+        raise UserError(f"--hub-model-id {name}: the token is of {', '.join(owners)}; name a repository of theirs")
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError("--push-to-hub: the token may only read; make one that may write, and run hf auth login")
+    return f"{owner or owners[0]}/{repository}"

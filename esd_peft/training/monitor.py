@@ -1,0 +1,61 @@
+"""What is shown of a run while it trains: losses on a dashboard, and the images of `--validation-prompt`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from esd_peft.evaluation.timeline import BASE, STRENGTHS, Timeline, step_name, strength_name
+from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.runtime.tracking import Dashboard
+from esd_peft.training.student import Student
+
+
+@dataclass
+class Monitor:
+    """Logs, and looks at the student every so many steps, if there is a `timeline`: the main process alone has one.
+
+    Steps count through both stages: cross-attention layer by layer, then the student as a whole.
+    """
+
+    student: Student
+    profiler: PhaseProfiler
+    dashboard: Dashboard = field(default_factory=Dashboard)
+    timeline: Timeline | None = None
+    every: int | None = None  # steps between two looks
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """The values after so many steps."""
+        self.dashboard.log(values, step)
+
+    def look_at_base(self) -> None:
+        """What there is before anything is learned."""
+        with self.profiler.phase("evaluate"), self.student.teacher():
+            self._look(BASE, 0)
+
+    def look(self, step: int) -> None:
+        """What the student makes after so many steps, if that is due."""
+        if step and self.every and step % self.every == 0:
+            with self.profiler.phase("evaluate"):
+                self._look(step_name(step), step)
+
+    def finish(self, step: int, folder: Path) -> None:
+        """What the finished student makes, and how that depends on how much of it counts. All looks go to `folder`, also if
+        something ends the last ones."""
+        if self.timeline is None:
+            return
+        try:
+            self._look(step_name(step), step)
+            for strength in STRENGTHS:
+                with self.student.scaled(strength):
+                    self._look(strength_name(strength))
+        finally:
+            self.timeline.move(folder)
+
+    def _look(self, name: str, step: int | None = None) -> None:
+        """Draw what is not there yet: a run that is resumed has the rest from before. Strengths have no step to log at."""
+        timeline, student = self.timeline, self.student
+        if timeline is None or timeline.has(name):
+            return
+        with student.autocast():
+            images = timeline.draw(student.family.pipeline(student.denoiser, student.device, student.dtype), name)
+        if step is not None:
+            self.dashboard.log_images({f"validation/{prompt}": shown for prompt, shown in images.items()}, step)

@@ -1,0 +1,147 @@
+"""Looks at the student while it trains: the same noise each time, nothing lost or doubled, the same adapter as without."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from esd_peft import EraseConfig, erase
+from esd_peft.models.stable_diffusion import StableDiffusion
+from esd_peft.training.trainer import Trainer
+
+QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 5, "train_batch_size": 4, "rank": 2,
+         "learning_rate": 0.1, "closed_form": False, "null_space": 0, "checkpointing_steps": 2, "device": "cpu"}  # fmt: skip
+PROMPTS = ["a circle", "<b>a star</b>"]
+LOOKS = ["base", "step_000002", "step_000004", "step_000005", "strength_0.5", "strength_1.5"]
+IMAGES = [f"prompt_{i}_image_0.png" for i in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Images of few steps."""
+    monkeypatch.setattr(StableDiffusion, "num_inference_steps", 2)
+
+
+def run(model, output, **options):
+    asked = {"num_validation_images": 1, "validation_prompt": PROMPTS, "validation_steps": 2}
+    return erase(EraseConfig(concept="circle", model=str(model), output=output, **(QUICK | asked | options)))
+
+
+def looks(folder):
+    """The images of every look, by name."""
+    assert all(sorted(path.name for path in look.glob("*.png")) == IMAGES for look in folder.iterdir() if look.is_dir())
+    return {look.name: [(look / name).read_bytes() for name in IMAGES] for look in folder.iterdir() if look.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def looked_at(small_sd, tmp_path_factory):
+    """The output of a run that logs to TensorBoard; its log lies beside it."""
+    folder = tmp_path_factory.mktemp("looked_at")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion, "num_inference_steps", 2)
+        patch.chdir(folder)
+        run(small_sd, folder / "out", report_to="tensorboard")
+    return folder / "out"
+
+
+def test_each_look_has_its_folder_and_all_are_on_one_page(looked_at):
+    made = looks(looked_at / "validation")
+    assert sorted(made) == LOOKS and not looked_at.with_name("out.checkpoint").exists()
+    for number in range(2):
+        assert len({made[name][number] for name in LOOKS}) == len(LOOKS), "each is of another student"
+    assert json.loads((looked_at / "validation" / "prompts.json").read_text())["prompts"] == PROMPTS
+    page = (looked_at / "validation" / "report.html").read_text()
+    assert [page.count(f'src="{name}/{image}"') for name in LOOKS for image in IMAGES] == [
+        2,
+        2,
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert "&lt;b&gt;a star&lt;/b&gt;" in page and "<b>a star" not in page
+
+
+def test_they_reach_the_dashboard_at_their_steps(looked_at):
+    log = EventAccumulator(str(looked_at.with_name("runs") / "esd_peft"))
+    log.Reload()
+    tags = log.Tags()["images"]
+    assert len(tags) == len(PROMPTS) and all(tag.startswith("validation/") for tag in tags)
+    assert all([image.step for image in log.Images(tag)] == [0, 2, 4, 5] for tag in tags)
+
+
+def test_looking_changes_nothing_that_is_learned(looked_at, small_sd, tmp_path):
+    run(small_sd, tmp_path / "out", num_validation_images=0, validation_prompt=[], validation_steps=None)
+    assert not (tmp_path / "out" / "validation").exists()
+    learned, alone = (load_file(path / "adapter_model.safetensors") for path in (looked_at, tmp_path / "out"))
+    assert learned.keys() == alone.keys() and all(torch.equal(learned[name], value) for name, value in alone.items())
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.fixture
+def stopped(small_sd, tmp_path, monkeypatch):
+    """A run that ended after its third step, with a checkpoint of the second: where its images lie."""
+    take = Trainer.step
+
+    def counted(self, *batch_and_loss):
+        if self.taken == 3:
+            raise Stop
+        take(self, *batch_and_loss)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "step", counted)
+        run(small_sd, tmp_path / "out")
+    return tmp_path / "out.checkpoint" / "validation"
+
+
+def test_a_resumed_run_goes_on_with_its_looks(stopped, looked_at, small_sd, tmp_path, monkeypatch):
+    assert sorted(looks(stopped)) == ["base", "step_000002"] and (stopped / "report.html").is_file()
+    for name in IMAGES:
+        Image.new("RGB", (8, 8)).save(stopped / "base" / name)
+    marked = looks(stopped)["base"]
+    (stopped / "step_000004").mkdir()  # as of a run that was killed when it had come further
+    run(small_sd, tmp_path / "out", resume=True)
+    made, whole = looks(tmp_path / "out" / "validation"), looks(looked_at / "validation")
+    assert made.pop("base") == marked, "what is there is not drawn again"
+    del whole["base"]
+    assert made == whole and not (tmp_path / "out.checkpoint").exists()
+
+
+def test_other_prompts_start_anew(stopped, small_sd, tmp_path):
+    run(small_sd, tmp_path / "out", resume=True, validation_prompt=[*reversed(PROMPTS)])
+    assert sorted(looks(tmp_path / "out" / "validation")) == LOOKS, (
+        "the step from which it goes on is drawn, and the base is known at any time"
+    )
+
+
+def test_what_is_drawn_is_kept_if_the_last_looks_fail(looked_at, small_sd, tmp_path, monkeypatch):
+    """The adapter is there by then, and the images of its training are beside it."""
+    draw = StableDiffusion.pipeline
+
+    def none_of_the_last(family, *given):
+        if (tmp_path / "out").exists():
+            raise KeyboardInterrupt
+        return draw(family, *given)
+
+    monkeypatch.setattr(StableDiffusion, "pipeline", none_of_the_last)
+    with pytest.raises(KeyboardInterrupt, match=r"the adapter in .* is finished"):
+        run(small_sd, tmp_path / "out")
+    assert sorted(looks(tmp_path / "out" / "validation")) == LOOKS[:3]
+    monkeypatch.undo()
+    monkeypatch.setattr(StableDiffusion, "num_inference_steps", 2)
+    run(small_sd, tmp_path / "out", overwrite=True, max_train_steps=1)
+    made = looks(tmp_path / "out" / "validation")
+    assert sorted(made) == ["base", "step_000001", *LOOKS[-2:]]
+    assert made["base"] == looks(looked_at / "validation")["base"], "which no training changes"
