@@ -58,6 +58,8 @@ setup(
             "types-psutil",
             "tensorboard>=2.15",
             "selenium>=4.20",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
         "lpips": ["lpips>=0.1.4"],
         "nudenet": ["nudenet>=3.4"],
