@@ -1,5 +1,5 @@
 # Short names for the commands in CONTRIBUTING.md.
-.PHONY: test coverage audit lint types bench docs plans
+.PHONY: test coverage audit lint types bench docs plans site
 
 test:
 	pytest
@@ -26,3 +26,6 @@ docs:
 
 plans:
 	python benchmarks/plans.py
+
+site:
+	mkdocs build --strict

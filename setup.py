@@ -61,6 +61,7 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
         ],
+        "docs": ["mkdocs-material>=9.5", "mkdocs<2"],
         "lpips": ["lpips>=0.1.4"],
         "nudenet": ["nudenet>=3.4"],
         "tensorboard": ["tensorboard>=2.15"],
