@@ -1,4 +1,4 @@
-"""For `mkdocs build`: the site has what README.md leads to, in the repository's folders, so that all links are the same there.
+"""For `mkdocs build`: the site has what README.md leads to, in the repository's folders, so that all links hold there.
 
 Pages may link to any file or folder of the repository. A folder gets a page that lists its files.
 """
