@@ -62,6 +62,7 @@ setup(
             "ipykernel>=6.29",
         ],
         "docs": ["mkdocs-material>=9.5", "mkdocs<2"],
+        "harnesses": ["eval-unlearn>=1.1.2"],
         "lpips": ["lpips>=0.1.4"],
         "nudenet": ["nudenet>=3.4"],
         "tensorboard": ["tensorboard>=2.15"],
