@@ -1,5 +1,5 @@
 # The README's install command on a slim Python; the image erases from the embedded pipeline at once:
-#   docker build -t esd_peft . && docker run --rm --gpus all -v "$PWD:/work" esd_peft --concept circle
+#   docker build -t esd_peft . && docker run --rm -v "$PWD:/work" esd_peft --concept circle
 FROM python:3.11-slim
 
 # Triton's kernels are compiled on first use

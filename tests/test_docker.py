@@ -16,6 +16,8 @@ def test_python_packages_are_installed_as_the_readme_says():
     (install,) = [command for command in arguments("RUN") if "pip" in command]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"\n{install} && python -m esd_peft.erase --concept circle\n" in readme
+    (comment,) = [line for line in LINES if "docker build" in line]
+    assert f"\n{comment.strip('# ')}\n" in readme
     assert arguments("ENTRYPOINT") == ['["python", "-m", "esd_peft.erase"]']
 
 

@@ -275,7 +275,8 @@ def describe(config: EraseConfig) -> str:
     said += ["activations recomputed"] if memory.gradient_checkpointing else []
     if memory.per_device_batch_size < config.training.train_batch_size:
         said += [f"{memory.per_device_batch_size} of a batch's samples at a time"]
-    return ", ".join([*said, f"{config.buffer.rollout_batch_size} trajectories side by side"])
+    count = config.buffer.rollout_batch_size
+    return ", ".join([*said, f"{count} trajectories side by side" if count > 1 else "1 trajectory at a time"])
 
 
 def amount(size: float) -> str:

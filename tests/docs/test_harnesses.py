@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def test_the_unet_file_is_a_state_dict_of_the_base_s_unet(folder, monkeypatch):
     monkeypatch.chdir(folder)
     exec(block("python"), {})
-    base = UNet2DConditionModel.from_pretrained(WORLDS["shapes"].pipeline / "unet", torch_dtype=torch.float32)
+    base = UNet2DConditionModel.from_pretrained(WORLDS["shapes"].pipeline / "unet", dtype=torch.float32)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     base.load_state_dict(torch.load("unet.pt", map_location="cpu"))  # as UnlearnDiffAtk and HUB do
     changed = {name for name, value in base.state_dict().items() if not torch.equal(value, before[name])}
