@@ -23,7 +23,7 @@ def write(path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, *IN_OTHER_WORDS])
+@pytest.mark.parametrize("name", [*BUILT_IN, *IN_OTHER_WORDS, "artists-languages"])
 def test_every_suite_that_ships_can_be_read(name):
     assert load_suite(name).about
 
@@ -44,7 +44,8 @@ def test_a_world_is_judged_by_what_the_erasure_has_not_seen():
 
 
 @pytest.mark.parametrize(
-    ("name", "concept", "asking", "kept"), [("imagenette", "church", 1, 9), ("artists", "Kilian Eng", 20, 80)]
+    ("name", "concept", "asking", "kept"),
+    [("imagenette", "church", 1, 9), ("artists", "Kilian Eng", 20, 80), ("artists-languages", "Kilian Eng", 20, 80)],
 )
 def test_combinations_of_lists(name, concept, asking, kept):
     prompts, roles = prompts_and_roles(name, [concept])
@@ -153,7 +154,7 @@ def test_prompts_from_the_hub(tmp_path, monkeypatch):
         ("imagenette", [], "--concept is missing"),
         ("imagenette", ["the"], "--concept 'the' names nothing"),
         ("concept", [], "--concept is missing"),
-        ("everything", ["zebra"], "--suite everything is not there; use artists, coco"),
+        ("everything", ["zebra"], "--suite everything is not there; use artists, artists-languages, coco"),
     ],
 )
 def test_concepts_and_suites_that_do_not_fit(name, concepts, says):
