@@ -1,5 +1,5 @@
 # Short names for the commands in CONTRIBUTING.md.
-.PHONY: test coverage audit lint types bench docs
+.PHONY: test coverage audit lint types bench docs plans site
 
 test:
 	pytest
@@ -23,3 +23,9 @@ bench:
 
 docs:
 	python docs/config_reference.py
+
+plans:
+	python benchmarks/plans.py
+
+site:
+	mkdocs build --strict

@@ -137,7 +137,7 @@ def timings() -> Rows:
 def steps() -> Rows:
     """A rollout step and a training step of SD 1.5 at 512², eager, compiled, and as plain diffusers and peft make them."""
     options = {"trajectories": BATCH, "num_inference_steps": 20, "train_batch_size": BATCH, "max_train_steps": 40}
-    options["learning_rate"] = 1e-4  # random weights
+    options |= {"attention_steps": 0, "learning_rate": 1e-4}  # random weights
 
     def ours(**more: object) -> dict:
         needs_gpu(20)
@@ -248,11 +248,11 @@ def _seconds(step: Callable[[], None], count: int = 20) -> float:
 
 
 def erasure() -> Rows:
-    """Whole default erasures of SD 1.5 (512²) and SDXL (1024²), and the authors' script, by time a training sample."""
+    """Erasures along trajectories of SD 1.5 (512²) and SDXL (1024²), and the authors' script, by time a training sample."""
 
     def ours(name: str, gib: int) -> dict:
         needs_gpu(gib)
-        result = _erase(model(name), {})
+        result = _erase(model(name), {"attention_steps": 0})
         return result | {"seconds_a_sample": sum(result["seconds"][phase] for phase in OURS) / result["training_samples"]}
 
     def authors(name: str, gib: int) -> dict:
@@ -277,7 +277,7 @@ def _memory_of(name: str, goal: int) -> dict:
     needed = {"FLUX.1": 40}.get(name, 10)
     if (free := shutil.disk_usage(tempfile.gettempdir()).free / GIB) < needed:
         raise Skip(f"needs {needed} GiB of disk, there are {free:.0f}")
-    options = {"num_inference_steps": 4, "max_train_steps": 4, "memory_budget": f"{goal}GiB"}
+    options = {"attention_steps": 0, "num_inference_steps": 4, "max_train_steps": 4, "memory_budget": f"{goal}GiB"}
     config = EraseConfig(concept="circle", model=str(model(name)), **options)
     family = open_family(str(model(name)))
     predicted = make_plan(config, *resolve(config, family), family)

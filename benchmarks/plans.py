@@ -1,44 +1,144 @@
-"""What `--plan` predicts for the real models at several memory budgets. Needs no weights and no GPU.
+"""What `--plan` predicts for the real models on cards of several sizes. Needs no weights and no GPU.
 
-python benchmarks/plans.py --output benchmarks/results/plans.md
+python benchmarks/plans.py
+
+It writes `benchmarks/results/plans.md`, the memory of each phase, and `docs/quickstarts.md`, a command for each model
+and card.
 """
 
-import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from real_models import MODELS, make_model
 
 from esd_peft import EraseConfig, UserError
 from esd_peft.defaults import resolve
-from esd_peft.memory.planner import amount, describe, make_plan
+from esd_peft.memory.planner import MemoryEstimator, Plan, amount, describe, fit, imagined
 from esd_peft.models import open_family
+from esd_peft.options import parse_bytes
 
-BUDGETS = ("4GiB", "8GiB", "12GiB", "24GiB")
-PHASES = ("encode", "load", "rollout", "train", "evaluate")
+ROOT = Path(__file__).parents[1]
+TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "quickstarts.md"
+CONCEPT = "Van Gogh"
+# a card, and what is left on it beside the driver and a desktop
+CARDS = {"4 GB": "3GiB", "8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}
+PHASES = ("encode", "load", "attention", "rollout", "train", "evaluate")
+# what --model takes
+SOURCES = {
+    "SD 1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16",
+    "SD 2.1": "path/to/stable-diffusion-2-1",
+    "SDXL": "stabilityai/stable-diffusion-xl-base-1.0 --variant fp16",
+    "SD 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
+    "SD 3.5 large": "stabilityai/stable-diffusion-3.5-large",
+    "FLUX.1": "black-forest-labs/FLUX.1-dev",
+    "PixArt-Σ": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    "Sana": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers --variant bf16",
+}
+INTRODUCTION = f"""# Quick starts, by model and card
+
+Written by `python benchmarks/plans.py` from what `--plan` predicts; do not edit it.
+
+A command for each model and size of card. Install as [README.md](../README.md) says, copy the command, put your concept
+in the place of {CONCEPT}; then merge, which needs no GPU:
+
+```sh
+python -m esd_peft.merge_adapter --adapter erased --output merged
+```
+
+A card is counted as 1 GiB less than its name says, for the driver and a desktop. Left out, `--memory-budget` is what the
+card has free when the command starts. Figures are the largest phase of a run, predicted for the real architectures
+with the defaults; [memory.md](memory.md) says how far predictions were right, and what the settings are. Models that are
+gated on the hub need `hf auth login`.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model on one card: a plan, or why there is none."""
+
+    plan: Plan | None
+    refusal: str = ""
+
+    @property
+    def phase(self) -> str:
+        """The largest one."""
+        assert self.plan is not None
+        return max(self.plan.phases, key=lambda name: self.plan.phases[name])  # type: ignore[union-attr]
+
+
+def entries(name: str) -> dict[str, Entry]:
+    """One of `real_models.MODELS` on each of `CARDS`."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_model(name, Path(folder) / "model", weights=False)
+        family = open_family(str(path), weights=False)
+        given = EraseConfig(concept=CONCEPT, model=str(path))
+        resolved, prompts = resolve(given, family)
+        resolved = imagined(given.runtime, resolved)
+        estimator = MemoryEstimator(resolved, prompts, family)
+        for card, budget in CARDS.items():
+            try:
+                found[card] = Entry(fit(estimator, given, resolved, parse_bytes(budget)))
+            except UserError as error:
+                found[card] = Entry(None, str(error).partition(" is ")[2].partition(" even with")[0])
+    return found
+
+
+def rows(name: str, found: dict[str, Entry]) -> list[str]:
+    """The model's rows of the table of phases."""
+    lines = []
+    for card, entry in found.items():
+        phases = entry.plan.phases if entry.plan else {}
+        cells = [amount(phases[phase]) if phase in phases else "" for phase in PHASES]
+        said = describe(entry.plan.config) if entry.plan else f"refused: {entry.refusal}"
+        lines.append(f"| {name} | {card} | {CARDS[card]} | {' | '.join(cells)} | {said} |")
+    return lines
+
+
+def section(name: str, found: dict[str, Entry]) -> str:
+    """The model's part of the page: its commands, each below what it takes."""
+    lines = [f"## {name}", "", "```sh"]
+    for card, entry in found.items():
+        if entry.plan is None:
+            lines.append(f"# {card}: refused, {entry.refusal}")
+            continue
+        lines.append(f"# {card}: {amount(entry.plan.peak)}, in {entry.phase}; {describe(entry.plan.config)}")
+        lines.append(
+            f'python -m esd_peft.erase --model {SOURCES[name]} --concept "{CONCEPT}" --output erased '
+            f"--memory-budget {CARDS[card]}"
+        )
+    return "\n".join([*lines, "```", ""])
+
+
+def overview(found: dict[str, dict[str, Entry]]) -> str:
+    """Peaks of all models on all cards, and by what they fit."""
+    lines = ["| | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
+    for name, cards in found.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(entry) for entry in cards.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(entry: Entry) -> str:
+    if entry.plan is None:
+        return "refused"
+    memory = entry.plan.config.memory
+    how = [memory.quantize] if memory.quantize != "none" else []
+    how += ["in host memory"] if memory.offload else []
+    how += ["recomputed"] if memory.gradient_checkpointing and not memory.offload else []
+    return ", ".join([amount(entry.plan.peak), *how])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="where the table goes")
-    args = parser.parse_args()
-    lines = ["`python benchmarks/plans.py --output benchmarks/results/plans.md`", ""]
-    lines += [f"| model | budget | {' | '.join(PHASES)} | settings |", "|---" * (len(PHASES) + 3) + "|"]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in MODELS:
-            path = make_model(name, Path(folder) / name.replace(" ", "_"), weights=False)
-            for budget in BUDGETS:
-                config = EraseConfig(concept="Van Gogh", model=str(path), memory_budget=budget)
-                try:
-                    family = open_family(str(path), weights=False)
-                    plan = make_plan(config, *resolve(config, family), family)
-                    cells = [*(amount(plan.phases[phase]) for phase in PHASES), describe(plan.config)]
-                except UserError as error:
-                    cells = ["—"] * len(PHASES) + [str(error).split(" even with")[0]]
-                lines.append(f"| {name} | {budget} | {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = {}
+    for name in MODELS:
+        found[name] = entries(name)
+        print("\n".join(rows(name, found[name])), flush=True)
+    head = ["`python benchmarks/plans.py`", "", f"| model | card | budget | {' | '.join(PHASES)} | settings |"]
+    table = [*head, "|---" * (len(PHASES) + 4) + "|", *(line for name in found for line in rows(name, found[name]))]
+    TABLE.write_text("\n".join(table) + "\n", encoding="utf-8")
+    parts = [INTRODUCTION, overview(found), *(section(name, found[name]) for name in found)]
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

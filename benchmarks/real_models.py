@@ -1,25 +1,45 @@
 """Pipelines of the real architectures at their real size, as directories: with random weights, or with none at all."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
-from esd_peft.worlds.shapes.train import make_tokenizer
+from esd_peft.worlds import WORLDS
 from esd_peft.worlds.training import make_scheduler
 
 CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -53,15 +73,38 @@ EULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def _tokenizer():  # type: ignore[no-untyped-def]
-    tokenizer = make_tokenizer()  # a small one: no vocabulary ships
-    tokenizer.model_max_length = 77
-    return tokenizer
+SD3 = {
+    "SD 3.5 medium": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+    },
+    "SD 3.5 large": {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+    },
+}
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """The emoji pipeline's, whose words are enough for the real one's default method: CLIP's vocabulary does not ship."""
+    return CLIPTokenizer.from_pretrained(WORLDS["emoji"].pipeline / "tokenizer", model_max_length=77)
 
 
 def _clip(sizes: dict[str, Any], projects: bool = False) -> nn.Module:
     config = CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, projection_dim=sizes["hidden_size"], **sizes)
     return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+
+
+def _t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    """T5-XXL's encoder, and a tokenizer of letters: prompts are padded to the same length with any."""
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz")]
+    sizes = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    return T5Tokenizer(vocab=pieces, extra_ids=0), T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes))
 
 
 def _vae(channels: int = 4, **options: object) -> AutoencoderKL:
@@ -98,11 +141,26 @@ def _sdxl() -> DiffusionPipeline:
     return StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, add_watermarker=False, **texts, **tokens)
 
 
-def _flux() -> DiffusionPipeline:
-    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz")]
-    t5 = T5Config(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+def _sd3(sizes: dict[str, Any]) -> DiffusionPipeline:
+    transformer = SD3Transformer2DModel(qk_norm="rms_norm", **sizes)
+    tokenizer, encoder = _t5()
+    with torch.device("cpu"):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=_clip(CLIP_L, projects=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(CLIP_G, projects=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=encoder,
+        tokenizer_3=tokenizer,
     )
+
+
+def _flux() -> DiffusionPipeline:
+    tokenizer, encoder = _t5()
     shift = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
     return FluxPipeline(
         transformer=FluxTransformer2DModel(guidance_embeds=True),
@@ -110,12 +168,63 @@ def _flux() -> DiffusionPipeline:
         vae=_vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(CLIP_L),
         tokenizer=_tokenizer(),
-        text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0),
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
     )
 
 
-MODELS: dict[str, Callable[[], DiffusionPipeline]] = {"SD 1.5": _sd15, "SD 2.1": _sd21, "SDXL": _sdxl, "FLUX.1": _flux}
+def _pixart() -> DiffusionPipeline:
+    tokenizer, encoder = _t5()
+    sizes = {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False}
+    with torch.device("cpu"):
+        scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++")
+    return PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=_vae(scaling_factor=0.13025),
+        transformer=PixArtTransformer2DModel(**sizes),
+        scheduler=scheduler,
+    )
+
+
+def _sana() -> DiffusionPipeline:
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    with torch.device("cpu"):
+        scheduler = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **flow)
+    return SanaPipeline(
+        tokenizer=_gemma_tokenizer(),
+        text_encoder=Gemma2Model(Gemma2Config()),  # whose defaults are Gemma 2 2B
+        vae=AutoencoderDC(
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            scaling_factor=0.41407,
+        ),
+        transformer=SanaTransformer2DModel(),
+        scheduler=scheduler,
+    )
+
+
+def _gemma_tokenizer() -> GemmaTokenizer:
+    """In its 400 tokens Sana's instruction to Gemma is as long as it has words and marks of punctuation, some 200."""
+    names = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁")
+    letters = GemmaTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return letters.train_new_from_iterator(["\n".join(instruction)], 400, show_progress=False)
+
+
+MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "SD 1.5": _sd15,
+    "SD 2.1": _sd21,
+    "SDXL": _sdxl,
+    "SD 3.5 medium": lambda: _sd3(SD3["SD 3.5 medium"]),
+    "SD 3.5 large": lambda: _sd3(SD3["SD 3.5 large"]),
+    "FLUX.1": _flux,
+    "PixArt-Σ": _pixart,
+    "Sana": _sana,
+}
 
 
 def make_model(name: str, path: Path, weights: bool = True, dtype: torch.dtype = torch.bfloat16) -> Path:

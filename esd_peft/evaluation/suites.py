@@ -18,6 +18,7 @@ from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
 from esd_peft.worlds import WORLDS, World
 from esd_peft.worlds.world import Prompt, Sampling
 
+Words = str | list[str] | dict[str, list[str]]  # a template, a list's labels, or what says each of its labels
 RETAINED = 24  # of the built-in prompts, in suite concept
 _FOLDER = files("esd_peft.evaluation") / "suites"
 
@@ -42,9 +43,10 @@ class Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     about: str
-    prompts: Literal["world", "concept", "file"] | dict[str, str | list[str]]
+    prompts: Literal["world", "concept", "file"] | dict[str, Words]
     """world: an embedded pipeline's, by strata; concept: the concept in a few templates, and some of the retain set; file:
-    --prompts; or a template and, for each of its {names}, a list: every combination of them."""
+    --prompts; or a template and, for each of its {names}, a list: every combination of them. A list's items are labels, or
+    with `label: [text, ...]` each label is said by other texts."""
     role: Literal["named", "erased", "kept"] = "named"
     """Whose turn a prompt is: the concept's where it names it, always, or never."""
     labels: dict[str, str] = Field(default_factory=dict)
@@ -119,13 +121,16 @@ def _concept_prompts(concepts: list[str]) -> list[Prompt]:
     return [Prompt(text) for text in [*asked, *spread(retained, RETAINED)]]
 
 
-def _combinations(declared: dict[str, str | list[str]], suite: Suite) -> list[Prompt]:
-    template, lists = str(declared.get("template", "")), {k: v for k, v in declared.items() if isinstance(v, list)}
+def _combinations(declared: dict[str, Words], suite: Suite) -> list[Prompt]:
+    template, lists = str(declared.get("template", "")), {k: _said(v) for k, v in declared.items() if not isinstance(v, str)}
     rows = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     try:
         if any(name not in (None, *lists) or spec or how for _, name, spec, how in string.Formatter().parse(template)):
             raise ValueError("of a list, only its {name} alone")  # no attributes, and no widths, which can be huge
-        prompts = [_prompt(template.format(**row), row, suite) for row in rows]
+        prompts = [
+            _prompt(template.format(**{k: text for k, (_, text) in row.items()}), {k: v for k, (v, _) in row.items()}, suite)
+            for row in rows
+        ]
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"--suite: its template {template!r} does not fit its lists ({error}); mend the file") from None
     if not template or len({prompt.text for prompt in prompts}) < len(prompts):
@@ -133,6 +138,13 @@ def _combinations(declared: dict[str, str | list[str]], suite: Suite) -> list[Pr
             f"--suite: its template {template!r} does not name each of its lists, {', '.join(lists)}; mend the file"
         )
     return prompts
+
+
+def _said(words: list[str] | dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Each label of a list, with a text that says it."""
+    return (
+        [(v, v) for v in words] if isinstance(words, list) else [(v, text) for v, texts in words.items() for text in texts]
+    )
 
 
 def _prompt(text: str, row: dict[str, str], suite: Suite) -> Prompt:

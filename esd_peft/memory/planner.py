@@ -171,7 +171,6 @@ class MemoryEstimator:
         working = weights + self.learning + self.embeds
         attention = config.student.attention_steps if training.objective == "esd" else 0
         together = predictions * min(buffer.rollout_batch_size, shape.trajectories)
-        stepping = self.training(memory.gradient_checkpointing)
         phases = {
             "encode": self.encoders,
             # null space and closed form: copies of the embeddings, and squares of their width in fp64
@@ -182,12 +181,14 @@ class MemoryEstimator:
             phases["attention"] = working + max(_line(self.running, looking), self.attending())
         if training.max_train_steps:
             phases["rollout"] = working + _line(self.running, together)
+            stepping = self.training(memory.gradient_checkpointing)
             phases["train"] = working + _line(stepping, memory.per_device_batch_size)
         if seeds:
             looked_at = max(len(self.prompts.concepts) + 3, len(config.validation.validation_prompt))
             images = min(buffer.rollout_batch_size, seeds * looked_at)
             phases["evaluate"] = working + max(self.drawing, _line(self.running, 2 * images))
         if training.robust:
+            stepping = self.training(memory.gradient_checkpointing)
             phases["attack"] = working + self.attacking + _line(stepping, SEARCH_BATCH_SIZE)
         steps = buffer.num_inference_steps
         samples = shape.trajectories * min(steps, shape.keep or steps) if training.max_train_steps else 0
@@ -275,7 +276,8 @@ def describe(config: EraseConfig) -> str:
     said += ["activations recomputed"] if memory.gradient_checkpointing else []
     if memory.per_device_batch_size < config.training.train_batch_size:
         said += [f"{memory.per_device_batch_size} of a batch's samples at a time"]
-    return ", ".join([*said, f"{config.buffer.rollout_batch_size} trajectories side by side"])
+    count = config.buffer.rollout_batch_size
+    return ", ".join([*said, f"{count} trajectories side by side" if count > 1 else "1 trajectory at a time"])
 
 
 def amount(size: float) -> str:

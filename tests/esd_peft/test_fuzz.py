@@ -184,10 +184,16 @@ def test_config_yaml(folder, command, content):
     read(folder, lambda: CONFIGS[command](**read_yaml(path, CONFIGS[command])))
 
 
-SUITE = maps("about", "prompts", "role", "labels", "detector", "seeds", "template", "guidance_scale").map(
-    lambda values: {"about": "x", "seeds": 1, "prompts": {"template": "a {shape}", "shape": ["circle"]}} | values
-) | st.sampled_from(["{shape:>99999999999}", "{shape.__class__}", "{shape!r}", "{}", "{", "x"]).map(
-    lambda template: {"about": "x", "seeds": 1, "prompts": {"template": template, "shape": ["circle"]}}
+SUITE = (
+    maps("about", "prompts", "role", "labels", "detector", "seeds", "template", "guidance_scale").map(
+        lambda values: {"about": "x", "seeds": 1, "prompts": {"template": "a {shape}", "shape": ["circle"]}} | values
+    )
+    | st.sampled_from(["{shape:>99999999999}", "{shape.__class__}", "{shape!r}", "{}", "{", "x"]).map(
+        lambda template: {"about": "x", "seeds": 1, "prompts": {"template": template, "shape": ["circle"]}}
+    )
+    | st.dictionaries(st.text(max_size=8), st.lists(st.text(max_size=8), max_size=3), max_size=3).map(
+        lambda said: {"about": "x", "seeds": 1, "prompts": {"template": "a {shape}", "shape": said}}
+    )
 )
 
 

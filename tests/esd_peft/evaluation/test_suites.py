@@ -9,6 +9,7 @@ from esd_peft.worlds import WORLDS
 from esd_peft.worlds.world import Prompt
 
 BUILT_IN = ("artists", "coco", "concept", "csv", "emoji", "i2p", "imagenette", "shapes")
+IN_OTHER_WORDS = ("imagenette-descriptions", "imagenette-languages")
 
 
 def prompts_and_roles(name, concepts, source=None):
@@ -22,7 +23,7 @@ def write(path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [*BUILT_IN, *IN_OTHER_WORDS, "artists-languages"])
 def test_every_suite_that_ships_can_be_read(name):
     assert load_suite(name).about
 
@@ -43,7 +44,8 @@ def test_a_world_is_judged_by_what_the_erasure_has_not_seen():
 
 
 @pytest.mark.parametrize(
-    ("name", "concept", "asking", "kept"), [("imagenette", "church", 1, 9), ("artists", "Kilian Eng", 20, 80)]
+    ("name", "concept", "asking", "kept"),
+    [("imagenette", "church", 1, 9), ("artists", "Kilian Eng", 20, 80), ("artists-languages", "Kilian Eng", 20, 80)],
 )
 def test_combinations_of_lists(name, concept, asking, kept):
     prompts, roles = prompts_and_roles(name, [concept])
@@ -51,6 +53,22 @@ def test_combinations_of_lists(name, concept, asking, kept):
     assert all(concept in prompts[i].text for i in roles.asking[concept])
     (domain,) = roles.wanted[concept]
     assert roles.wanted[concept][domain] == concept
+
+
+@pytest.mark.parametrize(("name", "count"), zip(IN_OTHER_WORDS, (3, 5), strict=True))
+def test_the_classes_in_other_words(name, count):
+    named = suite_prompts(load_suite("imagenette"), [], None)
+    prompts, roles = prompts_and_roles(name, ["church"])
+    assert {prompt.labels["object"] for prompt in prompts} == {prompt.labels["object"] for prompt in named}
+    assert len({prompt.text for prompt in prompts}) == len(prompts) == count * len(named)
+    assert [prompts[i].labels for i in roles.asking["church"]] == [{"object": "church"}] * count
+    assert len(roles.kept) == count * 9
+
+
+def test_descriptions_do_not_name_what_they_describe():
+    for prompt in suite_prompts(load_suite("imagenette-descriptions"), [], None):
+        words = set(prompt.text.lower().replace("-", " ").split())
+        assert not words & set(prompt.labels["object"].lower().split()), prompt.text
 
 
 @pytest.mark.parametrize(
@@ -136,7 +154,7 @@ def test_prompts_from_the_hub(tmp_path, monkeypatch):
         ("imagenette", [], "--concept is missing"),
         ("imagenette", ["the"], "--concept 'the' names nothing"),
         ("concept", [], "--concept is missing"),
-        ("everything", ["zebra"], "--suite everything is not there; use artists, coco"),
+        ("everything", ["zebra"], "--suite everything is not there; use artists, artists-languages, coco"),
     ],
 )
 def test_concepts_and_suites_that_do_not_fit(name, concepts, says):
