@@ -15,9 +15,20 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from esd_peft.worlds.shapes.train import make_tokenizer
 from esd_peft.worlds.training import make_scheduler
@@ -50,12 +61,15 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 EULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+QWEN3_4B = QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "tie_word_embeddings": True}
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"  # in place of a template
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def _tokenizer():  # type: ignore[no-untyped-def]
+def _tokenizer(length: int = 77):  # type: ignore[no-untyped-def]
     tokenizer = make_tokenizer()  # a small one: no vocabulary ships
-    tokenizer.model_max_length = 77
+    tokenizer.model_max_length, tokenizer.chat_template = length, CHAT
     return tokenizer
 
 
@@ -115,7 +129,23 @@ def _flux() -> DiffusionPipeline:
     )
 
 
-MODELS: dict[str, Callable[[], DiffusionPipeline]] = {"SD 1.5": _sd15, "SD 2.1": _sd21, "SDXL": _sdxl, "FLUX.1": _flux}
+def _z_image() -> DiffusionPipeline:
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(Qwen3Config(**QWEN3_4B)),
+        tokenizer=_tokenizer(512),
+    )
+
+
+MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "SD 1.5": _sd15,
+    "SD 2.1": _sd21,
+    "SDXL": _sdxl,
+    "FLUX.1": _flux,
+    "Z-Image": _z_image,
+}
 
 
 def make_model(name: str, path: Path, weights: bool = True, dtype: torch.dtype = torch.bfloat16) -> Path:

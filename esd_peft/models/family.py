@@ -30,6 +30,7 @@ from esd_peft.worlds import World
 PromptEmbeds = dict[str, Tensor]
 ENCODE_BATCH = 16  # prompts at a time
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
+SIDES = ("height", "width")
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
 
@@ -54,6 +55,7 @@ class ModelFamily(ABC):
     world: World | None = None  # what it draws, if it ships with the package
     denoiser_is_a_file: ClassVar[bool] = False  # ComfyUI's "Load Diffusion Model" reads it alone, under diffusers' names
     lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
+    default_latent_size: ClassVar[tuple[int, int] | None] = None  # where the denoiser's config names none: its pipeline's
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
 
@@ -218,7 +220,7 @@ class ModelFamily(ABC):
 
     def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
         """Height and width of the latents the denoiser was made for."""
-        size = denoiser.config.sample_size
+        size = self.default_latent_size or denoiser.config.sample_size
         if size is None:
             raise UserError(f"{self.part(self.denoiser_part).place} has no sample_size in its config.json; write it there")
         return (size, size) if isinstance(size, int) else tuple(size)
@@ -240,6 +242,10 @@ class ModelFamily(ABC):
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         """What the pipeline tells its scheduler besides the number of steps."""
         return {}
+
+    def guide(self, null: Tensor, towards: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance: from the prediction `null` `[B, ...]` towards the other, and beyond for a `scale` above 1."""
+        return null + scale * (towards - null)
 
     def scale_input(self, scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
         """Latents as the denoiser is fed them. Flow-matching schedulers leave them as they are."""
@@ -315,9 +321,21 @@ class ModelFamily(ABC):
         levels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # the latter of Sana's
         return 2 ** (len(levels) - 1)
 
-    def vae_latents(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents in the VAE's layout `[B, channels, height, width]`."""
+    def unpack_latents(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents as `[B, channels, height, width]`; with frames after the channels where the VAE has them."""
         return latents
+
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `unpack_latents`."""
+        return latents
+
+    def vae_latents(self, vae: ModelMixin, latents: Tensor) -> Tensor:
+        """What `vae` decodes for the denoiser's latents, which are on its device."""
+        return self.unpack_latents(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
+    def denoiser_latents(self, vae: ModelMixin, latents: Tensor) -> Tensor:
+        """The inverse of `vae_latents`."""
+        return self.pack_latents((latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor)
 
     def image_size(self, denoiser: ModelMixin) -> tuple[int, int]:
         """Height and width in pixels of the images the denoiser was made for."""
@@ -337,12 +355,7 @@ class ModelFamily(ABC):
                 posterior = encoded.latent_dist
                 noise = torch.randn(posterior.mean.shape, generator=generator)
                 latents.append(posterior.mean.cpu() + posterior.std.cpu() * noise)
-        centred = torch.cat(latents) - (vae.config.get("shift_factor") or 0.0)
-        return self.denoiser_latents(centred * vae.config.scaling_factor)
-
-    def denoiser_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `vae_latents`."""
-        return latents
+        return self.denoiser_latents(vae.cpu(), torch.cat(latents))
 
     @functools.cached_property
     def noise_schedule(self) -> NoiseSchedule:
@@ -364,12 +377,19 @@ class ModelFamily(ABC):
         names = self.prompt_arguments
         prompts = {names[key]: value for key, value in embeds.items()}
         nulls = {f"negative_{names[key]}": value for key, value in null.items()}
-        settings = {
-            "negative_prompt": None,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-        }
-        return prompts | nulls | settings
+        settings: dict[str, Any] = {"negative_prompt": None, "num_inference_steps": self.num_inference_steps}
+        if self.default_latent_size:
+            settings |= {side: n * self.vae_factor for side, n in zip(SIDES, self.default_latent_size, strict=True)}
+        return prompts | nulls | settings | self.pipeline_guidance(self.guidance_scale)
+
+    def pipeline_guidance(self, scale: float) -> dict[str, float]:
+        """The argument of the pipeline's call that says how far it guides; without guidance `scale` is 1."""
+        return {"guidance_scale": scale}
+
+    def draw(self, pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
+        """What `pipe` makes of them: `[B, 3, H, W]` in [0, 1]."""
+        images: Tensor = pipe(**arguments, output_type="pt").images
+        return images
 
 
 def index_embeds(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:

@@ -3,17 +3,14 @@
 import math
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, ModelMixin, SchedulerMixin
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from esd_peft.models.family import TOKENS, PromptEmbeds
-from esd_peft.models.joint_attention import POOLED, JointAttention, shift_of
+from esd_peft.models.joint_attention import POOLED, JointAttention, evenly_shifted
 from esd_peft.runtime.devices import send
 
-LATENT_SIZE = 128, 128  # the pipeline's default; the denoiser's config names none
 EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most images of FLUX.1 dev are made
 
 
@@ -35,6 +32,7 @@ class Flux(JointAttention):
     denoiser_is_a_file: ClassVar[bool] = True
     lora_known_by: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+    default_latent_size: ClassVar[tuple[int, int] | None] = (128, 128)
     guidance_scale: float = 1.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -47,27 +45,22 @@ class Flux(JointAttention):
         tokens, pooled, _ = pipe.encode_prompt(prompts, None, device=device)
         return {TOKENS: tokens, POOLED: pooled}
 
-    def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
-        return LATENT_SIZE
-
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         height, width = self.latent_size(denoiser)
         channels = denoiser.config.in_channels // 4
-        noise = torch.randn(count, channels, height, width, generator=generator)
-        return self.pipeline_class._pack_latents(noise, count, channels, height, width)
+        return self.pack_latents(torch.randn(count, channels, height, width, generator=generator))
 
-    def vae_latents(self, latents: Tensor) -> Tensor:
+    def unpack_latents(self, latents: Tensor) -> Tensor:
         side = 2 * math.isqrt(latents.shape[1]) * self.vae_factor
         return self.pipeline_class._unpack_latents(latents, side, side, self.vae_factor)
 
-    def denoiser_latents(self, latents: Tensor) -> Tensor:
+    def pack_latents(self, latents: Tensor) -> Tensor:
         return self.pipeline_class._pack_latents(latents, *latents.shape)
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         """Evenly spaced sigmas, shifted by the number of latent tokens."""
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        shift = calculate_shift(latents.shape[1], *shift_of(scheduler.config, max_shift=1.15))
-        return {"sigmas": None if scheduler.config.get("use_flow_sigmas") else sigmas, "mu": shift}
+        told = evenly_shifted(scheduler, latents.shape[1], num_inference_steps)
+        return told | {"sigmas": None} if scheduler.config.get("use_flow_sigmas") else told
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         batch, tokens = latents.shape[:2]
@@ -86,6 +79,4 @@ class Flux(JointAttention):
         ).sample
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
-        height, width = (side * self.vae_factor for side in LATENT_SIZE)
-        sizes = {"height": height, "width": width, "guidance_scale": EMBEDDED_GUIDANCE}
-        return super().pipeline_arguments(embeds, null) | sizes
+        return super().pipeline_arguments(embeds, null) | {"guidance_scale": EMBEDDED_GUIDANCE}

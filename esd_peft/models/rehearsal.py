@@ -40,8 +40,7 @@ def rehearse(family: "ModelFamily") -> None:
         raise UserError(f"{kind}: from {_size(latents)} it makes {_size(prediction)}; name a text-to-image model")
     vae = family.empty_part("vae")
     with reading(f"{place} vae"):
-        centred = family.vae_latents(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-        images = vae.decode(centred.to(META), return_dict=False)[0]
+        images = vae.decode(family.vae_latents(vae, latents.to(META)), return_dict=False)[0]
         if images.shape[-2:] != family.image_size(denoiser):
             raise ValueError(f"it makes images of {_size(images)} from latents of {_size(latents)}")
 

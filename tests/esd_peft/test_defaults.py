@@ -246,11 +246,20 @@ def test_epochs_are_of_the_references_in_the_folder(shapes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "scale"), [("sdxl", 25, 3.0), ("sdxl turbo", 4, 1.0), ("flux dev", 25, 1.0), ("flux schnell", 4, 1.0)]
+    ("name", "steps", "scale"),
+    [
+        ("sdxl", 25, 3.0),
+        ("sdxl turbo", 4, 1.0),
+        ("flux dev", 25, 1.0),
+        ("flux schnell", 4, 1.0),
+        ("z-image", 25, 5.0),
+        ("z-image turbo", 8, 1.0),
+    ],
 )
 def test_trajectories_are_those_that_the_model_is_made_for(name, steps, scale, tmp_path):
-    family = open_family(str(save_family(name, tmp_path / "model")))
-    buffer = resolve(config(model=str(tmp_path / "model")), family)[0].buffer
+    path = save_family("z-image" if "z-image" in name else name, tmp_path / name)
+    family = open_family(str(path))
+    buffer = resolve(config(model=str(path)), family)[0].buffer
     assert (buffer.num_inference_steps, buffer.guidance_scale) == (steps, scale)
-    given = resolve(config(model=str(tmp_path / "model"), num_inference_steps=7, guidance_scale=0.0), family)[0].buffer
+    given = resolve(config(model=str(path), num_inference_steps=7, guidance_scale=0.0), family)[0].buffer
     assert (given.num_inference_steps, given.guidance_scale) == (7, 0.0)

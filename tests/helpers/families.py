@@ -21,6 +21,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -29,11 +31,15 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from esd_peft.models import FAMILIES
 from esd_peft.worlds.shapes.train import CONTEXT, make_tokenizer
 
 WORDS = ["a", "an", "picture", "of", "circle", "red", "square", "shape", "style", "the", "in", "photo", "with", "and"]
@@ -62,6 +68,25 @@ def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
     tokenizer = T5Tokenizer(vocab=vocab + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"], extra_ids=0)
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     return tokenizer, T5EncoderModel(config)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Characters, so that prompts and their templates differ in how many tokens they have."""
+    characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(["<|endoftext|>", *characters])}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen3(vocabulary: int, layers: int) -> Qwen3Config:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return Qwen3Config(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, eos_token_id=0, **heads
+    )
 
 
 def vae(channels: int, levels: int = 2, **more) -> AutoencoderKL:
@@ -218,6 +243,20 @@ def sana() -> SanaPipeline:
     )
 
 
+def z_image(shift: float = 6.0) -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6]
+    )
+    tokenizer = qwen_tokenizer()
+    return ZImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen3Model(qwen3(len(tokenizer), layers=2)),
+        vae=vae(4, levels=4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    )
+
+
 MAKERS = {
     "sdxl": sdxl,
     "sdxl turbo": lambda: sdxl(EulerAncestralDiscreteScheduler, timestep_spacing="trailing"),
@@ -229,7 +268,15 @@ MAKERS = {
     "flux schnell": lambda: flux(guidance_embeds=False),
     "pixart": pixart,
     "sana": sana,
+    "z-image": z_image,
 }
+
+
+def draw_small(monkeypatch, side: int = 16) -> None:
+    """Pipelines whose own default is 1024² draw smaller: 4096 latent tokens are too many for a test."""
+    for kind in FAMILIES:
+        if kind.default_latent_size:
+            monkeypatch.setattr(kind, "default_latent_size", (side, side))
 
 
 def save_family(name: str, path: Path) -> Path:

@@ -18,11 +18,11 @@ from esd_peft.adapters.export import KOHYA_FILE, write_checkpoint, write_kohya_l
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
-from esd_peft.models import flux, open_family
+from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
 from esd_peft.training.options import StudentOptions
 from esd_peft.training.student import make_student
-from families import save_family
+from families import draw_small, save_family
 from pipelines import small_stable_diffusion
 
 CPU = torch.device("cpu")
@@ -215,9 +215,9 @@ def test_a_pipeline_with_tokens_of_its_own_has_no_file(small_sd, tmp_path):
     merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "merged"))
 
 
-@pytest.mark.parametrize("which", ["flux dev", "sd3", "pixart"])
+@pytest.mark.parametrize("which", ["flux dev", "sd3", "pixart", "z-image"])
 def test_a_transformer_in_shards_merges_into_one_file(which, tmp_path, monkeypatch):
-    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
+    draw_small(monkeypatch)
     model = save_family(which, tmp_path / "model")
     whole = load_file(model / "transformer" / NAME)
     transformer = open_family(str(model)).load_denoiser(torch.float32)
@@ -312,7 +312,7 @@ def test_an_sdxl_kohya_file_does_what_the_adapter_does(sdxl, tmp_path, scope):
     torch.testing.assert_close(*seen)
 
 
-@pytest.mark.parametrize("which", ["sdxl", "sd3", "flux dev", "sana"])
+@pytest.mark.parametrize("which", ["sdxl", "sd3", "flux dev", "sana", "z-image"])
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 3.0])
 def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_path, which, alpha):
     """ComfyUI, Invoke and older diffusers read B A and no metadata; newer diffusers also what the metadata says."""

@@ -15,7 +15,7 @@ from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
-from families import MAKERS, save_family
+from families import MAKERS, draw_small, save_family
 
 CPU, STEPS, CONCEPT = torch.device("cpu"), 4, "a picture of circle"
 
@@ -27,8 +27,7 @@ def kind(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_images(monkeypatch):
-    """FLUX's own default is 1024²: 4096 latent tokens, which are too many for a test."""
-    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
+    draw_small(monkeypatch)
 
 
 def plain_pipeline(path):
@@ -67,47 +66,49 @@ def roll(path, monkeypatch, scale):
     return noise[0], torch.Generator().set_state(states[0]), latents, buffer, table, family, denoiser
 
 
+def told(pipe, scale):
+    """How each pipeline is told of classifier-free guidance, in whose scale 1 is none, and of the size."""
+    side = 16 * getattr(pipe, "vae_scale_factor", 8)
+    small = {"height": side, "width": side}
+    return {
+        "FluxPipeline": small | {"true_cfg_scale": scale, "negative_prompt": "", "guidance_scale": flux.EMBEDDED_GUIDANCE},
+        "ZImagePipeline": small | {"guidance_scale": scale - 1},
+    }.get(type(pipe).__name__, {"guidance_scale": scale})
+
+
+def answer(out):
+    """A denoiser's, as its pipeline takes it."""
+    made = out[0] if isinstance(out, tuple) else out.sample
+    return -torch.stack(made).squeeze(2) if isinstance(made, list) else made
+
+
 def draw(pipe, denoiser, noise, generator, scale):
-    """The pipeline's own run from that noise: latents after each step, and all of the denoiser's answers."""
+    """The pipeline's own run from that noise: latents after each step, and at each the answers to "" and to the concept."""
     latents, answers = [], []
-    denoiser.register_forward_hook(
-        lambda module, args, out: answers.append(out[0] if isinstance(out, tuple) else out.sample)
-    )
+    denoiser.register_forward_hook(lambda module, args, out: answers.append(answer(out)))
     options = {"num_inference_steps": STEPS, "latents": noise.clone(), "generator": generator, "output_type": "latent"}
-    if isinstance(pipe, diffusers.FluxPipeline):
-        side = 16 * pipe.vae_scale_factor
-        options |= {
-            "true_cfg_scale": scale,
-            "negative_prompt": "",
-            "guidance_scale": flux.EMBEDDED_GUIDANCE,
-            "height": side,
-            "width": side,
-        }
-    else:
-        options["guidance_scale"] = scale
     if isinstance(pipe, diffusers.PixArtSigmaPipeline):
         options["callback"] = lambda i, t, now: latents.append(now)
     else:
         options["callback_on_step_end"] = lambda pipe, i, t, values: latents.append(values["latents"]) or values
     with torch.no_grad():
-        pipe(CONCEPT, **options)
-    return latents, answers
+        pipe(CONCEPT, **options, **told(pipe, scale))
+    if scale == 1.0:  # without guidance the pipeline asks for the concept alone
+        return latents, [(None, answer) for answer in answers]
+    if len(answers) == 2 * STEPS:  # one after the other
+        return latents, [*zip(answers[1::2], answers[0::2], strict=True)]
+    concept_first = isinstance(pipe, diffusers.ZImagePipeline)
+    return latents, [made.chunk(2)[:: -1 if concept_first else 1] for made in answers]
 
 
 @pytest.mark.parametrize("scale", [3.0, 1.0])
 def test_trajectories_and_pairs_are_the_pipelines_own(kind, monkeypatch, scale):
     noise, generator, ours, buffer, *_ = roll(kind, monkeypatch, scale)
     pipe, denoiser = plain_pipeline(kind)
-    latents, answers = draw(pipe, denoiser, noise, generator, scale)
+    latents, pairs = draw(pipe, denoiser, noise, generator, scale)
     assert len(ours) == STEPS - 1  # the last step would lead to the image, where there is nothing to learn
     for mine, theirs in zip(ours, latents, strict=False):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    if scale == 1.0:  # without guidance the pipeline asks for the concept alone
-        pairs = [(None, answer) for answer in answers]
-    elif isinstance(pipe, diffusers.FluxPipeline):
-        pairs = [*zip(answers[1::2], answers[0::2], strict=True)]
-    else:
-        pairs = [answer.chunk(2) for answer in answers]
     channels = buffer.inputs.shape[1]
     for i, (null, concept) in enumerate(pairs):
         for mine, theirs in ((buffer.teacher[0, i], null), (buffer.teacher[1, i], concept)):

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
-from families import save_family
+from families import draw_small, save_family
 from runs import SHORTEST
 
 QUICK = SHORTEST | {"trajectories": 2, "max_train_steps": 2}
@@ -55,10 +55,9 @@ def test_all_that_each_familys_pipeline_reads_is_there(family, tmp_path):
     """As saved by diffusers itself, with transformers' tokenizers: nothing of it is left behind."""
     model = save_family(family, tmp_path / "model")
     output = tmp_path / "a"
-    from esd_peft.models import flux
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flux, "LATENT_SIZE", (16, 16))
+        draw_small(patch)
         erase(EraseConfig(concept="circle", model=str(model), output=output, **QUICK))
     merge(output, model, tmp_path / "merged")
     assert {*names(model)} <= {*names(tmp_path / "merged")}

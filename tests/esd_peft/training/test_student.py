@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 
-from esd_peft.models import open_family
+from esd_peft.models import FAMILIES, open_family
 from esd_peft.models.options import SCOPES
 from esd_peft.models.scopes import joint_attention
 from esd_peft.training.options import StudentOptions
@@ -48,6 +48,22 @@ def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
     parameters = dict(unet.named_parameters())
     names = open_family("shapes").scope_parameters(unet, scope)
     assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+TRANSFORMERS = {  # at their true sizes, and millions of parameters in esd-x-strict, esd-x, esd-x-ff and full
+    "z-image": (ZImageTransformer2DModel, {}, (9.84, 127.8, 363.7, 6154.9)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_scope_sizes_of_transformers(name):
+    kind, sizes, millions = TRANSFORMERS[name]
+    with torch.device("meta"):
+        denoiser = kind(**sizes)
+    family = next(family for family in FAMILIES if family.__module__.endswith(name.split()[0].replace("-", "_")))
+    for scope, expected in zip(("esd-x-strict", "esd-x", "esd-x-ff", "full"), millions, strict=True):
+        chosen = [p.numel() for n, p in denoiser.named_parameters() if family.in_scope(None, scope, n)]
+        assert sum(chosen) / 1e6 == pytest.approx(expected, rel=2e-3)
 
 
 def test_scopes_of_joint_attention():
