@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
@@ -24,6 +27,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -139,12 +143,27 @@ def _z_image() -> DiffusionPipeline:
     )
 
 
+def _klein() -> DiffusionPipeline:
+    sizes = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 3 * 2560}
+    with torch.device("cpu"):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(guidance_embeds=False, **sizes),
+        scheduler=scheduler,
+        vae=AutoencoderKLFlux2(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B)),
+        tokenizer=_tokenizer(512),
+        is_distilled=True,
+    )
+
+
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD 1.5": _sd15,
     "SD 2.1": _sd21,
     "SDXL": _sdxl,
     "FLUX.1": _flux,
     "Z-Image": _z_image,
+    "FLUX.2 klein 4B": _klein,
 }
 
 

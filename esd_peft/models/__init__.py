@@ -3,6 +3,7 @@
 
 from esd_peft.models.family import ModelFamily, PromptEmbeds
 from esd_peft.models.flux import Flux
+from esd_peft.models.flux_2 import Flux2, Flux2Klein
 from esd_peft.models.options import ModelOptions
 from esd_peft.models.pixart import PixArtSigma
 from esd_peft.models.sana import Sana
@@ -16,7 +17,7 @@ from esd_peft.worlds import find_world
 __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
 
 FAMILIES: tuple[type[ModelFamily], ...] = (
-    StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana, ZImage,
+    StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana, ZImage, Flux2, Flux2Klein,
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from esd_peft.models.options import SCOPES
 from esd_peft.models.parts import Part
 from esd_peft.models.rehearsal import rehearse
 from esd_peft.models.sources import hub_id
-from esd_peft.models.text_parts import whole_words
+from esd_peft.models.text_parts import plain_tokenizer, whole_words
 from esd_peft.runtime.devices import release
 from esd_peft.worlds import World
 
@@ -55,6 +55,7 @@ class ModelFamily(ABC):
     world: World | None = None  # what it draws, if it ships with the package
     denoiser_is_a_file: ClassVar[bool] = False  # ComfyUI's "Load Diffusion Model" reads it alone, under diffusers' names
     lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
+    lora_skips: ClassVar[tuple[str, ...]] = ()  # beginnings of layers' names that ComfyUI does not take from a LoRA
     default_latent_size: ClassVar[tuple[int, int] | None] = None  # where the denoiser's config names none: its pipeline's
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
@@ -203,7 +204,7 @@ class ModelFamily(ABC):
         """Of each text how many tokens it has, and how many the text encoder reads; of several encoders the last one, which
         reads the most."""
         parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
-        tokenizer = self.load_part(parts[-1])
+        tokenizer = plain_tokenizer(self.load_part(parts[-1]))
         self._fit_length(tokenizer, parts[-1])
         own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
         most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
@@ -211,7 +212,7 @@ class ModelFamily(ABC):
 
     def whole_words(self) -> list[str]:
         """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
-        return whole_words(self.load_part("tokenizer").get_vocab())
+        return whole_words(plain_tokenizer(self.load_part("tokenizer")).get_vocab())
 
     def unseen_words(self, prompt: str) -> list[str]:
         """Words that the tokenizer has no token for as a whole."""
@@ -244,7 +245,7 @@ class ModelFamily(ABC):
         return {}
 
     def guide(self, null: Tensor, towards: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance: from the prediction `null` `[B, ...]` towards the other, and beyond for a `scale` above 1."""
+        """Classifier-free guidance: from the prediction `null` `[B, ...]` towards the other; a `scale` of 1 is none."""
         return null + scale * (towards - null)
 
     def scale_input(self, scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -322,7 +323,7 @@ class ModelFamily(ABC):
         return 2 ** (len(levels) - 1)
 
     def unpack_latents(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents as `[B, channels, height, width]`; with frames after the channels where the VAE has them."""
+        """The denoiser's latents as `[B, channels, height, width]`, with frames after the channels if the VAE has them."""
         return latents
 
     def pack_latents(self, latents: Tensor) -> Tensor:
@@ -380,7 +381,9 @@ class ModelFamily(ABC):
         settings: dict[str, Any] = {"negative_prompt": None, "num_inference_steps": self.num_inference_steps}
         if self.default_latent_size:
             settings |= {side: n * self.vae_factor for side, n in zip(SIDES, self.default_latent_size, strict=True)}
-        return prompts | nulls | settings | self.pipeline_guidance(self.guidance_scale)
+        arguments = prompts | nulls | settings | self.pipeline_guidance(self.guidance_scale)
+        takes = inspect.signature(self.pipeline_class.__call__).parameters  # some know no negative prompt
+        return {name: value for name, value in arguments.items() if name in takes}
 
     def pipeline_guidance(self, scale: float) -> dict[str, float]:
         """The argument of the pipeline's call that says how far it guides; without guidance `scale` is 1."""

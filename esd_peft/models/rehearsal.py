@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esd_peft.errors import UserError
 from esd_peft.models.parts import reading
+from esd_peft.models.text_parts import plain_tokenizer
 from esd_peft.runtime.memory_meter import track_memory
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _first_steps(family: "ModelFamily", noise: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_vocabularies(family: "ModelFamily", pipe: DiffusionPipeline) -> None:
     for part in family.text_parts:
-        tokenizer, encoder = getattr(pipe, part), getattr(pipe, part.replace("tokenizer", "text_encoder"))
+        tokenizer, encoder = plain_tokenizer(getattr(pipe, part)), getattr(pipe, part.replace("tokenizer", "text_encoder"))
         if "tokenizer" not in part or tokenizer is None or encoder is None:
             continue
         rows = encoder.get_input_embeddings().weight.shape[0]

@@ -75,7 +75,7 @@ def test_the_denoiser_is_eager_again_afterwards(small_sd, tmp_path, monkeypatch)
     assert len(seen) == before
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image"])
 def test_every_family_is_compiled_block_by_block(tmp_path, name):
     blocks = compilation.repeated_blocks(open_family(str(save_family(name, tmp_path / "model"))).empty_denoiser())
     kinds = {type(block).__name__ for block in blocks}
@@ -85,7 +85,7 @@ def test_every_family_is_compiled_block_by_block(tmp_path, name):
 def test_a_transformer_trains_the_same_when_compiled(tmp_path, monkeypatch):
     """FLUX: its blocks are also given rotary embeddings, whose first dimension is no batch."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    draw_small(monkeypatch, 8)
+    draw_small(monkeypatch)
     ours, eager, graphs = compiled_and_eager(save_family("flux dev", tmp_path / "model"), tmp_path, max_train_steps=2)
     assert ours == pytest.approx(eager, rel=1e-3)
     assert graphs <= 1 + 2 * 4

@@ -50,7 +50,7 @@ def test_other_copies_of_the_weights_are_not_published(adapter, model, tmp_path)
     StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux dev", "sana", "sdxl"])
+@pytest.mark.parametrize("family", ["sd3", "flux dev", "sana", "sdxl", "z-image"])
 def test_all_that_each_familys_pipeline_reads_is_there(family, tmp_path):
     """As saved by diffusers itself, with transformers' tokenizers: nothing of it is left behind."""
     model = save_family(family, tmp_path / "model")

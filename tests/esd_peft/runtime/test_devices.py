@@ -74,7 +74,7 @@ def test_adapters_in_fp32_work_without_autocast(small_sd, tmp_path, options):
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
 def test_every_family_runs_in_half_precision_without_autocast(tmp_path, monkeypatch, name):
     """Rounding is more than these random models make of a concept: what is to be seen is that every layer runs."""
-    draw_small(monkeypatch, 8)
+    draw_small(monkeypatch)
     model = save_family(name, tmp_path / "model")
     precise, half = (run(model, tmp_path / dtype, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert half["loss"]["first"] == pytest.approx(precise["loss"]["first"], rel=0.5, abs=2e-4)
