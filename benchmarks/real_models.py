@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -15,6 +16,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -26,6 +29,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -157,6 +162,22 @@ def _klein() -> DiffusionPipeline:
     )
 
 
+def _qwen_image() -> DiffusionPipeline:
+    text = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    config = Qwen2_5_VLConfig(text_config=text | heads | {"rope_parameters": rope}, vision_config={"out_hidden_size": 3584})
+    with torch.device("cpu"):
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02)
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(),
+        scheduler=scheduler,
+        vae=AutoencoderKLQwenImage(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=_tokenizer(1058),
+    )
+
+
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD 1.5": _sd15,
     "SD 2.1": _sd21,
@@ -164,6 +185,7 @@ MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "FLUX.1": _flux,
     "Z-Image": _z_image,
     "FLUX.2 klein 4B": _klein,
+    "Qwen-Image": _qwen_image,
 }
 
 

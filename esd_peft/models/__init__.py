@@ -6,6 +6,7 @@ from esd_peft.models.flux import Flux
 from esd_peft.models.flux_2 import Flux2, Flux2Klein
 from esd_peft.models.options import ModelOptions
 from esd_peft.models.pixart import PixArtSigma
+from esd_peft.models.qwen_image import QwenImage
 from esd_peft.models.sana import Sana
 from esd_peft.models.sources import local_pipeline
 from esd_peft.models.stable_diffusion import StableDiffusion
@@ -17,7 +18,7 @@ from esd_peft.worlds import find_world
 __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
 
 FAMILIES: tuple[type[ModelFamily], ...] = (
-    StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana, ZImage, Flux2, Flux2Klein,
+    StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana, ZImage, Flux2, Flux2Klein, QwenImage,
 )  # fmt: skip
 
 

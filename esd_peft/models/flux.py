@@ -8,13 +8,13 @@ from diffusers import DiffusionPipeline, FluxPipeline, ModelMixin, SchedulerMixi
 from torch import Tensor
 
 from esd_peft.models.family import TOKENS, PromptEmbeds
-from esd_peft.models.joint_attention import POOLED, JointAttention, evenly_shifted
+from esd_peft.models.joint_attention import POOLED, PackedLatents
 from esd_peft.runtime.devices import send
 
 EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most images of FLUX.1 dev are made
 
 
-class Flux(JointAttention):
+class Flux(PackedLatents):
     """Scopes: `scopes.joint_attention`.
 
     FLUX.1 dev is guidance-distilled: it is told a guidance scale (3.5 here, always) and answers with what guidance would
@@ -24,15 +24,12 @@ class Flux(JointAttention):
     trajectories are driven by true classifier-free guidance on top of it, as the pipeline's `true_cfg_scale` does.
 
     schnell is told no guidance. It is a few-step model: trajectories have the 4 steps it was made for.
-
-    Latents are packed, `[B, tokens, channels]`, and the image is 1024² (the pipeline's default).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     denoiser_is_a_file: ClassVar[bool] = True
     lora_known_by: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-    default_latent_size: ClassVar[tuple[int, int] | None] = (128, 128)
     guidance_scale: float = 1.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -45,21 +42,8 @@ class Flux(JointAttention):
         tokens, pooled, _ = pipe.encode_prompt(prompts, None, device=device)
         return {TOKENS: tokens, POOLED: pooled}
 
-    def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
-        height, width = self.latent_size(denoiser)
-        channels = denoiser.config.in_channels // 4
-        return self.pack_latents(torch.randn(count, channels, height, width, generator=generator))
-
-    def unpack_latents(self, latents: Tensor) -> Tensor:
-        side = 2 * math.isqrt(latents.shape[1]) * self.vae_factor
-        return self.pipeline_class._unpack_latents(latents, side, side, self.vae_factor)
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        return self.pipeline_class._pack_latents(latents, *latents.shape)
-
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
-        """Evenly spaced sigmas, shifted by the number of latent tokens."""
-        told = evenly_shifted(scheduler, latents.shape[1], num_inference_steps)
+        told = super().schedule(scheduler, latents, num_inference_steps)
         return told | {"sigmas": None} if scheduler.config.get("use_flow_sigmas") else told
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:

@@ -28,10 +28,21 @@ def encode_tokens(
 
 
 def token_lists(embeds: PromptEmbeds) -> list[Tensor]:
-    """The tokens of each prompt, `[tokens, width]`, without padding.
+    """The tokens of each prompt, `[tokens, width]`, without padding."""
+    return [tokens[:length] for tokens, length in zip(embeds[TOKENS], _lengths(embeds), strict=True)]
 
-    For it the host waits for the device, once a prediction: how many there are decides on shapes. These denoisers have
+
+def shortened(embeds: PromptEmbeds) -> PromptEmbeds:
+    """The embeddings without the padding that is behind all of them."""
+    longest = max(_lengths(embeds), default=0)
+    return {name: value[:, :longest] for name, value in embeds.items()}
+
+
+def _lengths(embeds: PromptEmbeds) -> list[int]:
+    """How many tokens each prompt has.
+
+    For it the host waits for the device, once a prediction: numbers of tokens decide on shapes. These denoisers have
     billions of parameters, beside which that is little.
     """
-    lengths = embeds[MASK].sum(dim=1).tolist()
-    return [tokens[:length] for tokens, length in zip(embeds[TOKENS], lengths, strict=True)]
+    lengths: list[int] = embeds[MASK].sum(dim=1).tolist()
+    return lengths

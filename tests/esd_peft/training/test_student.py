@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 
 from esd_peft.models import FAMILIES, open_family
 from esd_peft.models.options import SCOPES
@@ -50,7 +56,7 @@ def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
     assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
-MODULES = {"z-image": "z_image", "flux.2": "flux_2"}
+MODULES = {"z-image": "z_image", "flux.2": "flux_2", "qwen-image": "qwen_image"}
 TRANSFORMERS = {  # at their true sizes, and millions of parameters in esd-x-strict, esd-x, esd-x-ff and full
     "flux.2 klein": (
         Flux2Transformer2DModel,
@@ -64,6 +70,7 @@ TRANSFORMERS = {  # at their true sizes, and millions of parameters in esd-x-str
         (23.59, 212.3, 637.0, 3875.5),
     ),
     "flux.2 dev": (Flux2Transformer2DModel, {}, (94.37, 1302.3, 4020.2, 32223.3)),
+    "qwen-image": (QwenImageTransformer2DModel, {}, (11.01, 2276.7, 6807.4, 20430.4)),
     "z-image": (ZImageTransformer2DModel, {}, (9.84, 127.8, 363.7, 6154.9)),
 }
 
