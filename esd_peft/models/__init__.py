@@ -1,6 +1,7 @@
 """What differs between pipeline families, one file each. The rest of the package knows `ModelFamily` only, but for
 `adapters/export.py`, which knows the files of other tools."""
 
+from esd_peft.models.chroma import Chroma
 from esd_peft.models.family import ModelFamily, PromptEmbeds
 from esd_peft.models.flux import Flux
 from esd_peft.models.flux_2 import Flux2, Flux2Klein
@@ -18,7 +19,8 @@ from esd_peft.worlds import find_world
 __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
 
 FAMILIES: tuple[type[ModelFamily], ...] = (
-    StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana, ZImage, Flux2, Flux2Klein, QwenImage,
+    StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana,
+    ZImage, Flux2, Flux2Klein, QwenImage, Chroma,
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class JointAttention(ModelFamily):
 
 
 class PackedLatents(JointAttention):
-    """Latents are packed, `[B, tokens, channels]`, a token for 2 x 2 of them; the image is 1024² (the pipelines' default)."""
+    """Latents are packed, `[B, tokens, channels]`, a token for 2 x 2 of them; images are 1024² (the pipelines' default)."""
 
     default_latent_size: ClassVar[tuple[int, int] | None] = (128, 128)
 

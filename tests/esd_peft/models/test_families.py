@@ -71,6 +71,7 @@ def told(pipe, scale):
     side = 8 * getattr(pipe, "vae_scale_factor", 8)
     small = {"height": side, "width": side}
     return {
+        "ChromaPipeline": small | {"guidance_scale": scale, "negative_prompt": ""},
         "FluxPipeline": small | {"true_cfg_scale": scale, "negative_prompt": "", "guidance_scale": flux.EMBEDDED_GUIDANCE},
         "Flux2Pipeline": small | {"guidance_scale": flux_2.EMBEDDED_GUIDANCE},
         "Flux2KleinPipeline": small | {"guidance_scale": scale},
@@ -165,7 +166,7 @@ def test_adapter_and_merged_weights_in_plain_diffusers(kind, tmp_path, monkeypat
 
 
 # the others differ from one of these in their scheduler, or in what they are told beside the prompt
-ARCHITECTURES = ["sdxl", "sd3", "sd3 without T5", "flux dev", "pixart", "sana", "z-image", "flux.2 klein", "qwen-image"]
+ARCHITECTURES = ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "flux.2 klein", "qwen-image", "chroma", "wan"]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES, indirect=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -58,6 +59,7 @@ def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
 
 MODULES = {"z-image": "z_image", "flux.2": "flux_2", "qwen-image": "qwen_image"}
 TRANSFORMERS = {  # at their true sizes, and millions of parameters in esd-x-strict, esd-x, esd-x-ff and full
+    "chroma": (ChromaTransformer2DModel, {}, (12.59, 730.1, 2164.8, 8900.0)),
     "flux.2 klein": (
         Flux2Transformer2DModel,
         {
