@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,6 +22,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -37,6 +41,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from esd_peft.worlds.shapes.train import make_tokenizer
@@ -178,6 +184,20 @@ def _qwen_image() -> DiffusionPipeline:
     )
 
 
+def _wan() -> DiffusionPipeline:
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=256384, feed_forward_proj="gated-gelu", **sizes))
+    with torch.device("cpu"):
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(
+        transformer=WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        scheduler=scheduler,
+        vae=AutoencoderKLWan(),
+        text_encoder=encoder,
+        tokenizer=_tokenizer(512),
+    )
+
+
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD 1.5": _sd15,
     "SD 2.1": _sd21,
@@ -186,6 +206,7 @@ MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "Z-Image": _z_image,
     "FLUX.2 klein 4B": _klein,
     "Qwen-Image": _qwen_image,
+    "Wan 2.1 1.3B": _wan,
 }
 
 

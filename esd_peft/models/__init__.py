@@ -13,6 +13,7 @@ from esd_peft.models.sources import local_pipeline
 from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.models.stable_diffusion_3 import StableDiffusion3
 from esd_peft.models.stable_diffusion_xl import StableDiffusionXL
+from esd_peft.models.wan import Wan
 from esd_peft.models.z_image import ZImage
 from esd_peft.worlds import find_world
 
@@ -20,7 +21,7 @@ __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
 
 FAMILIES: tuple[type[ModelFamily], ...] = (
     StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana,
-    ZImage, Flux2, Flux2Klein, QwenImage, Chroma,
+    ZImage, Flux2, Flux2Klein, QwenImage, Chroma, Wan,
 )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class ModelFamily(ABC):
     denoiser_is_a_file: ClassVar[bool] = False  # ComfyUI's "Load Diffusion Model" reads it alone, under diffusers' names
     lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
     lora_skips: ClassVar[tuple[str, ...]] = ()  # beginnings of layers' names that ComfyUI does not take from a LoRA
-    default_latent_size: ClassVar[tuple[int, int] | None] = None  # where the denoiser's config names none: its pipeline's
+    default_latent_size: tuple[int, int] | None = None  # where the denoiser's config names none: its pipeline's
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
 
@@ -206,7 +206,7 @@ class ModelFamily(ABC):
         parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
         tokenizer = plain_tokenizer(self.load_part(parts[-1]))
         self._fit_length(tokenizer, parts[-1])
-        own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
+        own = inspect.signature(self.pipeline_class.__call__).parameters.get("max_sequence_length")
         most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
         return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in texts]
 

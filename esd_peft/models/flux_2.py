@@ -31,7 +31,7 @@ class Flux2(JointAttention):
     )  # fmt: skip
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds"}
-    default_latent_size: ClassVar[tuple[int, int] | None] = (128, 128)
+    default_latent_size: tuple[int, int] | None = (128, 128)
     guidance_scale: float = 1.0
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:

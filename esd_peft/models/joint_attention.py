@@ -33,7 +33,7 @@ class JointAttention(ModelFamily):
 class PackedLatents(JointAttention):
     """Latents are packed, `[B, tokens, channels]`, a token for 2 x 2 of them; images are 1024² (the pipelines' default)."""
 
-    default_latent_size: ClassVar[tuple[int, int] | None] = (128, 128)
+    default_latent_size: tuple[int, int] | None = (128, 128)
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         height, width = self.latent_size(denoiser)

@@ -12,7 +12,7 @@ from esd_peft.models.joint_attention import PackedLatents
 from esd_peft.models.masked_tokens import encode_tokens, shortened
 from esd_peft.models.video_latents import VideoLatents
 
-LENGTH = 1024  # tokens of a prompt without its template, the pipeline's default
+LENGTH = 512  # tokens of a prompt without its template, the pipeline's default
 
 
 class QwenImage(VideoLatents, PackedLatents):
@@ -29,7 +29,7 @@ class QwenImage(VideoLatents, PackedLatents):
     guidance_scale: float = 4.0
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
-        """`encoder_hidden_states` `[prompts, 1024, 3584]` and their mask `[prompts, 1024]`."""
+        """`encoder_hidden_states` `[prompts, 512, 3584]` and their mask `[prompts, 512]`."""
         texts = [pipe.prompt_template_encode.format(prompt) for prompt in prompts]
         template = pipe.prompt_template_encode_start_idx
         return encode_tokens(pipe, texts, device, layer=-1, padding="longest", length=LENGTH, template=template)

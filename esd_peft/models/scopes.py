@@ -9,7 +9,7 @@ def cross_attention(scope: str, name: str) -> bool:
     attends = "attn2" in parts
     return {
         "esd-x": attends,
-        "esd-x-ff": attends or "ff" in parts,
+        "esd-x-ff": attends or bool({"ff", "ffn"} & {*parts}),
         "esd-u": not attends,
         "selfattn": "attn1" in parts,
         "full": True,

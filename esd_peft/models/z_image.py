@@ -27,7 +27,7 @@ class ZImage(JointAttention):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ZImagePipeline
     denoiser_is_a_file: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
-    default_latent_size: ClassVar[tuple[int, int] | None] = (128, 128)
+    default_latent_size: tuple[int, int] | None = (128, 128)
     guidance_scale: float = 5.0
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
@@ -30,6 +31,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -53,6 +57,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from esd_peft.models import FAMILIES
@@ -351,6 +357,30 @@ def chroma() -> ChromaPipeline:
     )
 
 
+def wan(**settings) -> WanPipeline:
+    tokenizer, _ = t5(48)
+    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5, 2, 2, 3]
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=48,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    )
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
+    parts = {"text_encoder": encoder, "vae": vae, "scheduler": scheduler, "transformer": transformer}
+    return WanPipeline(tokenizer=tokenizer, **parts, **settings)
+
+
 def z_image(shift: float = 6.0) -> ZImagePipeline:
     transformer = ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6]
@@ -370,6 +400,7 @@ ENCODERS = {
     FluxPipeline: "_get_t5_prompt_embeds",
     Flux2KleinPipeline: "_get_qwen3_prompt_embeds",
     Flux2Pipeline: "_get_mistral_3_small_prompt_embeds",
+    WanPipeline: "_get_t5_prompt_embeds",
 }
 
 MAKERS = {
@@ -387,6 +418,8 @@ MAKERS = {
     "flux.2 klein": klein,
     "qwen-image": qwen_image,
     "chroma": chroma,
+    "wan": wan,
+    "wan 2.2 ti2v": lambda: wan(expand_timesteps=True),
     "flux.2 dev": flux2,
 }
 

@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from diffusers.loaders import single_file_utils as diffusers_names
 from huggingface_hub import constants
 from peft.tuners.lora import LoraLayer
@@ -14,12 +20,13 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
-from esd_peft.adapters.export import KOHYA_FILE, write_checkpoint, write_kohya_lora
+from esd_peft.adapters.export import KOHYA_FILE, limits, write_checkpoint, write_kohya_lora
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
 from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
+from esd_peft.models.wan import _original_name
 from esd_peft.training.options import StudentOptions
 from esd_peft.training.student import make_student
 from families import draw_small, save_family
@@ -289,6 +296,28 @@ def test_sdxl_loras_have_the_names_that_kohya_trains(tmp_path):
     found, _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(file, unet.config))
     found = {key.replace(".processor", "").replace("_lora.", ".lora.") for key in found}
     assert found == {f"unet.{name}.lora.{side}.weight" for name in modules for side in ("up", "down")}
+
+
+def test_wan_loras_have_the_original_names():
+    """As ComfyUI reads them, which has no others for it; diffusers maps them back."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(num_layers=2)
+    modules = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    names = {f"transformer.{n}.lora_{side}.weight" for n in modules for side in "AB"}
+    file = {_original_name(name): torch.zeros(1) for name in names}
+    assert "diffusion_model.blocks.0.cross_attn.k.lora_A.weight" in file
+    assert _convert_non_diffusers_wan_lora_to_diffusers(file).keys() == names
+
+
+def test_layers_that_comfyui_does_not_take_are_said(tmp_path):
+    family = open_family(str(save_family("chroma", tmp_path / "model")))
+    layers = family.scope_modules(family.empty_denoiser(), "full")
+    assert limits(family, layers) == [
+        "pytorch_lora_weights.safetensors: ComfyUI skips distilled_guidance_layer; merge for it"
+    ]
+    assert not limits(family, family.scope_modules(family.empty_denoiser(), "esd-x-ff"))
 
 
 @pytest.mark.parametrize("scope", ["esd-x", "full"])

@@ -1,12 +1,13 @@
 """Every kind against its own diffusers pipeline: trajectories, guided pairs, LoRA files and merged weights."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
 import torch
 
-from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft import EraseConfig, MergeConfig, UserError, erase, merge_adapter
 from esd_peft.defaults import resolve
 from esd_peft.evaluation import validation
 from esd_peft.models import flux, flux_2, offload, open_family
@@ -76,6 +77,7 @@ def told(pipe, scale):
         "Flux2Pipeline": small | {"guidance_scale": flux_2.EMBEDDED_GUIDANCE},
         "Flux2KleinPipeline": small | {"guidance_scale": scale},
         "QwenImagePipeline": small | {"true_cfg_scale": scale, "negative_prompt": ""},
+        "WanPipeline": small | {"guidance_scale": scale, "num_frames": 1},
         "ZImagePipeline": small | {"guidance_scale": scale - 1},
     }.get(type(pipe).__name__, {"guidance_scale": scale})
 
@@ -184,6 +186,15 @@ def test_half_precision_and_little_memory(kind, tmp_path, quantize, monkeypatch)
     result = erase(EraseConfig(concept="circle", model=str(kind), output=tmp_path / "erased", **options))
     assert result["loss"]["last"] < 10
     assert (tmp_path / "erased" / "before_after.png").is_file()
+
+
+def test_a_wan_of_two_transformers_is_refused(tmp_path):
+    model = save_family("wan", tmp_path / "model")
+    shutil.copytree(model / "transformer", model / "transformer_2")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"transformer_2": index["transformer"]}))
+    with pytest.raises(UserError, match=r"--model .* has two transformers, .* name a Wan that has one"):
+        open_family(str(model))
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux dev", "pixart", "sana", "z-image"])

@@ -32,7 +32,7 @@ def test_flows(kind, tmp_path):
     torch.testing.assert_close(inputs - levels.view(-1, 1, 1, 1) * right, latents)  # straight back along the flow
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux dev", "pixart", "sana", "z-image", "flux.2 klein", "qwen-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux dev", "pixart", "sana", "z-image", "flux.2 klein", "qwen-image", "wan"])
 def test_images_come_back_from_latents(kind, tmp_path, monkeypatch):
     draw_small(monkeypatch)
     family = open_family(str(save_family(kind, tmp_path / "model")))

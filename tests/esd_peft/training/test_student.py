@@ -8,6 +8,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 
@@ -73,6 +74,11 @@ TRANSFORMERS = {  # at their true sizes, and millions of parameters in esd-x-str
     ),
     "flux.2 dev": (Flux2Transformer2DModel, {}, (94.37, 1302.3, 4020.2, 32223.3)),
     "qwen-image": (QwenImageTransformer2DModel, {}, (11.01, 2276.7, 6807.4, 20430.4)),
+    "wan": (
+        WanTransformer3DModel,
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        (141.65, 283.4, 1109.5, 1419.0),
+    ),
     "z-image": (ZImageTransformer2DModel, {}, (9.84, 127.8, 363.7, 6154.9)),
 }
 
