@@ -29,4 +29,4 @@ class PretrainedOptions(ModelOptions):
 
     model: str = "shapes"
     """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, FLUX.2, Z-Image, Qwen-Image,
-    Chroma, PixArt-Σ, Sana), the hub id of one, a single-file checkpoint, or an embedded pipeline: shapes, emoji."""
+    Chroma, PixArt-Σ, Sana, Wan), the hub id of one, a single-file checkpoint, or an embedded pipeline: shapes, emoji."""
