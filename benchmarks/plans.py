@@ -34,6 +34,10 @@ SOURCES = {
     "FLUX.1": "black-forest-labs/FLUX.1-dev",
     "PixArt-Σ": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     "Sana": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers --variant bf16",
+    "Z-Image": "Tongyi-MAI/Z-Image-Turbo",
+    "FLUX.2 klein 4B": "black-forest-labs/FLUX.2-klein-4B",
+    "Qwen-Image": "Qwen/Qwen-Image",
+    "Wan 2.1 1.3B": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
 }
 INTRODUCTION = f"""# Quick starts, by model and card
 

@@ -9,14 +9,21 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -24,6 +31,11 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -34,9 +46,16 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from esd_peft.worlds import WORLDS
@@ -70,6 +89,9 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 EULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+QWEN3_4B = QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "tie_word_embeddings": True}
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"  # in place of a template
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -90,9 +112,11 @@ SD3 = {
 }
 
 
-def _tokenizer() -> CLIPTokenizer:
+def _tokenizer(length: int = 77) -> CLIPTokenizer:
     """The emoji pipeline's, whose words are enough for the real one's default method: CLIP's vocabulary does not ship."""
-    return CLIPTokenizer.from_pretrained(WORLDS["emoji"].pipeline / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(WORLDS["emoji"].pipeline / "tokenizer", model_max_length=length)
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def _clip(sizes: dict[str, Any], projects: bool = False) -> nn.Module:
@@ -215,6 +239,60 @@ def _gemma_tokenizer() -> GemmaTokenizer:
     return letters.train_new_from_iterator(["\n".join(instruction)], 400, show_progress=False)
 
 
+def _z_image() -> DiffusionPipeline:
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(Qwen3Config(**QWEN3_4B)),
+        tokenizer=_tokenizer(512),
+    )
+
+
+def _klein() -> DiffusionPipeline:
+    sizes = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 3 * 2560}
+    with torch.device("cpu"):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(guidance_embeds=False, **sizes),
+        scheduler=scheduler,
+        vae=AutoencoderKLFlux2(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B)),
+        tokenizer=_tokenizer(512),
+        is_distilled=True,
+    )
+
+
+def _qwen_image() -> DiffusionPipeline:
+    text = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    config = Qwen2_5_VLConfig(text_config=text | heads | {"rope_parameters": rope}, vision_config={"out_hidden_size": 3584})
+    with torch.device("cpu"):
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02)
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(),
+        scheduler=scheduler,
+        vae=AutoencoderKLQwenImage(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=_tokenizer(1058),
+    )
+
+
+def _wan() -> DiffusionPipeline:
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=256384, feed_forward_proj="gated-gelu", **sizes))
+    with torch.device("cpu"):
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(
+        transformer=WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        scheduler=scheduler,
+        vae=AutoencoderKLWan(),
+        text_encoder=encoder,
+        tokenizer=_tokenizer(512),
+    )
+
+
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD 1.5": _sd15,
     "SD 2.1": _sd21,
@@ -224,6 +302,10 @@ MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "FLUX.1": _flux,
     "PixArt-Σ": _pixart,
     "Sana": _sana,
+    "Z-Image": _z_image,
+    "FLUX.2 klein 4B": _klein,
+    "Qwen-Image": _qwen_image,
+    "Wan 2.1 1.3B": _wan,
 }
 
 

@@ -93,6 +93,8 @@ def limits(family: ModelFamily, layers: list[str]) -> list[str]:
     kohya = family.checkpoint_layout is not None
     if kohya and (outer := sorted({name.split(".")[0] for name in layers} & _OUTER)):
         said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
+    if skipped := sorted({name.split(".")[0] for name in layers} & {*family.lora_skips}):
+        said.append(f"pytorch_lora_weights.safetensors: ComfyUI skips {', '.join(skipped)}; merge for it")
     known_by = family.lora_known_by
     if known_by and not any(mark in name for mark in known_by for name in layers):
         file = KOHYA_FILE if kohya else "pytorch_lora_weights.safetensors"

@@ -36,7 +36,8 @@ class MergeConfig(ModelOptions, HubOptions):
     """The directory that `python -m esd_peft.erase` wrote; repeat the option for several, which add up."""
     output: Path
     """Where the merged pipeline goes: a diffusers directory, or with a name that ends in .safetensors one file: a checkpoint
-    (Stable Diffusion 1.x, 2.x, XL), or the transformer for ComfyUI (FLUX.1, Stable Diffusion 3, PixArt-Σ)."""
+    (Stable Diffusion 1.x, 2.x, XL), or the transformer for ComfyUI (FLUX.1, Stable Diffusion 3, PixArt-Σ, Z-Image,
+    Qwen-Image)."""
     base: str | None = None
     """What to merge into: a directory, a hub id, a single-file checkpoint; left out: what the adapter was trained on."""
     scale: Annotated[list[Annotated[float, Field(gt=0, le=10)]], tyro.conf.UseAppendAction] = Field(default_factory=list)

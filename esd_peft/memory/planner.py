@@ -120,7 +120,7 @@ class MemoryEstimator:
         self.block = max(map(weight_bytes, repeated_blocks(denoiser)))
         noise = family.initial_latents(1, denoiser, torch.Generator())
         self.latents = noise.numel()
-        self.drawing = self._decoding(family.vae_latents(noise))
+        self.drawing = self._decoding(noise)
         student = make_student(family, denoiser, config.student, META, self.dtype)
         learning = sum(p.numel() for p in student.parameters) * 4
         # two moments, in 8 bits a quarter of their size; and the adapter, or the teacher's copy of the weights
@@ -157,7 +157,7 @@ class MemoryEstimator:
         """Bytes of the VAE and what it needs to draw one image."""
         vae = self.family.empty_part("vae", self.dtype)
         with track_memory(vae) as meter, torch.no_grad():
-            vae.decode(latents.to(META, self.dtype), return_dict=False)
+            vae.decode(self.family.vae_latents(vae, latents.to(META, self.dtype)), return_dict=False)
         return weight_bytes(vae) + meter.peak
 
     def plan(self, config: EraseConfig) -> Plan:

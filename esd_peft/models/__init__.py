@@ -1,21 +1,27 @@
 """What differs between pipeline families, one file each. The rest of the package knows `ModelFamily` only, but for
 `adapters/export.py`, which knows the files of other tools."""
 
+from esd_peft.models.chroma import Chroma
 from esd_peft.models.family import ModelFamily, PromptEmbeds
 from esd_peft.models.flux import Flux
+from esd_peft.models.flux_2 import Flux2, Flux2Klein
 from esd_peft.models.options import ModelOptions
 from esd_peft.models.pixart import PixArtSigma
+from esd_peft.models.qwen_image import QwenImage
 from esd_peft.models.sana import Sana
 from esd_peft.models.sources import local_pipeline
 from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.models.stable_diffusion_3 import StableDiffusion3
 from esd_peft.models.stable_diffusion_xl import StableDiffusionXL
+from esd_peft.models.wan import Wan
+from esd_peft.models.z_image import ZImage
 from esd_peft.worlds import find_world
 
 __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
 
 FAMILIES: tuple[type[ModelFamily], ...] = (
     StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArtSigma, Sana,
+    ZImage, Flux2, Flux2Klein, QwenImage, Chroma, Wan,
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from esd_peft.models.options import SCOPES
 from esd_peft.models.parts import Part
 from esd_peft.models.rehearsal import rehearse
 from esd_peft.models.sources import hub_id
-from esd_peft.models.text_parts import whole_words
+from esd_peft.models.text_parts import plain_tokenizer, whole_words
 from esd_peft.runtime.devices import release
 from esd_peft.worlds import World
 
@@ -30,6 +30,7 @@ from esd_peft.worlds import World
 PromptEmbeds = dict[str, Tensor]
 ENCODE_BATCH = 16  # prompts at a time
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
+SIDES = ("height", "width")
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
 
@@ -54,6 +55,8 @@ class ModelFamily(ABC):
     world: World | None = None  # what it draws, if it ships with the package
     denoiser_is_a_file: ClassVar[bool] = False  # ComfyUI's "Load Diffusion Model" reads it alone, under diffusers' names
     lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
+    lora_skips: ClassVar[tuple[str, ...]] = ()  # beginnings of layers' names that ComfyUI does not take from a LoRA
+    default_latent_size: tuple[int, int] | None = None  # where the denoiser's config names none: its pipeline's
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
 
@@ -207,15 +210,15 @@ class ModelFamily(ABC):
         """Of each text how many tokens it has, and how many the text encoder reads; of several encoders the last one, which
         reads the most."""
         parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
-        tokenizer = self.load_part(parts[-1])
+        tokenizer = plain_tokenizer(self.load_part(parts[-1]))
         self._fit_length(tokenizer, parts[-1])
-        own = inspect.signature(self.pipeline_class.encode_prompt).parameters.get("max_sequence_length")
+        own = inspect.signature(self.pipeline_class.__call__).parameters.get("max_sequence_length")
         most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
         return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in texts]
 
     def whole_words(self) -> list[str]:
         """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
-        return whole_words(self.load_part("tokenizer").get_vocab())
+        return whole_words(plain_tokenizer(self.load_part("tokenizer")).get_vocab())
 
     def unseen_words(self, prompt: str) -> list[str]:
         """Words that the tokenizer has no token for as a whole."""
@@ -224,7 +227,7 @@ class ModelFamily(ABC):
 
     def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
         """Height and width of the latents the denoiser was made for."""
-        size = denoiser.config.sample_size
+        size = self.default_latent_size or denoiser.config.sample_size
         if size is None:
             raise UserError(f"{self.part(self.denoiser_part).place} has no sample_size in its config.json; write it there")
         return (size, size) if isinstance(size, int) else tuple(size)
@@ -246,6 +249,10 @@ class ModelFamily(ABC):
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         """What the pipeline tells its scheduler besides the number of steps."""
         return {}
+
+    def guide(self, null: Tensor, towards: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance: from the prediction `null` `[B, ...]` towards the other; a `scale` of 1 is none."""
+        return null + scale * (towards - null)
 
     def scale_input(self, scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
         """Latents as the denoiser is fed them. Flow-matching schedulers leave them as they are."""
@@ -321,9 +328,21 @@ class ModelFamily(ABC):
         levels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # the latter of Sana's
         return 2 ** (len(levels) - 1)
 
-    def vae_latents(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents in the VAE's layout `[B, channels, height, width]`."""
+    def unpack_latents(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents as `[B, channels, height, width]`, with frames after the channels if the VAE has them."""
         return latents
+
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `unpack_latents`."""
+        return latents
+
+    def vae_latents(self, vae: ModelMixin, latents: Tensor) -> Tensor:
+        """What `vae` decodes for the denoiser's latents, which are on its device."""
+        return self.unpack_latents(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
+    def denoiser_latents(self, vae: ModelMixin, latents: Tensor) -> Tensor:
+        """The inverse of `vae_latents`."""
+        return self.pack_latents((latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor)
 
     def image_size(self, denoiser: ModelMixin) -> tuple[int, int]:
         """Height and width in pixels of the images the denoiser was made for."""
@@ -343,12 +362,7 @@ class ModelFamily(ABC):
                 posterior = encoded.latent_dist
                 noise = torch.randn(posterior.mean.shape, generator=generator)
                 latents.append(posterior.mean.cpu() + posterior.std.cpu() * noise)
-        centred = torch.cat(latents) - (vae.config.get("shift_factor") or 0.0)
-        return self.denoiser_latents(centred * vae.config.scaling_factor)
-
-    def denoiser_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `vae_latents`."""
-        return latents
+        return self.denoiser_latents(vae.cpu(), torch.cat(latents))
 
     @functools.cached_property
     def noise_schedule(self) -> NoiseSchedule:
@@ -370,12 +384,21 @@ class ModelFamily(ABC):
         names = self.prompt_arguments
         prompts = {names[key]: value for key, value in embeds.items()}
         nulls = {f"negative_{names[key]}": value for key, value in null.items()}
-        settings = {
-            "negative_prompt": None,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-        }
-        return prompts | nulls | settings
+        settings: dict[str, Any] = {"negative_prompt": None, "num_inference_steps": self.num_inference_steps}
+        if self.default_latent_size:
+            settings |= {side: n * self.vae_factor for side, n in zip(SIDES, self.default_latent_size, strict=True)}
+        arguments = prompts | nulls | settings | self.pipeline_guidance(self.guidance_scale)
+        takes = inspect.signature(self.pipeline_class.__call__).parameters  # some know no negative prompt
+        return {name: value for name, value in arguments.items() if name in takes}
+
+    def pipeline_guidance(self, scale: float) -> dict[str, float]:
+        """The argument of the pipeline's call that says how far it guides; without guidance `scale` is 1."""
+        return {"guidance_scale": scale}
+
+    def draw(self, pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
+        """What `pipe` makes of them: `[B, 3, H, W]` in [0, 1]."""
+        images: Tensor = pipe(**arguments, output_type="pt").images
+        return images
 
 
 def index_embeds(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:

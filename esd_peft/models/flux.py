@@ -3,21 +3,18 @@
 import math
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, ModelMixin, SchedulerMixin
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from esd_peft.models.family import TOKENS, PromptEmbeds
-from esd_peft.models.joint_attention import POOLED, JointAttention, shift_of
+from esd_peft.models.joint_attention import POOLED, PackedLatents
 from esd_peft.runtime.devices import send
 
-LATENT_SIZE = 128, 128  # the pipeline's default; the denoiser's config names none
 EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most images of FLUX.1 dev are made
 
 
-class Flux(JointAttention):
+class Flux(PackedLatents):
     """Scopes: `scopes.joint_attention`.
 
     FLUX.1 dev is guidance-distilled: it is told a guidance scale (3.5 here, always) and answers with what guidance would
@@ -27,8 +24,6 @@ class Flux(JointAttention):
     trajectories are driven by true classifier-free guidance on top of it, as the pipeline's `true_cfg_scale` does.
 
     schnell is told no guidance. It is a few-step model: trajectories have the 4 steps it was made for.
-
-    Latents are packed, `[B, tokens, channels]`, and the image is 1024² (the pipeline's default).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
@@ -47,27 +42,9 @@ class Flux(JointAttention):
         tokens, pooled, _ = pipe.encode_prompt(prompts, None, device=device)
         return {TOKENS: tokens, POOLED: pooled}
 
-    def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
-        return LATENT_SIZE
-
-    def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
-        height, width = self.latent_size(denoiser)
-        channels = denoiser.config.in_channels // 4
-        noise = torch.randn(count, channels, height, width, generator=generator)
-        return self.pipeline_class._pack_latents(noise, count, channels, height, width)
-
-    def vae_latents(self, latents: Tensor) -> Tensor:
-        side = 2 * math.isqrt(latents.shape[1]) * self.vae_factor
-        return self.pipeline_class._unpack_latents(latents, side, side, self.vae_factor)
-
-    def denoiser_latents(self, latents: Tensor) -> Tensor:
-        return self.pipeline_class._pack_latents(latents, *latents.shape)
-
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
-        """Evenly spaced sigmas, shifted by the number of latent tokens."""
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        shift = calculate_shift(latents.shape[1], *shift_of(scheduler.config, max_shift=1.15))
-        return {"sigmas": None if scheduler.config.get("use_flow_sigmas") else sigmas, "mu": shift}
+        told = super().schedule(scheduler, latents, num_inference_steps)
+        return told | {"sigmas": None} if scheduler.config.get("use_flow_sigmas") else told
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         batch, tokens = latents.shape[:2]
@@ -86,6 +63,4 @@ class Flux(JointAttention):
         ).sample
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
-        height, width = (side * self.vae_factor for side in LATENT_SIZE)
-        sizes = {"height": height, "width": width, "guidance_scale": EMBEDDED_GUIDANCE}
-        return super().pipeline_arguments(embeds, null) | sizes
+        return super().pipeline_arguments(embeds, null) | {"guidance_scale": EMBEDDED_GUIDANCE}

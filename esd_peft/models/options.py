@@ -28,5 +28,5 @@ class PretrainedOptions(ModelOptions):
     """Which model is changed, and how to read it."""
 
     model: str = "shapes"
-    """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, PixArt-Σ, Sana), the hub id of
-    one, a single-file checkpoint, or an embedded pipeline: shapes, emoji."""
+    """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, FLUX.2, Z-Image, Qwen-Image,
+    Chroma, PixArt-Σ, Sana, Wan), the hub id of one, a single-file checkpoint, or an embedded pipeline: shapes, emoji."""

@@ -36,6 +36,8 @@ def reading(place: str, fix: str = "restore its files") -> Iterator[None]:
         yield
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(f"{place} needs a package that is not here ({in_brief(error)}); install it") from None
     except Exception as error:
         raise UserError(f"{place} cannot be loaded ({in_brief(error)}); {fix}") from None
 
@@ -66,8 +68,8 @@ class Part:
 
     @property
     def has_weights(self) -> bool:
-        """Tokenizers and schedulers have none."""
-        return not re.search("Tokenizer|Scheduler", self.family.__name__)
+        """Tokenizers, the processors they are part of, and schedulers have none."""
+        return not re.search("Tokenizer|Processor|Scheduler", self.family.__name__)
 
     def config(self) -> dict[str, Any]:
         """As stored."""

@@ -41,18 +41,23 @@ def check_bitsandbytes(quantize: str, optimizer: str = "AdamW") -> None:
 def load_quantized(family: ModelFamily, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
     """The frozen denoiser on `device`, each `nn.Linear` as bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`) layer.
 
-    Whatever is not a linear layer's weight is in `dtype`, which is also what the layers compute in. Raises `UserError` if
-    the files do not hold all of the denoiser.
+    Whatever is not a linear layer's weight is in `dtype`, which is also what the layers compute in; so is the very first
+    layer, a small one: by it pipelines tell in which dtype they work. What diffusers keeps in fp32 stays so. Raises
+    `UserError` if the files do not hold all of the denoiser.
     """
     bnb = bitsandbytes(f"--quantize {how}")
     denoiser = family.empty_part(family.denoiser_part, buffers=True)
+    first = next(denoiser.named_parameters())[0]
+    precise = {*(denoiser._keep_in_fp32_modules or ())}
     for path in family.denoiser_files():
         tensors = open_tensors(path)
         with path.open("rb") as file:
             for name in tensors.entries:
                 value = tensors.read(file, name)
                 check_finite(f"{family.option} {path}: {name}", value)
-                _place(bnb, denoiser, name, value, how, dtype, device)
+                kept = not precise.isdisjoint(name.split("."))
+                packing = "none" if kept or name == first else how
+                _place(bnb, denoiser, name, value, packing, torch.float32 if kept else dtype, device)
     if missing := [name for name, parameter in denoiser.named_parameters() if parameter.is_meta]:
         raise UserError(f"{family.option} {family.path} lacks weights, {missing[0]} first; restore its files")
     # peft picks its layers by these marks, which transformers and diffusers set too
@@ -74,7 +79,7 @@ def _place(
 ) -> None:
     parent, _, leaf = name.rpartition(".")
     module = denoiser.get_submodule(parent)
-    if type(module) is nn.Linear and leaf == "weight":
+    if type(module) is nn.Linear and leaf == "weight" and how != "none":
         above, _, child = parent.rpartition(".")
         setattr(denoiser.get_submodule(above), child, _quantized(bnb, module, value, how, dtype, device))
     elif leaf in module._buffers:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esd_peft.errors import UserError
 from esd_peft.models.parts import reading
+from esd_peft.models.text_parts import plain_tokenizer
 from esd_peft.runtime.memory_meter import track_memory
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def rehearse(family: "ModelFamily") -> None:
         raise UserError(f"{kind}: from {_size(latents)} it makes {_size(prediction)}; name a text-to-image model")
     vae = family.empty_part("vae")
     with reading(f"{place} vae"):
-        centred = family.vae_latents(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-        images = vae.decode(centred.to(META), return_dict=False)[0]
+        images = vae.decode(family.vae_latents(vae, latents.to(META)), return_dict=False)[0]
         if images.shape[-2:] != family.image_size(denoiser):
             raise ValueError(f"it makes images of {_size(images)} from latents of {_size(latents)}")
 
@@ -63,7 +63,7 @@ def _first_steps(family: "ModelFamily", noise: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_vocabularies(family: "ModelFamily", pipe: DiffusionPipeline) -> None:
     for part in family.text_parts:
-        tokenizer, encoder = getattr(pipe, part), getattr(pipe, part.replace("tokenizer", "text_encoder"))
+        tokenizer, encoder = plain_tokenizer(getattr(pipe, part)), getattr(pipe, part.replace("tokenizer", "text_encoder"))
         if "tokenizer" not in part or tokenizer is None or encoder is None:
             continue
         rows = encoder.get_input_embeddings().weight.shape[0]

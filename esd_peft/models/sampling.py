@@ -82,11 +82,14 @@ def image_batches(
     Image k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
     the same noise. `prompts` are those from number `first` on; `settings` replace what the family calls its pipeline with.
     """
+    family = prompts.family
+    if "guidance_scale" in settings:
+        settings |= family.pipeline_guidance(settings.pop("guidance_scale"))
     for start in tqdm(range(0, len(places), batch_size), desc=label, leave=False):
         batch = places[start : start + batch_size]
         noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
         arguments = prompts.arguments([i - first for i, _ in batch], negative) | settings
-        yield batch, pipe(**arguments, generator=noise, output_type="pt").images.float().cpu()
+        yield batch, family.draw(pipe, **arguments, generator=noise).float().cpu()
 
 
 def make_images(

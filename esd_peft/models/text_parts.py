@@ -29,6 +29,11 @@ def write_for_every_version(pipeline: Path) -> None:
         _write_slow_files(tokenizer)
 
 
+def plain_tokenizer(part: Any) -> Any:
+    """The tokenizer itself, where a pipeline's is part of a processor that takes images, too (FLUX.2 dev)."""
+    return getattr(part, "tokenizer", part)
+
+
 def whole_words(vocabulary: dict[str, int]) -> list[str]:
     """Those tokens that are a word from its beginning to its end, in the order of their numbers: of three letters or more,
     from a to z. CLIP marks the end of a word, SentencePiece and byte-level BPE (T5, Gemma, Qwen) its beginning."""

@@ -100,7 +100,8 @@ class Rollout:
                 break
             if predictions is None:
                 predictions = self._predict(table, inputs, timesteps[i], pairs, teacher=False)
-            driving = _classifier_free_guidance(table, predictions.float(), guided, pairs, options.guidance_scale)
+            null, towards = _directions(table, predictions.float(), guided, pairs)
+            driving = family.guide(null, towards, options.guidance_scale)
             latents = family.scheduler_step(scheduler, driving, timestep, latents, generator)
         finish(device)  # what was fetched is there now
         return concatenate(buffers)
@@ -145,16 +146,13 @@ class Rollout:
         return Buffer(*(fetch(x.contiguous()) for x in kept))
 
 
-def _classifier_free_guidance(
-    table: PairTable, predictions: Tensor, guided: Tensor, pairs: Tensor, guidance_scale: float
-) -> Tensor:
-    """The prediction that drives the next step: away from e_null towards e_concept, or where `guided` the target."""
+def _directions(table: PairTable, predictions: Tensor, guided: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """What drives the next step: from e_null, the first of the two, towards e_concept, or where `guided` the target."""
     null, concept = predictions[:2]
     column = (-1, *[1] * (null.dim() - 1))
     eta = table.etas[pairs].view(column)
     target = (predictions[2] if len(predictions) == 3 else null) - eta * (concept - null)
-    towards = torch.where(guided.view(column), target, concept)
-    return null + guidance_scale * (towards - null)
+    return null, torch.where(guided.view(column), target, concept)
 
 
 def _choose(trajectories: int, inside: Tensor, keep: int | None, generator: torch.Generator) -> Tensor:

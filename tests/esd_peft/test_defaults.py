@@ -1,5 +1,6 @@
 """What stands for an option that was left out: one value, known before the run, which the files it writes hold."""
 
+import json
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from esd_peft.cli import parse
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.options import Auto, Options, groups_of
-from families import save_family
+from families import draw_small, save_family
 
 
 def left_out(config: EraseConfig) -> list[str]:
@@ -250,11 +251,27 @@ def test_epochs_are_of_the_references_in_the_folder(shapes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "scale"), [("sdxl", 25, 3.0), ("sdxl turbo", 4, 1.0), ("flux dev", 25, 1.0), ("flux schnell", 4, 1.0)]
+    ("name", "steps", "scale"),
+    [
+        ("sdxl", 25, 3.0),
+        ("sdxl turbo", 4, 1.0),
+        ("flux dev", 25, 1.0),
+        ("flux schnell", 4, 1.0),
+        ("z-image", 25, 5.0),
+        ("z-image turbo", 8, 1.0),
+        ("flux.2 dev", 25, 1.0),
+        ("flux.2 klein base", 25, 4.0),
+        ("flux.2 klein", 4, 1.0),
+    ],
 )
-def test_trajectories_are_those_that_the_model_is_made_for(name, steps, scale, tmp_path):
-    family = open_family(str(save_family(name, tmp_path / "model")))
-    buffer = resolve(config(model=str(tmp_path / "model")), family)[0].buffer
+def test_trajectories_are_those_that_the_model_is_made_for(name, steps, scale, tmp_path, monkeypatch):
+    kind = next(kind for kind in ("z-image", "flux.2 klein", name) if name.startswith(kind))
+    path = save_family(kind, tmp_path / name)
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"is_distilled": name == "flux.2 klein"}))
+    draw_small(monkeypatch)
+    family = open_family(str(path))
+    buffer = resolve(config(model=str(path)), family)[0].buffer
     assert (buffer.num_inference_steps, buffer.guidance_scale) == (steps, scale)
-    given = resolve(config(model=str(tmp_path / "model"), num_inference_steps=7, guidance_scale=0.0), family)[0].buffer
+    given = resolve(config(model=str(path), num_inference_steps=7, guidance_scale=0.0), family)[0].buffer
     assert (given.num_inference_steps, given.guidance_scale) == (7, 0.0)

@@ -20,9 +20,9 @@ from esd_peft.erase_result import table
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.comparison import Model, open_models
-from esd_peft.models import flux, open_family
+from esd_peft.models import open_family
 from esd_peft.worlds import WORLDS
-from families import save_family
+from families import draw_small, save_family
 from runs import SHORTEST
 
 EMBEDDED = WORLDS["shapes"].pipeline
@@ -184,9 +184,9 @@ def test_the_suite_of_the_concept_itself(adapter, tmp_path):
     assert "look at them" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "qwen-image"])
 def test_every_family(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
+    draw_small(monkeypatch)
     model = save_family(kind, tmp_path / "model")
     erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "erased", learning_rate=0.3, **QUICK))
     source = prompts_file(tmp_path / "p.csv", [("a circle", ""), ("a square", "")])

@@ -6,21 +6,36 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -29,11 +44,24 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
+from esd_peft.models import FAMILIES
 from esd_peft.worlds.shapes.train import CONTEXT, make_tokenizer
 
 WORDS = ["a", "an", "picture", "of", "circle", "red", "square", "shape", "style", "the", "in", "photo", "with", "and"]
@@ -62,6 +90,25 @@ def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
     tokenizer = T5Tokenizer(vocab=vocab + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"], extra_ids=0)
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     return tokenizer, T5EncoderModel(config)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Characters, so that prompts and their templates differ in how many tokens they have."""
+    characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(["<|endoftext|>", *characters])}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen3(vocabulary: int, layers: int) -> Qwen3Config:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return Qwen3Config(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, eos_token_id=0, **heads
+    )
 
 
 def vae(channels: int, levels: int = 2, **more) -> AutoencoderKL:
@@ -218,6 +265,144 @@ def sana() -> SanaPipeline:
     )
 
 
+def flux2_parts(guidance_embeds: bool, text_width: int) -> dict:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * text_width,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    coder = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+    )
+    coder.bn.running_mean.normal_()
+    coder.bn.running_var.uniform_(0.5, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"transformer": transformer, "vae": coder, "scheduler": scheduler}
+
+
+def klein() -> Flux2KleinPipeline:
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3ForCausalLM(qwen3(len(tokenizer), layers=27))  # of which the pipeline takes 9, 18 and 27
+    return Flux2KleinPipeline(tokenizer=tokenizer, text_encoder=encoder, **flux2_parts(False, 16))
+
+
+def flux2() -> Flux2Pipeline:
+    """With a tokenizer by itself: the processor that it is part of needs torchvision, which this package does not. Its
+    template leaves out the system's message, which is long."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content[0].text }}{% endfor %}"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 1, "head_dim": 8}
+    text = MistralConfig(vocab_size=len(tokenizer), num_hidden_layers=30, **sizes, **heads)  # it takes 10, 20 and 30
+    vision = PixtralVisionConfig(num_hidden_layers=1, image_size=32, patch_size=16, **sizes)
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+    return Flux2Pipeline(tokenizer=tokenizer, text_encoder=encoder, **flux2_parts(True, 16))
+
+
+def qwen_image() -> QwenImagePipeline:
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    tokenizer = qwen_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_key_value_heads": 1, "rope_parameters": rope} | sizes
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16}
+    return QwenImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5, 2, 2, 3]
+        ),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
+    )
+
+
+def chroma() -> ChromaPipeline:
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    tokenizer, encoder = t5(48)
+    return ChromaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(4, levels=4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def wan(**settings) -> WanPipeline:
+    tokenizer, _ = t5(48)
+    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5, 2, 2, 3]
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=48,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    )
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
+    parts = {"text_encoder": encoder, "vae": vae, "scheduler": scheduler, "transformer": transformer}
+    return WanPipeline(tokenizer=tokenizer, **parts, **settings)
+
+
+def z_image(shift: float = 6.0) -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6]
+    )
+    tokenizer = qwen_tokenizer()
+    return ZImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen3Model(qwen3(len(tokenizer), layers=2)),
+        vae=vae(4, levels=4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    )
+
+
+ENCODERS = {
+    ChromaPipeline: "_get_t5_prompt_embeds",
+    FluxPipeline: "_get_t5_prompt_embeds",
+    Flux2KleinPipeline: "_get_qwen3_prompt_embeds",
+    Flux2Pipeline: "_get_mistral_3_small_prompt_embeds",
+    WanPipeline: "_get_t5_prompt_embeds",
+}
+
 MAKERS = {
     "sdxl": sdxl,
     "sdxl turbo": lambda: sdxl(EulerAncestralDiscreteScheduler, timestep_spacing="trailing"),
@@ -229,7 +414,32 @@ MAKERS = {
     "flux schnell": lambda: flux(guidance_embeds=False),
     "pixart": pixart,
     "sana": sana,
+    "z-image": z_image,
+    "flux.2 klein": klein,
+    "qwen-image": qwen_image,
+    "chroma": chroma,
+    "wan": wan,
+    "wan 2.2 ti2v": lambda: wan(expand_timesteps=True),
+    "flux.2 dev": flux2,
 }
+
+
+def draw_small(monkeypatch, side: int = 8) -> None:
+    """Pipelines whose own default is 1024² draw smaller, and those that pad prompts to 512 tokens pad to 64.
+
+    Both are too many for a test.
+    """
+    for kind in FAMILIES:
+        if kind.default_latent_size:
+            monkeypatch.setattr(kind, "default_latent_size", (side, side))
+    for pipeline, name in ENCODERS.items():
+        is_static = isinstance(vars(pipeline)[name], staticmethod)
+        short = _of_few_tokens(getattr(pipeline, name))
+        monkeypatch.setattr(pipeline, name, staticmethod(short) if is_static else short)
+
+
+def _of_few_tokens(encode):
+    return lambda *args, **options: encode(*args, **options | {"max_sequence_length": 64})
 
 
 def save_family(name: str, path: Path) -> Path:

@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from diffusers.loaders import single_file_utils as diffusers_names
 from huggingface_hub import constants
 from peft.tuners.lora import LoraLayer
@@ -14,15 +20,16 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
-from esd_peft.adapters.export import KOHYA_FILE, write_checkpoint, write_kohya_lora
+from esd_peft.adapters.export import KOHYA_FILE, limits, write_checkpoint, write_kohya_lora
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
-from esd_peft.models import flux, open_family
+from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
+from esd_peft.models.wan import _original_name
 from esd_peft.training.options import StudentOptions
 from esd_peft.training.student import make_student
-from families import save_family
+from families import draw_small, save_family
 from pipelines import small_stable_diffusion
 
 CPU = torch.device("cpu")
@@ -215,9 +222,9 @@ def test_a_pipeline_with_tokens_of_its_own_has_no_file(small_sd, tmp_path):
     merge_adapter(MergeConfig(adapter=tmp_path / "a", output=tmp_path / "merged"))
 
 
-@pytest.mark.parametrize("which", ["flux dev", "sd3", "pixart"])
+@pytest.mark.parametrize("which", ["flux dev", "sd3", "pixart", "z-image"])
 def test_a_transformer_in_shards_merges_into_one_file(which, tmp_path, monkeypatch):
-    monkeypatch.setattr(flux, "LATENT_SIZE", (16, 16))
+    draw_small(monkeypatch)
     model = save_family(which, tmp_path / "model")
     whole = load_file(model / "transformer" / NAME)
     transformer = open_family(str(model)).load_denoiser(torch.float32)
@@ -291,6 +298,28 @@ def test_sdxl_loras_have_the_names_that_kohya_trains(tmp_path):
     assert found == {f"unet.{name}.lora.{side}.weight" for name in modules for side in ("up", "down")}
 
 
+def test_wan_loras_have_the_original_names():
+    """As ComfyUI reads them, which has no others for it; diffusers maps them back."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(num_layers=2)
+    modules = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    names = {f"transformer.{n}.lora_{side}.weight" for n in modules for side in "AB"}
+    file = {_original_name(name): torch.zeros(1) for name in names}
+    assert "diffusion_model.blocks.0.cross_attn.k.lora_A.weight" in file
+    assert _convert_non_diffusers_wan_lora_to_diffusers(file).keys() == names
+
+
+def test_layers_that_comfyui_does_not_take_are_said(tmp_path):
+    family = open_family(str(save_family("chroma", tmp_path / "model")))
+    layers = family.scope_modules(family.empty_denoiser(), "full")
+    assert limits(family, layers) == [
+        "pytorch_lora_weights.safetensors: ComfyUI skips distilled_guidance_layer; merge for it"
+    ]
+    assert not limits(family, family.scope_modules(family.empty_denoiser(), "esd-x-ff"))
+
+
 @pytest.mark.parametrize("scope", ["esd-x", "full"])
 def test_an_sdxl_kohya_file_does_what_the_adapter_does(sdxl, tmp_path, scope):
     family, options = open_family(str(sdxl)), StudentOptions(scope=scope, rank=2, alpha=3.0)
@@ -312,7 +341,7 @@ def test_an_sdxl_kohya_file_does_what_the_adapter_does(sdxl, tmp_path, scope):
     torch.testing.assert_close(*seen)
 
 
-@pytest.mark.parametrize("which", ["sdxl", "sd3", "flux dev", "sana"])
+@pytest.mark.parametrize("which", ["sdxl", "sd3", "flux dev", "sana", "z-image"])
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 3.0])
 def test_the_file_for_diffusers_acts_as_trained_whatever_is_known_of_alpha(tmp_path, which, alpha):
     """ComfyUI, Invoke and older diffusers read B A and no metadata; newer diffusers also what the metadata says."""

@@ -11,13 +11,13 @@ from esd_peft.memory.planner import MemoryEstimator, _free, fit, make_plan
 from esd_peft.models import open_family
 from esd_peft.options import parse_bytes
 from esd_peft.training.student import make_student
-from families import save_family
+from families import draw_small, save_family
 from pipelines import small_stable_diffusion
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "flux dev", "pixart", "sana"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "flux dev", "pixart", "sana", "z-image"])
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model"
     return small_stable_diffusion(path) if request.param == "sd" else save_family(request.param, path)
@@ -51,7 +51,8 @@ def allocated(step) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_predicted_and_allocated_memory_of_a_step(model, checkpointing):
+def test_predicted_and_allocated_memory_of_a_step(model, checkpointing, monkeypatch):
+    draw_small(monkeypatch, 32)
     count = 3
     options = {"concept": "circle", "model": str(model), "gradient_checkpointing": checkpointing}
     _, config, family, sizes = estimate(**options)

@@ -10,9 +10,8 @@ from esd_peft import EraseConfig, erase
 from esd_peft.defaults import resolve
 from esd_peft.errors import UserError
 from esd_peft.models import compilation, open_family
-from esd_peft.models.flux import Flux
 from esd_peft.training.work import count_denoiser_calls
-from families import save_family
+from families import draw_small, save_family
 
 QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 12, "train_batch_size": 4,
          "learning_rate": 1e-2, "device": "cpu", "num_validation_images": 0}  # fmt: skip
@@ -76,7 +75,7 @@ def test_the_denoiser_is_eager_again_afterwards(small_sd, tmp_path, monkeypatch)
     assert len(seen) == before
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image"])
 def test_every_family_is_compiled_block_by_block(tmp_path, name):
     blocks = compilation.repeated_blocks(open_family(str(save_family(name, tmp_path / "model"))).empty_denoiser())
     kinds = {type(block).__name__ for block in blocks}
@@ -86,7 +85,7 @@ def test_every_family_is_compiled_block_by_block(tmp_path, name):
 def test_a_transformer_trains_the_same_when_compiled(tmp_path, monkeypatch):
     """FLUX: its blocks are also given rotary embeddings, whose first dimension is no batch."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(Flux, "latent_size", lambda self, denoiser: (8, 8))
+    draw_small(monkeypatch)
     ours, eager, graphs = compiled_and_eager(save_family("flux dev", tmp_path / "model"), tmp_path, max_train_steps=2)
     assert ours == pytest.approx(eager, rel=1e-3)
     assert graphs <= 1 + 2 * 4

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import NAME
-from families import save_family
+from families import draw_small, save_family
 from runs import SHORTEST
 
 QUICK = SHORTEST | {"trajectories": 2, "max_train_steps": 2}
@@ -50,15 +50,14 @@ def test_other_copies_of_the_weights_are_not_published(adapter, model, tmp_path)
     StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux dev", "sana", "sdxl"])
+@pytest.mark.parametrize("family", ["sd3", "flux dev", "sana", "sdxl", "z-image"])
 def test_all_that_each_familys_pipeline_reads_is_there(family, tmp_path):
     """As saved by diffusers itself, with transformers' tokenizers: nothing of it is left behind."""
     model = save_family(family, tmp_path / "model")
     output = tmp_path / "a"
-    from esd_peft.models import flux
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flux, "LATENT_SIZE", (16, 16))
+        draw_small(patch)
         erase(EraseConfig(concept="circle", model=str(model), output=output, **QUICK))
     merge(output, model, tmp_path / "merged")
     assert {*names(model)} <= {*names(tmp_path / "merged")}

@@ -8,10 +8,9 @@ from safetensors.torch import load_file
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.models import open_family
-from esd_peft.models.flux import Flux
 from esd_peft.runtime.devices import place
 from esd_peft.training import student
-from families import save_family
+from families import draw_small, save_family
 
 QUICK = {"num_inference_steps": 3, "trajectories": 2, "max_train_steps": 1, "train_batch_size": 2,
          "device": "cpu", "num_validation_images": 0}  # fmt: skip
@@ -75,7 +74,7 @@ def test_adapters_in_fp32_work_without_autocast(small_sd, tmp_path, options):
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
 def test_every_family_runs_in_half_precision_without_autocast(tmp_path, monkeypatch, name):
     """Rounding is more than these random models make of a concept: what is to be seen is that every layer runs."""
-    monkeypatch.setattr(Flux, "latent_size", lambda self, denoiser: (8, 8))
+    draw_small(monkeypatch)
     model = save_family(name, tmp_path / "model")
     precise, half = (run(model, tmp_path / dtype, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert half["loss"]["first"] == pytest.approx(precise["loss"]["first"], rel=0.5, abs=2e-4)

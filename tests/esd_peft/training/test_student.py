@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 
-from esd_peft.models import open_family
+from esd_peft.models import FAMILIES, open_family
 from esd_peft.models.options import SCOPES
 from esd_peft.models.scopes import joint_attention
 from esd_peft.training.options import StudentOptions
@@ -48,6 +56,42 @@ def test_scope_sizes_of_stable_diffusion_xl(scope, millions):
     parameters = dict(unet.named_parameters())
     names = open_family("shapes").scope_parameters(unet, scope)
     assert sum(parameters[n].numel() for n in names) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+MODULES = {"z-image": "z_image", "flux.2": "flux_2", "qwen-image": "qwen_image"}
+TRANSFORMERS = {  # at their true sizes, and millions of parameters in esd-x-strict, esd-x, esd-x-ff and full
+    "chroma": (ChromaTransformer2DModel, {}, (12.59, 730.1, 2164.8, 8900.0)),
+    "flux.2 klein": (
+        Flux2Transformer2DModel,
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        (23.59, 212.3, 637.0, 3875.5),
+    ),
+    "flux.2 dev": (Flux2Transformer2DModel, {}, (94.37, 1302.3, 4020.2, 32223.3)),
+    "qwen-image": (QwenImageTransformer2DModel, {}, (11.01, 2276.7, 6807.4, 20430.4)),
+    "wan": (
+        WanTransformer3DModel,
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        (141.65, 283.4, 1109.5, 1419.0),
+    ),
+    "z-image": (ZImageTransformer2DModel, {}, (9.84, 127.8, 363.7, 6154.9)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_scope_sizes_of_transformers(name):
+    kind, sizes, millions = TRANSFORMERS[name]
+    with torch.device("meta"):
+        denoiser = kind(**sizes)
+    family = next(family for family in FAMILIES if family.__module__.endswith(MODULES.get(name.split()[0], name)))
+    for scope, expected in zip(("esd-x-strict", "esd-x", "esd-x-ff", "full"), millions, strict=True):
+        chosen = [p.numel() for n, p in denoiser.named_parameters() if family.in_scope(None, scope, n)]
+        assert sum(chosen) / 1e6 == pytest.approx(expected, rel=2e-3)
 
 
 def test_scopes_of_joint_attention():

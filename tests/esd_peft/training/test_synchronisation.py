@@ -14,7 +14,6 @@ import esd_kernels
 from esd_peft.config import EraseConfig
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
-from esd_peft.models.flux import Flux
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.contrastive import ReferenceSampler, contrastive_loss
@@ -24,7 +23,7 @@ from esd_peft.training.objective import make_objective
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
 from esd_peft.training.trainer import Trainer
-from families import save_family
+from families import draw_small, save_family
 from runs import Run
 
 META = torch.device("meta")
@@ -121,7 +120,7 @@ def test_the_host_reads_the_loss_and_nothing_else(small_sd, on_meta, options):
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
 def test_in_every_family(tmp_path, on_meta, monkeypatch, name):
-    monkeypatch.setattr(Flux, "latent_size", lambda self, denoiser: (16, 16))
+    draw_small(monkeypatch)
     run = setup(save_family(name, tmp_path / "model"), snr_gamma=None)
     losses, traffic = on_meta(run, *objective(run))
     assert traffic.readings == len(losses)

@@ -1,0 +1,44 @@
+"""Chroma: T5's tokens with a mask, FLUX.1's MMDiT without pooled embedding and distilled guidance, flow matching."""
+
+import math
+from typing import ClassVar
+
+import torch
+from diffusers import ChromaPipeline, DiffusionPipeline, ModelMixin
+from torch import Tensor
+
+from esd_peft.models.family import MASK, TOKENS, PromptEmbeds
+from esd_peft.models.joint_attention import PackedLatents
+from esd_peft.runtime.devices import send
+
+
+class Chroma(PackedLatents):
+    """Scopes: `scopes.joint_attention`; the prompt comes in through `context_embedder` alone.
+
+    The mask, of a prompt's tokens and one of padding, is a number that diffusers adds to attention's logits; so it is here.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = ChromaPipeline
+    lora_skips: ClassVar[tuple[str, ...]] = ("distilled_guidance_layer",)
+    text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds", MASK: "prompt_attention_mask"}
+    guidance_scale: float = 5.0
+
+    def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
+        """`encoder_hidden_states` `[prompts, 512, 4096]` and their mask `[prompts, 512]`, as floats."""
+        tokens, _, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+        return {TOKENS: tokens, MASK: mask}
+
+    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        batch, tokens = latents.shape[:2]
+        side = math.isqrt(tokens)
+        mask = torch.cat([embeds[MASK].to(latents.dtype), latents.new_ones(batch, tokens)], dim=1)
+        places = self.pipeline_class._prepare_latent_image_ids(batch, side, side, torch.device("cpu"), latents.dtype)
+        return denoiser(
+            latents,
+            timestep=timesteps / 1000,
+            encoder_hidden_states=embeds[TOKENS],
+            attention_mask=mask,
+            txt_ids=torch.zeros(embeds[TOKENS].shape[1], 3, device=latents.device, dtype=latents.dtype),
+            img_ids=send(places, latents.device),
+        ).sample

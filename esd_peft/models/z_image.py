@@ -1,0 +1,62 @@
+"""Z-Image and Z-Image-Turbo: Qwen3's tokens, a transformer with one stream of text and image tokens, flow matching."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, ZImagePipeline
+from torch import Tensor
+
+from esd_peft.models.family import TOKENS, PromptEmbeds
+from esd_peft.models.joint_attention import JointAttention, evenly_shifted
+from esd_peft.models.masked_tokens import encode_tokens, token_lists
+
+LENGTH = 512  # tokens of a prompt with its chat template, the pipeline's default
+
+
+class ZImage(JointAttention):
+    """Scopes: `scopes.joint_attention`. The prompt comes in through `cap_embedder`; text alone is what `context_refiner`
+    sees, and the 30 layers after it see text and image with the same weights.
+
+    The pipeline's guidance scale g is added to the prediction, which is 1 + g here: without guidance it is 0 there. The
+    denoiser predicts x_0 − ε at 1 − t, so its answer is negated.
+
+    Turbo is distilled: trajectories have 8 steps and no guidance. Its files do not tell the two apart, so it is known by its
+    name; under another one give --num-inference-steps 8 and --guidance-scale 1.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = ZImagePipeline
+    denoiser_is_a_file: ClassVar[bool] = True
+    text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    default_latent_size: tuple[int, int] | None = (128, 128)
+    guidance_scale: float = 5.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if "turbo" in self.name.lower():
+            self.guidance_scale, self.num_inference_steps = 1.0, 8
+
+    def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
+        """`encoder_hidden_states` `[prompts, 512, 2560]` and their mask `[prompts, 512]`."""
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [pipe.tokenizer.apply_chat_template(message, **options) for message in messages]
+        return encode_tokens(pipe, texts, device, layer=-2, padding="max_length", length=LENGTH)
+
+    def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
+        return evenly_shifted(scheduler, latents.shape[2] // 2 * (latents.shape[3] // 2), num_inference_steps)
+
+    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        images = list(latents.unsqueeze(2))  # of one frame each
+        made = denoiser(images, (1000 - timesteps) / 1000, token_lists(embeds), return_dict=False)[0]
+        return -torch.stack(made).squeeze(2)
+
+    def prompt_rows(self, denoiser: ModelMixin, embeds: PromptEmbeds, kind: str) -> Tensor:
+        normed: Tensor = denoiser.cap_embedder[0](embeds[TOKENS])
+        return normed
+
+    def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
+        lists = {"prompt_embeds": token_lists(embeds), "negative_prompt_embeds": token_lists(null)}
+        return super().pipeline_arguments({}, {}) | lists
+
+    def pipeline_guidance(self, scale: float) -> dict[str, float]:
+        return {"guidance_scale": max(scale - 1.0, 0.0)}
