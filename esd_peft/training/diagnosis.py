@@ -44,7 +44,7 @@ class Probes:
     listed: list[str]
     unlisted: list[str]
     near: list[str] = field(default_factory=list)
-    embeds: PromptEmbeds = field(default_factory=dict)  # of `texts`, in host memory
+    embeds: PromptEmbeds = field(default_factory=dict)  # of `texts`
 
     @property
     def texts(self) -> list[str]:
@@ -58,7 +58,7 @@ class Probes:
         known = {*self.texts}
         rows = torch.tensor([i for i, text in enumerate(texts) if text not in known][:EACH], dtype=torch.int64)
         self.near = [texts[row] for row in rows]
-        self.embeds = {name: torch.cat([value, embeds[name][rows].cpu()]) for name, value in self.embeds.items()}
+        self.embeds = {name: torch.cat([value.cpu(), embeds[name][rows].cpu()]) for name, value in self.embeds.items()}
 
 
 @dataclass
@@ -166,9 +166,14 @@ def _predictions(student: Student, sample: Buffer, probes: Probes, batch_size: i
 def _left(pair: Pair, taught: Predicted, made: Predicted) -> float:
     """Of the concept's direction."""
     neutral, direction = taught[pair.neutral], taught[pair.prompt] - taught[pair.neutral]
-    return ((made[pair.prompt] - neutral) @ direction / direction.square().sum()).item()
+    return _share((made[pair.prompt] - neutral) @ direction, direction.square().sum())
 
 
 def _moved(taught: Tensor, made: Tensor, null: Tensor) -> float:
     """How far, as a share of what the prompt says."""
-    return ((made - taught).norm() / (taught - null).norm()).item()
+    return _share((made - taught).norm(), (taught - null).norm())
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """0 of a prompt that says nothing: of some a small text encoder reads no more than of the null prompt."""
+    return (part / whole).item() if whole > 0 else 0.0
