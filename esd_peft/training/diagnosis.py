@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from esd_peft.models import ModelFamily, PromptEmbeds
-from esd_peft.models.family import index_embeds
 from esd_peft.prompts.plan import Pair, PromptPlan, names, spread
 from esd_peft.prompts.table import PairTable
 from esd_peft.prompts.wordings import MANY_WORDS
@@ -150,17 +149,10 @@ Predicted = dict[str, Tensor]  # of each prompt, flat and in fp32
 
 def _predictions(student: Student, sample: Buffer, probes: Probes, batch_size: int) -> tuple[Predicted, Predicted]:
     """What teacher and student predict at the x_t of `sample`."""
-    texts, by_teacher, by_student = probes.texts, Predicted(), Predicted()
-    for part in torch.arange(len(texts)).split(batch_size):
-        embeds = {name: value.to(student.device) for name, value in index_embeds(probes.embeds, part).items()}
-        inputs, timesteps = sample.inputs.expand(len(part), *sample.inputs.shape[1:]), sample.timesteps.expand(len(part))
-        with student.teacher():
-            taught = student.predict(inputs, timesteps, embeds)
-        made = student.predict(inputs, timesteps, embeds)
-        own = [texts[i] for i in part]
-        by_teacher |= zip(own, taught.float().flatten(1), strict=True)
-        by_student |= zip(own, made.float().flatten(1), strict=True)
-    return by_teacher, by_student
+    with student.teacher():
+        taught = student.predict_each(sample, probes.embeds, batch_size)
+    made = student.predict_each(sample, probes.embeds, batch_size)
+    return dict(zip(probes.texts, taught, strict=True)), dict(zip(probes.texts, made, strict=True))
 
 
 def _left(pair: Pair, taught: Predicted, made: Predicted) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esd_peft.models.family import index_embeds
 from esd_peft.prompts.wordings import Candidate, Wordings
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.student import Student
@@ -52,15 +51,12 @@ def judge(student: Student, wordings: Wordings, concept: int, trajectories: list
 
 def _likeness(student: Student, wordings: Wordings, texts: list[str], trajectory: Buffer, batch_size: int) -> Tensor:
     """Of each text the mean cosine of its direction and the concept's, `[texts]`."""
-    rows, likeness = wordings.index(texts), torch.zeros(len(texts))
+    embeds, likeness = wordings.encoded(texts), torch.zeros(len(texts))
     for place in LOOKED_AT:
         sample = trajectory.index(torch.tensor([int(place * len(trajectory))]), student.device)
         null, named = sample.teacher[:2].float().flatten(1)
-        for part in torch.arange(len(rows)).split(batch_size):
-            embeds = {name: value.to(student.device) for name, value in index_embeds(wordings.embeds, rows[part]).items()}
-            many = sample.inputs.expand(len(part), *sample.inputs.shape[1:])
-            with student.teacher():
-                predicted = student.predict(many, sample.timesteps.expand(len(part)), embeds).float().flatten(1)
-            cosines = torch.cosine_similarity(predicted - null, (named - null).expand(len(part), -1))
-            likeness[part] += cosines.cpu() / len(LOOKED_AT)
+        with student.teacher():
+            predicted = student.predict_each(sample, embeds, batch_size)
+        cosines = torch.cosine_similarity(predicted - null, (named - null).expand(len(texts), -1))
+        likeness += cosines.cpu() / len(LOOKED_AT)
     return likeness

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from esd_peft.adapters.saved import WEIGHTS_FILE
 from esd_peft.memory.options import MemoryOptions
 from esd_peft.models import ModelFamily, PromptEmbeds
+from esd_peft.models.family import index_embeds
 from esd_peft.models.offload import offload_base
 from esd_peft.models.quantize import load_quantized
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.devices import place
 from esd_peft.runtime.seeds import seed_for
+from esd_peft.training.buffer import Buffer
 from esd_peft.training.linear_edit import PromptMaps, factors, prompt_maps
 from esd_peft.training.options import StudentOptions
 
@@ -42,6 +44,16 @@ class Student(ABC):
         """The denoiser's prediction `[B, ...]` as it is now, for scaled latents `[B, ...]` and timesteps `[B]`."""
         with self.autocast():
             return self.family.predict(self.denoiser, inputs.to(self.dtype), timesteps, embeds)
+
+    def predict_each(self, sample: Buffer, embeds: PromptEmbeds, batch_size: int) -> Tensor:
+        """Predictions at one x_t, `sample`, with each of several prompts, of which `embeds` are in host memory: `[prompts,
+        elements]` on the device in fp32, so many prompts at a time."""
+        made = []
+        for part in torch.arange(len(next(iter(embeds.values())))).split(batch_size):
+            some = {name: value.to(self.device) for name, value in index_embeds(embeds, part).items()}
+            inputs = sample.inputs.expand(len(part), *sample.inputs.shape[1:])
+            made.append(self.predict(inputs, sample.timesteps.expand(len(part)), some).float().flatten(1))
+        return torch.cat(made)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Mixed precision where the weights themselves learn, in fp32, and the denoiser is to compute in half precision.
