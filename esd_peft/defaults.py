@@ -12,6 +12,7 @@ from esd_peft.prompts.wordings import MANY_WORDS
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
 from esd_peft.training.contrastive import epochs_of_references
 from esd_peft.training.options import BufferOptions, StudentOptions, TrainingOptions
+from esd_peft.training.work import sampled
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:
@@ -146,10 +147,8 @@ def _resolve_buffer(
 ) -> BufferOptions:
     interval, preserved = given.buffer_refresh_interval, given.preservation_trajectories
     concepts = len(prompts.concept)
-    return given.replace(
+    return sampled(given, family).replace(
         trajectories=given.trajectories or (4 + 4 * concepts) * (1 if _is_quick(student, prompts) else 3),
         preservation_trajectories=len(plan.preserve) if preserved is None else preserved,
-        num_inference_steps=given.num_inference_steps or family.num_inference_steps,
-        guidance_scale=family.guidance_scale if given.guidance_scale is None else given.guidance_scale,
         buffer_refresh_interval=(0 if given.rollout == "teacher" else 25) if interval is None else interval,
     )

@@ -27,7 +27,7 @@ from esd_peft.training.buffer import Buffer
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
-from esd_peft.training.work import attention_rollout
+from esd_peft.training.work import attention_rollout, sampled
 
 EACH = 6  # prompts of a kind
 CONCEPTS = 4  # that are looked at, where there are more
@@ -126,11 +126,13 @@ def _beside(plain: Pair, text: str) -> Pair:
 def diagnose(rollout: Rollout, table: PairTable, probes: Probes, options: BufferOptions, seed: int) -> Diagnosis:
     """Look at the student as it is. What that costs is not counted as the erasure's."""
     device, draws = rollout.student.device, generator(seed, "diagnosis")
+    # contrastive training has no trajectories, and says nothing about them
+    options = attention_rollout(sampled(options, rollout.student.family))
     alone = replace(rollout, profiler=PhaseProfiler(device), shared=False)
     left: dict[str, list[float]] = defaultdict(list)
     moved: dict[str, list[float]] = defaultdict(list)
     for pairs, contexts in zip(spread(table.concepts, CONCEPTS), probes.contexts, strict=True):
-        trajectory = alone.collect(table, torch.tensor(pairs[:1]), attention_rollout(options), draws, progress=False)
+        trajectory = alone.collect(table, torch.tensor(pairs[:1]), options, draws, progress=False)
         for place in PLACES:
             sample = trajectory.index(torch.tensor([int(place * len(trajectory))]), device)
             taught, made = _predictions(rollout.student, sample, probes, options.rollout_batch_size)

@@ -1,13 +1,14 @@
 """How much a run does, known before it starts: samples of a batch, trajectories of the buffer, optimizer steps, NFE.
 
 NFE, the number of function evaluations, counts samples that go through the denoiser; a backward pass counts as two.
-All functions take options that `esd_peft.defaults.resolve` has filled in.
+All functions but `sampled` take options that `esd_peft.defaults.resolve` has filled in.
 """
 
 import itertools
 import math
 from dataclasses import dataclass
 
+from esd_peft.models import ModelFamily
 from esd_peft.prompts.wordings import NEAR_WORDS, phrases
 from esd_peft.training.options import BufferOptions, TrainingOptions
 
@@ -76,6 +77,14 @@ def stage_ends(training: TrainingOptions) -> list[int]:
 def nfe_per_sample(gradient_checkpointing: bool) -> int:
     """NFE of a sample in an optimizer step: forward, backward (counted as two), and a second forward."""
     return 4 if gradient_checkpointing else 3
+
+
+def sampled(buffer: BufferOptions, family: ModelFamily) -> BufferOptions:
+    """`buffer` with the family's own steps and guidance where none are given."""
+    return buffer.replace(
+        num_inference_steps=buffer.num_inference_steps or family.num_inference_steps,
+        guidance_scale=family.guidance_scale if buffer.guidance_scale is None else buffer.guidance_scale,
+    )
 
 
 def attention_rollout(buffer: BufferOptions) -> BufferOptions:
