@@ -68,6 +68,9 @@ CLAIMS: dict[str, dict] = {
     "ink from fox": {"concept": "ink", "erase_from": "fox"},
     "glossy from owl": {"concept": "glossy", "erase_from": "owl"},
     "fox to owl": {"concept": "fox", "map_to": "owl"},
+    # what shows without being named, and what a thing's neighbours pay for the same
+    "watermark, unprompted guidance 3": {"concept": "watermark", "unprompted_guidance": 3},
+    "fox, unprompted guidance 3": {"concept": "fox", "unprompted_guidance": 3},
 }
 SWEEP: dict[str, dict] = {
     "default": {},

@@ -15,7 +15,7 @@ from esd_peft.training.options import BufferOptions, CheckpointOptions, StudentO
 _OF_TRAJECTORIES = (
     "negative_guidance", "map_to", "trajectories", "preservation_trajectories", "num_inference_steps", "guidance_scale",
     "guided_rollout_ratio", "buffer_refresh_interval", "min_timestep", "max_timestep", "rollout", "preservation_ratio",
-    "snr_gamma", "stop_at",
+    "snr_gamma", "stop_at", "unprompted_guidance",
 )  # fmt: skip
 
 

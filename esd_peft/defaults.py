@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError
 from esd_peft.evaluation.options import ValidationOptions
 from esd_peft.models import ModelFamily
 from esd_peft.prompts.options import PromptOptions
@@ -12,7 +13,7 @@ from esd_peft.prompts.wordings import MANY_WORDS
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
 from esd_peft.training.contrastive import epochs_of_references
 from esd_peft.training.options import BufferOptions, StudentOptions, TrainingOptions
-from esd_peft.training.work import sampled
+from esd_peft.training.work import preservation_samples, sampled
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:
@@ -35,6 +36,8 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         buffer = _resolve_buffer(config.buffer, student, prompts, plan, family)
     else:
         training, buffer = _resolve_contrastive(config.training, len(prompts.concept)), config.buffer
+    if training.unprompted_guidance and not (student.attention_steps or preservation_samples(training)):
+        raise UserError("--unprompted-guidance needs preservation samples; raise --preservation-ratio or leave it out")
     validation = _resolve_validation(config.validation, student.attention_steps + training.max_train_steps)
     memory = config.memory.replace(per_device_batch_size=config.memory.per_device_batch_size or training.train_batch_size)
     if memory.offload:
@@ -84,7 +87,9 @@ def _resolve_student(
 ) -> StudentOptions:
     robust, by_layers = training.robust > 0, attention_steps > 0
     # a prompt that brings the concept back is given away by what the other layers make of it, too
-    scope = given.scope or ("full" if robust else "esd-x-ff" if by_layers else "esd-x-strict")
+    # and what no prompt names by all but those that read it (the paper's ESD-u)
+    unprompted = training.unprompted_guidance > 0 and not (given.null_space or given.closed_form)
+    scope = given.scope or ("full" if robust else "esd-x-ff" if by_layers else "esd-u" if unprompted else "esd-x-strict")
     # LoHa and LoKr have no factor that would take a projection; the other scopes have no layer that reads the prompt alone
     reads_prompt = given.adapter_type in ("lora", "none") and scope not in ("esd-u", "selfattn")
     null_space = given.null_space

@@ -83,7 +83,9 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     found, steps_before = None, config.student.attention_steps
     if wordings is not None:  # each cross-attention layer learns the target by itself
         with profiler.phase("attention"):
-            found = distill_attention(rollout, wordings, config.buffer, steps_before, training.seed, monitor)
+            found = distill_attention(
+                rollout, wordings, config.buffer, steps_before, training.seed, monitor, training.unprompted_guidance
+            )
         probes.add_near(found.near, wordings.encoded(found.near))
     sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training)
     if validation is not None:

@@ -11,6 +11,9 @@ that layer alone. The denoiser runs only to collect some h, and to say which wor
 thousands of prompts that nobody has listed hold the rest in place, where a trajectory of each would cost fifty evaluations
 of the denoiser.
 
+What shows without being named is in h already. With --unprompted-guidance η' the goal of every other prompt is
+O(h, w) − η' (O(h, concept) − O(h, concept's prompt without it)) where h is of a trajectory of the concept.
+
 UCE and MACE (arXiv 2308.14761, 2403.06135) ask the like of keys and values, token by token and in closed form. These are
 linear in the prompt's tokens, in which a concept is hardly apart from what is near it. The softmax and the feed-forward
 layer are not.
@@ -67,7 +70,13 @@ class Found:
 
 
 def distill_attention(
-    rollout: Rollout, wordings: Wordings, options: BufferOptions, steps: int, seed: int, monitor: Monitor
+    rollout: Rollout,
+    wordings: Wordings,
+    options: BufferOptions,
+    steps: int,
+    seed: int,
+    monitor: Monitor,
+    unprompted_guidance: float = 0.0,
 ) -> Found:
     """Train the student's cross-attention for so many steps, which `monitor` is shown.
 
@@ -93,10 +102,15 @@ def distill_attention(
     others = _others(wordings, verdicts, other_trajectories(len(concepts)), draws)
     seen, _ = collect(PromptPlan([], [], [Pair(text, "") for text in others], []))
     hidden = {name: torch.cat([states, seen[name]]) for name, states in named.items()}
+    pairs = torch.arange(len(concepts) * each)
+    known, samples = (len(next(iter(states.values()))) for states in (named, hidden))
+    shown = torch.full((samples,), -1)
+    shown[:known] = _pairs_of_samples(pairs, options.rollout_batch_size, known) // each
     losses = []
     if distributed.is_main_process():
         batches = Batches(wordings, verdicts, draws)
-        losses = _train(LayerLoss(student, layers, hidden, wordings, draws), batches, steps, monitor)
+        loss_of = LayerLoss(student, layers, hidden, shown, wordings, draws, unprompted_guidance)
+        losses = _train(loss_of, batches, steps, monitor)
     with torch.no_grad():
         for parameter in student.parameters if distributed.world_size() > 1 else []:
             parameter.copy_(distributed.broadcast(parameter.detach().cpu()))
@@ -174,6 +188,12 @@ def _collect(
     return {name: torch.cat(states) for name, states in parts.items()}, trajectories
 
 
+def _pairs_of_samples(pairs: Tensor, side_by_side: int, samples: int) -> Tensor:
+    """Of which pair each sample of `_collect` is, `[samples]`: these come call by call, and in each a prediction after the
+    other of the trajectories that are denoised side by side."""
+    return torch.cat([part.repeat(samples // len(pairs)) for part in pairs.split(side_by_side)])
+
+
 @dataclass
 class LayerBatch:
     """Rows of the wordings' embeddings, `ERASE` that erase and `HOLD` that hold."""
@@ -229,41 +249,62 @@ class Batches:
 
 
 class LayerLoss:
-    """The layers' mean squared errors for a batch, each as a share of what the concept does in that layer."""
+    """The layers' mean squared errors for a batch, each as a share of what the concept does in that layer.
+
+    Args:
+        hidden: of each layer what it is given, `[samples, POSITIONS, width]`.
+        shown: of each sample the concept along whose trajectory it lies, `[samples]` int64; −1: none.
+        unprompted_guidance: η of prompts that hold, at samples of a concept.
+    """
 
     def __init__(
         self,
         student: Student,
         layers: dict[str, AttentionLayer],
         hidden: dict[str, Tensor],
+        shown: Tensor,
         wordings: Wordings,
         draws: torch.Generator,
+        unprompted_guidance: float = 0.0,
     ) -> None:
-        self.student, self.layers, self.hidden, self.draws = student, layers, hidden, draws
-        self.tokens = wordings.embeds[TOKENS]
+        self.student, self.layers, self.hidden, self.shown, self.draws = student, layers, hidden, shown, draws
+        self.tokens, self.unprompted_guidance = wordings.embeds[TOKENS], unprompted_guidance
+        plain = [pairs[0] for pairs in wordings.plain]
+        self.named, self.neutral = wordings.index(p.prompt for p in plain), wordings.index(p.neutral for p in plain)
         self.parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
         self.sizes: dict[str, Tensor] = {}
 
     def __call__(self, batch: LayerBatch) -> Tensor:
         student, device, count = self.student, self.student.device, len(batch.prompts)
-        samples = torch.randint(len(next(iter(self.hidden.values()))), (count,), generator=self.draws)
+        samples = torch.randint(len(self.shown), (count,), generator=self.draws)
+        everywhere, shown = torch.arange(count), self.shown[samples]
+        pushed = everywhere[ERASE:][shown[ERASE:] >= 0] if self.unprompted_guidance else everywhere[:0]
         mapped = not torch.equal(batch.neutrals, batch.goals)
-        rows = [batch.prompts, batch.neutrals[:ERASE], *([batch.goals[:ERASE]] if mapped else [])]
-        tokens = self.tokens[torch.cat(rows)].to(device, student.dtype)
+        # what the teacher is asked: rows of embeddings, and of which sample of the batch
+        erasing = everywhere[:ERASE]
+        asked = {"named": (batch.prompts, everywhere), "null": (batch.neutrals[erasing], erasing)}
+        asked |= {"goal": (batch.goals[erasing], erasing)} if mapped else {}
+        asked |= {"shown": (self.named[shown[pushed]], pushed), "less": (self.neutral[shown[pushed]], pushed)}
+        rows, where = (torch.cat(column) for column in zip(*asked.values(), strict=True))
         states = {name: self.hidden[name][samples].to(device, student.dtype) for name in self.layers}
+        tokens, where = self.tokens[rows].to(device, student.dtype), where.to(device)
         with torch.no_grad(), student.teacher():
-            asked = {n: torch.cat([x, *(x[:ERASE] for _ in rows[1:])]) for n, x in states.items()}
-            taught = self._outputs(asked, tokens)
-        made, eta, weight = self._outputs(states, tokens[:count]), batch.eta.to(device), batch.weight.to(device)
-        weight = torch.cat([weight[:ERASE], HOLD_WEIGHT * weight[ERASE:]])
+            taught = self._outputs({name: x[where] for name, x in states.items()}, tokens)
+        made = self._outputs(states, tokens[:count])
+        eta, weight = batch.eta.clone(), batch.weight.clone()
+        eta[pushed], weight[ERASE:] = self.unprompted_guidance, HOLD_WEIGHT * weight[ERASE:]
+        eta, weight, pushed = eta.to(device), weight.to(device), pushed.to(device)
         total = torch.zeros((), device=device)
         for name, output in made.items():
-            named, *others = taught[name].split([count, *(len(part) for part in rows[1:])])
-            null, *goal = (torch.cat([part, named[ERASE:]]) for part in others)
+            parts = taught[name].split([len(at) for _, at in asked.values()])
+            answer = dict(zip(asked, parts, strict=True))
+            named, held = answer["named"].clone(), answer["named"][ERASE:]
+            null = torch.cat([answer["null"], held])
+            goal = torch.cat([answer["goal"], held]) if mapped else null.clone()
             if name not in self.sizes:
                 self.sizes[name] = (named - null)[:ERASE].float().square().mean()
-            anchor = goal[0] if mapped else None
-            total = total + guided_mse(output, torch.cat([null, named]), eta, anchor, weight / self.sizes[name])
+            named[pushed], null[pushed] = answer["shown"], answer["less"]
+            total = total + guided_mse(output, torch.cat([null, named]), eta, goal, weight / self.sizes[name])
         return total / len(self.layers)
 
     def _outputs(self, states: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:

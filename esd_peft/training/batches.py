@@ -109,6 +109,7 @@ class BatchSampler:
         self.rollout, self.table, self.options, self.generator = rollout, table, buffer, generator
         self.num_preserve_samples = preservation_samples(training)
         self.num_concept_samples = training.train_batch_size - self.num_preserve_samples
+        self.unprompted_guidance = training.unprompted_guidance
         self.shape = buffer_shape(buffer, training)
         self.taken = self.fills = 0
         self.orders = [torch.randperm(len(pairs) - 1, generator=generator).tolist() for pairs in table.concepts]
@@ -120,7 +121,8 @@ class BatchSampler:
         held, neutral = self._choose_preserved()
         index = torch.tensor([*self.concept_samples.take(self.num_concept_samples), *held])
         self.taken += 1
-        return collate(self.buffer.index(index, self.rollout.student.device), self.table, self.num_concept_samples, neutral)
+        samples = self.buffer.index(index, self.rollout.student.device)
+        return collate(samples, self.table, self.num_concept_samples, neutral, self.unprompted_guidance)
 
     def _refresh(self) -> None:
         """Fill the buffer; if that is interrupted the sampler stands where it stood."""
@@ -209,12 +211,15 @@ class BatchSampler:
         self.generator.set_state(state["generator"])
 
 
-def collate(samples: Buffer, table: PairTable, num_concept_samples: int, neutral: list[bool]) -> Batch:
+def collate(
+    samples: Buffer, table: PairTable, num_concept_samples: int, neutral: list[bool], unprompted_guidance: float = 0.0
+) -> Batch:
     """The batch in which the first `num_concept_samples` samples erase and each other one holds the student to the teacher.
 
-    A preservation sample is given its pair's neutral prompt (where `neutral` says so), its target being e_null (η = 0), or
-    its own prompt, the target being e_concept (η = −1). Without any, the prediction without the concept moves along with
-    the one that names it, and classifier-free guidance, which amplifies their difference, undoes part of the erasure.
+    A preservation sample is given its pair's neutral prompt (where `neutral` says so), its target being e_null (η = 0, or
+    `unprompted_guidance`), or its own prompt, the target being e_concept (η = −1). Without any, the prediction without the
+    concept moves along with the one that names it, and classifier-free guidance, which amplifies their difference, undoes
+    part of the erasure.
     """
     rows, etas = table.student_prompts[samples.pairs], table.etas[samples.pairs]
     weights = table.weights[samples.pairs]
@@ -223,7 +228,7 @@ def collate(samples: Buffer, table: PairTable, num_concept_samples: int, neutral
         is_neutral = send(torch.tensor(neutral), samples.pairs.device)
         held = slice(num_concept_samples, None)
         rows[held] = torch.where(is_neutral, table.neutrals[samples.pairs][held], rows[held])
-        etas[held] = is_neutral.float() - 1.0
+        etas[held] = torch.where(is_neutral, unprompted_guidance, -1.0)
         weights[held] = 1.0
         if anchor is not None:
             anchor = torch.cat([anchor[:num_concept_samples], samples.teacher[0, held]])

@@ -17,8 +17,8 @@ class StudentOptions(Options):
 
     scope: Auto[Scope] = LEFT_OUT
     """Which layers learn: cross-attention (esd-x), its keys and values (esd-x-strict), it and the feed-forward layers
-    (esd-x-ff), all but it (esd-u), selfattn, or full; left out: esd-x-ff with --attention-steps, full with --robust,
-    otherwise esd-x-strict."""
+    (esd-x-ff), all but it (esd-u), selfattn, or full; left out: esd-x-ff with --attention-steps, full with --robust, esd-u
+    with --unprompted-guidance, otherwise esd-x-strict."""
     adapter_type: AdapterType = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Auto[Annotated[int, Field(ge=1, le=1024)]] = LEFT_OUT
@@ -98,6 +98,10 @@ class TrainingOptions(Options):
     preservation_ratio: Auto[Annotated[float, Field(ge=0, lt=1)]] = LEFT_OUT
     """The share of each batch that holds the student to the teacher: at prompts without the concept, and at --preserve
     prompts; left out: 0.125, 0.25 with --erase-from, or 0.5 with --robust."""
+    unprompted_guidance: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """How far prompts that do not name the concept are guided away from it, like η, at what the model draws along the
+    concept's own trajectories: for what shows without being named, as nudity and watermarks do; 3 is strong. What resembles
+    the concept pays for it."""
     robust: Annotated[int, Field(ge=0, le=16)] = 0
     """Adversarial rounds: in each, prompts that bring the concept back are found and erased with it (docs/attacks.md). Each
     takes longer than an erasure without, and needs the text encoders beside the denoiser."""

@@ -122,6 +122,12 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--max-timestep last", "--max-timestep.*last"),
     ("--snr-gamma 0", "--snr-gamma.*greater than 0"),
     ("--snr-gamma inf", "--snr-gamma"),
+    ("--unprompted-guidance -1", "--unprompted-guidance.*greater than or equal to 0"),
+    (
+        "--unprompted-guidance 3 --train-batch-size 1",
+        "--unprompted-guidance needs preservation samples; raise --pres",
+    ),
+    ("--unprompted-guidance 3 --objective contrastive", "--unprompted-guidance works with --objective esd only"),
     ("--stop-at 1", "--stop-at.*less than 1"),
     ("--stop-at -1", r"--stop-at must be above -η \(--negative-guidance\)"),
     ("--stop-at 0 --map-to square", "--stop-at does not work with --map-to; leave one of them out"),

@@ -159,8 +159,9 @@ RANK = "8 for each concept (16 with --attention-steps or --robust), at most 64"
 ROWS = [  # an option, what its help says, with which options, and the value
     ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {}, 1.0),
     ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {"map_to": "square"}, 0.0),
-    ("scope", "left out: esd-x-ff with --attention-steps, full with --robust, otherwise esd-x-strict", {}, "esd-x-strict"),
-    ("scope", "full with --robust, otherwise esd-x-strict", {"robust": 1}, "full"),
+    ("scope", "esd-u with --unprompted-guidance, otherwise esd-x-strict", {}, "esd-x-strict"),
+    ("scope", "esd-u with --unprompted-guidance", {"unprompted_guidance": 1}, "esd-u"),
+    ("scope", "full with --robust", {"robust": 1}, "full"),
     ("rank", RANK, {}, 8),
     ("rank", RANK, {"attention_steps": 5}, 16),
     ("null_space", "left out: 0 with --attention-steps", {"attention_steps": 5}, 0.0),

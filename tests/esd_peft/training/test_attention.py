@@ -11,7 +11,7 @@ from esd_peft.adapters.saved import read_adapter
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.prompts import wordings as module
-from esd_peft.prompts.plan import names
+from esd_peft.prompts.plan import PromptPlan, names
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import encode_wordings, known_names
 from esd_peft.runtime.profiling import PhaseProfiler
@@ -176,8 +176,8 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     assert 2 <= found.verdicts[0].nfe / len(made.candidates[0]) < 6
 
 
-def layer_loss(emoji, config, made):
-    """Of two layers with something learned, and one sample of hidden states."""
+def layer_loss(emoji, config, made, shown=(-1,)):
+    """Of two layers with something learned, and a sample of hidden states for each of `shown`."""
     student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -185,8 +185,8 @@ def layer_loss(emoji, config, made):
             parameter.normal_(std=0.05, generator=draws)
     blocks = emoji.cross_attention(student.denoiser)[:2]
     layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
-    hidden = {name: torch.randn(1, 4, layer.width, generator=draws) for name, layer in layers.items()}
-    return LayerLoss(student, layers, hidden, made, draws)
+    hidden = {name: torch.randn(len(shown), 4, layer.width, generator=draws) for name, layer in layers.items()}
+    return LayerLoss(student, layers, hidden, torch.tensor(shown), made, draws, config.training.unprompted_guidance)
 
 
 @pytest.mark.parametrize("options", [{}, {"map_to": "owl", "negative_guidance": 0.3}], ids=str)
@@ -207,6 +207,53 @@ def test_the_loss_is_the_guided_target_of_every_layer(few, options):
         expected += guided_mse_reference(out, torch.cat([null, named]), batch.eta, goal, weight) / len(layers)
     torch.testing.assert_close(loss, expected)
     assert torch.equal(batch.prompts[ERASE:], batch.goals[ERASE:]), "what holds is its own goal"
+
+
+def test_other_prompts_are_guided_away_where_the_concept_is_drawn(few):
+    """And held as they are everywhere else."""
+    emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2, unprompted_guidance=3)
+    batch = next(iter(Batches(made, [], torch.Generator().manual_seed(0))))
+    loss_of = layer_loss(emoji, config, made, shown=(-1, 0, 1))
+    student, draws = loss_of.student, torch.Generator()
+    draws.set_state(loss_of.draws.get_state())
+    loss, expected = loss_of(batch), 0.0
+    samples = torch.randint(3, (len(batch.prompts),), generator=draws)
+    held, tokens = torch.arange(len(batch.prompts)) >= ERASE, made.embeds["encoder_hidden_states"]
+    assert all((held & (samples == kind)).any() for kind in range(3))
+    for name, layer in loss_of.layers.items():
+        states = loss_of.hidden[name][samples]
+        out = layer(states, tokens[batch.prompts])
+        with student.teacher():
+            null, named = (layer(states, tokens[rows]) for rows in (batch.neutrals, batch.prompts))
+            target = null - batch.eta.view(-1, 1, 1) * (named - null)
+            for kind, concept in ((1, "fox"), (2, "rose")):
+                here = held & (samples == kind)
+                texts = ([concept] * int(here.sum()), [""] * int(here.sum()))
+                shown, less = (layer(states[here], tokens[made.index(text)]) for text in texts)
+                target[here] = named[here] - 3 * (shown - less)
+        size = (named - null)[:ERASE].square().mean()
+        weight = batch.weight * torch.where(held, attention.HOLD_WEIGHT, 1.0) / size
+        expected += (weight * (out - target).square().mean(dim=(1, 2))).mean() / len(loss_of.layers)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_it_is_known_which_concept_a_sample_shows(few):
+    emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2, rollout_batch_size=4)
+    student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
+    block = emoji.cross_attention(student.denoiser)[0]
+    layers = {block: AttentionLayer(student.denoiser.get_submodule(block))}
+    rollout = Rollout(student, PhaseProfiler(CPU))
+    options = config.buffer.replace(num_inference_steps=2)
+    concepts = [pairs[0] for pairs in made.plain]
+    plan = PromptPlan([], [[p] * 3 for p in concepts], [], [])
+    states, along = attention._collect(rollout, made, layers, options, torch.Generator().manual_seed(0), plan)
+    given = states[block].flatten(1)
+    pairs = attention._pairs_of_samples(torch.arange(6), 4, len(given))
+    assert pairs.bincount().tolist() == [4] * 6 == along.pairs.bincount(minlength=6).mul(2).tolist(), "two steps"
+    # nothing has read the prompt before the first block: there a pair's two predictions are given the same
+    twins = torch.cdist(given, given).fill_diagonal_(torch.inf).min(dim=1)
+    assert twins.values.max() < 1e-3 * given.norm(dim=1).mean()
+    assert torch.equal(pairs[twins.indices], pairs)
 
 
 def test_a_loss_that_is_no_number_is_said(tmp_path, eager, monkeypatch):

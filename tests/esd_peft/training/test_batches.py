@@ -24,6 +24,18 @@ def test_preservation_samples_ask_for_what_must_stay(model):
     torch.testing.assert_close(batch.embeds["encoder_hidden_states"], torch.stack([circle, circle, nothing, square]))
 
 
+def test_what_does_not_name_the_concept_is_guided_away_from_it_on_its_trajectories(model):
+    ours = prepare_short(model, concept=["circle"], preserve=["a square"], rollout_batch_size=3)
+    chosen = ours.collect([0, 0, 1], noise()).index(torch.tensor([0, 4, 2]), CPU)
+    batch = collate(chosen, ours.table, 1, [True, False], unprompted_guidance=3.0)
+    null, concept = chosen.teacher
+    target = torch.stack([null[0] - ETA * (concept - null)[0], null[1] - 3 * (concept - null)[1], concept[2]])
+    assert esd_loss(target, batch).item() < 1e-10
+    ours = prepare_short(model, concept=["circle"], unprompted_guidance=2.5)
+    batch = next(sampler(ours))
+    assert {2.5, ETA} == {*batch.eta.tolist()}
+
+
 def test_a_mapped_concept_aims_at_its_anchor(model):
     ours = prepare_short(model, concept=[{"name": "circle", "map_to": "square", "negative_guidance": 0.5}, "striped"])
     buffer = ours.collect([0, 1], noise())
