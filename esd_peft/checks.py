@@ -25,7 +25,7 @@ def check_environment(config: EraseConfig, device: torch.device) -> None:
         inputs = [pretrained.model, pretrained.checkpoint_config, config.training.reference, file]
         check_output(checkpoint.output, checkpoint.overwrite or checkpoint.resume, inputs)
     check_tracker(config.runtime.report_to)
-    check_bitsandbytes(config.memory.quantize, config.training.optimizer)
+    check_bitsandbytes(device, config.memory.quantize, config.training.optimizer)
     check_compiler(config.runtime.compile, device)
 
 

@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import psutil
-import torch
 import tyro
 
 from esd_peft.cli import parse, run_command
@@ -20,7 +18,7 @@ from esd_peft.memory.planner import MemoryEstimator, amount, describe, fit, imag
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.options import ModelOptions
 from esd_peft.options import parse_bytes
-from esd_peft.runtime.devices import describe_device, resolve_device, resolve_dtype
+from esd_peft.runtime.devices import describe_device, has_triton, is_accelerator, memory_info, resolve_device, resolve_dtype
 from esd_peft.runtime.reproducibility import installed
 from esd_peft.training.options import StudentOptions
 
@@ -59,15 +57,14 @@ def _machine() -> Iterator[str]:
     yield "packages    " + ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
     device = resolve_device("auto")
     name, dtype = describe_device(device), str(resolve_dtype("auto", device)).removeprefix("torch.")
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    free, total = memory_info(device)
     yield f"device      {name}, {amount(free)} of {amount(total)} free; computes in {dtype}"
-    if device.type == "cuda":
+    if has_triton(device):
         yield "kernel      " + ("eager, until triton is installed" if installed("triton") == "none" else "Triton")
         compiler = shutil.which("cc") or shutil.which("gcc")
         yield "compiler    " + ("there" if compiler else "missing: Triton and --compile need one; install gcc")
+    elif is_accelerator(device):
+        yield "            Only CUDA, ROCm and XPU have --compile, --quantize, 8-bit optimizers and the Triton kernel."
     else:
         yield "            No GPU that PyTorch sees: embedded pipelines take minutes here, anything larger is slow."
         yield "            Only a GPU has --quantize, 8-bit optimizers, --compile and the Triton kernel."

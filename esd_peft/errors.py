@@ -38,7 +38,9 @@ def system_reason(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that the GPU or the host has too little memory; PyTorch has no class of its own for the latter."""
+    """Whether it says that the GPU or the host has too little memory: PyTorch has no class of its own for the latter, nor
+    for Apple's GPUs."""
     import torch  # here, because commands that compute nothing can raise errors too
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in told)

@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 def _evaluate(config: EvaluateConfig) -> Evaluation:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    check_bitsandbytes(config.quantize)
+    check_bitsandbytes(device, config.quantize)
     models = open_models(config)
     world = models.base.family.world
     suite_name = config.suite or (world.name if world else "concept")

@@ -116,7 +116,7 @@ class EvaluateConfig(Options):
     """With --attack prefix: tokens before the prompt (UnlearnDiffAtk takes 5, and 3 for styles)."""
 
     device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    """auto (a GPU, where there is one), cpu, cuda (NVIDIA's, and AMD's by ROCm), cuda:1, xpu (Intel's) or mps (Apple's)."""
     dtype: Dtype = "auto"
     """What the denoiser computes in; auto: bfloat16 on a GPU, float32 on a CPU."""
     quantize: Literal["none", "nf4", "int8"] = "none"

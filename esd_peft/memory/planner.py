@@ -17,6 +17,7 @@ from esd_peft.models.family import ENCODE_BATCH, TOKENS
 from esd_peft.models.offload import encoder_bytes
 from esd_peft.options import parse_bytes
 from esd_peft.prompts.plan import PromptPlan
+from esd_peft.runtime.devices import IMAGINED, is_accelerator, usable_memory
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
 from esd_peft.runtime.options import RuntimeOptions
 from esd_peft.training.attention import ERASE, HOLD, POSITIONS, AttentionLayer
@@ -64,8 +65,8 @@ def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, fa
     device, on_this_machine = resolved.runtime.torch_device, resolved
     resolved = imagined(given.runtime, resolved)
     budget = parse_bytes(resolved.memory.memory_budget) if resolved.memory.memory_budget != "auto" else None
-    if budget is None and device.type == "cuda":
-        budget = _free(device)
+    if budget is None and is_accelerator(device):
+        budget = usable_memory(device)
     elif budget is None and resolved is not on_this_machine:
         budget = 12 * GIB
     estimator = MemoryEstimator(resolved, prompts, family)
@@ -76,7 +77,7 @@ def imagined(given: RuntimeOptions, resolved: EraseConfig) -> EraseConfig:
     """With `--device auto` on a machine without a GPU the config as a GPU would run it; otherwise as it is."""
     if resolved.runtime.torch_device.type != "cpu" or given.device != "auto":
         return resolved
-    return resolved.replace(device="cuda", dtype="bfloat16" if given.dtype == "auto" else given.dtype)
+    return resolved.replace(device=IMAGINED, dtype="bfloat16" if given.dtype == "auto" else given.dtype)
 
 
 def given_settings(given: EraseConfig) -> set[str]:
@@ -89,15 +90,9 @@ def given_settings(given: EraseConfig) -> set[str]:
     }
 
 
-def _free(device: torch.device) -> int:
-    """Bytes of the GPU that nobody uses; PyTorch keeps for itself what this process has freed."""
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
-
-
 def within_budget(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> EraseConfig:
     """`resolved` with the settings that fit its budget; says which, where they are not those it came with."""
-    on_gpu = resolved.runtime.device.startswith("cuda")
+    on_gpu = is_accelerator(resolved.runtime.torch_device)
     if resolved.memory.memory_budget == "auto" and (not on_gpu or resolved.training.objective != "esd"):
         return resolved
     planned = make_plan(given.replace(device=resolved.runtime.device), resolved, prompts, family).config
@@ -127,7 +122,7 @@ class MemoryEstimator:
         self.learning = int(learning * (1 + (0.5 if "8bit" in config.training.optimizer else 2)))
         if denoiser.dtype != self.dtype:  # autocast keeps a copy of each weight for the backward pass
             self.learning += sum(p.numel() for p in denoiser.parameters()) * self.dtype.itemsize
-        on_gpu = config.runtime.device.startswith("cuda")
+        on_gpu = is_accelerator(config.runtime.torch_device)
         self._work = functools.partial(_activations, family, denoiser, noise, embeds, on_gpu)
         self._attend = functools.partial(_attention_activations, family, denoiser, embeds)
         self.running = [self._work(count) for count in (1, 2)]

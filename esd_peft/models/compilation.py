@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from esd_peft.errors import UserError, in_brief
+from esd_peft.runtime.devices import has_triton
 
 AUTO_CALLS = 2000  # calls of the denoiser from which `auto` compiles: a guess, not measured yet
 GRAPHS = 128  # of one block's code: its widths, times teacher, training and the student alone; beyond, PyTorch gives up
@@ -32,7 +33,7 @@ def compiled(denoiser: ModelMixin, compile: str, calls: int, device: torch.devic
     and early stopping have batches of their own, and none of them compiles anew because of it.
     """
     wanted = compile == "on"
-    if compile == "auto" and device.type == "cuda" and calls >= AUTO_CALLS:
+    if compile == "auto" and has_triton(device) and calls >= AUTO_CALLS:
         obstacle = _obstacle(device)
         wanted = obstacle is None
         if obstacle:

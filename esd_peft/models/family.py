@@ -23,7 +23,7 @@ from esd_peft.models.parts import Part
 from esd_peft.models.rehearsal import rehearse
 from esd_peft.models.sources import hub_id
 from esd_peft.models.text_parts import plain_tokenizer, whole_words
-from esd_peft.runtime.devices import release
+from esd_peft.runtime.devices import is_accelerator, release
 from esd_peft.worlds import World
 
 # What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
@@ -173,7 +173,7 @@ class ModelFamily(ABC):
     def load_encoders(self, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline's tokenizers and text encoders for `encode_many`; of large encoders layers come as they compute."""
         pipe = self.assemble(self.text_parts, dtype)
-        if device.type == "cuda":
+        if is_accelerator(device):
             bring_encoders(pipe, device)
         else:
             pipe.to(device)

@@ -30,12 +30,14 @@ def bitsandbytes(option: str) -> Any:
         ) from None
 
 
-def check_bitsandbytes(quantize: str, optimizer: str = "AdamW") -> None:
-    """Raises `UserError`, before any work, if one of the two needs bitsandbytes and it is not there."""
-    if quantize != "none":
-        bitsandbytes(f"--quantize {quantize}")
-    if optimizer != "AdamW":
-        bitsandbytes(f"--optimizer {optimizer}")
+def check_bitsandbytes(device: torch.device, quantize: str, optimizer: str = "AdamW") -> None:
+    """Raises `UserError`, before any work, if one of the two needs bitsandbytes and it is not there, or not for `device`."""
+    for option, value, plain in (("--quantize", quantize, "none"), ("--optimizer", optimizer, "AdamW")):
+        if value == plain:
+            continue
+        if device.type == "mps":
+            raise UserError(f"{option} {value} needs bitsandbytes, which has no kernels for Apple's GPUs; leave it out")
+        bitsandbytes(f"{option} {value}")
 
 
 def load_quantized(family: ModelFamily, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:

@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from esd_peft.errors import UserError
 from esd_peft.runtime import failures, interrupts
 
+BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # of GPUs that there may be several of
 PATIENCE = timedelta(minutes=30)  # with a process that lives but does not answer: the first one may be taking images
 
 
@@ -43,7 +44,8 @@ def start() -> None:
     with _together():
         store, *_ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
         failures.store = store
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        kind = next((kind for kind in BACKENDS if torch.get_device_module(kind).is_available()), None)
+        backend = f"cpu:gloo,{kind}:{BACKENDS[kind]}" if kind else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
@@ -61,17 +63,21 @@ def joined() -> Iterator[None]:
 
 def own_device(name: str) -> str:
     """The device `name` for this process: its own GPU of the machine. Raises `UserError` if there are too few."""
-    if world_size() == 1 or not name.startswith("cuda"):
+    kind, _, number = name.partition(":")
+    if world_size() == 1 or kind not in BACKENDS:
         return name
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if ":" in name:
+    module = torch.get_device_module(kind)
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), module.device_count()
+    if number:
         raise UserError(
-            f"--device {name} is one GPU, and there are {world_size()} processes; use cuda, and each takes its own"
+            f"--device {name} is one GPU, and there are {world_size()} processes; use {kind}, and each takes its own"
         )
     if local >= there:
-        raise UserError(f"--device {name}: PyTorch sees {there} CUDA devices, too few for the processes; launch {there}")
-    torch.cuda.set_device(local)
-    return f"cuda:{local}"
+        raise UserError(
+            f"--device {name}: PyTorch sees {there} {kind.upper()} devices, too few for the processes; launch {there}"
+        )
+    module.set_device(local)
+    return f"{kind}:{local}"
 
 
 def world_size() -> int:

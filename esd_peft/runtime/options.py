@@ -13,7 +13,7 @@ class RuntimeOptions(Options):
     """The device, the number format, the compiler, and where losses and images are logged."""
 
     device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    """auto (a GPU, where there is one), cpu, cuda (NVIDIA's, and AMD's by ROCm), cuda:1, xpu (Intel's) or mps (Apple's)."""
     dtype: Dtype = "auto"
     """The number format in which the denoiser computes; auto: bfloat16 on a GPU, float32 on a CPU. Adapters always stay in
     float32."""

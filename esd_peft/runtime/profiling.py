@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from esd_peft.errors import OutOfMemory, out_of_memory
+from esd_peft.runtime.devices import is_accelerator, peak_memory, reset_peak_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -57,16 +58,16 @@ class PhaseProfiler:
 
 
 def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if is_accelerator(device):
+        reset_peak_memory(device)
     else:
         with contextlib.suppress(OSError):
             _CLEAR.write_text("5")  # Linux: the peak resident size starts anew from the present one
 
 
 def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+    if is_accelerator(device):
+        return peak_memory(device)
     with contextlib.suppress(OSError, StopIteration, ValueError):
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

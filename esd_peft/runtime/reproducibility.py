@@ -6,13 +6,14 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from esd_peft._version import __version__
+from esd_peft.runtime.devices import describe_device, is_accelerator
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 
 
 def bits_depend_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Each by its name, to be kept beside what was made and compared with what goes on from there."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = describe_device(device) if is_accelerator(device) else platform.machine()
     versions = {package: installed(package) for package in _PACKAGES}
     return {
         "dtype": str(dtype).removeprefix("torch."),

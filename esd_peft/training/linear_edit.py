@@ -21,6 +21,7 @@ from torch import Tensor
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.family import MASK
 from esd_peft.prompts.plan import PromptPlan
+from esd_peft.runtime.devices import exact, is_accelerator
 from esd_peft.training.options import StudentOptions
 
 PromptMaps = dict[str, Tensor]  # for each kind of prompt embeddings that a layer reads, a map [width, width] fp32
@@ -104,12 +105,15 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     There the randomised decomposition (arXiv 0909.4061) comes within a thousandth of the best approximation in a thirtieth
     of the time: SDXL has 140 such layers, each of which a full one would take two seconds of a CPU.
     """
+    device, matrix = matrix.device, exact(matrix)
     if min(matrix.shape) <= SMALL:
-        return torch.linalg.svd(matrix, full_matrices=False)
-    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+        left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left.to(device), sizes.to(device), right.to(device)
+    here = [matrix.device] if is_accelerator(matrix.device) else []
+    with torch.random.fork_rng(here, device_type=matrix.device.type):
         torch.manual_seed(0)
         left, sizes, right = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLING, *matrix.shape), niter=ITERATIONS)
-    return left, sizes, right.T
+    return left.to(device), sizes.to(device), right.T.to(device)
 
 
 def _token_by_token(rows: Tensor, counts: Tensor, prompts: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class TrainingOptions(Options):
     unprompted_guidance: Annotated[float, Field(ge=0, le=100)] = 0.0
     """How far prompts that do not name the concept are guided away from it, like η, at what the model draws along the
     concept's own trajectories: for what shows without being named, as nudity and watermarks do; 3 is strong. What resembles
-    the concept pays for it."""
+    the concept pays for it (docs/attention.md)."""
     robust: Annotated[int, Field(ge=0, le=16)] = 0
     """Adversarial rounds: in each, prompts that bring the concept back are found and erased with it (docs/attacks.md). Each
     takes longer than an erasure without, and needs the text encoders beside the denoiser."""

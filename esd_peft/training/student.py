@@ -24,7 +24,7 @@ from esd_peft.models.family import index_embeds
 from esd_peft.models.offload import offload_base
 from esd_peft.models.quantize import load_quantized
 from esd_peft.prompts.plan import PromptPlan
-from esd_peft.runtime.devices import place
+from esd_peft.runtime.devices import exact, place
 from esd_peft.runtime.seeds import seed_for
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.linear_edit import PromptMaps, factors, prompt_maps
@@ -107,7 +107,7 @@ def load_student(
         denoiser = family.load_denoiser(torch.float32 if options.adapter_type == "none" else dtype)
     if not memory.offload:
         place(denoiser, device)
-    here = {name: value.to(denoiser.device) for name, value in embeds.items()}
+    here = {name: exact(value.to(denoiser.device)) for name, value in embeds.items()}
     maps = prompt_maps(options, prompts, family, denoiser, here)
     projections, changes = ({kind: value.to(device) for kind, value in found.items()} for found in maps)
     student = make_student(family, denoiser, options, device, dtype, seed, projections)

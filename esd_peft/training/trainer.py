@@ -13,6 +13,7 @@ from esd_peft.errors import UserError
 from esd_peft.memory.options import MemoryOptions
 from esd_peft.models.quantize import bitsandbytes
 from esd_peft.runtime import distributed
+from esd_peft.runtime.devices import is_accelerator
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.batches import Batch
 from esd_peft.training.esd import Loss
@@ -25,7 +26,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_
     """PyTorch's AdamW or one of bitsandbytes', with their default betas (0.9, 0.999)."""
     if name == "AdamW":
         # fused: all tensors in one launch, and float16's loss scaling is looked at on the GPU instead of by the host
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].is_cuda)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=is_accelerator(parameters[0].device))
     return getattr(bitsandbytes(f"--optimizer {name}").optim, name)(parameters, lr=lr, weight_decay=weight_decay)
 
 

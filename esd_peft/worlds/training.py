@@ -21,7 +21,7 @@ from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import settle, take_folder
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.text_parts import write_for_every_version
-from esd_peft.runtime.devices import describe_device
+from esd_peft.runtime.devices import describe_device, graphed, is_accelerator
 
 STATE = "state.pt"  # of a stage that is under way
 SampleImages = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # labels `[B, domains]`, pixels in [0, 1]
@@ -143,8 +143,7 @@ def replayed(unet: UNet2DConditionModel, sample: tuple[Tensor, ...]) -> Callable
             return seen
 
     denoise = Denoise()
-    if sample[0].is_cuda:
-        torch.cuda.make_graphed_callables(denoise, sample)  # in place
+    graphed(denoise, sample)
     return denoise
 
 
@@ -168,7 +167,7 @@ class Fit:
     def run(self, loss_of: Callable[[], Tensor]) -> Iterator[float]:
         """Minimise `loss_of()`; yields the loss of every step that is made now."""
         parameters = list(self.model.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, fused=parameters[0].is_cuda)
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, fused=is_accelerator(parameters[0].device))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * i / self.steps))
         )

@@ -121,7 +121,10 @@ def launch_scaling(slope: Tensor, factor: Tensor, unit: float) -> None:
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, whichever device its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cpu":  # interpreted
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return context
 
 
 def _unit(student: Tensor) -> float:

@@ -85,7 +85,7 @@ def guided_mse_reference(
 
 def _fuses(student: Tensor) -> bool:
     """Whether the kernel runs for `student`: on a GPU, or interpreted."""
-    if not student.is_cuda:
+    if not (student.is_cuda or student.is_xpu):
         return fused is not None and os.environ.get("TRITON_INTERPRET") == "1"
     if fused is None:
         _say_that_triton_is_missing()

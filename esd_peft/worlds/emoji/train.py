@@ -59,7 +59,7 @@ class TrainConfig(Options):
     stages: list[StageName] = [*get_args(StageName)]  # noqa: RUF012
     """The stages to run, on top of what the output holds; left out: all of them."""
     device: str = "auto"
-    """auto (the GPU, where there is one), cpu, cuda or cuda:N; what is drawn at random is the same on all of them."""
+    """auto (a GPU, where there is one), cpu, cuda, cuda:N, xpu or mps; what is drawn at random is the same on all."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed on the same machine trains the same weights."""
     vae_steps: Steps = STEPS["vae"]

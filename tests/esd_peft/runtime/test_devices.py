@@ -1,14 +1,17 @@
 """Layouts and number formats are the device's business: nothing that is saved shows them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft import EraseConfig, MergeConfig, UserError, erase, merge_adapter
 from esd_peft.models import open_family
-from esd_peft.runtime.devices import place
+from esd_peft.models.quantize import check_bitsandbytes
+from esd_peft.runtime import devices
+from esd_peft.runtime.devices import place, resolve_device, resolve_dtype, usable_memory
 from esd_peft.training import student
 from families import draw_small, save_family
 
@@ -78,3 +81,59 @@ def test_every_family_runs_in_half_precision_without_autocast(tmp_path, monkeypa
     model = save_family(name, tmp_path / "model")
     precise, half = (run(model, tmp_path / dtype, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert half["loss"]["first"] == pytest.approx(precise["loss"]["first"], rel=0.5, abs=2e-4)
+
+
+class Sees:
+    """PyTorch's modules for kinds of devices on a machine that has so many of each."""
+
+    def __init__(self, monkeypatch, **counts):
+        self.calls: list[str] = []
+        monkeypatch.setattr(devices, "_of", lambda kind: self.module(kind, counts.get(kind, 0)))
+
+    def module(self, kind, count):
+        return SimpleNamespace(
+            is_available=lambda: count > 0, device_count=lambda: count, get_device_name=lambda device: f"{kind} card",
+            mem_get_info=lambda device: (10, 16), memory_reserved=lambda device: 5, memory_allocated=lambda device: 3,
+            synchronize=lambda device: self.calls.append(f"synchronize {device}"), empty_cache=lambda: None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_any_gpu_is_found(monkeypatch, kind):
+    seen = Sees(monkeypatch, **{kind: 1})
+    device = resolve_device("auto")
+    assert device.type == kind
+    if kind == "mps":
+        return  # of it PyTorch has functions of other names, which say nothing here
+    assert devices.describe_device(device) == f"{kind} card"
+    assert devices.memory_info(device) == (10, 16) and usable_memory(device) == 10 + 5 - 3
+    devices.finish(device)
+    assert seen.calls == [f"synchronize {kind}"]
+    for named in (f"{kind}:1", "mps"):
+        with pytest.raises(UserError, match=f"--device {named} is not there: PyTorch sees [01] .* devices; use cpu"):
+            resolve_device(named)
+
+
+def test_where_there_is_none_the_cpu_computes(monkeypatch):
+    Sees(monkeypatch)
+    assert resolve_device("auto").type == "cpu"
+
+
+def test_memory_of_an_apple_gpu_is_what_the_system_recommends(monkeypatch):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 30)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 20)
+    mps = torch.device("mps")
+    assert devices.memory_info(mps) == (70, 100)
+    assert usable_memory(mps) == 80, "PyTorch's own cache is free, too"
+    assert devices.peak_memory(mps) == 30
+
+
+def test_other_gpus_compute_in_bfloat16():
+    assert resolve_dtype("auto", torch.device("mps")) is torch.bfloat16
+
+
+def test_an_apple_gpu_has_no_bitsandbytes():
+    for quantize, optimizer in (("nf4", "AdamW"), ("none", "AdamW8bit")):
+        with pytest.raises(UserError, match="has no kernels for Apple's GPUs; leave it out"):
+            check_bitsandbytes(torch.device("mps"), quantize, optimizer)
