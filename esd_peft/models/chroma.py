@@ -1,14 +1,17 @@
 """Chroma: T5's tokens with a mask, FLUX.1's MMDiT without pooled embedding and distilled guidance, flow matching."""
 
+import contextlib
+import functools
 import math
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from diffusers import ChromaPipeline, DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from esd_peft.models.family import MASK, TOKENS, PromptEmbeds
-from esd_peft.models.joint_attention import PackedLatents
+from esd_peft.models.joint_attention import PackedLatents, from_zero_to_one
 from esd_peft.runtime.devices import send
 
 
@@ -34,11 +37,31 @@ class Chroma(PackedLatents):
         side = math.isqrt(tokens)
         mask = torch.cat([embeds[MASK].to(latents.dtype), latents.new_ones(batch, tokens)], dim=1)
         places = self.pipeline_class._prepare_latent_image_ids(batch, side, side, torch.device("cpu"), latents.dtype)
-        return denoiser(
-            latents,
-            timestep=timesteps / 1000,
-            encoder_hidden_states=embeds[TOKENS],
-            attention_mask=mask,
-            txt_ids=torch.zeros(embeds[TOKENS].shape[1], 3, device=latents.device, dtype=latents.dtype),
-            img_ids=send(places, latents.device),
-        ).sample
+        with _masked_when_recomputed(denoiser, mask):
+            predicted: Tensor = denoiser(
+                latents,
+                timestep=from_zero_to_one(timesteps, latents),
+                encoder_hidden_states=embeds[TOKENS],
+                attention_mask=mask,
+                txt_ids=torch.zeros(embeds[TOKENS].shape[1], 3, device=latents.device, dtype=latents.dtype),
+                img_ids=send(places, latents.device),
+            ).sample
+        return predicted
+
+
+@contextlib.contextmanager
+def _masked_when_recomputed(denoiser: ModelMixin, mask: Tensor) -> Iterator[None]:
+    """With gradient checkpointing diffusers (0.42) gives single layers all but the mask. Here they get it, each time."""
+    if not denoiser.is_gradient_checkpointing:
+        yield
+        return
+    checkpoint = denoiser._gradient_checkpointing_func
+
+    def run(layer: nn.Module, *given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return checkpoint(functools.partial(layer, attention_mask=mask) if len(given) == 3 else layer, *given)
+
+    denoiser._gradient_checkpointing_func = run
+    try:
+        yield
+    finally:
+        denoiser._gradient_checkpointing_func = checkpoint

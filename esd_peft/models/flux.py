@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, ModelMixin, SchedulerMixi
 from torch import Tensor
 
 from esd_peft.models.family import TOKENS, PromptEmbeds
-from esd_peft.models.joint_attention import POOLED, PackedLatents
+from esd_peft.models.joint_attention import POOLED, PackedLatents, from_zero_to_one
 from esd_peft.runtime.devices import send
 
 EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most images of FLUX.1 dev are made
@@ -55,7 +55,7 @@ class Flux(PackedLatents):
         places = self.pipeline_class._prepare_latent_image_ids(batch, side, side, torch.device("cpu"), latents.dtype)
         return denoiser(
             latents,
-            timestep=timesteps / 1000,
+            timestep=from_zero_to_one(timesteps, latents),
             guidance=guidance,
             txt_ids=torch.zeros(embeds[TOKENS].shape[1], 3, device=latents.device, dtype=latents.dtype),
             img_ids=send(places, latents.device),

@@ -10,7 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from esd_peft.models.family import TOKENS, PromptEmbeds
-from esd_peft.models.joint_attention import JointAttention
+from esd_peft.models.joint_attention import JointAttention, from_zero_to_one
 from esd_peft.runtime.devices import send
 
 EMBEDDED_GUIDANCE = 4.0  # the pipeline's default
@@ -67,7 +67,7 @@ class Flux2(JointAttention):
         places = self.pipeline_class._prepare_latent_ids(torch.empty(1, 1, side, side, device="meta"))
         return denoiser(
             latents,
-            timestep=timesteps / 1000,
+            timestep=from_zero_to_one(timesteps, latents),
             guidance=guidance,
             txt_ids=send(words, latents.device),
             img_ids=send(places, latents.device),

@@ -52,6 +52,14 @@ class PackedLatents(JointAttention):
         return evenly_shifted(scheduler, latents.shape[1], num_inference_steps)
 
 
+def from_zero_to_one(timesteps: Tensor, latents: Tensor) -> Tensor:
+    """Timesteps as the pipelines of packed latents tell their denoiser: rounded as `latents` are, and then once more.
+
+    In bfloat16 that is up to four timesteps from where rounding once would lead, and these denoisers tell them apart.
+    """
+    return timesteps.to(latents.dtype) / 1000
+
+
 def shift_of(config: dict[str, Any], max_shift: float) -> tuple[float, ...]:
     """What diffusers' `calculate_shift` takes from a scheduler's config, with the pipelines' defaults."""
     defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin, QwenImagePipeline
 from torch import Tensor
 
 from esd_peft.models.family import MASK, TOKENS, PromptEmbeds
-from esd_peft.models.joint_attention import PackedLatents
+from esd_peft.models.joint_attention import PackedLatents, from_zero_to_one
 from esd_peft.models.masked_tokens import encode_tokens, shortened
 from esd_peft.models.video_latents import VideoLatents
 
@@ -46,7 +46,7 @@ class QwenImage(VideoLatents, PackedLatents):
         embeds = shortened(embeds)
         return denoiser(
             latents,
-            timestep=timesteps / 1000,
+            timestep=from_zero_to_one(timesteps, latents),
             encoder_hidden_states=embeds[TOKENS],
             encoder_hidden_states_mask=embeds[MASK].to(latents.device),
             img_shapes=[[(1, side, side)]] * len(latents),

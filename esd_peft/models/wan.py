@@ -33,19 +33,19 @@ class Wan(VideoLatents):
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     denoiser_part: ClassVar[str] = "transformer"
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds"}
-    default_latent_size: tuple[int, int] | None = (60, 104)  # 480 x 832
+    default_latent_size: tuple[int, int] = (60, 104)  # 480 x 832
     guidance_scale: float = 5.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self.has("transformer_2"):
+        if self.has("transformer_2") or self.index.get("boundary_ratio") is not None:  # where one gives way to the other
             raise UserError(
                 f"{self.option} {self.path} has two transformers, for much noise and for little, and an adapter here "
                 "changes one; name a Wan that has one: 2.1, or 2.2 TI2V 5B"
             )
         self._timestep_per_token = bool(self.index.get("expand_timesteps"))  # TI2V's
-        if self.vae_factor == 16:  # its VAE's; the size in pixels is the same
-            self.default_latent_size = 30, 52
+        height, width = self.default_latent_size
+        self.default_latent_size = 8 * height // self.vae_factor, 8 * width // self.vae_factor  # TI2V's VAE has 16
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`{"encoder_hidden_states": [prompts, 512, 4096]}`."""

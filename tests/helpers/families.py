@@ -357,12 +357,15 @@ def chroma() -> ChromaPipeline:
     )
 
 
-def wan(**settings) -> WanPipeline:
+def wan(expand_timesteps: bool = False) -> WanPipeline:
+    """2.1, or with `expand_timesteps` 2.2 TI2V, whose VAE makes 16 x 16 pixels of a latent."""
     tokenizer, _ = t5(48)
     sizes = {"d_model": 48, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    patched = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
     vae = AutoencoderKLWan(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5, 2, 2, 3]
-    )
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5, 2, 2, 3],
+        **(patched | {"decoder_base_dim": 8} if expand_timesteps else {}),
+    )  # fmt: skip
     transformer = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -378,7 +381,7 @@ def wan(**settings) -> WanPipeline:
     )
     encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
     parts = {"text_encoder": encoder, "vae": vae, "scheduler": scheduler, "transformer": transformer}
-    return WanPipeline(tokenizer=tokenizer, **parts, **settings)
+    return WanPipeline(tokenizer=tokenizer, **parts, expand_timesteps=expand_timesteps)
 
 
 def z_image(shift: float = 6.0) -> ZImagePipeline:

@@ -11,6 +11,7 @@ from esd_peft import EraseConfig, MergeConfig, UserError, erase, merge_adapter
 from esd_peft.defaults import resolve
 from esd_peft.evaluation import validation
 from esd_peft.models import flux, flux_2, offload, open_family
+from esd_peft.models.sampling import encode_prompts
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
@@ -171,6 +172,59 @@ def test_adapter_and_merged_weights_in_plain_diffusers(kind, tmp_path, monkeypat
 ARCHITECTURES = ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "flux.2 klein", "qwen-image", "chroma", "wan"]
 
 
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "wan 2.2 ti2v", "flux.2 dev"], indirect=True)
+def test_images_of_one_batch_are_those_of_the_pipelines_own_calls(kind):
+    family = open_family(str(kind))
+    prompts, settings = ["a circle", "a picture of circle in the red square style"], {"num_inference_steps": 2}
+    encoded = encode_prompts(family, prompts, CPU, torch.float32)
+    ours = family.pipeline(family.load_denoiser(torch.float32), CPU, torch.float32)
+    noise = [torch.Generator().manual_seed(i) for i in range(2)]
+    mine = family.draw(ours, **encoded.arguments([0, 1]) | settings, generator=noise)
+    pipe, _ = plain_pipeline(kind)
+    size = dict(zip(("height", "width"), mine.shape[2:], strict=True))
+    for i, prompt in enumerate(prompts):
+        given = told(pipe, family.guidance_scale) | size | settings
+        theirs = family.draw(pipe, prompt=prompt, **given, generator=torch.Generator().manual_seed(i))
+        torch.testing.assert_close(mine[i], theirs[0], atol=1e-4, rtol=1e-4)
+    assert (mine[0] - mine[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "flux.2 dev"], indirect=True)
+def test_the_denoiser_is_told_what_the_pipeline_tells_it_in_half_precision(kind):
+    family, half = open_family(str(kind)), torch.bfloat16
+    encoded, denoiser = encode_prompts(family, [CONCEPT], CPU, half), family.load_denoiser(half)
+    pipe, calls = family.pipeline(denoiser, CPU, half), []
+    hook = denoiser.register_forward_hook(
+        lambda _, args, more, out: calls.append((args, more, answer(out))), with_kwargs=True
+    )
+    alone = {} if denoiser.config.get("guidance_embeds") else family.pipeline_guidance(1.0)  # the prompt without ""
+    arguments = encoded.arguments([0]) | alone | {"num_inference_steps": 8}
+    family.draw(pipe, **arguments, generator=torch.Generator().manual_seed(0))
+    hook.remove()
+    embeds = {name: value[:1] for name, value in encoded.embeds.items()}
+    for (args, more, theirs), timestep in zip(calls, pipe.scheduler.timesteps, strict=True):
+        inputs = args[0] if args else more["hidden_states"]
+        inputs = torch.stack(inputs).squeeze(2) if isinstance(inputs, list) else inputs
+        with torch.no_grad():
+            mine = family.predict(denoiser, inputs, timestep.expand(1), embeds)
+        assert torch.equal(mine, theirs[:, : mine.shape[1]])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES, indirect=True)
+def test_gradient_checkpointing_changes_no_prediction(kind):
+    family = open_family(str(kind))
+    embeds, denoiser = family.encode([CONCEPT, ""], CPU, torch.float32), family.load_denoiser(torch.float32)
+    noise = family.initial_latents(2, denoiser, torch.Generator().manual_seed(0))
+    timesteps, made = torch.tensor([500, 500]), []
+    denoiser.requires_grad_().train()
+    for recompute in (False, True):
+        if recompute:
+            denoiser.enable_gradient_checkpointing()
+        prediction = family.predict(denoiser, noise, timesteps, embeds)
+        made.append([prediction, *torch.autograd.grad(prediction.square().mean(), denoiser.parameters(), allow_unused=True)])
+    torch.testing.assert_close(*made)
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES, indirect=True)
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_half_precision_and_little_memory(kind, tmp_path, quantize, monkeypatch):
@@ -188,11 +242,14 @@ def test_half_precision_and_little_memory(kind, tmp_path, quantize, monkeypatch)
     assert (tmp_path / "erased" / "before_after.png").is_file()
 
 
-def test_a_wan_of_two_transformers_is_refused(tmp_path):
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_wan_of_two_transformers_is_refused(whole, tmp_path):
     model = save_family("wan", tmp_path / "model")
-    shutil.copytree(model / "transformer", model / "transformer_2")
-    index = json.loads((model / "model_index.json").read_text())
-    (model / "model_index.json").write_text(json.dumps(index | {"transformer_2": index["transformer"]}))
+    index = json.loads((model / "model_index.json").read_text()) | {"boundary_ratio": None if whole else 0.875}
+    if whole:  # else the second is not among the files, though the pipeline gives way to it
+        shutil.copytree(model / "transformer", model / "transformer_2")
+        index["transformer_2"] = index["transformer"]
+    (model / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"--model .* has two transformers, .* name a Wan that has one"):
         open_family(str(model))
 
