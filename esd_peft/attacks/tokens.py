@@ -8,6 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from esd_peft.models.text_parts import plain_tokenizer
+
 
 class NewTokens:
     """New words in every tokenizer of a pipeline, and for each text encoder their input embeddings.
@@ -27,7 +29,7 @@ class NewTokens:
         self._parts: list[tuple[str, Any, int]] = []
         for name, encoder in pipe.components.items():
             if isinstance(encoder, nn.Module):
-                tokenizer = pipe.components[name.replace("text_encoder", "tokenizer")]
+                tokenizer = plain_tokenizer(pipe.components[name.replace("text_encoder", "tokenizer")])
                 tokenizer.add_tokens(words)
                 start = self.table(name).detach().float().mean(0).repeat(len(words), 1)
                 self.embeddings[name] = nn.Parameter(start)
@@ -42,7 +44,7 @@ class NewTokens:
         """Let every new word begin as the mean of the embeddings of the words in `text`; the i-th with i times `noise`, in
         units of the embeddings' standard deviation, added to it."""
         for name, encoder, _ in self._parts:
-            tokenizer = self.pipe.components[name.replace("text_encoder", "tokenizer")]
+            tokenizer = plain_tokenizer(self.pipe.components[name.replace("text_encoder", "tokenizer")])
             ids = tokenizer(text, add_special_tokens=False).input_ids
             table = encoder.get_input_embeddings().weight
             value = self.embeddings[name]

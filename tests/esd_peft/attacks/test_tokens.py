@@ -58,3 +58,25 @@ def test_words_of_two_kinds_do_not_disturb_each_other(small_sd):
     with torch.no_grad(), first.known(), second.known():
         rows = encode(family, pipe, ["<one> <three> <two>", "circle square circle"])["encoder_hidden_states"]
     torch.testing.assert_close(rows[0], rows[1])
+
+
+def test_a_tokenizer_that_is_part_of_a_processor_learns_words_too(small_sd):
+    """As FLUX.2 dev's is, whose processor takes images beside text."""
+
+    class Processor:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    pipe = load_encoders(open_family(str(small_sd)), CPU, torch.float32)
+    tokenizer = pipe.tokenizer
+    assert tokenizer.convert_tokens_to_ids("<new>") == tokenizer.unk_token_id
+    tokens = NewTokens(StandIn({"tokenizer": Processor(tokenizer), "text_encoder": pipe.text_encoder}), ["<new>"])
+    tokens.start_from("circle")
+    assert tokenizer.convert_tokens_to_ids("<new>") == len(tokenizer) - 1
+
+
+class StandIn:
+    """A pipeline with these components."""
+
+    def __init__(self, components):
+        self.components = components
