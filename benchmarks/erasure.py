@@ -2,9 +2,12 @@
 
     python benchmarks/erasure.py procedures --output benchmarks/results/procedures
     python benchmarks/erasure.py sweep --output benchmarks/results/sweep --seeds 0
+    python benchmarks/erasure.py unnamed --output benchmarks/results/unnamed --seeds 0 --images 6 --concepts watermark \
+        --strata unnamed
 
-Writes OUTPUT.json (every run), OUTPUT.md (tables of means and worsts) and OUTPUT.png (what is left against what neighbours
-lose, and against the cost; needs matplotlib), anew after every run. What OUTPUT.json already holds is not run again, so an
+Writes OUTPUT.json (every run), OUTPUT.md (tables of means and worsts: of the runs that all rows have in common, and of all
+runs) and OUTPUT.png (what is left against what neighbours lose, and against the cost; needs matplotlib), anew after every
+run. What OUTPUT.json already holds is not run again, so an
 interrupted command goes on where it was. Rows are in `methods.py`. Seconds are those that the CPU works on an erasure,
 loading included.
 """
@@ -28,9 +31,10 @@ from typing import Any
 from methods import CONCEPTS, SUITES
 
 MODEL = "emoji"
+NAMED = ("trained", "wordings", "sampling", "beside")  # strata whose prompts have the concept's name in them
 
 
-def run(job: tuple[str, dict, str, int], images: int) -> dict:
+def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None = None) -> dict:
     """Erase one way with one seed; the rates of the result, by strata."""
     import torch
 
@@ -40,7 +44,7 @@ def run(job: tuple[str, dict, str, int], images: int) -> dict:
 
     method, options, concept, seed = job
     own = {name: value for name, value in options.items() if name != "withheld"}
-    with tempfile.TemporaryDirectory() as folder, _withheld(concept if "withheld" in options else None):
+    with tempfile.TemporaryDirectory() as folder, _withheld(concept if "withheld" in options else None), _only(strata):
         started = time.process_time()
         made = _erased(own, concept, seed, Path(folder))
         made["seconds"] = time.process_time() - started
@@ -48,16 +52,30 @@ def run(job: tuple[str, dict, str, int], images: int) -> dict:
         # the same noise for all; what a row preserves by name counts as listed
         sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32, preserved)
         sampler.stores["before"] = _before(sampler)
+        if "asked_without" in own:
+            _ask_without(sampler, concept)
         sampler.make(made.pop("denoiser"), "after")
-        strata = {key: rates.to_dict() for key, rates in sampler.accuracies().strata.items()}
+        found = {key: rates.to_dict() for key, rates in sampler.accuracies().strata.items()}
+        found = {key: rates for key, rates in found.items() if "asked_without" not in own or key in NAMED}
     return {
         "method": method,
         "options": options,
         "concept": concept,
         "seed": seed,
         "images": images,
-        "strata": strata,
+        "strata": found,
     } | made
+
+
+def _ask_without(sampler: Any, concept: str) -> None:
+    """Let `sampler` make its images of prompts without the words that name the concept."""
+    import torch
+
+    from esd_peft.models.sampling import encode_prompts
+
+    words = {*concept.split()}
+    texts = [" ".join(w for w in p.text.split() if w.strip(".,") not in words) for p in sampler.evaluator.prompts]
+    sampler.encoded = encode_prompts(sampler.family, texts, torch.device("cpu"), torch.float32, sampler.evaluator.negatives)
 
 
 def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> dict:
@@ -71,6 +89,8 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
     from esd_peft.merge_adapter import merge_adapter
     from esd_peft.models import open_family
 
+    if "asked_without" in options:
+        return {"concepts": [concept], "denoiser": open_family(MODEL).load_denoiser(torch.float32), "nfe": 0}
     if "closed_form_of" in options:
         family = open_family(MODEL)
         edit = CLOSED_FORMS[options["closed_form_of"]]
@@ -119,6 +139,20 @@ def _withheld(concept: str | None) -> Iterator[None]:
         ModelFamily.whole_words = known  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def _only(strata: list[str] | None) -> Iterator[None]:
+    """Within it images are made of prompts of these strata only; of all, where none are named."""
+    from esd_peft.evaluation import validation
+
+    known = validation.suite_prompts
+    if strata:
+        validation.suite_prompts = lambda *given: [p for p in known(*given) if p.stratum in strata]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        validation.suite_prompts = known  # type: ignore[assignment]
+
+
 def _before(sampler):  # type: ignore[no-untyped-def]
     """The base's images, made once a concept: they are the same for every method and seed."""
     import torch
@@ -163,26 +197,70 @@ def summary(runs: list[dict]) -> dict[str, Any]:
     return {
         "runs": len(runs),
         "strata": strata,
-        "nfe": sum(r["nfe"] for r in runs) / len(runs),
+        "nfe": sum(r["nfe"] for r in runs) / max(1, len(runs)),
         "seconds": sum(seconds) / len(seconds) if seconds else None,
     }
 
 
-def markdown(found: dict[str, dict], command: str) -> str:
-    """The summaries as two tables: what is left of the concepts, and what is lost of the rest."""
-    strata = {key: s for summed in found.values() for key, s in summed["strata"].items()}
+SHORT = {
+    "wordings": "other wordings",
+    "synonyms": "other names",
+    "sampling": "other samplers",
+    "unnamed": "unnamed",
+    "neighbours": "neighbours",
+    "unlisted": "the rest",
+    "beside": "beside it",
+    "listed": "(seen) listed",
+}
+
+
+def in_common(by_method: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Of each method the runs with the concepts and seeds that all methods have run."""
+    cases = [{(r["concept"], r["seed"]) for r in runs} for runs in by_method.values()]
+    shared = set.intersection(*cases)
+    return {m: [r for r in runs if (r["concept"], r["seed"]) in shared] for m, runs in by_method.items()}
+
+
+def short_table(found: dict[str, dict]) -> str:
+    """One line a method: means, and the worst run, in per cent that are left and points that are lost."""
+    heads = [f"| | runs | {' | '.join(SHORT.values())} | NFE |", "|---" * (len(SHORT) + 3) + "|"]
+    lines = []
+    for name, s in found.items():
+        rates = [s["strata"].get(key) for key in SHORT]
+        cells = ["" if r is None else f"{_number(r['mean'])} ({_number(r['worst'], 0)})" for r in rates]
+        lines.append(f"| {name} | {s['runs']} | {' | '.join(cells)} | {s['nfe']:,.0f} |")
+    return "\n".join([*heads, *lines])
+
+
+def _number(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}".replace("-0.0", "0.0") if digits else f"{round(100 * share)}"
+
+
+def markdown(found: dict[str, dict], shared: dict[str, dict], command: str) -> str:
+    """The summaries as tables: of the runs in common in short, and of each all that is known."""
     lines = [f"`{command}`", ""]
+    if any(s["runs"] for s in shared.values()):
+        lines += ["The runs that all rows have in common: means (worst run), in per cent left and in points lost.", ""]
+        lines += [short_table(shared), ""]
+    lines += _tables("All runs", found)
+    return "\n".join(lines)
+
+
+def _tables(title: str, found: dict[str, dict]) -> list[str]:
+    """What is left of the concepts, and what is lost of the rest, with intervals."""
+    strata = {key: s for summed in found.values() for key, s in summed["strata"].items()}
+    lines = []
     for erased, says in ((True, "left of the concept, in per cent of images"), (False, "lost of the rest, in points")):
         keys = [key for seen in (False, True) for key, s in strata.items() if (s["erased"], s["seen"]) == (erased, seen)]
         heads = [("(seen) " if strata[key]["seen"] else "") + strata[key]["title"] for key in keys]
-        lines += [f"{says}: mean over runs (95 %; worst run)", "", f"| | runs | {' | '.join(heads)} | NFE | CPU seconds |"]
-        lines.append("|---" * (len(keys) + 4) + "|")
+        lines += [f"{title}, {says}: mean over runs (95 %; worst run)", ""]
+        lines += [f"| | runs | {' | '.join(heads)} | NFE | CPU seconds |", "|---" * (len(keys) + 4) + "|"]
         for name, s in found.items():
             cells = [_cell(s["strata"].get(key)) for key in keys]
             seconds = "" if s["seconds"] is None else f"{s['seconds']:.1f}"
             lines.append(f"| {name} | {s['runs']} | {' | '.join(cells)} | {s['nfe']:,.0f} | {seconds} |")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(s: dict | None) -> str:
@@ -201,6 +279,8 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
     figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for number, (name, s) in enumerate(found.items()):
+        if not {"wordings", "neighbours"} <= {*s["strata"]}:
+            continue  # of what is drawn everywhere nothing is a neighbour
         left = 100 * s["strata"]["wordings"]["mean"]
         for axes, x in ((kept, 100 * s["strata"]["neighbours"]["mean"]), (cost, max(1, s["nfe"]))):
             axes.plot(x, left, "os^D"[number // 10], label=name)  # the colours repeat after ten
@@ -219,6 +299,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=CONCEPTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=2, help="a prompt")
+    parser.add_argument("--strata", nargs="+", help="only prompts of these (esd_peft/evaluation/strata.py)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     args = parser.parse_args()
     suite = SUITES[args.suite]
@@ -239,10 +320,10 @@ def main() -> None:
     jobs = [job for job in jobs if (job[0], *job[2:]) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kill ends the workers too
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for result in pool.imap_unordered(functools.partial(run, images=args.images), jobs):
+        for result in pool.imap_unordered(functools.partial(run, images=args.images, strata=args.strata), jobs):
             runs.append(result)
             save(args.output, args.suite, runs)
-            left = result["strata"]["wordings"]["after"]["share"]
+            left = next(iter(result["strata"].values()))["after"]["share"]
             print(f"{len(runs)} {result['method']}, {result['concept']}: {left:.1%} left", flush=True)
     print(save(args.output, args.suite, runs))
 
@@ -250,16 +331,20 @@ def main() -> None:
 def save(output: Path, suite: str, runs: list[dict]) -> str:
     """Write all results; returns the tables."""
     by_method = {m: [r for r in runs if r["method"] == m] for m in SUITES[suite]}
-    found = {m: summary(rows) for m, rows in by_method.items() if rows}
+    by_method = {m: rows for m, rows in by_method.items() if rows}
+    found = {m: summary(rows) for m, rows in by_method.items()}
+    shared = {m: summary(rows) for m, rows in in_common(by_method).items()}
     options = {m: SUITES[suite][m] for m in found}
     command = shlex.join(["python", *sys.argv])
-    result = {"command": command, "cpus": os.cpu_count(), "options": options, "summary": found, "runs": runs}
+    head = json.dumps({"command": command, "cpus": os.cpu_count(), "options": options, "summary": found}, indent=1)
+    lines = ",\n".join(json.dumps(run) for run in runs)  # one each, so that a difference shows which is new
     draft = output.with_suffix(".tmp")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
+    draft.write_text(f'{head.removesuffix("}").rstrip()},\n "runs": [\n{lines}\n ]\n}}\n')
     draft.replace(output.with_suffix(".json"))
-    output.with_suffix(".md").write_text(markdown(found, command))
-    plot(found, output.with_suffix(".png"))
-    return markdown(found, command)
+    tables = markdown(found, shared, command)
+    output.with_suffix(".md").write_text(tables)
+    plot(shared if any(s["runs"] for s in shared.values()) else found, output.with_suffix(".png"))
+    return tables
 
 
 if __name__ == "__main__":

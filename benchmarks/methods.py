@@ -60,7 +60,9 @@ OURS: dict[str, dict] = {
     "ours, their words withheld": {"withheld": True},
     "ours, closed form": {"attention_steps": 0},
 }
-PROCEDURES: dict[str, dict] = OURS | CLOSED | TRAINED
+# what the guided target aims at, at η 0: the model as it is, given the same prompts without the concept's name
+ASKED_WITHOUT: dict[str, dict] = {"the model, asked without it": {"asked_without": True}}
+PROCEDURES: dict[str, dict] = OURS | CLOSED | TRAINED | ASKED_WITHOUT
 CLAIMS: dict[str, dict] = {
     "five at once": {"concept": list(TWENTY[:5])},
     "twenty at once": {"concept": list(TWENTY)},
@@ -69,8 +71,15 @@ CLAIMS: dict[str, dict] = {
     "glossy from owl": {"concept": "glossy", "erase_from": "owl"},
     "fox to owl": {"concept": "fox", "map_to": "owl"},
     # what shows without being named, and what a thing's neighbours pay for the same
-    "watermark, unprompted guidance 3": {"concept": "watermark", "unprompted_guidance": 3},
     "fox, unprompted guidance 3": {"concept": "fox", "unprompted_guidance": 3},
+    "watermark, unprompted guidance 3": {"concept": "watermark", "unprompted_guidance": 3},
+}
+# which takes many images to be told; with --strata unnamed nothing else is drawn
+UNNAMED: dict[str, dict] = {
+    "default": {},
+    "unprompted guidance 1": {"unprompted_guidance": 1},
+    "unprompted guidance 3": {"unprompted_guidance": 3},
+    "unprompted guidance 3, along trajectories": {"unprompted_guidance": 3, "attention_steps": 0},
 }
 SWEEP: dict[str, dict] = {
     "default": {},
@@ -87,4 +96,4 @@ SWEEP: dict[str, dict] = {
     "40 training steps after": {"max_train_steps": 40, "learning_rate": 1e-4},
     "bare prompt": {"prompt_templates": "bare"},
 }
-SUITES = {"procedures": PROCEDURES, "peer-rates": PEER_RATES, "claims": CLAIMS, "sweep": SWEEP}
+SUITES = {"procedures": PROCEDURES, "peer-rates": PEER_RATES, "claims": CLAIMS, "sweep": SWEEP, "unnamed": UNNAMED}

@@ -2,8 +2,9 @@
 
 Teacher and student are asked at the same x_t, along trajectories that training has not seen. Of a prompt with the concept
 the part of its direction that is left counts, ⟨s − e_neutral, d⟩ / ⟨d, d⟩ with d = e_prompt − e_neutral: 1 before training,
-0 when it is gone, −η at the guided target. Of any other prompt how far it has moved, as a share of what it says,
-‖s − e‖ / ‖e − e_null‖. Images show more, and cost a hundred times as much.
+0 when it is gone, −η at the guided target. Of any other prompt how far it has moved, ‖s − e‖, as a share of what it says,
+‖e − e_null‖, or of what the concept says where that is more: what says next to nothing may move by as much unseen. Images
+show more, and cost a hundred times as much.
 """
 
 import itertools
@@ -136,10 +137,12 @@ def diagnose(rollout: Rollout, table: PairTable, probes: Probes, options: Buffer
         for place in PLACES:
             sample = trajectory.index(torch.tensor([int(place * len(trajectory))]), device)
             taught, made = _predictions(rollout.student, sample, probes, options.rollout_batch_size)
+            null, named = sample.teacher[:2].float().flatten(1)
             for pair in contexts:
                 left[pair.prompt].append(_left(pair, taught, made))
             for text in (*probes.listed, *probes.near, *probes.unlisted):
-                moved[text].append(_moved(taught[text], made[text], taught[""]))
+                said = max((taught[text] - taught[""]).norm(), (named - null).norm())
+                moved[text].append(_share((made[text] - taught[text]).norm(), said))
     return Diagnosis(
         {text: mean(shares) for text, shares in left.items()},
         *({text: mean(moved[text]) for text in texts} for texts in (probes.listed, probes.near, probes.unlisted)),
@@ -163,11 +166,6 @@ def _left(pair: Pair, taught: Predicted, made: Predicted) -> float:
     return _share((made[pair.prompt] - neutral) @ direction, direction.square().sum())
 
 
-def _moved(taught: Tensor, made: Tensor, null: Tensor) -> float:
-    """How far, as a share of what the prompt says."""
-    return _share((made - taught).norm(), (taught - null).norm())
-
-
 def _share(part: Tensor, whole: Tensor) -> float:
-    """0 of a prompt that says nothing: of some a small text encoder reads no more than of the null prompt."""
+    """0 where there is nothing to move."""
     return (part / whole).item() if whole > 0 else 0.0

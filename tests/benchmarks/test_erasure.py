@@ -1,0 +1,50 @@
+"""The tables of the comparison: over the same runs for every row, and what the README shows of them."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("erasure")
+
+
+def made(concept: str, left: float, lost: float, seed: int = 0) -> dict:
+    def rates(erased: bool, after: float) -> dict:
+        found = {"title": "t", "erased": erased, "seen": False, "before": {"share": 1.0}, "after": {"share": after}}
+        return found | {"lost": 1.0 - after}
+
+    strata = {"wordings": rates(True, left), "neighbours": rates(False, 1 - lost)}
+    return {"concept": concept, "seed": seed, "strata": strata, "nfe": 600, "seconds": None}
+
+
+def test_rows_are_compared_on_what_all_of_them_have_run(module):
+    runs = {
+        "a": [made("fox", 0.1, 0.0), made("owl", 0.5, 0.5), made("fox", 0.9, 0.9, seed=1)],
+        "b": [made("fox", 0.2, 0.3)],
+    }
+    shared = {name: module.summary(rows) for name, rows in module.in_common(runs).items()}
+    assert shared["a"]["strata"]["wordings"]["mean"] == pytest.approx(0.1)
+    lines = module.short_table(shared).splitlines()
+    assert lines[2].startswith("| a | 1 | 10.0 (10) |") and lines[3].startswith("| b | 1 | 20.0 (20) |")
+    text = module.markdown({name: module.summary(rows) for name, rows in runs.items()}, shared, "command")
+    assert "| a | 3 | 50.0 (10.0 to 90.0; 90) |" in text  # and all that is known stands below
+
+
+def test_rows_without_runs_in_common_are_not_compared(module):
+    runs = {"a": [made("fox", 0.1, 0.0)], "b": [made("owl", 0.2, 0.3)]}
+    shared = {name: module.summary(rows) for name, rows in module.in_common(runs).items()}
+    assert not any(s["runs"] for s in shared.values())
+    assert "in common" not in module.markdown({name: module.summary(rows) for name, rows in runs.items()}, shared, "command")
+
+
+def test_the_readme_shows_what_was_measured():
+    rows = re.findall(r"^\| .* \| [\d,]+ \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    measured = (ROOT / "benchmarks" / "results" / "procedures.md").read_text(encoding="utf-8").splitlines()
+    assert rows and {*rows} <= {*measured}
