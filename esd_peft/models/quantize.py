@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import check_finite, open_tensors
 from esd_peft.models import ModelFamily
+from esd_peft.runtime.devices import has_bitsandbytes
 
 
 def bitsandbytes(option: str) -> Any:
@@ -35,7 +36,7 @@ def check_bitsandbytes(device: torch.device, quantize: str, optimizer: str = "Ad
     for option, value, plain in (("--quantize", quantize, "none"), ("--optimizer", optimizer, "AdamW")):
         if value == plain:
             continue
-        if device.type == "mps":
+        if not has_bitsandbytes(device):
             raise UserError(f"{option} {value} needs bitsandbytes, which has no kernels for Apple's GPUs; leave it out")
         bitsandbytes(f"{option} {value}")
 

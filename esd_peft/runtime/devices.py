@@ -27,6 +27,11 @@ def has_triton(device: torch.device) -> bool:
     return device.type in TRITON
 
 
+def has_bitsandbytes(device: torch.device) -> bool:
+    """Whether bitsandbytes has kernels for it."""
+    return device.type != "mps"
+
+
 def resolve_device(name: str) -> torch.device:
     """The device that `--device` names; auto: a GPU, where there is one. Raises `UserError` if this machine does not have
     it."""

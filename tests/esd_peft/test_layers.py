@@ -128,3 +128,14 @@ def test_stages_take_their_group_and_not_the_whole_config():
                 names = {n.attr for n in read}
                 as_a_whole = len(named) > len(read) or names & {"replace", "flat", "to_yaml", "model_dump"}
                 assert as_a_whole or len(names) > 1, f"{module}.{function.name} reads one group of {config}"
+
+
+def test_kinds_of_gpus_are_told_apart_in_runtime_alone():
+    """Elsewhere a device is one on which there is an accelerator, a compiler, or so much memory."""
+    kinds = {"cuda", "xpu", "mps"}
+    for name, tree in modules().items():
+        if name.split(".")[0] == "runtime":
+            continue
+        for node in ast.walk(tree):
+            named = node.value if isinstance(node, ast.Constant) else node.attr if isinstance(node, ast.Attribute) else None
+            assert named not in kinds | {f"is_{kind}" for kind in kinds}, f"{name}, line {node.lineno}: {named}"
