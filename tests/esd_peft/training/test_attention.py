@@ -266,7 +266,7 @@ def test_a_loss_that_is_no_number_is_said(tmp_path, eager, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("sd", {}), ("sd", {"adapter_type": "none", "rank": None}), ("sd", {"scope": "esd-x-strict"}),
+    [("sd", {"unprompted_guidance": 2.0}), ("sd", {"adapter_type": "none", "rank": None}), ("sd", {"scope": "esd-x-strict"}),
      ("sd", {"scope": "full"}), ("sdxl", {})],
 )  # fmt: skip
 def test_whole_runs_of_small_models(tmp_path, monkeypatch, eager, kind, options):
