@@ -209,12 +209,17 @@ class ModelFamily(ABC):
     def token_counts(self, texts: list[str]) -> list[tuple[int, int]]:
         """Of each text how many tokens it has, and how many the text encoder reads; of several encoders the last one, which
         reads the most."""
+        tokenizer, most = self._reader
+        return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in texts]
+
+    @functools.cached_property
+    def _reader(self) -> tuple[Any, int]:
+        """The last tokenizer, and how many of its tokens are read; loading it takes longer than most that it is asked."""
         parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
         tokenizer = plain_tokenizer(self.load_part(parts[-1]))
         self._fit_length(tokenizer, parts[-1])
         own = inspect.signature(self.pipeline_class.__call__).parameters.get("max_sequence_length")
-        most = tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
-        return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in texts]
+        return tokenizer, tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
 
     def whole_words(self) -> list[str]:
         """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
