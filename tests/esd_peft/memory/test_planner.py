@@ -7,9 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 from esd_peft import EraseConfig, erase
 from esd_peft.defaults import resolve
 from esd_peft.errors import UserError
-from esd_peft.memory.planner import MemoryEstimator, _free, fit, make_plan
+from esd_peft.memory.planner import MemoryEstimator, fit, make_plan
 from esd_peft.models import open_family
 from esd_peft.options import parse_bytes
+from esd_peft.runtime.devices import usable_memory
 from esd_peft.training.student import make_student
 from families import draw_small, save_family
 from pipelines import small_stable_diffusion
@@ -164,4 +165,4 @@ def test_what_pytorch_keeps_of_a_gpu_is_free_as_well(monkeypatch):
     sizes = {"memory_reserved": 5 * 2**30, "memory_allocated": 2 * 2**30, "mem_get_info": (2**30, 12 * 2**30)}
     for name, value in sizes.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert _free(torch.device("cuda:0")) == 4 * 2**30
+    assert usable_memory(torch.device("cuda:0")) == 4 * 2**30
