@@ -27,10 +27,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from methods import CONCEPTS, SUITES
 
 MODEL = "emoji"
+OWN = "-"  # in place of a concept, where a row brings its own
 NAMED = ("trained", "wordings", "sampling", "beside")  # strata whose prompts have the concept's name in them
 
 
@@ -63,6 +65,7 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
         "concept": concept,
         "seed": seed,
         "images": images,
+        "only": strata,
         "strata": found,
     } | made
 
@@ -132,11 +135,8 @@ def _withheld(concept: str | None) -> Iterator[None]:
         return
     measured = {p.about for p in suite_prompts(load_suite(MODEL), [concept], None) if p.stratum in KEPT}
     words, known = {word for label in measured for word in label.split()}, ModelFamily.whole_words
-    ModelFamily.whole_words = lambda self: [word for word in known(self) if word not in words]  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(ModelFamily, "whole_words", lambda self: [w for w in known(self) if w not in words]):
         yield
-    finally:
-        ModelFamily.whole_words = known  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -145,12 +145,12 @@ def _only(strata: list[str] | None) -> Iterator[None]:
     from esd_peft.evaluation import validation
 
     known = validation.suite_prompts
-    if strata:
-        validation.suite_prompts = lambda *given: [p for p in known(*given) if p.stratum in strata]  # type: ignore[assignment]
-    try:
+
+    def chosen(*given: Any) -> list[Any]:
+        return [prompt for prompt in known(*given) if not strata or prompt.stratum in strata]
+
+    with mock.patch.object(validation, "suite_prompts", chosen):
         yield
-    finally:
-        validation.suite_prompts = known  # type: ignore[assignment]
 
 
 def _before(sampler):  # type: ignore[no-untyped-def]
@@ -215,8 +215,9 @@ SHORT = {
 
 
 def in_common(by_method: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Of each method the runs with the concepts and seeds that all methods have run."""
-    cases = [{(r["concept"], r["seed"]) for r in runs} for runs in by_method.values()]
+    """Of each method the runs with the concepts and seeds that all methods have run; rows that bring concepts of their own
+    have none in common."""
+    cases = [{(r["concept"], r["seed"]) for r in runs if r["concept"] != OWN} for runs in by_method.values()]
     shared = set.intersection(*cases)
     return {m: [r for r in runs if (r["concept"], r["seed"]) in shared] for m, runs in by_method.items()}
 
@@ -227,13 +228,9 @@ def short_table(found: dict[str, dict]) -> str:
     lines = []
     for name, s in found.items():
         rates = [s["strata"].get(key) for key in SHORT]
-        cells = ["" if r is None else f"{_number(r['mean'])} ({_number(r['worst'], 0)})" for r in rates]
+        cells = ["" if r is None else f"{100 * r['mean']:z.1f} ({100 * r['worst']:z.0f})" for r in rates]
         lines.append(f"| {name} | {s['runs']} | {' | '.join(cells)} | {s['nfe']:,.0f} |")
     return "\n".join([*heads, *lines])
-
-
-def _number(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}".replace("-0.0", "0.0") if digits else f"{round(100 * share)}"
 
 
 def markdown(found: dict[str, dict], shared: dict[str, dict], command: str) -> str:
@@ -292,6 +289,8 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
 
 def main() -> None:
+    from esd_peft.evaluation.strata import STRATA
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--output", type=Path, required=True, help="where the results go, without suffix")
@@ -299,7 +298,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=CONCEPTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=2, help="a prompt")
-    parser.add_argument("--strata", nargs="+", help="only prompts of these (esd_peft/evaluation/strata.py)")
+    parser.add_argument("--strata", nargs="+", choices=STRATA, help="only prompts of these; left out: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     args = parser.parse_args()
     suite = SUITES[args.suite]
@@ -309,13 +308,14 @@ def main() -> None:
     file = args.output.with_suffix(".json")
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
     # what was run with other options under the same name, or judged on other images, is run anew
-    runs = [r for r in runs if r.get("options") == suite.get(r["method"]) and r["images"] == args.images]
+    judged = (args.images, args.strata)
+    runs = [r for r in runs if r.get("options") == suite.get(r["method"]) and (r["images"], r.get("only")) == judged]
     done = {(r["method"], r["concept"], r["seed"]) for r in runs}
     jobs = [
         (m, suite[m], c, s)
         for s in args.seeds
         for m in args.methods or suite
-        for c in (["-"] if {"concept", "sequence"} & {*suite[m]} else args.concepts)  # some rows bring their own
+        for c in ([OWN] if {"concept", "sequence"} & {*suite[m]} else args.concepts)  # some rows bring their own
     ]
     jobs = [job for job in jobs if (job[0], *job[2:]) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kill ends the workers too

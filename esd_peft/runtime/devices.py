@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from esd_peft.errors import UserError
 from esd_peft.runtime import distributed
 
-ACCELERATORS = {"cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}  # PyTorch calls AMD's GPUs (ROCm) cuda
+ACCELERATORS = ("cuda", "xpu", "mps")  # PyTorch calls AMD's GPUs (ROCm) cuda
 TRITON = ("cuda", "xpu")  # for which Triton and torch.compile make kernels, and of which there may be several
 IMAGINED = "cuda"  # what plans are for where there is no GPU
 CHOICES = "use auto, cpu, cuda (ROCm too), xpu or mps"
@@ -45,8 +45,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type != "cpu" and not is_accelerator(device):
         raise UserError(f"--device {name} is not supported; {CHOICES}")
     if is_accelerator(device) and (device.index or 0) >= _count(device.type):
-        kind = ACCELERATORS[device.type]
-        raise UserError(f"--device {name} is not there: PyTorch sees {_count(device.type)} {kind} devices; use cpu")
+        seen = f"{_count(device.type)} {device.type.upper()} devices"
+        raise UserError(f"--device {name} is not there: PyTorch sees {seen}; use cpu")
     return device
 
 

@@ -102,10 +102,9 @@ def distill_attention(
     others = _others(wordings, verdicts, other_trajectories(len(concepts)), draws)
     seen, _ = collect(PromptPlan([], [], [Pair(text, "") for text in others], []))
     hidden = {name: torch.cat([states, seen[name]]) for name, states in named.items()}
-    pairs = torch.arange(len(concepts) * each)
-    known, samples = (len(next(iter(states.values()))) for states in (named, hidden))
-    shown = torch.full((samples,), -1)
-    shown[:known] = _pairs_of_samples(pairs, options.rollout_batch_size, known) // each
+    known, unknown = (len(next(iter(states.values()))) for states in (named, seen))
+    pairs = _pairs_of_samples(torch.arange(len(concepts) * each), options.rollout_batch_size, known)
+    shown = torch.cat([pairs // each, torch.full((unknown,), -1)])
     losses = []
     if distributed.is_main_process():
         batches = Batches(wordings, verdicts, draws)
@@ -298,12 +297,13 @@ class LayerLoss:
         for name, output in made.items():
             parts = taught[name].split([len(at) for _, at in asked.values()])
             answer = dict(zip(asked, parts, strict=True))
-            named, held = answer["named"].clone(), answer["named"][ERASE:]
+            named, held = answer["named"], answer["named"][ERASE:]
             null = torch.cat([answer["null"], held])
-            goal = torch.cat([answer["goal"], held]) if mapped else null.clone()
+            goal = torch.cat([answer["goal"], held]) if mapped else null
             if name not in self.sizes:
                 self.sizes[name] = (named - null)[:ERASE].float().square().mean()
-            named[pushed], null[pushed] = answer["shown"], answer["less"]
+            if len(pushed):
+                named, null = named.index_copy(0, pushed, answer["shown"]), null.index_copy(0, pushed, answer["less"])
             total = total + guided_mse(output, torch.cat([null, named]), eta, goal, weight / self.sizes[name])
         return total / len(self.layers)
 

@@ -108,12 +108,13 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     device, matrix = matrix.device, exact(matrix)
     if min(matrix.shape) <= SMALL:
         left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left.to(device), sizes.to(device), right.to(device)
-    here = [matrix.device] if is_accelerator(matrix.device) else []
-    with torch.random.fork_rng(here, device_type=matrix.device.type):
-        torch.manual_seed(0)
-        left, sizes, right = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLING, *matrix.shape), niter=ITERATIONS)
-    return left.to(device), sizes.to(device), right.T.to(device)
+    else:
+        here = [matrix.device] if is_accelerator(matrix.device) else []
+        with torch.random.fork_rng(here, device_type=matrix.device.type):
+            torch.manual_seed(0)
+            left, sizes, right = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLING, *matrix.shape), niter=ITERATIONS)
+        right = right.T
+    return left.to(device), sizes.to(device), right.to(device)
 
 
 def _token_by_token(rows: Tensor, counts: Tensor, prompts: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
