@@ -274,10 +274,12 @@ def plot(found: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # of what is drawn everywhere nothing is a neighbour
+    found = {name: s for name, s in found.items() if {"wordings", "neighbours"} <= {*s["strata"]}}
+    if not found:
+        return
     figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for number, (name, s) in enumerate(found.items()):
-        if not {"wordings", "neighbours"} <= {*s["strata"]}:
-            continue  # of what is drawn everywhere nothing is a neighbour
         left = 100 * s["strata"]["wordings"]["mean"]
         for axes, x in ((kept, 100 * s["strata"]["neighbours"]["mean"]), (cost, max(1, s["nfe"]))):
             axes.plot(x, left, "os^D"[number // 10], label=name)  # the colours repeat after ten
