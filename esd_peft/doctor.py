@@ -16,7 +16,7 @@ from esd_peft.errors import UserError
 from esd_peft.io.terminal import say
 from esd_peft.memory.planner import MemoryEstimator, amount, describe, fit, imagined
 from esd_peft.models import ModelFamily, open_family
-from esd_peft.models.options import ModelOptions
+from esd_peft.models.options import DrawingOptions, ModelOptions
 from esd_peft.options import parse_bytes
 from esd_peft.runtime.devices import describe_device, has_triton, is_accelerator, memory_info, resolve_device, resolve_dtype
 from esd_peft.runtime.reproducibility import installed
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbyte
 CARDS = ("8GiB", "12GiB", "16GiB", "24GiB")
 
 
-class DoctorConfig(ModelOptions):
+class DoctorConfig(ModelOptions, DrawingOptions):
     """Say what a model is, how it would be erased from, what fits which card, and what this machine has."""
 
     model: Annotated[str, tyro.conf.Positional] = "shapes"

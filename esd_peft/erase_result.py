@@ -133,6 +133,7 @@ def _evaluation(config: EraseConfig, used: dict[str, Any]) -> EvaluateConfig:
         seed=config.training.seed,
         device=config.runtime.device,
         dtype=config.runtime.dtype,
+        **config.pretrained.drawing(),
     )
 
 

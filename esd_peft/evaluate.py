@@ -134,7 +134,7 @@ def _images(
     precision = {**bits_depend_on(device, dtype), "quantize": config.quantize}
     ways = [dataclasses.asdict(prompt.sampling) for prompt in evaluator.prompts]
     made_with = {"weights": model.fingerprint(), "prompts": texts, "sampling": ways, "seed": config.seed}
-    made_with |= {**precision, **settings}
+    made_with |= {**precision, **settings, **config.drawing()}
     take_folder(config.output)
     cache = ImageCache(config.output / "images" / label, made_with)
     cache.open(config.overwrite)

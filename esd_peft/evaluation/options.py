@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, field_validator, model_validator
 
+from esd_peft.models.options import DrawingOptions
 from esd_peft.options import LEFT_OUT, Auto, Options
 from esd_peft.runtime.options import Dtype
 
@@ -56,7 +57,7 @@ class ValidationOptions(Options):
         return self.num_validation_images > 0 and not self.evaluate
 
 
-class EvaluateConfig(Options):
+class EvaluateConfig(DrawingOptions):
     """Compare a model before and after erasing: is the concept gone, and is the rest intact?"""
 
     erased: Path

@@ -5,7 +5,7 @@ from esd_peft.models.chroma import Chroma
 from esd_peft.models.family import ModelFamily, PromptEmbeds
 from esd_peft.models.flux import Flux
 from esd_peft.models.flux_2 import Flux2, Flux2Klein
-from esd_peft.models.options import ModelOptions
+from esd_peft.models.options import DrawingOptions, ModelOptions
 from esd_peft.models.pixart import PixArtSigma
 from esd_peft.models.qwen_image import QwenImage
 from esd_peft.models.sana import Sana
@@ -42,6 +42,8 @@ def open_family(
     family = families[index["_class_name"]](path, index, option, options.variant)
     if world:
         family.world, family.name = world, world.about
-    else:
+    if isinstance(options, DrawingOptions):
+        family.draw_at(options)
+    if not world:
         family.check(weights)
     return family

@@ -18,7 +18,7 @@ from esd_peft.models import scopes
 from esd_peft.models.checkpoint_layout import CheckpointLayout
 from esd_peft.models.noise_schedule import NoiseSchedule
 from esd_peft.models.offload import bring_encoders
-from esd_peft.models.options import SCOPES
+from esd_peft.models.options import SCOPES, DrawingOptions
 from esd_peft.models.parts import Part
 from esd_peft.models.rehearsal import rehearse
 from esd_peft.models.sources import hub_id
@@ -57,6 +57,7 @@ class ModelFamily(ABC):
     lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
     lora_skips: ClassVar[tuple[str, ...]] = ()  # beginnings of layers' names that ComfyUI does not take from a LoRA
     default_latent_size: tuple[int, int] | None = None  # where the denoiser's config names none: its pipeline's
+    max_sequence_length: int | None = None  # tokens of a prompt, where the user says how many
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
 
@@ -218,8 +219,14 @@ class ModelFamily(ABC):
         parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
         tokenizer = plain_tokenizer(self.load_part(parts[-1]))
         self._fit_length(tokenizer, parts[-1])
+        own = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else self.prompt_length
+        return tokenizer, own or tokenizer.model_max_length
+
+    @property
+    def prompt_length(self) -> int | None:
+        """How many tokens of a prompt T5 or a language model reads; none where there is none."""
         own = inspect.signature(self.pipeline_class.__call__).parameters.get("max_sequence_length")
-        return tokenizer, tokenizer.model_max_length if own is None or "CLIP" in type(tokenizer).__name__ else own.default
+        return None if own is None else self.max_sequence_length or own.default
 
     def whole_words(self) -> list[str]:
         """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
@@ -230,8 +237,25 @@ class ModelFamily(ABC):
         tokenizer = self.load_part("tokenizer")
         return [word for word in prompt.split() if len(tokenizer.tokenize(word)) != 1]
 
+    def draw_at(self, options: DrawingOptions) -> None:
+        """Draw images and read prompts as `options` say. Raises `UserError` for what this family cannot do."""
+        if options.resolution is not None:
+            step = 2 * self.vae_factor  # a patch of most transformers
+            if self.world and options.resolution != self.world.image_size:
+                raise UserError(f"--resolution: the embedded pipeline draws {self.world.image_size} pixels; leave it out")
+            if options.resolution % step:
+                nearest = max(1, round(options.resolution / step)) * step
+                raise UserError(f"--resolution {options.resolution} is no multiple of {step}; use {nearest}")
+            self.default_latent_size = (options.resolution // self.vae_factor,) * 2
+        if options.max_sequence_length is not None:
+            if self.prompt_length is None:
+                raise UserError(
+                    f"--max-sequence-length is for T5 and language models, and {self.path} has none; leave it out"
+                )
+            self.max_sequence_length = options.max_sequence_length
+
     def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
-        """Height and width of the latents the denoiser was made for."""
+        """Height and width of the latents that it draws: those the denoiser was made for, or as `draw_at` was told."""
         size = self.default_latent_size or denoiser.config.sample_size
         if size is None:
             raise UserError(f"{self.part(self.denoiser_part).place} has no sample_size in its config.json; write it there")
@@ -392,6 +416,7 @@ class ModelFamily(ABC):
         settings: dict[str, Any] = {"negative_prompt": None, "num_inference_steps": self.num_inference_steps}
         if self.default_latent_size:
             settings |= {side: n * self.vae_factor for side, n in zip(SIDES, self.default_latent_size, strict=True)}
+            settings["use_resolution_binning"] = False  # PixArt's and Sana's, to the sizes that they know
         arguments = prompts | nulls | settings | self.pipeline_guidance(self.guidance_scale)
         takes = inspect.signature(self.pipeline_class.__call__).parameters  # some know no negative prompt
         return {name: value for name, value in arguments.items() if name in takes}

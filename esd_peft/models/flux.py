@@ -39,7 +39,7 @@ class Flux(PackedLatents):
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 512, 4096]` and `pooled_projections` `[prompts, 768]`."""
-        tokens, pooled, _ = pipe.encode_prompt(prompts, None, device=device)
+        tokens, pooled, _ = pipe.encode_prompt(prompts, None, device=device, max_sequence_length=self.prompt_length)
         return {TOKENS: tokens, POOLED: pooled}
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:

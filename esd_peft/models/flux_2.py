@@ -36,7 +36,7 @@ class Flux2(JointAttention):
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 512, 3 * width]`, of three of the text encoder's layers."""
-        return {TOKENS: pipe.encode_prompt(prompts, device=device)[0]}
+        return {TOKENS: pipe.encode_prompt(prompts, device=device, max_sequence_length=self.prompt_length)[0]}
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         height, width = self.latent_size(denoiser)

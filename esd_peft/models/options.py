@@ -1,6 +1,8 @@
 """Options that say which model it is and how to read it."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
 
 from esd_peft.options import Options
 
@@ -24,7 +26,23 @@ class ModelOptions(Options):
     """Read .ckpt and .bin files too. A pickle can run code: only from someone you trust."""
 
 
-class PretrainedOptions(ModelOptions):
+class DrawingOptions(Options):
+    """How large images are and how much of a prompt is read, where that is not as the model usually does."""
+
+    resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels a side of what trajectories and images draw; left out: what the model was made for. Less takes less time and
+    memory, and what is learned at 512 holds at 1024 as far as the model draws alike at both."""
+    max_sequence_length: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Tokens that T5 and language models read of a prompt, padding included; left out: what the pipeline reads, 256 to 512.
+    Families that read them without a mask (SD3, FLUX) draw slightly otherwise with fewer."""
+
+    def drawing(self) -> dict[str, int]:
+        """Those of these options that are given."""
+        values = {name: getattr(self, name) for name in DrawingOptions.model_fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class PretrainedOptions(ModelOptions, DrawingOptions):
     """Which model is changed, and how to read it."""
 
     model: str = "shapes"

@@ -24,7 +24,8 @@ class PixArtSigma(ModelFamily):
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 300, 4096]` and their mask `[prompts, 300]`."""
-        tokens, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": self.prompt_length}
+        tokens, mask, *_ = pipe.encode_prompt(prompts, device=device, **options)
         return {TOKENS: tokens, MASK: mask}
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:

@@ -12,8 +12,6 @@ from esd_peft.models.joint_attention import PackedLatents, from_zero_to_one
 from esd_peft.models.masked_tokens import encode_tokens, shortened
 from esd_peft.models.video_latents import VideoLatents
 
-LENGTH = 512  # tokens of a prompt without its template, the pipeline's default
-
 
 class QwenImage(VideoLatents, PackedLatents):
     """Scopes: `scopes.joint_attention`; the prompt comes in through `txt_in`.
@@ -32,7 +30,7 @@ class QwenImage(VideoLatents, PackedLatents):
         """`encoder_hidden_states` `[prompts, 512, 3584]` and their mask `[prompts, 512]`."""
         texts = [pipe.prompt_template_encode.format(prompt) for prompt in prompts]
         template = pipe.prompt_template_encode_start_idx
-        return encode_tokens(pipe, texts, device, layer=-1, padding="longest", length=LENGTH, template=template)
+        return encode_tokens(pipe, texts, device, layer=-1, padding="longest", length=self.prompt_length, template=template)
 
     def pack_latents(self, latents: Tensor) -> Tensor:
         return super().pack_latents(latents.flatten(1, -3))  # of one frame

@@ -25,7 +25,8 @@ class StableDiffusion3(JointAttention):
         """`encoder_hidden_states` `[prompts, 77 + 256, 4096]` and `pooled_projections` `[prompts, 2048]`."""
         if pipe.text_encoder_3 is None:
             pipe.transformer = self.empty_denoiser()  # whose config says how wide the zeros in T5's place are
-        tokens, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False)
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": self.prompt_length}
+        tokens, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, **options)
         return {TOKENS: tokens, POOLED: pooled}
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:

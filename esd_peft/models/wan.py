@@ -12,7 +12,6 @@ from esd_peft.io.tensors import rename_tensors
 from esd_peft.models.family import TOKENS, PromptEmbeds
 from esd_peft.models.video_latents import VideoLatents
 
-LENGTH = 512  # tokens of a prompt, the pipeline's default; zeros follow, which the denoiser reads as well
 # of layers, in the original code's files, as ComfyUI reads them and diffusers too
 _ORIGINAL_NAMES = {
     "transformer.": "diffusion_model.", "attn1.to_": "self_attn.", "attn2.to_": "cross_attn.", "attn.out.0": "attn.o",
@@ -49,7 +48,7 @@ class Wan(VideoLatents):
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`{"encoder_hidden_states": [prompts, 512, 4096]}`."""
-        options = {"max_sequence_length": LENGTH, "do_classifier_free_guidance": False, "device": device}
+        options = {"max_sequence_length": self.prompt_length, "do_classifier_free_guidance": False, "device": device}
         return {TOKENS: pipe.encode_prompt(prompts, **options)[0]}
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:

@@ -10,8 +10,6 @@ from esd_peft.models.family import TOKENS, PromptEmbeds
 from esd_peft.models.joint_attention import JointAttention, evenly_shifted
 from esd_peft.models.masked_tokens import encode_tokens, token_lists
 
-LENGTH = 512  # tokens of a prompt with its chat template, the pipeline's default
-
 
 class ZImage(JointAttention):
     """Scopes: `scopes.joint_attention`. The prompt comes in through `cap_embedder`; text alone is what `context_refiner`
@@ -40,7 +38,7 @@ class ZImage(JointAttention):
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = [pipe.tokenizer.apply_chat_template(message, **options) for message in messages]
-        return encode_tokens(pipe, texts, device, layer=-2, padding="max_length", length=LENGTH)
+        return encode_tokens(pipe, texts, device, layer=-2, padding="max_length", length=self.prompt_length)
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         return evenly_shifted(scheduler, latents.shape[2] // 2 * (latents.shape[3] // 2), num_inference_steps)

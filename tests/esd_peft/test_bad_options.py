@@ -56,6 +56,8 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--preserve-file .", "--preserve-file . cannot be read"),
     ("--preserve-file {text}", "--preserve-file .* holds no prompt; write one a line"),
     ("--preserve-file {binary}", "--preserve-file .* cannot be read"),
+    ("--resolution 64", "--resolution: the embedded pipeline draws 32 pixels; leave it out"),
+    ("--max-sequence-length 16", "--max-sequence-length is for T5 and language models, .*; leave it out"),
     ("--model nowhere", "--model nowhere is not a diffusers pipeline directory: .* pipelines are shapes, emoji"),
     ("--model=", "--model.* is not a diffusers pipeline directory"),
     ("--model {text}", "--model .* is a pickle, which can run code; use a .safetensors file"),

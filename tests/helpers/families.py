@@ -442,7 +442,10 @@ def draw_small(monkeypatch, side: int = 8) -> None:
 
 
 def _of_few_tokens(encode):
-    return lambda *args, **options: encode(*args, **options | {"max_sequence_length": 64})
+    def short(*args, **options):
+        return encode(*args, **options | {"max_sequence_length": min(64, options.get("max_sequence_length", 64))})
+
+    return short
 
 
 def save_family(name: str, path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Every kind against its own diffusers pipeline: trajectories, guided pairs, LoRA files and merged weights."""
 
+import inspect
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from esd_peft import EraseConfig, MergeConfig, UserError, erase, merge_adapter
 from esd_peft.defaults import resolve
 from esd_peft.evaluation import validation
 from esd_peft.models import flux, flux_2, offload, open_family
+from esd_peft.models.options import DrawingOptions
 from esd_peft.models.sampling import encode_prompts
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import make_table
@@ -172,18 +174,27 @@ def test_adapter_and_merged_weights_in_plain_diffusers(kind, tmp_path, monkeypat
 ARCHITECTURES = ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "flux.2 klein", "qwen-image", "chroma", "wan"]
 
 
+@pytest.mark.parametrize("smaller", [False, True])
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, "wan 2.2 ti2v", "flux.2 dev"], indirect=True)
-def test_images_of_one_batch_are_those_of_the_pipelines_own_calls(kind):
+def test_images_of_one_batch_are_those_of_the_pipelines_own_calls(kind, smaller):
     family = open_family(str(kind))
+    told_too = {}
+    if smaller:
+        options = DrawingOptions(resolution=4 * family.vae_factor, max_sequence_length=family.prompt_length and 48)
+        family.draw_at(options)
+        fewer = {"max_sequence_length": 48, "use_resolution_binning": False}
+        takes = inspect.signature(family.pipeline_class.__call__).parameters
+        told_too = {name: value for name, value in fewer.items() if name in takes}
     prompts, settings = ["a circle", "a picture of circle in the red square style"], {"num_inference_steps": 2}
     encoded = encode_prompts(family, prompts, CPU, torch.float32)
     ours = family.pipeline(family.load_denoiser(torch.float32), CPU, torch.float32)
     noise = [torch.Generator().manual_seed(i) for i in range(2)]
     mine = family.draw(ours, **encoded.arguments([0, 1]) | settings, generator=noise)
     pipe, _ = plain_pipeline(kind)
+    assert not smaller or mine.shape[2:] == (4 * family.vae_factor,) * 2
     size = dict(zip(("height", "width"), mine.shape[2:], strict=True))
     for i, prompt in enumerate(prompts):
-        given = told(pipe, family.guidance_scale) | size | settings
+        given = told(pipe, family.guidance_scale) | size | settings | told_too
         theirs = family.draw(pipe, prompt=prompt, **given, generator=torch.Generator().manual_seed(i))
         torch.testing.assert_close(mine[i], theirs[0], atol=1e-4, rtol=1e-4)
     assert (mine[0] - mine[1]).abs().max() > 1e-2
@@ -269,3 +280,9 @@ def test_large_text_encoders_give_the_same_embeddings_layer_by_layer(name, tmp_p
     with torch.no_grad():
         streamed = family.encode_many(pipe, prompts, cpu, cpu)
     assert all(torch.equal(streamed[key], plain[key]) for key in plain)
+
+
+def test_a_size_between_patches_is_refused(tmp_path):
+    family = open_family(str(save_family("sd3", tmp_path / "model")))
+    with pytest.raises(UserError, match=r"--resolution 30 is no multiple of 4; use 32"):
+        family.draw_at(DrawingOptions(resolution=30))
