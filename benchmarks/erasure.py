@@ -4,6 +4,8 @@
     python benchmarks/erasure.py sweep --output benchmarks/results/sweep --seeds 0
     python benchmarks/erasure.py unnamed --output benchmarks/results/unnamed --seeds 0 --images 6 --concepts watermark \
         --strata unnamed
+    python benchmarks/train_families.py --output DIR; python benchmarks/erasure.py families --pipelines DIR \
+        --output benchmarks/results/families --seeds 0 --images 1
 
 Writes OUTPUT.json (every run), OUTPUT.md (tables of means and worsts: of the runs that all rows have in common, and of all
 runs) and OUTPUT.png (what is left against what neighbours lose, and against the cost; needs matplotlib), anew after every
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from methods import CONCEPTS, SUITES
+from methods import CONCEPTS, SHAPES, SUITES, families
 
 MODEL = "emoji"
 OWN = "-"  # in place of a concept, where a row brings its own
@@ -42,7 +44,6 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
 
     torch.set_num_threads(1)  # workers share the cores
     from esd_peft.evaluation.validation import ValidationSampler
-    from esd_peft.models import open_family
 
     method, options, concept, seed = job
     own = {name: value for name, value in options.items() if name != "withheld"}
@@ -50,7 +51,7 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
         started = time.process_time()
         made = _erased(own, concept, seed, Path(folder))
         made["seconds"] = time.process_time() - started
-        family, cpu, preserved = open_family(MODEL), torch.device("cpu"), made.pop("preserved", [])
+        family, cpu, preserved = _opened(own), torch.device("cpu"), made.pop("preserved", [])
         # the same noise for all; what a row preserves by name counts as listed
         sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32, preserved)
         sampler.stores["before"] = _before(sampler)
@@ -68,6 +69,18 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
         "only": strata,
         "strata": found,
     } | made
+
+
+def _opened(options: dict[str, Any]) -> Any:
+    """The family of the model that `options` are for; one of `train_families.py` draws the shapes world."""
+    from esd_peft.models import open_family
+    from esd_peft.models.options import DrawingOptions, PretrainedOptions
+    from esd_peft.worlds import WORLDS
+
+    drawing = {name: options[name] for name in DrawingOptions.model_fields if name in options}
+    family = open_family(options.get("model", MODEL), options=PretrainedOptions(**drawing))
+    family.world = family.world or WORLDS["shapes"]
+    return family
 
 
 def _ask_without(sampler: Any, concept: str) -> None:
@@ -90,25 +103,22 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
     from esd_peft.adapters.options import MergeConfig
     from esd_peft.adapters.saved import read_adapter
     from esd_peft.merge_adapter import merge_adapter
-    from esd_peft.models import open_family
 
+    family = _opened(options)
     if "asked_without" in options:
-        return {"concepts": [concept], "denoiser": open_family(MODEL).load_denoiser(torch.float32), "nfe": 0}
+        return {"concepts": [concept], "denoiser": family.load_denoiser(torch.float32), "nfe": 0}
     if "closed_form_of" in options:
-        family = open_family(MODEL)
         edit = CLOSED_FORMS[options["closed_form_of"]]
         denoiser = edit(family, [concept], **{k: v for k, v in options.items() if k != "closed_form_of"})
         return {"concepts": [concept], "denoiser": denoiser, "nfe": 0}
     steps = options.get("sequence", [options.get("concept", concept)])
-    model, nfe = MODEL, 0
+    model, nfe = options.get("model", MODEL), 0
     concepts: list[str] = []
     preserved: list[str] = []
     for number, named in enumerate(steps):  # each on the merged model before it
         output = folder / f"erased{number}"
-        given = {name: value for name, value in options.items() if name != "sequence"} | {"concept": named}
-        config = EraseConfig(
-            **given, model=model, seed=seed, output=output, num_validation_images=0, device="cpu"
-        )  # fmt: skip
+        given = {name: value for name, value in options.items() if name != "sequence"} | {"concept": named, "model": model}
+        config = EraseConfig(**given, seed=seed, output=output, num_validation_images=0, device="cpu")
         result = erase(config)
         concepts += config.prompts.concept_names
         preserved += result["config"]["prompts"]["preserve"]
@@ -117,9 +127,9 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
             model = str(folder / f"merged{number}")
             merge_adapter(MergeConfig(adapter=[output], output=Path(model), verify=False))
     if len(steps) > 1:
-        denoiser = open_family(model).load_denoiser(torch.float32)
+        denoiser = _opened({"model": model}).load_denoiser(torch.float32)
     else:
-        denoiser = read_adapter(output).apply(open_family(MODEL).load_denoiser(torch.float32))
+        denoiser = read_adapter(output).apply(family.load_denoiser(torch.float32))
     return {"concepts": concepts, "preserved": preserved, "denoiser": denoiser, "nfe": nfe}
 
 
@@ -297,13 +307,17 @@ def main() -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--output", type=Path, required=True, help="where the results go, without suffix")
     parser.add_argument("--methods", nargs="+", help="only these rows of the suite")
-    parser.add_argument("--concepts", nargs="+", default=CONCEPTS)
+    parser.add_argument("--concepts", nargs="+", help="left out: those of the suite")
+    parser.add_argument("--pipelines", type=Path, help="of suite families: where train_families.py wrote them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=2, help="a prompt")
     parser.add_argument("--strata", nargs="+", choices=STRATA, help="only prompts of these; left out: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     args = parser.parse_args()
-    suite = SUITES[args.suite]
+    if (args.suite == "families") != (args.pipelines is not None):
+        parser.error("--pipelines is what suite families needs, and no other suite")
+    suite = families(args.pipelines) if args.suite == "families" else SUITES[args.suite]
+    concepts = args.concepts or (SHAPES if args.suite == "families" else CONCEPTS)
     if unknown := set(args.methods or ()) - set(suite):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is not in the suite; it has {', '.join(suite)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -317,26 +331,26 @@ def main() -> None:
         (m, suite[m], c, s)
         for s in args.seeds
         for m in args.methods or suite
-        for c in ([OWN] if {"concept", "sequence"} & {*suite[m]} else args.concepts)  # some rows bring their own
+        for c in ([OWN] if {"concept", "sequence"} & {*suite[m]} else concepts)  # some rows bring their own
     ]
     jobs = [job for job in jobs if (job[0], *job[2:]) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kill ends the workers too
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for result in pool.imap_unordered(functools.partial(run, images=args.images, strata=args.strata), jobs):
             runs.append(result)
-            save(args.output, args.suite, runs)
+            save(args.output, suite, runs)
             left = next(iter(result["strata"].values()))["after"]["share"]
             print(f"{len(runs)} {result['method']}, {result['concept']}: {left:.1%} left", flush=True)
-    print(save(args.output, args.suite, runs))
+    print(save(args.output, suite, runs))
 
 
-def save(output: Path, suite: str, runs: list[dict]) -> str:
-    """Write all results; returns the tables."""
-    by_method = {m: [r for r in runs if r["method"] == m] for m in SUITES[suite]}
+def save(output: Path, suite: dict[str, dict], runs: list[dict]) -> str:
+    """Write all results, of the rows of `suite`; returns the tables."""
+    by_method = {m: [r for r in runs if r["method"] == m] for m in suite}
     by_method = {m: rows for m, rows in by_method.items() if rows}
     found = {m: summary(rows) for m, rows in by_method.items()}
     shared = {m: summary(rows) for m, rows in in_common(by_method).items()}
-    options = {m: SUITES[suite][m] for m in found}
+    options = {m: suite[m] for m in found}
     command = shlex.join(["python", *sys.argv])
     head = json.dumps({"command": command, "cpus": os.cpu_count(), "options": options, "summary": found}, indent=1)
     lines = ",\n".join(json.dumps(run) for run in runs)  # one each, so that a difference shows which is new

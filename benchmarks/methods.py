@@ -96,4 +96,27 @@ SWEEP: dict[str, dict] = {
     "40 training steps after": {"max_train_steps": 40, "learning_rate": 1e-4},
     "bare prompt": {"prompt_templates": "bare"},
 }
-SUITES = {"procedures": PROCEDURES, "peer-rates": PEER_RATES, "claims": CLAIMS, "sweep": SWEEP, "unnamed": UNNAMED}
+SHAPES = ("triangle", "heart", "blue", "dotted")  # concepts of the small pipelines of suite families
+FAMILIES: dict[str, dict] = {"default": {}}
+
+
+def families(folder: Path) -> dict[str, dict]:
+    """The rows of suite families: each way to erase on each pipeline that `train_families.py` wrote to `folder`."""
+    kinds = {path.stem: path.with_suffix("") for path in sorted(folder.glob("*.json"))}
+    drawing = {"resolution": 32, "max_sequence_length": 24}
+    rows = {}
+    for kind, path in kinds.items():
+        told = drawing if "UNet" not in (path / "model_index.json").read_text() else {"resolution": 32}
+        for name, options in FAMILIES.items():
+            rows[kind if name == "default" else f"{kind}, {name}"] = {"model": str(path), **told, **options}
+    return rows
+
+
+SUITES: dict[str, dict] = {
+    "procedures": PROCEDURES,
+    "peer-rates": PEER_RATES,
+    "claims": CLAIMS,
+    "sweep": SWEEP,
+    "unnamed": UNNAMED,
+    "families": FAMILIES,
+}

@@ -1,0 +1,225 @@
+"""Train a small pipeline of each kind on the shapes world, from the real classes of diffusers and transformers.
+
+    python benchmarks/train_families.py --output DIR [--kinds sd3 flux ...]
+
+writes DIR/KIND, a pipeline directory in diffusers' layout, and DIR/KIND.json (steps, loss, seconds, and in how many images
+the classifier recognises what the prompt names). What is there is not trained again, and a training that was stopped goes on
+where it was. Text encoders that are not the shapes pipeline's are first taught to say what that one says of a prompt as a
+whole, and then frozen. The denoiser is trained as its own pipeline calls it, through `ModelFamily.predict`. Transformers
+learn from what the shapes pipeline's UNet predicts of the same noisy latents, in their own parameterization, wherever it
+knows such noise: there is less chance in that than in the noise itself, and a few thousand steps are enough. FLUX's is then
+taught the guidance that it is told, as FLUX.1 dev was (arXiv 2210.03142).
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from small_families import KINDS, PROMPT_LENGTH
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from esd_peft.models import ModelFamily, open_family
+from esd_peft.models.family import MASK, TOKENS, index_embeds
+from esd_peft.models.flux import EMBEDDED_GUIDANCE
+from esd_peft.models.options import PretrainedOptions
+from esd_peft.models.sampling import encode_prompts, make_images
+from esd_peft.worlds import WORLDS
+from esd_peft.worlds.shapes import world
+from esd_peft.worlds.training import Fit, LatentPool, mean_of_last
+
+CPU = torch.device("cpu")
+BATCH = 32
+POOL = 16384  # images whose latents the denoisers learn from
+STEPS = {"encoder": 600, "v-prediction": 1500, "sdxl": 2000, "guidance": 500}
+STEPS_OF_TRANSFORMERS = 4000
+
+
+def opened(path: Path) -> ModelFamily:
+    """A pipeline of these, told that it draws images of the shapes world."""
+    length = PROMPT_LENGTH if any(path.glob("text_encoder*/config.json")) and _reads_long(path) else None
+    return open_family(str(path), options=PretrainedOptions(resolution=world.SIZE, max_sequence_length=length))
+
+
+def _reads_long(path: Path) -> bool:
+    return any("CLIP" not in file.read_text() for file in path.glob("text_encoder*/config.json"))
+
+
+def captions() -> list[str]:
+    """Every caption that the world's images can have, "" first."""
+    rows = itertools.product(*((None, *names) for names in world.ATTRIBUTES.values()))
+    named = [{kind: name for kind, name in zip(world.ATTRIBUTES, row, strict=True) if name} for row in rows]
+    return ["", *dict.fromkeys(world.prompt(labels, form) for labels in named if labels for form in world.TEMPLATES)]
+
+
+def teach_encoder(family: ModelFamily, steps: int, generator: torch.Generator) -> None:
+    """The text encoder that is none of CLIP's learns to say, in the mean of its tokens, what the shapes pipeline's does."""
+    pipe, prompts = family.load_encoders(CPU, torch.float32), captions()[1:]
+    part = next(name for name in family.text_parts if "CLIP" not in type(getattr(pipe, name)).__name__ and "encoder" in name)
+    teacher = open_family("shapes").load_encoders(CPU, torch.float32)
+    with torch.no_grad():
+        told = [teacher.tokenizer(p, padding="max_length", return_tensors="pt").input_ids for p in prompts]
+        wanted = torch.cat(
+            [teacher.text_encoder(torch.cat(told[i : i + 64])).pooler_output for i in range(0, len(told), 64)]
+        )
+    wanted = (wanted - wanted.mean(0)) / wanted.std(0)
+    encoder = getattr(pipe, part).requires_grad_(True).train()
+
+    def said(rows: list[int]) -> Tensor:
+        embeds = family.encode_prompts(pipe, [prompts[i] for i in rows], CPU)
+        tokens = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3's come after those of CLIP
+        counts = embeds.get(MASK, torch.ones(tokens.shape[:2]))[..., None]
+        return (tokens * counts).sum(1) / counts.sum(1)
+
+    probe = nn.Linear(said([0]).shape[1], wanted.shape[1])
+
+    def loss_of() -> Tensor:
+        rows = torch.randint(len(prompts), (BATCH,), generator=generator)
+        return mse_loss(probe(said(rows.tolist())), wanted[rows])
+
+    losses = [*Fit("encoder", nn.ModuleList([encoder, probe]), steps, 1e-3, generator).run(loss_of)]
+    print(f"encoder: {mean_of_last(losses):.3f} of the variance is left")
+    encoder.eval().save_pretrained(family.path / part)
+
+
+def train_denoiser(
+    name: str, family: ModelFamily, denoiser: ModelMixin, loss_of: Callable[[], Tensor], steps: int, lr: float, state: Path,
+    generator: torch.Generator,
+) -> float | None:  # fmt: skip
+    """Minimise `loss_of()`; saves the moving average, which `denoiser` then is, too."""
+    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    losses = [*Fit(name, denoiser.requires_grad_(True).train(), steps, lr, generator, state, average=average).run(loss_of)]
+    denoiser.load_state_dict(average.state_dict())
+    average.save_pretrained(family.path / family.denoiser_part)
+    return mean_of_last(losses)
+
+
+class Lessons:
+    """What the denoiser of `family` is to predict, and of what."""
+
+    def __init__(self, family: ModelFamily, generator: torch.Generator, taught: bool) -> None:
+        self.family, self.generator, self.vae = family, generator, family.load_part("vae")
+        self.pool = LatentPool(self.vae, world.sample, generator, POOL)
+        prompts = captions()
+        self.rows = {prompt: i for i, prompt in enumerate(prompts)}
+        self.embeds = family.encode(prompts, CPU, torch.float32)
+        self.teacher = open_family("shapes")
+        self.taught = taught
+        self.teacher_embeds = self.teacher.encode(prompts, CPU, torch.float32)
+        self.unet = self.teacher.load_denoiser(torch.float32)
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents x_t, timesteps, the right predictions, and the rows of the prompts."""
+        labels, scaled = self.pool.sample(BATCH, self.generator)
+        latents = self.family.denoiser_latents(self.vae, scaled / self.vae.config.scaling_factor)
+        levels, noise = torch.rand(BATCH, generator=self.generator), torch.randn(latents.shape, generator=self.generator)
+        schedule = self.family.noise_schedule
+        x_t, timesteps, right = schedule.add_noise(latents, noise, levels)
+        said = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
+        if self.taught:
+            if schedule.is_flow_matching:
+                signal, rest = 1 - levels, levels
+            else:
+                kept = schedule.alphas_cumprod()
+                kept = kept[(levels * len(kept)).long()]
+                signal, rest = kept.sqrt(), (1 - kept).sqrt()
+            right = self._taught(x_t, signal, rest, right, said)
+        return x_t, timesteps, right, said
+
+    @torch.no_grad()
+    def _taught(self, x_t: Tensor, signal: Tensor, rest: Tensor, right: Tensor, said: Tensor) -> Tensor:
+        """`right`, by the shapes pipeline's UNet where it knows as much noise beside as much signal (both `[B]`)."""
+        kept = self.teacher.noise_schedule.alphas_cumprod()
+        ratios = kept / (1 - kept)  # of signal to noise, falling
+        wanted = (signal / rest).square()
+        known = (wanted <= ratios[0]) & (wanted >= ratios[-1])
+        timesteps = torch.searchsorted(-ratios, -wanted).clamp(max=len(ratios) - 1)
+        x, a, s = self.family.unpack_latents(x_t), signal.view(-1, 1, 1, 1), rest.view(-1, 1, 1, 1)
+        alike = x / (a.square() + s.square()).sqrt()  # in the UNet's parameterization the squares add up to 1
+        noise = self.teacher.predict(self.unet, alike, timesteps, index_embeds(self.teacher_embeds, said))
+        if self.family.noise_schedule.is_flow_matching:
+            noise = noise - (x - s * noise) / a.clamp(min=1e-3)
+        return torch.where(known.view(-1, *[1] * (right.dim() - 1)), self.family.pack_latents(noise), right)
+
+
+def train(kind: str, path: Path, steps: int) -> dict:
+    """The pipeline of that kind, trained, in `path`; what its training was."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    if not path.is_dir():
+        draft = path.with_name(f"{kind}.draft")
+        KINDS[kind]().save_pretrained(draft)
+        if _reads_long(draft):
+            teach_encoder(opened(draft), STEPS["encoder"], generator)
+        draft.rename(path)
+    family = opened(path)
+    lessons = Lessons(family, generator, taught=family.denoiser_part == "transformer")
+    denoiser, embeds = family.load_denoiser(torch.float32), lessons.embeds
+
+    def plain() -> Tensor:
+        x_t, timesteps, right, said = lessons.draw()
+        return mse_loss(family.predict(denoiser, x_t, timesteps, index_embeds(embeds, said)), right)
+
+    state = path.with_suffix(".pt")
+    record: dict = {"kind": kind, "steps": steps, "parameters": sum(p.numel() for p in denoiser.parameters())}
+    record["loss"] = train_denoiser(kind, family, denoiser, plain, steps, 1e-3, state, generator)
+    if kind == "flux":
+        teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
+
+        def guided() -> Tensor:
+            x_t, timesteps, _, said = lessons.draw()
+            with torch.no_grad():
+                null, towards = (
+                    family.predict(teacher, x_t, timesteps, index_embeds(embeds, row)) for row in (0 * said, said)
+                )
+            wanted = family.guide(null, towards, EMBEDDED_GUIDANCE)
+            return mse_loss(family.predict(denoiser, x_t, timesteps, index_embeds(embeds, said)), wanted)
+
+        record["guidance loss"] = train_denoiser(
+            "guidance", family, denoiser, guided, STEPS["guidance"], 3e-4, state, generator
+        )
+    return record
+
+
+def quality(path: Path, images: int = 1) -> dict[str, float]:
+    """In which share of images of all full prompts the classifier recognises what they name."""
+    family, shapes = opened(path), WORLDS["shapes"]
+    pipe = family.pipeline(family.load_denoiser(torch.float32), CPU, torch.float32)
+    prompts = shapes.full_prompts()
+    encoded = encode_prompts(family, [prompt.text for prompt in prompts], CPU, torch.float32)
+    drawn = make_images(pipe, encoded, images, batch_size=48).flatten(0, 1)
+    names = shapes.load_classifier().name(drawn)
+    wanted = [prompt.labels for prompt in prompts for _ in range(images)]
+    pairs = [*zip(names, wanted, strict=True)]
+    return {kind: sum(seen[kind] == label[kind] for seen, label in pairs) / len(pairs) for kind in world.ATTRIBUTES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--steps", type=int, help="of each denoiser; left out: as many as each kind needs")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for kind in args.kinds:
+        record = args.output / f"{kind}.json"
+        if record.exists():
+            continue
+        shutil.rmtree(args.output / f"{kind}.draft", ignore_errors=True)
+        started = time.process_time()
+        trained = train(kind, args.output / kind, args.steps or STEPS.get(kind, STEPS_OF_TRANSFORMERS))
+        trained["CPU seconds"] = round(time.process_time() - started)
+        trained["recognised"] = quality(args.output / kind)
+        record.write_text(json.dumps(trained, indent=1) + "\n")
+        print(trained)
+
+
+if __name__ == "__main__":
+    main()
