@@ -208,10 +208,15 @@ class ModelFamily(ABC):
         return [text for text, (count, most) in zip(texts, self.token_counts(texts), strict=True) if count <= most]
 
     def token_counts(self, texts: list[str]) -> list[tuple[int, int]]:
-        """Of each text how many tokens it has, and how many the text encoder reads; of several encoders the last one, which
-        reads the most."""
+        """Of each text how many tokens it has, with its template's, and how many the text encoder reads; of several encoders
+        the last one, which reads the most."""
         tokenizer, most = self._reader
-        return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in texts]
+        told = [self.templated(tokenizer, text) for text in texts]
+        return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in told]
+
+    def templated(self, tokenizer: Any, text: str) -> str:
+        """What the text encoder is told of a prompt: of a language model its chat template belongs to it."""
+        return text
 
     @functools.cached_property
     def _reader(self) -> tuple[Any, int]:

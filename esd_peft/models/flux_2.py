@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin, SchedulerMixin
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor
 
 from esd_peft.models.family import TOKENS, PromptEmbeds
@@ -37,6 +37,10 @@ class Flux2(JointAttention):
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 512, 3 * width]`, of three of the text encoder's layers."""
         return {TOKENS: pipe.encode_prompt(prompts, device=device, max_sequence_length=self.prompt_length)[0]}
+
+    def templated(self, tokenizer: Any, text: str) -> str:
+        told: str = tokenizer.apply_chat_template(format_input([text])[0], tokenize=False)
+        return told
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         height, width = self.latent_size(denoiser)
@@ -89,6 +93,11 @@ class Flux2Klein(Flux2):
         super().__init__(*args, **options)
         if self.index.get("is_distilled"):
             self.guidance_scale, self.num_inference_steps = 1.0, 4
+
+    def templated(self, tokenizer: Any, text: str) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        told: str = tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
+        return told
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
         return super().pipeline_arguments(embeds, null) | self.pipeline_guidance(self.guidance_scale)

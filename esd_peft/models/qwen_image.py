@@ -1,5 +1,6 @@
 """Qwen-Image: Qwen2.5-VL's tokens, an MMDiT on packed latents of a video VAE, flow matching."""
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -31,6 +32,15 @@ class QwenImage(VideoLatents, PackedLatents):
         texts = [pipe.prompt_template_encode.format(prompt) for prompt in prompts]
         template = pipe.prompt_template_encode_start_idx
         return encode_tokens(pipe, texts, device, layer=-1, padding="longest", length=self.prompt_length, template=template)
+
+    def templated(self, tokenizer: Any, text: str) -> str:
+        """The template's beginning is left out, and does not count."""
+        return text + self._template_end
+
+    @functools.cached_property
+    def _template_end(self) -> str:
+        end: str = self.assemble((), torch.float32).prompt_template_encode.partition("{}")[2]
+        return end
 
     def pack_latents(self, latents: Tensor) -> Tensor:
         return super().pack_latents(latents.flatten(1, -3))  # of one frame

@@ -35,10 +35,13 @@ class ZImage(JointAttention):
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 512, 2560]` and their mask `[prompts, 512]`."""
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = [pipe.tokenizer.apply_chat_template(message, **options) for message in messages]
+        texts = [self.templated(pipe.tokenizer, prompt) for prompt in prompts]
         return encode_tokens(pipe, texts, device, layer=-2, padding="max_length", length=self.prompt_length)
+
+    def templated(self, tokenizer: Any, text: str) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        told: str = tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
+        return told
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         return evenly_shifted(scheduler, latents.shape[2] // 2 * (latents.shape[3] // 2), num_inference_steps)

@@ -282,6 +282,28 @@ def test_large_text_encoders_give_the_same_embeddings_layer_by_layer(name, tmp_p
     assert all(torch.equal(streamed[key], plain[key]) for key in plain)
 
 
+@pytest.mark.parametrize("name", ["z-image", "flux.2 klein", "flux.2 dev", "qwen-image", "flux dev"])
+def test_a_prompt_is_counted_as_the_text_encoder_is_told_it(name, tmp_path):
+    family = open_family(str(save_family(name, tmp_path / "model")))
+    pipe = family.load_encoders(CPU, torch.float32)
+    told, tokenizer = [], family._reader[0]
+    part = "text_encoder_2" if name == "flux dev" else "text_encoder"
+    getattr(pipe, part).register_forward_pre_hook(
+        lambda module, args, more: told.append(more.get("input_ids", args[0] if args else None)), with_kwargs=True
+    )
+    family.encode_prompts(pipe, [CONCEPT], CPU)
+    (count, most), pad = family.token_counts([CONCEPT])[0], tokenizer.pad_token_id
+    dropped = 0
+    if name == "qwen-image":  # of the real tokenizer these are the tokens that the pipeline leaves out
+        dropped = len(tokenizer(pipe.prompt_template_encode.partition("{}")[0]).input_ids)
+    assert (told[0] != pad).sum() - dropped == count < most
+    family.draw_at(DrawingOptions(max_sequence_length=8))
+    family.__dict__.pop("_reader", None)
+    if name != "flux dev":  # which has no template
+        with pytest.raises(UserError, match=r"--concept '.*' is \d+ tokens long and the text encoder reads 8"):
+            family.check_lengths({"--concept": [CONCEPT]})
+
+
 def test_a_size_between_patches_is_refused(tmp_path):
     family = open_family(str(save_family("sd3", tmp_path / "model")))
     with pytest.raises(UserError, match=r"--resolution 30 is no multiple of 4; use 32"):
