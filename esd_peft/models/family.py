@@ -68,6 +68,11 @@ class ModelFamily(ABC):
             if not self.has(part) and part not in self.optional_parts:
                 raise UserError(f"{option} {path} lacks its {part}; restore that folder")
 
+    @classmethod
+    def check_index(cls, index: dict[str, Any], place: str) -> None:  # noqa: B027
+        """Raise `UserError`, which names the `place`, for a pipeline of this class that is none of the family, before any
+        weights are downloaded."""
+
     @property
     def used(self) -> tuple[str, ...]:
         """The parts that are read here; a pipeline may come with others, a safety checker for example."""
@@ -228,10 +233,10 @@ class ModelFamily(ABC):
         return tokenizer, own or tokenizer.model_max_length
 
     @property
-    def prompt_length(self) -> int | None:
-        """How many tokens of a prompt T5 or a language model reads; none where there is none."""
+    def prompt_length(self) -> int:
+        """How many tokens of a prompt T5 or a language model reads; 0 where there is none."""
         own = inspect.signature(self.pipeline_class.__call__).parameters.get("max_sequence_length")
-        return None if own is None else self.max_sequence_length or own.default
+        return 0 if own is None else self.max_sequence_length or int(own.default)
 
     def whole_words(self) -> list[str]:
         """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
@@ -253,7 +258,7 @@ class ModelFamily(ABC):
                 raise UserError(f"--resolution {options.resolution} is no multiple of {step}; use {nearest}")
             self.default_latent_size = (options.resolution // self.vae_factor,) * 2
         if options.max_sequence_length is not None:
-            if self.prompt_length is None:
+            if not self.prompt_length:
                 raise UserError(
                     f"--max-sequence-length is for T5 and language models, and {self.path} has none; leave it out"
                 )

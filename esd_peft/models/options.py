@@ -1,6 +1,6 @@
 """Options that say which model it is and how to read it."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -36,7 +36,7 @@ class DrawingOptions(Options):
     """Tokens that T5 and language models read of a prompt, padding included; left out: what the pipeline reads, 256 to 512.
     Families that read them without a mask (SD3, FLUX) draw slightly otherwise with fewer."""
 
-    def drawing(self) -> dict[str, int]:
+    def drawing(self) -> dict[str, Any]:
         """Those of these options that are given."""
         values = {name: getattr(self, name) for name in DrawingOptions.model_fields}
         return {name: value for name, value in values.items() if value is not None}

@@ -9,10 +9,10 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from os.path import exists, isfile  # false for a name that is too long, where Path raises
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -29,6 +29,10 @@ from esd_peft.models.options import ModelOptions
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.worlds import WORLDS
 
+if TYPE_CHECKING:
+    from esd_peft.models.family import ModelFamily
+
+Families = Mapping[str, "type[ModelFamily]"]  # by the names of their pipelines' classes
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
 INDEX = "model_index.json"
 CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
@@ -40,7 +44,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def local_pipeline(
-    model: str, options: ModelOptions, option: str, known: Collection[str], weights: bool = True
+    model: str, options: ModelOptions, option: str, known: Families, weights: bool = True
 ) -> tuple[Path, dict[str, Any]]:
     """The directory of the pipeline that `model` names, and its parsed `model_index.json`.
 
@@ -81,8 +85,8 @@ def hub_id(path: Path) -> str | None:
     return path.parents[1].name.removeprefix("models--").replace("--", "/") if is_snapshot(path) else None
 
 
-def read_index(path: Path, option: str, known: Collection[str]) -> dict[str, Any]:
-    """The `model_index.json` in `path`. Raises `UserError` if it is not there, damaged, or of a class not `known`."""
+def read_index(path: Path, option: str, known: Families) -> dict[str, Any]:
+    """The `model_index.json` in `path`. Raises `UserError` if it is not there, damaged, or of no family `known`."""
     if not isfile(path / INDEX):
         why = f"it has no {INDEX}" if exists(path) else f"it is not there; embedded pipelines are {', '.join(WORLDS)}"
         raise UserError(f"{option} {path} is not a diffusers pipeline directory: {why}")
@@ -97,6 +101,7 @@ def read_index(path: Path, option: str, known: Collection[str]) -> dict[str, Any
         raise UserError(f"{option} {path}: {INDEX} is damaged; restore it") from None
     if name not in known:
         raise UserError(f"{option} {path} is a {name}; the families known here are {', '.join(known)}")
+    known[name].check_index(index, f"{option} {path}")
     return index
 
 
@@ -188,7 +193,7 @@ def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option:
         raise UserError(f"{option} {model}{at} {problem}") from None
 
 
-def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Collection[str]) -> tuple[Path, dict[str, Any]]:
+def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Families) -> tuple[Path, dict[str, Any]]:
     """A single-file checkpoint as a directory, through diffusers' own converter."""
     if not isfile(path):
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")

@@ -37,14 +37,18 @@ class Wan(VideoLatents):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self.has("transformer_2") or self.index.get("boundary_ratio") is not None:  # where one gives way to the other
-            raise UserError(
-                f"{self.option} {self.path} has two transformers, for much noise and for little, and an adapter here "
-                "changes one; name a Wan that has one: 2.1, or 2.2 TI2V 5B"
-            )
         self._timestep_per_token = bool(self.index.get("expand_timesteps"))  # TI2V's
         height, width = self.default_latent_size
         self.default_latent_size = 8 * height // self.vae_factor, 8 * width // self.vae_factor  # TI2V's VAE has 16
+
+    @classmethod
+    def check_index(cls, index: dict[str, Any], place: str) -> None:
+        second = index.get("transformer_2") not in (None, [None, None])
+        if second or index.get("boundary_ratio") is not None:  # where one gives way to the other
+            raise UserError(
+                f"{place} has two transformers, for much noise and for little, and an adapter here changes one; name a Wan "
+                "that has one: 2.1, or 2.2 TI2V 5B"
+            )
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`{"encoder_hidden_states": [prompts, 512, 4096]}`."""

@@ -180,7 +180,7 @@ def test_images_of_one_batch_are_those_of_the_pipelines_own_calls(kind, smaller)
     family = open_family(str(kind))
     told_too = {}
     if smaller:
-        options = DrawingOptions(resolution=4 * family.vae_factor, max_sequence_length=family.prompt_length and 48)
+        options = DrawingOptions(resolution=4 * family.vae_factor, max_sequence_length=48 if family.prompt_length else None)
         family.draw_at(options)
         fewer = {"max_sequence_length": 48, "use_resolution_binning": False}
         takes = inspect.signature(family.pipeline_class.__call__).parameters

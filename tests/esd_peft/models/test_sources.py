@@ -78,11 +78,17 @@ def test_a_hub_id_downloads_only_what_is_needed_and_then_works_offline(with_extr
         ("owner/sd", {"revision": "v9"}),
         ("owner/gated", {}),
         ("owner/nothing", {}),
+        ("owner/wan", {}),
     ]
-    repos = {"owner/sd": with_extras, "owner/configs": with_extras}
+    second = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanPipeline", "transformer": second, "transformer_2": second, "boundary_ratio": 0.875}
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "wan" / "weights.safetensors").write_bytes(b"large")
+    repos = {"owner/sd": with_extras, "owner/configs": with_extras, "owner/wan": tmp_path / "wan"}
     with serve(repos, gated="owner/gated") as (address, asked):
         said = open_in_new_process(calls, HF_HOME=tmp_path / "home", HF_ENDPOINT=address)
-    configs, path, variant, revision, gated, missing = said
+    configs, path, variant, revision, gated, missing, wan = said
     assert "owner--configs" in configs and not list(Path(configs).rglob("*.safetensors"))
     weights = list(dict.fromkeys(name for name in asked if name.endswith((".safetensors", ".bin", ".ckpt"))))
     plain = {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
@@ -94,6 +100,7 @@ def test_a_hub_id_downloads_only_what_is_needed_and_then_works_offline(with_extr
     assert revision == "--model owner/sd at --revision v9 is not on the hub; check the revision's name"
     assert gated.startswith("--model owner/gated is gated;") and "hf auth login" in gated
     assert missing.startswith("--model owner/nothing is neither here nor on the hub;")
+    assert "owner--wan" in wan and "has two transformers" in wan and "weights.safetensors" not in asked
     (again,) = open_in_new_process([("owner/sd", {"variant": "fp16"})], HF_HOME=tmp_path / "home", HF_HUB_OFFLINE="1")
     assert again == path
 
