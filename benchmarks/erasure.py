@@ -186,7 +186,10 @@ def _before(sampler):  # type: ignore[no-untyped-def]
 
 
 def summary(runs: list[dict]) -> dict[str, Any]:
-    """Of each stratum the mean over runs (concepts and seeds alike) with its 95 % interval, and the worst run."""
+    """Of each stratum the mean over runs (concepts and seeds alike) with its 95 % interval, and the worst run.
+
+    Intervals are over concepts, of whose seeds the mean counts: seeds of one concept are more alike than concepts are.
+    """
     from esd_peft.evaluation.intervals import bootstrap_mean
 
     strata: dict[str, dict] = {}
@@ -194,13 +197,16 @@ def summary(runs: list[dict]) -> dict[str, Any]:
         found = [r["strata"][key] for r in runs if key in r["strata"]]
         erased = found[0]["erased"]
         values = [s["after"]["share"] if erased else s["lost"] for s in found]
+        by_concept: dict[str, list[float]] = {}
+        for r, value in zip((r for r in runs if key in r["strata"]), values, strict=True):
+            by_concept.setdefault(r["concept"], []).append(value)
         strata[key] = {
             "title": found[0]["title"],
             "erased": erased,
             "seen": found[0]["seen"],
             "before": sum(s["before"]["share"] for s in found) / len(found),
             "mean": sum(values) / len(values),
-            "interval": bootstrap_mean(values, 0),
+            "interval": bootstrap_mean([sum(v) / len(v) for v in by_concept.values()], 0),
             "worst": max(values),
         }
     seconds = [r["seconds"] for r in runs if r["seconds"] is not None]  # of some runs nobody knows

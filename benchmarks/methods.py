@@ -70,6 +70,7 @@ CLAIMS: dict[str, dict] = {
     "ink from fox": {"concept": "ink", "erase_from": "fox"},
     "glossy from owl": {"concept": "glossy", "erase_from": "owl"},
     "fox to owl": {"concept": "fox", "map_to": "owl"},
+    "fox to owl, eta 1": {"concept": "fox", "map_to": "owl", "negative_guidance": 1},
     # what shows without being named, and what a thing's neighbours pay for the same
     "fox, unprompted guidance 3": {"concept": "fox", "unprompted_guidance": 3},
     "watermark, unprompted guidance 3": {"concept": "watermark", "unprompted_guidance": 3},

@@ -38,6 +38,7 @@ from esd_peft.worlds.training import Fit, LatentPool, mean_of_last
 CPU = torch.device("cpu")
 BATCH = 32
 POOL = 16384  # images whose latents the denoisers learn from
+MOST = 25.0  # times as much as at little noise
 STEPS = {"encoder": 600, "v-prediction": 1500, "sdxl": 2000, "guidance": 500}
 STEPS_OF_TRANSFORMERS = 4000
 
@@ -115,23 +116,36 @@ class Lessons:
         self.teacher_embeds = self.teacher.encode(prompts, CPU, torch.float32)
         self.unet = self.teacher.load_denoiser(torch.float32)
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents x_t, timesteps, the right predictions, and the rows of the prompts."""
+    def loss(self, denoiser: ModelMixin) -> Tensor:
+        """The mean squared error of its predictions.
+
+        Where the right ones are a teacher's, and noise, an error counts as much as it is in the image: a transformer has to
+        learn at much noise what a UNet's skip connections pass on, and it decides there what it draws.
+        """
+        x_t, timesteps, right, said, signal = self.draw()
+        made = self.family.predict(denoiser, x_t, timesteps, index_embeds(self.embeds, said))
+        errors = (made - right).square().flatten(1).mean(1)
+        if self.taught and self.family.noise_schedule.predicts_noise:
+            errors = errors * ((1 - signal.square()) / signal.square()).clamp(1, MOST)
+        return errors.mean()
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents x_t, timesteps, the right predictions, the rows of the prompts, and the share of signal `[B]`."""
         labels, scaled = self.pool.sample(BATCH, self.generator)
         latents = self.family.denoiser_latents(self.vae, scaled / self.vae.config.scaling_factor)
         levels, noise = torch.rand(BATCH, generator=self.generator), torch.randn(latents.shape, generator=self.generator)
         schedule = self.family.noise_schedule
         x_t, timesteps, right = schedule.add_noise(latents, noise, levels)
         said = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
+        if schedule.is_flow_matching:
+            signal, rest = 1 - levels, levels
+        else:
+            kept = schedule.alphas_cumprod()
+            kept = kept[(levels * len(kept)).long()]
+            signal, rest = kept.sqrt(), (1 - kept).sqrt()
         if self.taught:
-            if schedule.is_flow_matching:
-                signal, rest = 1 - levels, levels
-            else:
-                kept = schedule.alphas_cumprod()
-                kept = kept[(levels * len(kept)).long()]
-                signal, rest = kept.sqrt(), (1 - kept).sqrt()
             right = self._taught(x_t, signal, rest, right, said)
-        return x_t, timesteps, right, said
+        return x_t, timesteps, right, said, signal
 
     @torch.no_grad()
     def _taught(self, x_t: Tensor, signal: Tensor, rest: Tensor, right: Tensor, said: Tensor) -> Tensor:
@@ -163,18 +177,14 @@ def train(kind: str, path: Path, steps: int) -> dict:
     lessons = Lessons(family, generator, taught=family.denoiser_part == "transformer")
     denoiser, embeds = family.load_denoiser(torch.float32), lessons.embeds
 
-    def plain() -> Tensor:
-        x_t, timesteps, right, said = lessons.draw()
-        return mse_loss(family.predict(denoiser, x_t, timesteps, index_embeds(embeds, said)), right)
-
     state = path.with_suffix(".pt")
     record: dict = {"kind": kind, "steps": steps, "parameters": sum(p.numel() for p in denoiser.parameters())}
-    record["loss"] = train_denoiser(kind, family, denoiser, plain, steps, 1e-3, state, generator)
+    record["loss"] = train_denoiser(kind, family, denoiser, lambda: lessons.loss(denoiser), steps, 1e-3, state, generator)
     if kind == "flux":
         teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
         def guided() -> Tensor:
-            x_t, timesteps, _, said = lessons.draw()
+            x_t, timesteps, _, said, _ = lessons.draw()
             with torch.no_grad():
                 null, towards = (
                     family.predict(teacher, x_t, timesteps, index_embeds(embeds, row)) for row in (0 * said, said)

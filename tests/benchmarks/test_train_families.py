@@ -46,7 +46,7 @@ def test_what_a_teacher_that_is_right_teaches_is_right(module, kind, tmp_path, m
         return x_t + (1 - sigma) * right
 
     monkeypatch.setattr(lessons.teacher, "predict", knows)
-    x_t, timesteps, right, _ = lessons.draw()
+    x_t, timesteps, right, *_ = lessons.draw()
     assert asked and schedule.predicts_noise
     torch.testing.assert_close((x_t, timesteps), plain[:2])
     torch.testing.assert_close(right, plain[2], atol=1e-3, rtol=1e-3)
