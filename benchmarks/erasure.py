@@ -43,15 +43,20 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
     import torch
 
     torch.set_num_threads(1)  # workers share the cores
+    from esd_peft.evaluation.strata import STRATA
     from esd_peft.evaluation.validation import ValidationSampler
 
     method, options, concept, seed = job
-    own = {name: value for name, value in options.items() if name != "withheld"}
-    with tempfile.TemporaryDirectory() as folder, _withheld(concept if "withheld" in options else None), _only(strata):
+    own = {name: value for name, value in options.items() if name not in ("withheld", "trained")}
+    family = _opened(own)
+    measured = strata
+    if strata is None and family.noise_schedule.is_flow_matching:  # there the world's other samplers do not work
+        measured = [name for name in STRATA if name != "sampling"]
+    with tempfile.TemporaryDirectory() as folder, _withheld(concept if "withheld" in options else None), _only(measured):
         started = time.process_time()
         made = _erased(own, concept, seed, Path(folder))
         made["seconds"] = time.process_time() - started
-        family, cpu, preserved = _opened(own), torch.device("cpu"), made.pop("preserved", [])
+        cpu, preserved = torch.device("cpu"), made.pop("preserved", [])
         # the same noise for all; what a row preserves by name counts as listed
         sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32, preserved)
         sampler.stores["before"] = _before(sampler)
@@ -186,9 +191,9 @@ def _before(sampler):  # type: ignore[no-untyped-def]
 
 
 def summary(runs: list[dict]) -> dict[str, Any]:
-    """Of each stratum the mean over runs (concepts and seeds alike) with its 95 % interval, and the worst run.
+    """Of each stratum the mean over concepts, of whose seeds the mean counts, with its 95 % interval, and the worst run.
 
-    Intervals are over concepts, of whose seeds the mean counts: seeds of one concept are more alike than concepts are.
+    Seeds of one concept are more alike than concepts are; so one concept has no interval.
     """
     from esd_peft.evaluation.intervals import bootstrap_mean
 
@@ -200,13 +205,14 @@ def summary(runs: list[dict]) -> dict[str, Any]:
         by_concept: dict[str, list[float]] = {}
         for r, value in zip((r for r in runs if key in r["strata"]), values, strict=True):
             by_concept.setdefault(r["concept"], []).append(value)
+        means = [sum(v) / len(v) for v in by_concept.values()]
         strata[key] = {
             "title": found[0]["title"],
             "erased": erased,
             "seen": found[0]["seen"],
             "before": sum(s["before"]["share"] for s in found) / len(found),
-            "mean": sum(values) / len(values),
-            "interval": bootstrap_mean([sum(v) / len(v) for v in by_concept.values()], 0),
+            "mean": sum(means) / len(means),
+            "interval": bootstrap_mean(means, 0) if len(means) > 1 else None,
             "worst": max(values),
         }
     seconds = [r["seconds"] for r in runs if r["seconds"] is not None]  # of some runs nobody knows
@@ -266,7 +272,7 @@ def _tables(title: str, found: dict[str, dict]) -> list[str]:
     for erased, says in ((True, "left of the concept, in per cent of images"), (False, "lost of the rest, in points")):
         keys = [key for seen in (False, True) for key, s in strata.items() if (s["erased"], s["seen"]) == (erased, seen)]
         heads = [("(seen) " if strata[key]["seen"] else "") + strata[key]["title"] for key in keys]
-        lines += [f"{title}, {says}: mean over runs (95 %; worst run)", ""]
+        lines += [f"{title}, {says}: mean over concepts (95 %; worst run)", ""]
         lines += [f"| | runs | {' | '.join(heads)} | NFE | CPU seconds |", "|---" * (len(keys) + 4) + "|"]
         for name, s in found.items():
             cells = [_cell(s["strata"].get(key)) for key in keys]
@@ -279,8 +285,8 @@ def _tables(title: str, found: dict[str, dict]) -> list[str]:
 def _cell(s: dict | None) -> str:
     if s is None:
         return ""
-    low, high = s["interval"]
-    return f"{100 * s['mean']:.1f} ({100 * low:.1f} to {100 * high:.1f}; {100 * s['worst']:.0f})"
+    between = "" if s["interval"] is None else "{:.1f} to {:.1f}; ".format(*(100 * bound for bound in s["interval"]))
+    return f"{100 * s['mean']:.1f} ({between}{100 * s['worst']:.0f})"
 
 
 def plot(found: dict[str, dict], path: Path) -> None:
@@ -323,6 +329,8 @@ def main() -> None:
     if (args.suite == "families") != (args.pipelines is not None):
         parser.error("--pipelines is what suite families needs, and no other suite")
     suite = families(args.pipelines) if args.suite == "families" else SUITES[args.suite]
+    if not suite:
+        parser.error(f"--pipelines {args.pipelines} holds no KIND.json; run train_families.py --output there first")
     concepts = args.concepts or (SHAPES if args.suite == "families" else CONCEPTS)
     if unknown := set(args.methods or ()) - set(suite):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is not in the suite; it has {', '.join(suite)}")

@@ -1,5 +1,6 @@
 """The rows of `erasure.py`: options of `esd_peft.erase`, a peer's closed form, or several erasures one after the other."""
 
+import json
 from pathlib import Path
 
 import yaml
@@ -107,7 +108,10 @@ def families(folder: Path) -> dict[str, dict]:
     drawing = {"resolution": 32, "max_sequence_length": 24}
     rows = {}
     for kind, path in kinds.items():
-        told = drawing if "UNet" not in (path / "model_index.json").read_text() else {"resolution": 32}
+        trained = json.loads(path.with_suffix(".json").read_text())
+        told = {"trained": trained["denoiser_sha256"]} | (
+            drawing if "UNet" not in (path / "model_index.json").read_text() else {"resolution": 32}
+        )
         for name, options in FAMILIES.items():
             rows[kind if name == "default" else f"{kind}, {name}"] = {"model": str(path), **told, **options}
     return rows

@@ -3,12 +3,12 @@
     python benchmarks/train_families.py --output DIR [--kinds sd3 flux ...]
 
 writes DIR/KIND, a pipeline directory in diffusers' layout, and DIR/KIND.json (steps, loss, seconds, and in how many images
-the classifier recognises what the prompt names). What is there is not trained again, and a training that was stopped goes on
-where it was. Text encoders that are not the shapes pipeline's are first taught to say what that one says of a prompt as a
-whole, and then frozen. The denoiser is trained as its own pipeline calls it, through `ModelFamily.predict`. Transformers
-learn from what the shapes pipeline's UNet predicts of the same noisy latents, in their own parameterization, wherever it
-knows such noise: there is less chance in that than in the noise itself, and a few thousand steps are enough. FLUX's is then
-taught the guidance that it is told, as FLUX.1 dev was (arXiv 2210.03142).
+the classifier recognises what the prompt names). A kind whose KIND.json is there is not trained again, and a denoiser's
+training that was stopped goes on from its last state. Text encoders that are not the shapes pipeline's are first taught to
+say what that one says of a prompt as a whole, and then frozen. The denoiser is trained as its own pipeline calls it,
+through `ModelFamily.predict`. Transformers learn from what the shapes pipeline's UNet predicts of the same noisy latents,
+in their own parameterization, wherever it knows such noise: there is less chance in that than in the noise itself. FLUX's
+is then taught the guidance that it is told, as FLUX.1 dev was (arXiv 2210.03142).
 """
 
 import argparse
@@ -135,6 +135,8 @@ class Lessons:
         latents = self.family.denoiser_latents(self.vae, scaled / self.vae.config.scaling_factor)
         levels, noise = torch.rand(BATCH, generator=self.generator), torch.randn(latents.shape, generator=self.generator)
         schedule = self.family.noise_schedule
+        if schedule.is_flow_matching:  # where it is decided what is drawn, as often as the schedulers ask there
+            levels = 2 * levels / (1 + levels)
         x_t, timesteps, right = schedule.add_noise(latents, noise, levels)
         said = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
         if schedule.is_flow_matching:
@@ -225,6 +227,7 @@ def main() -> None:
         shutil.rmtree(args.output / f"{kind}.draft", ignore_errors=True)
         started = time.process_time()
         trained = train(kind, args.output / kind, args.steps or STEPS.get(kind, STEPS_OF_TRANSFORMERS))
+        trained["denoiser_sha256"] = opened(args.output / kind).denoiser_hashes()
         trained["CPU seconds"] = round(time.process_time() - started)
         trained["recognised"] = quality(args.output / kind)
         record.write_text(json.dumps(trained, indent=1) + "\n")

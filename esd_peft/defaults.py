@@ -1,6 +1,5 @@
 """Every default that depends on something: on other options, on the model, on the machine."""
 
-import dataclasses
 import math
 
 from esd_peft.config import EraseConfig
@@ -26,7 +25,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     steps = _attention_steps(config, family)
     prompts = _resolve_prompts(config.prompts, config.training)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
-    plan = dataclasses.replace(plan, retain=family.read_whole(plan.retain))
+    plan = plan.read_by(family.read_whole)
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.runtime.dtype, device)
     runtime = config.runtime.replace(device=str(device), dtype=str(dtype).removeprefix("torch."))

@@ -105,7 +105,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if checkpoints is not None:
         with profiler.phase("save"):
             save(config, session, student)
-    with profiler.phase("evaluate"), erase_result.finished(config.checkpoint.output):
+    with profiler.phase("evaluate"), erase_result.finished(config):
         monitor.finish(steps_before + trainer.taken, config.checkpoint.output / FOLDER)
         if validation is not None:
             with student.autocast():

@@ -42,7 +42,7 @@ def make_result(
     losses = [*(attention.losses if attention is not None else []), *trainer.losses]
     found: Accuracies | None = None
     if validation is not None:
-        with profiler.phase("evaluate"), finished(config.checkpoint.output):
+        with profiler.phase("evaluate"), finished(config):
             found = validation.accuracies()
             with new_file(config.checkpoint.output / "before_after.png") as draft:
                 validation.grid().save(draft)
@@ -80,12 +80,13 @@ def write(output: Path, result: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def finished(output: Path, command: str | None = None) -> Iterator[None]:
-    """The adapter in `output` is not trained again because its images need too much memory, or time; `command` makes them.
+def finished(config: EraseConfig, command: str | None = None) -> Iterator[None]:
+    """The adapter that is there is not trained again because its images need too much memory, or time; `command` makes them.
 
     Raises `UserError` for the former.
     """
-    command = command or command_of(EvaluateConfig(erased=output))
+    output = config.checkpoint.output
+    command = command or command_of(EvaluateConfig(erased=output, **config.pretrained.drawing()))
     try:
         yield
     except KeyboardInterrupt:
@@ -104,7 +105,7 @@ def finished(output: Path, command: str | None = None) -> Iterator[None]:
 def add_evaluation(config: EraseConfig, result: dict[str, Any]) -> None:
     """Evaluate the finished adapter, and add what was found to its `result`."""
     options = _evaluation(config, result["config"])
-    with finished(config.checkpoint.output, command_of(options)):
+    with finished(config, command_of(options)):
         found = evaluate(options)
     if found.accuracies is not None:
         result |= recognised(found.accuracies)

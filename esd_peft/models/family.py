@@ -41,6 +41,7 @@ class ModelFamily(PipelineDirectory, ABC):
     lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
     lora_skips: ClassVar[tuple[str, ...]] = ()  # beginnings of layers' names that ComfyUI does not take from a LoRA
     default_latent_size: tuple[int, int] | None = None  # where the denoiser's config names none: its pipeline's
+    patch: ClassVar[int] = 2  # latents, of whose multiples images have to be
     max_sequence_length: int | None = None  # tokens of a prompt, where the user says how many
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     num_inference_steps: int = 25
@@ -105,9 +106,10 @@ class ModelFamily(PipelineDirectory, ABC):
         for option, given in texts.items():
             for text, (count, most) in zip(given, self.token_counts(given), strict=True):
                 if count > most:
+                    fix = "use fewer words" + (", or raise --max-sequence-length" if self.max_sequence_length else "")
                     raise UserError(
                         f"{option} {text!r} is {count} tokens long and the text encoder reads {most}, so the rest would be "
-                        "left out; use fewer words"
+                        f"left out; {fix}"
                     )
 
     def read_whole(self, texts: Iterable[str]) -> list[str]:
@@ -118,7 +120,9 @@ class ModelFamily(PipelineDirectory, ABC):
     def token_counts(self, texts: list[str]) -> list[tuple[int, int]]:
         """Of each text how many tokens it has, with its template's, and how many the text encoder reads; of several encoders
         the last one, which reads the most."""
-        tokenizer, most = self._reader
+        tokenizer = self._reader
+        own = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else self.prompt_length
+        most = own or tokenizer.model_max_length
         told = [self.templated(tokenizer, text) for text in texts]
         return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in told]
 
@@ -127,19 +131,23 @@ class ModelFamily(PipelineDirectory, ABC):
         return text
 
     @functools.cached_property
-    def _reader(self) -> tuple[Any, int]:
-        """The last tokenizer, and how many of its tokens are read; loading it takes longer than most that it is asked."""
+    def _reader(self) -> Any:
+        """The last tokenizer; loading it takes longer than most that it is asked."""
         parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
         tokenizer = plain_tokenizer(self.load_part(parts[-1]))
         self._fit_length(tokenizer, parts[-1])
-        own = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else self.prompt_length
-        return tokenizer, own or tokenizer.model_max_length
+        return tokenizer
 
     @property
     def prompt_length(self) -> int:
         """How many tokens of a prompt T5 or a language model reads; 0 where there is none."""
         own = inspect.signature(self.pipeline_class.__call__).parameters.get("max_sequence_length")
         return 0 if own is None else self.max_sequence_length or int(own.default)
+
+    @property
+    def reads_long_prompts(self) -> bool:
+        """Whether there is a T5 or a language model, whose `prompt_length` can be told."""
+        return self.prompt_length > 0
 
     def whole_words(self) -> list[str]:
         """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
@@ -153,15 +161,19 @@ class ModelFamily(PipelineDirectory, ABC):
     def draw_at(self, options: DrawingOptions) -> None:
         """Draw images and read prompts as `options` say. Raises `UserError` for what this family cannot do."""
         if options.resolution is not None:
-            step = 2 * self.vae_factor  # a patch of most transformers
+            step, most = self.patch * self.vae_factor, self.load_config(self.denoiser_part).get("pos_embed_max_size")
             if self.world and options.resolution != self.world.image_size:
                 raise UserError(f"--resolution: the embedded pipeline draws {self.world.image_size} pixels; leave it out")
             if options.resolution % step:
                 nearest = max(1, round(options.resolution / step)) * step
                 raise UserError(f"--resolution {options.resolution} is no multiple of {step}; use {nearest}")
+            if most is not None and options.resolution > most * step:
+                raise UserError(
+                    f"--resolution {options.resolution} is more than this model has positions for; use {most * step}"
+                )
             self.default_latent_size = (options.resolution // self.vae_factor,) * 2
         if options.max_sequence_length is not None:
-            if not self.prompt_length:
+            if not self.reads_long_prompts:
                 raise UserError(
                     f"--max-sequence-length is for T5 and language models, and {self.path} has none; leave it out"
                 )

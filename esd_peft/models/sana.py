@@ -19,6 +19,7 @@ class Sana(ModelFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     denoiser_part: ClassVar[str] = "transformer"
+    patch: ClassVar[int] = 1
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds", MASK: "prompt_attention_mask"}
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:

@@ -21,6 +21,10 @@ class StableDiffusion3(JointAttention):
     )  # fmt: skip
     optional_parts: ClassVar[tuple[str, ...]] = ("tokenizer_3", "text_encoder_3")
 
+    @property
+    def reads_long_prompts(self) -> bool:
+        return self.has("text_encoder_3")
+
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 77 + 256, 4096]` and `pooled_projections` `[prompts, 2048]`."""
         if pipe.text_encoder_3 is None:

@@ -1,7 +1,8 @@
 """What to erase, from what, towards what, and what to preserve: from the options to prompts."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TypeVar
@@ -89,6 +90,17 @@ class PromptPlan:
     def texts(self) -> list[str]:
         """Every prompt, once, those of the pairs first."""
         return list(dict.fromkeys(self.paired_texts + self.retain))
+
+    def read_by(self, read_whole: Callable[[Iterable[str]], list[str]]) -> "PromptPlan":
+        """Without prompts of which a text encoder reads the beginning only, as `read_whole` says: what was cut off may be
+        the concept. Of each concept the plain pair stays (`esd_peft.checks` refuses one that is too long)."""
+        whole = {*read_whole(self.texts)}
+
+        def is_whole(pair: Pair) -> bool:
+            return {pair.prompt, pair.neutral, *([pair.anchor] if pair.anchor else [])} <= whole
+
+        pairs = [[pair for i, pair in enumerate(own) if i == 0 or is_whole(pair)] for own in self.concept_pairs]
+        return dataclasses.replace(self, concept_pairs=pairs, retain=[text for text in self.retain if text in whole])
 
 
 def plan_prompts(options: PromptOptions, world: World | None, robust: bool) -> PromptPlan:

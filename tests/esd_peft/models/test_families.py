@@ -286,7 +286,7 @@ def test_large_text_encoders_give_the_same_embeddings_layer_by_layer(name, tmp_p
 def test_a_prompt_is_counted_as_the_text_encoder_is_told_it(name, tmp_path):
     family = open_family(str(save_family(name, tmp_path / "model")))
     pipe = family.load_encoders(CPU, torch.float32)
-    told, tokenizer = [], family._reader[0]
+    told, tokenizer = [], family._reader
     part = "text_encoder_2" if name == "flux dev" else "text_encoder"
     getattr(pipe, part).register_forward_pre_hook(
         lambda module, args, more: told.append(more.get("input_ids", args[0] if args else None)), with_kwargs=True
@@ -298,9 +298,10 @@ def test_a_prompt_is_counted_as_the_text_encoder_is_told_it(name, tmp_path):
         dropped = len(tokenizer(pipe.prompt_template_encode.partition("{}")[0]).input_ids)
     assert (told[0] != pad).sum() - dropped == count < most
     family.draw_at(DrawingOptions(max_sequence_length=8))
-    family.__dict__.pop("_reader", None)
     if name != "flux dev":  # which has no template
-        with pytest.raises(UserError, match=r"--concept '.*' is \d+ tokens long and the text encoder reads 8"):
+        with pytest.raises(
+            UserError, match=r"--concept '.*' is \d+ tokens long and the text encoder reads 8,.*raise --max-sequence-length"
+        ):
             family.check_lengths({"--concept": [CONCEPT]})
 
 
@@ -308,3 +309,11 @@ def test_a_size_between_patches_is_refused(tmp_path):
     family = open_family(str(save_family("sd3", tmp_path / "model")))
     with pytest.raises(UserError, match=r"--resolution 30 is no multiple of 4; use 32"):
         family.draw_at(DrawingOptions(resolution=30))
+    with pytest.raises(UserError, match=r"--resolution 64 is more than this model has positions for; use 32"):
+        family.draw_at(DrawingOptions(resolution=64))
+    family = open_family(str(save_family("sd3 without T5", tmp_path / "short")))
+    with pytest.raises(UserError, match=r"--max-sequence-length is for T5 and language models, .*; leave it out"):
+        family.draw_at(DrawingOptions(max_sequence_length=16))
+    family = open_family(str(save_family("sana", tmp_path / "sana")))
+    family.draw_at(DrawingOptions(resolution=96))  # whose patch is one latent
+    assert family.latent_size(family.empty_denoiser()) == (3, 3)

@@ -113,3 +113,15 @@ def test_preserve_files_that_do_not_work(tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(UserError, match="holds no prompt"):
         plan(concept="circle", preserve_file=tmp_path / "empty.txt")
+
+
+def test_prompts_that_are_cut_short_teach_nothing_and_hold_nothing():
+    plan = plan_prompts(PromptOptions(concept="van gogh", preserve=["a " * 9 + "dog"]), None, robust=False)
+    short = plan.read_by(lambda texts: [text for text in texts if len(text.split()) <= 5])
+    assert short.concept_pairs[0][0] == plan.concept_pairs[0][0], "the plain pair"
+    assert 1 < len(short.concept_pairs[0]) < len(plan.concept_pairs[0])
+    assert all(len(pair.prompt.split()) <= 5 for pair in short.concept_pairs[0])
+    assert short.retain == [text for text in plan.retain if len(text.split()) <= 5] != plan.retain
+    assert plan.read_by(list) == plan
+    nothing = plan.read_by(lambda texts: [])
+    assert [len(pairs) for pairs in nothing.concept_pairs] == [1], "one that is too long is refused elsewhere"
