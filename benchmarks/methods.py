@@ -99,7 +99,12 @@ SWEEP: dict[str, dict] = {
     "bare prompt": {"prompt_templates": "bare"},
 }
 SHAPES = ("triangle", "heart", "blue", "dotted")  # concepts of the small pipelines of suite families
-FAMILIES: dict[str, dict] = {"default": {}}
+FAMILIES: dict[str, dict] = {
+    "default": {},
+    "esd-x": {"scope": "esd-x"},
+    "esd-x-ff": {"scope": "esd-x-ff"},
+    "full, anchored": _SPM | {"rank": 8, "alpha": 8.0, "learning_rate": 3e-4},
+}
 
 
 def families(folder: Path) -> dict[str, dict]:
