@@ -71,6 +71,7 @@ CLAIMS: dict[str, dict] = {
     "ink from fox": {"concept": "ink", "erase_from": "fox"},
     "glossy from owl": {"concept": "glossy", "erase_from": "owl"},
     "fox to owl": {"concept": "fox", "map_to": "owl"},
+    "fox to owl, eta 0": {"concept": "fox", "map_to": "owl", "negative_guidance": 0},
     "fox to owl, eta 1": {"concept": "fox", "map_to": "owl", "negative_guidance": 1},
     # what shows without being named, and what a thing's neighbours pay for the same
     "fox, unprompted guidance 3": {"concept": "fox", "unprompted_guidance": 3},
@@ -101,6 +102,8 @@ SWEEP: dict[str, dict] = {
 SHAPES = ("triangle", "heart", "blue", "dotted")  # concepts of the small pipelines of suite families
 FAMILIES: dict[str, dict] = {
     "default": {},
+    "no null space": {"null_space": 0, "learning_rate": 1e-3, "max_train_steps": 320, "trajectories": 24},
+    "no null space, 80 steps": {"null_space": 0, "learning_rate": 3e-3, "max_train_steps": 80, "trajectories": 8},
     "esd-x": {"scope": "esd-x"},
     "esd-x-ff": {"scope": "esd-x-ff"},
     "full, anchored": _SPM | {"rank": 8, "alpha": 8.0, "learning_rate": 3e-4},

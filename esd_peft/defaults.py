@@ -23,7 +23,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     there, and for prompts that contradict each other.
     """
     steps = _attention_steps(config, family)
-    prompts = _resolve_prompts(config.prompts, config.training)
+    prompts = _resolve_prompts(config.prompts, config.training, steps > 0)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
     plan = plan.read_by(family.read_whole)
     device = resolve_device(config.runtime.device)
@@ -67,17 +67,20 @@ def _attention_steps(config: EraseConfig, family: ModelFamily) -> int:
     return 600 + 200 * len(config.prompts.concept)
 
 
-def _resolve_prompts(given: PromptOptions, training: TrainingOptions) -> PromptOptions:
-    """η is 1, or 0 where the concept is mapped to something: one that is mapped by itself says so itself."""
+def _resolve_prompts(given: PromptOptions, training: TrainingOptions, by_layers: bool) -> PromptOptions:
+    """η is 1, or less where the concept is mapped to something: one that is mapped by itself says so itself.
+
+    Layer by layer at η 0 a concept still shows where a prompt says more, and at 1 it becomes other things, too.
+    """
     given = given.replace(preserve=read_preserved(given), preserve_file=None)
     if training.objective != "esd":  # it has no η
         return given
-    eta = given.negative_guidance
+    eta, mapped = given.negative_guidance, 0.5 if by_layers else 0.0
     concepts = [
-        c.model_copy(update={"negative_guidance": 0.0}) if eta is None and c.negative_guidance is None and c.map_to else c
+        c.model_copy(update={"negative_guidance": mapped}) if eta is None and c.negative_guidance is None and c.map_to else c
         for c in given.concept
     ]
-    eta = (0.0 if given.map_to else 1.0) if eta is None else eta
+    eta = (mapped if given.map_to else 1.0) if eta is None else eta
     return given.replace(concept=concepts, negative_guidance=eta)
 
 

@@ -131,7 +131,7 @@ def test_where_the_tokenizer_knows_many_words_cross_attention_learns_by_itself(s
     assert (training.max_train_steps, resolved.prompts.negative_guidance) == (0, 1.0)
     assert resolve(resolved, emoji) == (resolved, prompts)
     mapped, _ = resolve(config(concept="fox", map_to="owl"), emoji)
-    assert (mapped.student.attention_steps, mapped.prompts.negative_guidance) == (800, 0.0)
+    assert (mapped.student.attention_steps, mapped.prompts.negative_guidance) == (800, 0.5)
     assert resolve(config(), shapes)[0].student.attention_steps == 0, "it has nothing to hold the rest with"
 
 
@@ -168,8 +168,8 @@ def test_the_device_and_the_dtype_are_those_it_runs_on(shapes):
 MAPPED = {"concept": [{"name": "circle", "map_to": "square"}, "red"]}
 RANK = "8 for each concept (16 with --attention-steps or --robust), at most 64"
 ROWS = [  # an option, what its help says, with which options, and the value
-    ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {}, 1.0),
-    ("negative_guidance", "left out: 1, or 0 for what is mapped to something", {"map_to": "square"}, 0.0),
+    ("negative_guidance", "left out: 1, or for what is mapped to something 0", {}, 1.0),
+    ("negative_guidance", "left out: 1, or for what is mapped to something 0", {"map_to": "square"}, 0.0),
     ("scope", "esd-u with --unprompted-guidance, otherwise esd-x-strict", {}, "esd-x-strict"),
     ("scope", "esd-u with --unprompted-guidance", {"unprompted_guidance": 1}, "esd-u"),
     ("scope", "full with --robust", {"robust": 1}, "full"),
