@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 BATCH = 32
 POOL = 16384  # images whose latents the denoisers learn from
 MOST = 25.0  # times as much as at little noise
-STEPS = {"encoder": 600, "v-prediction": 1500, "sdxl": 2000, "guidance": 500}
+STEPS = {"encoder": 600, "sd3": 3000, "v-prediction": 1500, "sdxl": 2000, "guidance": 500}
 STEPS_OF_TRANSFORMERS = 4000
 
 
