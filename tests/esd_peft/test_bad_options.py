@@ -239,6 +239,8 @@ EVALUATIONS = [  # of an adapter on the embedded pipeline, where none is named
     ("--output {text}", "--output .* is a file; name a directory"),
     ("--output .", "--output . is or holds"),
     ("--overwrite maybe", "maybe"),
+    ("--resolution 64", "--resolution: the embedded pipeline draws 32 pixels; leave it out"),
+    ("--max-sequence-length 16", "--max-sequence-length is for T5 and language models, .*; leave it out"),
     ("--seeds 0", "--seeds.*greater than or equal to 1"),
     ("--limit 0", "--limit.*greater than or equal to 1"),
     ("--num-inference-steps 1001", "--num-inference-steps.*less than or equal to 1000"),
