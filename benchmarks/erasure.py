@@ -54,7 +54,7 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
         measured = [name for name in STRATA if name != "sampling"]
     with tempfile.TemporaryDirectory() as folder, _withheld(concept if "withheld" in options else None), _only(measured):
         started = time.process_time()
-        made = _erased(own, concept, seed, Path(folder))
+        made = _erased(family, own, concept, seed, Path(folder))
         made["seconds"] = time.process_time() - started
         cpu, preserved = torch.device("cpu"), made.pop("preserved", [])
         # the same noise for all; what a row preserves by name counts as listed
@@ -99,8 +99,8 @@ def _ask_without(sampler: Any, concept: str) -> None:
     sampler.encoded = encode_prompts(sampler.family, texts, torch.device("cpu"), torch.float32, sampler.evaluator.negatives)
 
 
-def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> dict:
-    """The denoiser without the concepts, which these are, and what that cost."""
+def _erased(family: Any, options: dict[str, Any], concept: str, seed: int, folder: Path) -> dict:
+    """The denoiser of `family` without the concepts, which these are, and what that cost."""
     import torch
     from closed_forms import CLOSED_FORMS
 
@@ -109,7 +109,6 @@ def _erased(options: dict[str, Any], concept: str, seed: int, folder: Path) -> d
     from esd_peft.adapters.saved import read_adapter
     from esd_peft.merge_adapter import merge_adapter
 
-    family = _opened(options)
     if "asked_without" in options:
         return {"concepts": [concept], "denoiser": family.load_denoiser(torch.float32), "nfe": 0}
     if "closed_form_of" in options:

@@ -113,15 +113,12 @@ FAMILIES: dict[str, dict] = {
 def families(folder: Path) -> dict[str, dict]:
     """The rows of suite families: each way to erase on each pipeline that `train_families.py` wrote to `folder`."""
     kinds = {path.stem: path.with_suffix("") for path in sorted(folder.glob("*.json"))}
-    drawing = {"resolution": 32, "max_sequence_length": 24}
     rows = {}
     for kind, path in kinds.items():
         trained = json.loads(path.with_suffix(".json").read_text())
-        told = {"trained": trained["denoiser_sha256"]} | (
-            drawing if "UNet" not in (path / "model_index.json").read_text() else {"resolution": 32}
-        )
+        told = {"model": str(path), "trained": trained["denoiser_sha256"]} | trained["drawing"]
         for name, options in FAMILIES.items():
-            rows[kind if name == "default" else f"{kind}, {name}"] = {"model": str(path), **told, **options}
+            rows[kind if name == "default" else f"{kind}, {name}"] = told | options
     return rows
 
 

@@ -45,6 +45,7 @@ from transformers import (
 
 from esd_peft.prompts.plan import TEMPLATES
 from esd_peft.worlds.shapes import Shapes, world
+from esd_peft.worlds.training import make_scheduler
 
 PROMPT_LENGTH = 24  # tokens that what stands for T5 and Qwen reads
 WIDTH = 128  # of text encoders and transformers, in 4 heads
@@ -118,14 +119,10 @@ def _unet(**options: Any) -> UNet2DConditionModel:
     return unet
 
 
-def _betas() -> dict[str, Any]:
-    return {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
 def v_prediction() -> StableDiffusionPipeline:
     """Stable Diffusion with v-prediction and zero terminal SNR (arXiv 2305.08891)."""
-    settings = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
-    scheduler = DDIMScheduler(**_betas(), **settings, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    settings = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    scheduler = DDIMScheduler.from_config(make_scheduler("v_prediction").config, **settings)
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(vae=_vae(), unet=_unet(), scheduler=scheduler, **_clip(), **absent)
 
@@ -135,7 +132,7 @@ def sdxl() -> StableDiffusionXLPipeline:
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 16}
     unet = _unet(cross_attention_dim=2 * WIDTH, projection_class_embeddings_input_dim=WIDTH + 6 * 16, **added)
     texts = _clip() | _numbered(_clip(CLIPTextModelWithProjection), 2)
-    scheduler = EulerDiscreteScheduler(**_betas())
+    scheduler = EulerDiscreteScheduler.from_config(make_scheduler().config, timestep_spacing="linspace")
     return StableDiffusionXLPipeline(vae=_vae(), unet=unet, scheduler=scheduler, add_watermarker=False, **texts)
 
 

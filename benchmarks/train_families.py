@@ -25,15 +25,15 @@ from diffusers import ModelMixin
 from small_families import KINDS, PROMPT_LENGTH
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from world_quality import as_prompted
 
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.family import MASK, TOKENS, index_embeds
 from esd_peft.models.flux import EMBEDDED_GUIDANCE
 from esd_peft.models.options import PretrainedOptions
-from esd_peft.models.sampling import encode_prompts, make_images
 from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.training import Fit, LatentPool, mean_of_last
+from esd_peft.worlds.training import Fit, LatentPool, mean_of_last, tokens
 
 CPU = torch.device("cpu")
 BATCH = 32
@@ -45,8 +45,12 @@ STEPS_OF_TRANSFORMERS = 4000
 
 def opened(path: Path) -> ModelFamily:
     """A pipeline of these, told that it draws images of the shapes world."""
-    length = PROMPT_LENGTH if any(path.glob("text_encoder*/config.json")) and _reads_long(path) else None
-    return open_family(str(path), options=PretrainedOptions(resolution=world.SIZE, max_sequence_length=length))
+    return open_family(str(path), options=PretrainedOptions(**drawing(path)))
+
+
+def drawing(path: Path) -> dict[str, int]:
+    """With which options it draws these."""
+    return {"resolution": world.SIZE} | ({"max_sequence_length": PROMPT_LENGTH} if _reads_long(path) else {})
 
 
 def _reads_long(path: Path) -> bool:
@@ -66,18 +70,16 @@ def teach_encoder(family: ModelFamily, steps: int, generator: torch.Generator) -
     part = next(name for name in family.text_parts if "CLIP" not in type(getattr(pipe, name)).__name__ and "encoder" in name)
     teacher = open_family("shapes").load_encoders(CPU, torch.float32)
     with torch.no_grad():
-        told = [teacher.tokenizer(p, padding="max_length", return_tensors="pt").input_ids for p in prompts]
-        wanted = torch.cat(
-            [teacher.text_encoder(torch.cat(told[i : i + 64])).pooler_output for i in range(0, len(told), 64)]
-        )
+        parts = tokens(teacher.tokenizer, prompts).split(64)
+        wanted = torch.cat([teacher.text_encoder(part).pooler_output for part in parts])
     wanted = (wanted - wanted.mean(0)) / wanted.std(0)
     encoder = getattr(pipe, part).requires_grad_(True).train()
 
     def said(rows: list[int]) -> Tensor:
         embeds = family.encode_prompts(pipe, [prompts[i] for i in rows], CPU)
-        tokens = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3's come after those of CLIP
-        counts = embeds.get(MASK, torch.ones(tokens.shape[:2]))[..., None]
-        return (tokens * counts).sum(1) / counts.sum(1)
+        states = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3's come after those of CLIP
+        counts = embeds.get(MASK, torch.ones(states.shape[:2]))[..., None]
+        return (states * counts).sum(1) / counts.sum(1)
 
     probe = nn.Linear(said([0]).shape[1], wanted.shape[1])
 
@@ -139,12 +141,7 @@ class Lessons:
             levels = 2 * levels / (1 + levels)
         x_t, timesteps, right = schedule.add_noise(latents, noise, levels)
         said = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
-        if schedule.is_flow_matching:
-            signal, rest = 1 - levels, levels
-        else:
-            kept = schedule.alphas_cumprod()
-            kept = kept[(levels * len(kept)).long()]
-            signal, rest = kept.sqrt(), (1 - kept).sqrt()
+        signal, rest = schedule.shares(levels)
         if self.taught:
             right = self._taught(x_t, signal, rest, right, said)
         return x_t, timesteps, right, said, signal
@@ -200,15 +197,9 @@ def train(kind: str, path: Path, steps: int) -> dict:
     return record
 
 
-def quality(path: Path, images: int = 1) -> dict[str, float]:
+def quality(path: Path) -> dict[str, float]:
     """In which share of images of all full prompts the classifier recognises what they name."""
-    family, shapes = opened(path), WORLDS["shapes"]
-    pipe = family.pipeline(family.load_denoiser(torch.float32), CPU, torch.float32)
-    prompts = shapes.full_prompts()
-    encoded = encode_prompts(family, [prompt.text for prompt in prompts], CPU, torch.float32)
-    drawn = make_images(pipe, encoded, images, batch_size=48).flatten(0, 1)
-    names = shapes.load_classifier().name(drawn)
-    wanted = [prompt.labels for prompt in prompts for _ in range(images)]
+    _, names, wanted = as_prompted(opened(path), WORLDS["shapes"], seeds=1)
     pairs = [*zip(names, wanted, strict=True)]
     return {kind: sum(seen[kind] == label[kind] for seen, label in pairs) / len(pairs) for kind in world.ATTRIBUTES}
 
@@ -227,6 +218,7 @@ def main() -> None:
         shutil.rmtree(args.output / f"{kind}.draft", ignore_errors=True)
         started = time.process_time()
         trained = train(kind, args.output / kind, args.steps or STEPS.get(kind, STEPS_OF_TRANSFORMERS))
+        trained["drawing"] = drawing(args.output / kind)
         trained["denoiser_sha256"] = opened(args.output / kind).denoiser_hashes()
         trained["CPU seconds"] = round(time.process_time() - started)
         trained["recognised"] = quality(args.output / kind)

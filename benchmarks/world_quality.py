@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from esd_peft.models import open_family
+from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.sampling import encode_prompts, make_images
-from esd_peft.worlds import WORLDS
+from esd_peft.worlds import WORLDS, World
 from esd_peft.worlds.world import Labels
 
 HELD_OUT = 4096
@@ -30,6 +31,16 @@ def report(who: str, names: list[Labels], wanted: list[Labels]) -> None:
         print("   " + ", ".join(f"{what} ({count})" for what, count in wrong.most_common(8)))
 
 
+def as_prompted(family: ModelFamily, world: World, seeds: int) -> tuple[Tensor, list[Labels], list[Labels]]:
+    """Images `[prompts, seeds, 3, H, W]` of the world's full prompts, and of each what it shows and what it should."""
+    cpu, prompts = torch.device("cpu"), world.full_prompts()
+    pipe = family.pipeline(family.load_denoiser(torch.float32), cpu, torch.float32)
+    encoded = encode_prompts(family, [prompt.text for prompt in prompts], cpu, torch.float32)
+    images, classifier = make_images(pipe, encoded, seeds, batch_size=48), world.load_classifier()
+    names = [name for part in images.flatten(0, 1).split(256) for name in classifier.name(part)]
+    return images, names, [prompt.labels for prompt in prompts for _ in range(seeds)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("world", choices=WORLDS)
@@ -43,15 +54,10 @@ def main() -> None:
     names = [name for part in pixels.split(256) for name in classifier.name(part)]
     report("classifier, held-out rendered images", names, wanted)
 
-    cpu, family = torch.device("cpu"), open_family(args.world)
-    pipe = family.pipeline(family.load_denoiser(torch.float32), cpu, torch.float32)
-    prompts = world.full_prompts()
-    encoded = encode_prompts(family, [prompt.text for prompt in prompts], cpu, torch.float32)
-    images = make_images(pipe, encoded, args.seeds, batch_size=48)
-    names = [name for part in images.flatten(0, 1).split(256) for name in classifier.name(part)]
-    report("pipeline, images as prompted", names, [prompt.labels for prompt in prompts for _ in range(args.seeds)])
+    images, names, wanted = as_prompted(open_family(args.world), world, args.seeds)
+    report("pipeline, images as prompted", names, wanted)
     if args.image:
-        side = int(len(prompts) ** 0.5)
+        side = int(len(images) ** 0.5)
         sheet = images[: side * side, 0].unflatten(0, (side, side)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         Image.fromarray((sheet * 255).byte().numpy()).save(args.image)
 

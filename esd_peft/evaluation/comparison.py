@@ -112,7 +112,7 @@ def open_models(config: EvaluateConfig) -> Comparison:
         concepts, configs = adapter.concepts, [adapter.config]
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
         raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
-    for family in {id(before): before, id(erased.family): erased.family}.values():
+    for family in (before, erased.family):
         family.draw_at(config)
     return Comparison(Model(before), erased, config.concept or concepts, notes, _preserved(configs), base)
 

@@ -49,15 +49,21 @@ class NoiseSchedule:
         all on one device, fp32.
         """
         column = (-1, *[1] * (latents.dim() - 1))
+        signal, rest = (share.view(column) for share in self.shares(levels))
+        noisy = signal * latents + rest * noise
         if self.is_flow_matching:
-            sigma = levels.view(column)
-            count = self.scheduler.config.num_train_timesteps
-            return (1 - sigma) * latents + sigma * noise, levels * count, noise - latents
-        kept = self.alphas_cumprod().to(latents.device)
-        timesteps = (levels * len(kept)).long()
-        signal, rest = kept[timesteps].sqrt().view(column), (1 - kept[timesteps]).sqrt().view(column)
+            return noisy, levels * self.scheduler.config.num_train_timesteps, noise - latents
+        timesteps = (levels * len(self.alphas_cumprod())).long()
         right = noise if self.predicts_noise else signal * noise - rest * latents
-        return signal * latents + rest * noise, self.scheduler_timesteps(timesteps), right
+        return noisy, self.scheduler_timesteps(timesteps), right
+
+    def shares(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """What x_t has of the image and of noise at `levels` of `add_noise`, each `[B]`."""
+        if self.is_flow_matching:
+            return 1 - levels, levels
+        kept = self.alphas_cumprod().to(levels.device)
+        kept = kept[(levels * len(kept)).long()]
+        return kept.sqrt(), (1 - kept).sqrt()
 
     def min_snr_weights(self, gamma: float) -> Tensor:
         """Loss weights `[num_train_timesteps]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, for v

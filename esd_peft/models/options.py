@@ -31,7 +31,7 @@ class DrawingOptions(Options):
 
     resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
     """Pixels a side of what trajectories and images draw; left out: what the model was made for. Less takes less time and
-    memory, and what is learned at 512 holds at 1024 as far as the model draws alike at both."""
+    memory; what an erasure leaves at another size has not been measured."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] | None = None
     """Tokens that T5 and language models read of a prompt, padding included; left out: what the pipeline reads, 256 to 512.
     Families that read them without a mask (SD3, FLUX) draw slightly otherwise with fewer."""

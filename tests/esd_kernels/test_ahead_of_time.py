@@ -18,7 +18,7 @@ LAUNCHES = 3 * 9 * 9  # dtypes, shapes, and eight combinations of options or the
 # in the environment.
 TARGETS = [
     ("cuda", "75", 0, 4), ("cuda", "80", 1, 4), ("cuda", "86", 2, 4), ("cuda", "89", 3, 4), ("cuda", "90", 0, 3),
-    ("cuda", "100", 1, 3), ("cuda", "120", 2, 3), ("hip", "gfx942", 0, 2),
+    ("cuda", "100", 1, 3), ("cuda", "120", 2, 3), ("hip", "gfx942", 0, 1),
 ]  # fmt: skip
 
 
