@@ -44,6 +44,7 @@ class ModelFamily(PipelineDirectory, ABC):
     patch: ClassVar[int] = 2  # latents, of whose multiples images have to be
     max_sequence_length: int | None = None  # tokens of a prompt, where the user says how many
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
+    takes_guidance: bool = True  # whether its pipeline can draw with classifier-free guidance
     num_inference_steps: int = 25
 
     @property
@@ -123,8 +124,10 @@ class ModelFamily(PipelineDirectory, ABC):
         tokenizer = self._reader
         own = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else self.prompt_length
         most = own or tokenizer.model_max_length
-        told = [self.templated(tokenizer, text) for text in texts]
-        return [(len(tokenizer(text, truncation=False, verbose=False).input_ids), most) for text in told]
+        told = [(self.templated(tokenizer, text), text) for text in texts]  # templates have special tokens of their own
+        options = {"truncation": False, "verbose": False}
+        ids = [tokenizer(said, add_special_tokens=said == text, **options).input_ids for said, text in told]
+        return [(len(each), most) for each in ids]
 
     def templated(self, tokenizer: Any, text: str) -> str:
         """What the text encoder is told of a prompt: of a language model its chat template belongs to it."""

@@ -33,6 +33,7 @@ class Flux2(JointAttention):
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds"}
     default_latent_size: tuple[int, int] | None = (128, 128)
     guidance_scale: float = 1.0
+    takes_guidance: bool = False
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 512, 3 * width]`, of three of the text encoder's layers."""
@@ -91,7 +92,8 @@ class Flux2Klein(Flux2):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self.index.get("is_distilled"):
+        self.takes_guidance = not self.index.get("is_distilled")
+        if not self.takes_guidance:
             self.guidance_scale, self.num_inference_steps = 1.0, 4
 
     def templated(self, tokenizer: Any, text: str) -> str:

@@ -33,7 +33,8 @@ def joint_attention(scope: str, name: str) -> bool:
     - `esd-u`: all else. `selfattn`: the image's projections in attention (in single layers: those of both).
     """
     parts = set(name.split("."))
-    entrance = bool(parts & ENTRANCES) or {"text_embedder", "linear_1"} <= parts
+    normed = name.startswith("cap_embedder.0")  # a norm in it, which Qwen-Image has outside: `txt_norm`
+    entrance = bool(parts & ENTRANCES and not normed) or {"text_embedder", "linear_1"} <= parts
     refines = "context_refiner" in parts
     text = entrance or bool(parts & _TEXT_PROJECTIONS) or (refines and "attention" in parts)
     attends = bool(parts & {"attn", "attn2", "attention"}) and not text

@@ -1,5 +1,6 @@
 """What stands for an option that was left out: one value, known before the run, which the files it writes hold."""
 
+import contextlib
 import json
 import math
 
@@ -9,6 +10,7 @@ import yaml
 from PIL import Image
 
 from esd_peft import EraseConfig, UserError
+from esd_peft.checks import check_model
 from esd_peft.cli import parse
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
@@ -287,3 +289,7 @@ def test_trajectories_are_those_that_the_model_is_made_for(name, steps, scale, t
     assert (buffer.num_inference_steps, buffer.guidance_scale) == (steps, scale)
     given = resolve(config(model=str(path), num_inference_steps=7, guidance_scale=0.0), family)[0].buffer
     assert (given.num_inference_steps, given.guidance_scale) == (7, 0.0)
+    resolved, prompts = resolve(config(model=str(path), guidance_scale=2.0), family)
+    refused = name in ("flux.2 dev", "flux.2 klein")  # whose pipelines do not guide, whatever they are told
+    with pytest.raises(UserError, match=r"--guidance-scale: .* is distilled") if refused else contextlib.nullcontext():
+        check_model(resolved, prompts, family)

@@ -37,6 +37,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -296,10 +297,13 @@ def klein() -> Flux2KleinPipeline:
 
 
 def flux2() -> Flux2Pipeline:
-    """With a tokenizer by itself: the processor that it is part of needs torchvision, which this package does not. Its
-    template leaves out the system's message, which is long."""
+    """With a tokenizer by itself: the processor that it is part of needs torchvision, which this package does not. It
+    begins what has no template with a token, as Mistral's does; its template leaves out the system's message, which is
+    long."""
     tokenizer = qwen_tokenizer()
-    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content[0].text }}{% endfor %}"
+    begins = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{begins[0]} $A", special_tokens=[begins])
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}[INST]{{ m.content[0].text }}[/INST]{% endfor %}"
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     heads = {"num_key_value_heads": 1, "head_dim": 8}
     text = MistralConfig(vocab_size=len(tokenizer), num_hidden_layers=30, **sizes, **heads)  # it takes 10, 20 and 30

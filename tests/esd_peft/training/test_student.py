@@ -17,7 +17,7 @@ from esd_peft.models.options import SCOPES
 from esd_peft.models.scopes import joint_attention
 from esd_peft.training.options import StudentOptions
 from esd_peft.training.student import make_student
-from families import save_family
+from families import MAKERS, save_family
 
 CPU = torch.device("cpu")
 
@@ -120,6 +120,14 @@ def test_scopes_select_what_they_say(sd15):
     assert chosen["esd-x"] | chosen["esd-u"] == chosen["full"]
     assert not chosen["esd-x"] & chosen["esd-u"]
     assert len(chosen["esd-x-strict"]) == 32 and len(chosen["esd-x"]) == 64  # 16 blocks of k, v (and q, out)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_strict_scope_has_the_same_layers_for_weights_and_adapters(kind, tmp_path):
+    family = open_family(str(save_family(kind, tmp_path / "model")))
+    denoiser = family.empty_denoiser()
+    weights = {name.rpartition(".")[0] for name in family.scope_parameters(denoiser, "esd-x-strict")}
+    assert weights == {*family.scope_modules(denoiser, "esd-x-strict")}, "linear in the prompt's tokens: no norm among them"
 
 
 @pytest.mark.parametrize("adapter_type", ["lora", "loha", "lokr", "none"])
