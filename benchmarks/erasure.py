@@ -52,7 +52,8 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
     measured = strata
     if strata is None and family.noise_schedule.is_flow_matching:  # there the world's other samplers do not work
         measured = [name for name in STRATA if name != "sampling"]
-    with tempfile.TemporaryDirectory() as folder, _withheld(concept if "withheld" in options else None), _only(measured):
+    withheld = _withheld(family.world.name, concept) if "withheld" in options else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, withheld, _only(measured):
         started = time.process_time()
         made = _erased(family, own, concept, seed, Path(folder))
         made["seconds"] = time.process_time() - started
@@ -138,16 +139,13 @@ def _erased(family: Any, options: dict[str, Any], concept: str, seed: int, folde
 
 
 @contextlib.contextmanager
-def _withheld(concept: str | None) -> Iterator[None]:
+def _withheld(world: str, concept: str) -> Iterator[None]:
     """Within it no tokenizer knows the names of what is measured as kept beside the concept, and is on no list."""
     from esd_peft.evaluation.strata import KEPT
     from esd_peft.evaluation.suites import load_suite, suite_prompts
     from esd_peft.models.family import ModelFamily
 
-    if concept is None:
-        yield
-        return
-    measured = {p.about for p in suite_prompts(load_suite(MODEL), [concept], None) if p.stratum in KEPT}
+    measured = {p.about for p in suite_prompts(load_suite(world), [concept], None) if p.stratum in KEPT}
     words, known = {word for label in measured for word in label.split()}, ModelFamily.whole_words
     with mock.patch.object(ModelFamily, "whole_words", lambda self: [w for w in known(self) if w not in words]):
         yield

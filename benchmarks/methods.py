@@ -59,6 +59,8 @@ OURS: dict[str, dict] = {
     "ours": {},
     # the words of what is measured as kept are not in the vocabulary that it sees: so none of them is held by name
     "ours, their words withheld": {"withheld": True},
+    "ours, the denoiser as a whole": {"augment_prompts": True},
+    "ours, the denoiser as a whole, their words withheld": {"augment_prompts": True, "withheld": True},
     "ours, closed form": {"attention_steps": 0},
 }
 # what the guided target aims at, at η 0: the model as it is, given the same prompts without the concept's name
@@ -101,6 +103,8 @@ SWEEP: dict[str, dict] = {
 }
 SHAPES = ("triangle", "heart", "blue", "dotted")  # concepts of the small pipelines of suite families
 FAMILIES: dict[str, dict] = {
+    "words": {"augment_prompts": True},
+    "words, theirs withheld": {"augment_prompts": True, "withheld": True},
     "default": {},
     "no null space": {"null_space": 0, "learning_rate": 1e-3, "max_train_steps": 320, "trajectories": 24},
     "no null space, 80 steps": {"null_space": 0, "learning_rate": 3e-3, "max_train_steps": 80, "trajectories": 8},

@@ -48,6 +48,9 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
     """Raise `UserError` for prompts that the model does not read to their end, and for objectives that do not fit it."""
     if config.student.attention_steps and not family.has_cross_attention:
         raise UserError("--attention-steps needs cross-attention that nothing masks, which this model lacks; leave it out")
+    if (config.student.attention_steps or config.training.augment_prompts) and not family.whole_words():
+        option = "--attention-steps" if config.student.attention_steps else "--augment-prompts"
+        raise UserError(f"{option} needs words to hold the rest with, and the tokenizer knows none as a whole; leave it out")
     if (config.buffer.guidance_scale or 0) > 1 and not family.takes_guidance:
         raise UserError(
             "--guidance-scale: this model is distilled to draw without classifier-free guidance; leave it out or use 1"

@@ -48,6 +48,10 @@ class EraseConfig(Options):
             raise ValueError("--max-train-steps 0 needs --attention-steps or --closed-form True; train for 1 or more")
         if student.attention_steps and (training.objective != "esd" or student.scope in ("esd-u", "selfattn")):
             raise ValueError("--attention-steps works with --objective esd and where cross-attention learns; leave it out")
+        if training.augment_prompts and (training.objective != "esd" or training.robust or buffer.rollout == "student"):
+            raise ValueError(
+                "--augment-prompts does not work with --objective contrastive, --robust or --rollout student; leave one out"
+            )
         if buffer.trajectories is not None and buffer.trajectories < len(prompts.concept):
             raise ValueError(f"--trajectories must be at least the number of concepts, {len(prompts.concept)}")
         preserves = prompts.preserve or prompts.preserve_file or prompts.sources or training.robust

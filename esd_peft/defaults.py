@@ -22,19 +22,20 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     budget it knows nothing (`esd_peft.memory.planner`). Raises `UserError` for a device, a folder or a file that is not
     there, and for prompts that contradict each other.
     """
-    steps = _attention_steps(config, family)
-    prompts = _resolve_prompts(config.prompts, config.training, steps > 0)
+    steps, augmented = _attention_steps(config, family), _augments(config, family)
+    prompts = _resolve_prompts(config.prompts, config.training, steps > 0 or augmented)
     plan = plan_prompts(prompts, family.world, robust=config.training.robust > 0)
     plan = plan.read_by(family.read_whole)
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.runtime.dtype, device)
     runtime = config.runtime.replace(device=str(device), dtype=str(dtype).removeprefix("torch."))
-    student = _resolve_student(config.student, prompts, config.training, steps)
+    training = config.training.replace(augment_prompts=augmented)
+    student = _resolve_student(config.student, prompts, training, steps)
     if config.training.objective == "esd":
-        training = _resolve_training(config.training, student, prompts)
+        training = _resolve_training(training, student, prompts)
         buffer = _resolve_buffer(config.buffer, student, prompts, plan, family)
     else:
-        training, buffer = _resolve_contrastive(config.training, len(prompts.concept)), config.buffer
+        training, buffer = _resolve_contrastive(training, len(prompts.concept)), config.buffer
     if training.unprompted_guidance and not (student.attention_steps or preservation_samples(training)):
         raise UserError("--unprompted-guidance needs preservation samples; raise --preservation-ratio or leave it out")
     validation = _resolve_validation(config.validation, student.attention_steps + training.max_train_steps)
@@ -55,27 +56,41 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
 
 def _attention_steps(config: EraseConfig, family: ModelFamily) -> int:
     """Where cross-attention can learn by itself, and the tokenizer knows words that hold the rest in place."""
-    student, training = config.student, config.training
-    if student.attention_steps is not None:
-        return student.attention_steps
-    as_usual = training.objective == "esd" and not (training.robust or training.stop_at is not None or student.null_space)
-    in_scope = student.scope in (None, "esd-x", "esd-x-ff", "full") and student.adapter_type in ("lora", "none")
-    if not (as_usual and in_scope and student.closed_form is None):
-        return 0
-    if len(family.whole_words()) < MANY_WORDS or not family.has_cross_attention:
+    if config.student.attention_steps is not None:
+        return config.student.attention_steps
+    if config.training.augment_prompts or not (family.has_cross_attention and _learns_from_words(config, family)):
         return 0
     return 600 + 200 * len(config.prompts.concept)
 
 
-def _resolve_prompts(given: PromptOptions, training: TrainingOptions, by_layers: bool) -> PromptOptions:
+def _augments(config: EraseConfig, family: ModelFamily) -> bool:
+    """Where cross-attention cannot learn by itself."""
+    if config.training.augment_prompts is not None:
+        return config.training.augment_prompts
+    buffer = config.buffer
+    given = (buffer.trajectories, buffer.preservation_trajectories, buffer.buffer_refresh_interval)
+    as_usual = buffer.rollout == "teacher" and all(value is None for value in given)
+    return as_usual and not family.has_cross_attention and _learns_from_words(config, family)
+
+
+def _learns_from_words(config: EraseConfig, family: ModelFamily) -> bool:
+    """Whether the tokenizer knows enough of them, and nothing else is asked for."""
+    student, training = config.student, config.training
+    as_usual = training.objective == "esd" and not (training.robust or training.stop_at is not None or student.null_space)
+    in_scope = student.scope in (None, "esd-x", "esd-x-ff", "full") and student.adapter_type in ("lora", "none")
+    as_usual = as_usual and in_scope and student.closed_form is None
+    return as_usual and len(family.whole_words()) >= MANY_WORDS
+
+
+def _resolve_prompts(given: PromptOptions, training: TrainingOptions, by_words: bool) -> PromptOptions:
     """η is 1, or less where the concept is mapped to something: one that is mapped by itself says so itself.
 
-    Layer by layer at η 0 a concept still shows where a prompt says more, and at 1 it becomes other things, too.
+    In many contexts at η 0 a concept still shows where a prompt says more, and at 1 it becomes other things, too.
     """
     given = given.replace(preserve=read_preserved(given), preserve_file=None)
     if training.objective != "esd":  # it has no η
         return given
-    eta, mapped = given.negative_guidance, 0.5 if by_layers else 0.0
+    eta, mapped = given.negative_guidance, 0.5 if by_words else 0.0
     concepts = [
         c.model_copy(update={"negative_guidance": mapped}) if eta is None and c.negative_guidance is None and c.map_to else c
         for c in given.concept
@@ -87,19 +102,19 @@ def _resolve_prompts(given: PromptOptions, training: TrainingOptions, by_layers:
 def _resolve_student(
     given: StudentOptions, prompts: PromptOptions, training: TrainingOptions, attention_steps: int
 ) -> StudentOptions:
-    robust, by_layers = training.robust > 0, attention_steps > 0
+    robust, by_words = training.robust > 0, attention_steps > 0 or bool(training.augment_prompts)
     # a prompt that brings the concept back is given away by what the other layers make of it, too
     # and what no prompt names by all but those that read it (the paper's ESD-u)
     unprompted = training.unprompted_guidance > 0 and not (given.null_space or given.closed_form)
-    scope = given.scope or ("full" if robust else "esd-x-ff" if by_layers else "esd-u" if unprompted else "esd-x-strict")
+    scope = given.scope or ("full" if robust else "esd-x-ff" if by_words else "esd-u" if unprompted else "esd-x-strict")
     # LoHa and LoKr have no factor that would take a projection; the other scopes have no layer that reads the prompt alone
     reads_prompt = given.adapter_type in ("lora", "none") and scope not in ("esd-u", "selfattn")
     null_space = given.null_space
     if null_space is None:
         # what of the concept lies within the protected subspace is what an attacker can still say
-        null_space = 0.0 if by_layers else 0.97 if robust else 0.99 if prompts.sources else 0.999
-    closed_form = not by_layers if given.closed_form is None else given.closed_form
-    rank = given.rank or min((16 if robust or by_layers else 8) * len(prompts.concept), 64)
+        null_space = 0.0 if by_words else 0.97 if robust else 0.99 if prompts.sources else 0.999
+    closed_form = not by_words if given.closed_form is None else given.closed_form
+    rank = given.rank or min((16 if robust or by_words else 8) * len(prompts.concept), 64)
     if given.adapter_type == "none":
         rank = given.rank
     return given.replace(
@@ -120,20 +135,21 @@ def _is_quick(student: StudentOptions, prompts: PromptOptions) -> bool:
 def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: PromptOptions) -> TrainingOptions:
     """More steps at the slower learning rate, and to tell apart what is to go from what shares its words; with --robust all
     rounds together."""
-    rounds, quick = given.robust, _is_quick(student, prompts)
-    few = 20 + 20 * len(prompts.concept)
+    rounds, quick, augmented = given.robust, _is_quick(student, prompts), given.augment_prompts
+    few = 40 + 60 * len(prompts.concept) if augmented else 20 + 20 * len(prompts.concept)
     ratio = given.preservation_ratio
     if ratio is None:
-        ratio = 0.5 if rounds else 0.25 if prompts.sources else 0.125
+        ratio = 1 / 3 if augmented else 0.5 if rounds else 0.25 if prompts.sources else 0.125
     steps = given.max_train_steps
     if steps is None:
-        steps = 0 if student.attention_steps else few * (1 + 2 * rounds if rounds else 1 if quick else 8)
+        steps = 0 if student.attention_steps else few * (1 + 2 * rounds if rounds else 1 if quick or augmented else 8)
+    # fast where the null space holds everything else in place (docs/scopes.md), or words do
+    rate = 1e-2 if student.protected else 3e-3 if augmented and student.adapter_type != "none" else 1e-3
     return given.replace(
         preservation_ratio=0.0 if given.train_batch_size == 1 else ratio,
         max_train_steps=steps,
-        train_batch_size=given.train_batch_size or 8,
-        # fast where the null space holds everything else in place: docs/scopes.md
-        learning_rate=given.learning_rate or (1e-2 if student.protected else 1e-3),
+        train_batch_size=given.train_batch_size or (12 if augmented else 8),
+        learning_rate=given.learning_rate or rate,
     )
 
 

@@ -20,7 +20,7 @@ from esd_peft.models.options import DrawingOptions, ModelOptions
 from esd_peft.options import parse_bytes
 from esd_peft.runtime.devices import describe_device, has_triton, is_accelerator, memory_info, resolve_device, resolve_dtype
 from esd_peft.runtime.reproducibility import installed
-from esd_peft.training.options import StudentOptions
+from esd_peft.training.options import StudentOptions, TrainingOptions
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 CARDS = ("8GiB", "12GiB", "16GiB", "24GiB")
@@ -41,7 +41,7 @@ def examine(config: DoctorConfig) -> Iterator[str]:
     options: dict[str, Any] = config.model_dump() | {"concept": concept}
     given = EraseConfig(**options)
     resolved, prompts = resolve(given, family)
-    yield from ("", *_model(family), _method(resolved.student, resolved.training.max_train_steps), "")
+    yield from ("", *_model(family), _method(resolved.student, resolved.training), "")
     yield "what fits, as planned (the commands' --plan says more):"
     resolved = imagined(given.runtime, resolved)
     estimator = MemoryEstimator(resolved, prompts, family)
@@ -80,9 +80,14 @@ def _model(family: ModelFamily) -> Iterator[str]:
     yield f"            its tokenizer knows {words:,} words as a whole"
 
 
-def _method(student: StudentOptions, steps: int) -> str:
+def _method(student: StudentOptions, training: TrainingOptions) -> str:
+    steps = training.max_train_steps
     if student.attention_steps:
         how = f"layer by layer: --attention-steps {student.attention_steps}, --scope {student.scope} (docs/attention.md)"
+    elif training.augment_prompts:
+        how = (
+            f"with many wordings: --augment-prompts, --max-train-steps {steps}, --scope {student.scope} (docs/attention.md)"
+        )
     else:
         how = f"along trajectories: --max-train-steps {steps}, --scope {student.scope} (docs/scopes.md)"
     return f"method      {how}"

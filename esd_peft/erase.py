@@ -32,6 +32,7 @@ from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.session import Session, in_session
 from esd_peft.training.attention import distill_attention
+from esd_peft.training.augmented import AugmentedSampler
 from esd_peft.training.diagnosis import choose_probes, diagnose
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
@@ -39,6 +40,7 @@ from esd_peft.training.monitor import Monitor
 from esd_peft.training.objective import make_objective
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, load_student
+from esd_peft.training.survey import Survey
 from esd_peft.training.trainer import Trainer
 from esd_peft.training.work import count_denoiser_calls
 
@@ -65,7 +67,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         embeds, probes.embeds = family.encode_groups([prompts.texts, probes.texts], device, dtype)
         table = make_table(prompts, embeds)
         wordings = None
-        if config.student.attention_steps and not resumes:
+        if training.augment_prompts or (config.student.attention_steps and not resumes):
             wordings = encode_wordings(family, prompts, training.seed, device, dtype)
         validation = make_validation(config, session) if config.validation.during_training else None
         timeline = make_timeline(config, session) if config.validation.validation_prompt else None
@@ -80,14 +82,15 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     rollout = Rollout(student, profiler)
     monitor = Monitor(student, profiler, session.dashboard, timeline, config.validation.validation_steps)
     monitor.look_at_base()
-    found, steps_before = None, config.student.attention_steps
-    if wordings is not None:  # each cross-attention layer learns the target by itself
+    seen: Survey | None = None
+    losses: list[float] = []
+    steps_before = config.student.attention_steps
+    if steps_before and wordings is not None and not resumes:  # each cross-attention layer learns the target by itself
         with profiler.phase("attention"):
-            found = distill_attention(
+            seen, losses = distill_attention(
                 rollout, wordings, config.buffer, steps_before, training.seed, monitor, training.unprompted_guidance
             )
-        probes.add_near(found.near, wordings.encoded(found.near))
-    sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training)
+    sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training, wordings)
     if validation is not None:
         with profiler.phase("evaluate"), student.teacher(), student.autocast():
             validation.make(student.denoiser, "before")
@@ -101,6 +104,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
             for batch in batches:
                 # prediction, loss, gradients (of so many samples at a time), clipping, AdamW, projection to the null space
                 trainer.step(batch, loss)
+    seen = sampler.seen if isinstance(sampler, AugmentedSampler) else seen  # which words are other names
 
     if checkpoints is not None:
         with profiler.phase("save"):
@@ -110,8 +114,13 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         if validation is not None:
             with student.autocast():
                 validation.make(student.denoiser, "after")
+        if seen is not None and wordings is not None:
+            probes.add_near(seen.near, wordings.encoded(seen.near))
         diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed)
-    result = erase_result.make_result(config, profiler, trainer, stopping, validation, prompts.concepts, found, diagnosis)
+    losses += trainer.losses
+    result = erase_result.make_result(
+        config, profiler, trainer, stopping, validation, prompts.concepts, seen, losses, diagnosis
+    )
     if checkpoints is not None:
         erase_result.write(config.checkpoint.output, result)
     return result

@@ -21,9 +21,9 @@ from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.outputs import new_file
 from esd_peft.models import open_family
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training.attention import Found
 from esd_peft.training.diagnosis import Diagnosis
 from esd_peft.training.early_stopping import EarlyStopping
+from esd_peft.training.survey import Survey
 from esd_peft.training.trainer import Trainer
 
 
@@ -34,12 +34,12 @@ def make_result(
     stopping: EarlyStopping | None,
     validation: ValidationSampler | None,
     concepts: list[str],
-    attention: Found | None,
+    seen: Survey | None,
+    losses: list[float],
     diagnosis: Diagnosis,
 ) -> dict[str, Any]:
     """What `result.json` holds; writes the images that were made into the output."""
-    verdicts = attention.verdicts if attention is not None else []
-    losses = [*(attention.losses if attention is not None else []), *trainer.losses]
+    verdicts = seen.verdicts if seen is not None else []
     found: Accuracies | None = None
     if validation is not None:
         with profiler.phase("evaluate"), finished(config):

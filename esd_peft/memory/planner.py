@@ -17,6 +17,7 @@ from esd_peft.models.family import ENCODE_BATCH, TOKENS
 from esd_peft.models.offload import encoder_bytes
 from esd_peft.options import parse_bytes
 from esd_peft.prompts.plan import PromptPlan
+from esd_peft.prompts.wordings import amounts
 from esd_peft.runtime.devices import IMAGINED, is_accelerator, usable_memory
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
 from esd_peft.runtime.options import RuntimeOptions
@@ -24,11 +25,13 @@ from esd_peft.training.attention import ERASE, HOLD, POSITIONS, AttentionLayer
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.student import make_student
 from esd_peft.training.work import (
-    ATTENTION_TRAJECTORIES,
     SEARCH_BATCH_SIZE,
+    SURVEY_STEPS,
+    SURVEY_TRAJECTORIES,
     buffer_shape,
-    count_attention_nfe,
+    count_augmented_nfe,
     count_nfe,
+    count_survey_nfe,
 )
 
 META = torch.device("meta")
@@ -166,18 +169,20 @@ class MemoryEstimator:
         working = weights + self.learning + self.embeds
         attention = config.student.attention_steps if training.objective == "esd" else 0
         together = predictions * min(buffer.rollout_batch_size, shape.trajectories)
+        seen = predictions * min(buffer.rollout_batch_size, SURVEY_TRAJECTORIES)
         phases = {
             "encode": self.encoders,
             # null space and closed form: copies of the embeddings, and squares of their width in fp64
             "load": weights + 3 * self.embeds + 6 * 8 * self.width**2,
         }
         if attention:
-            looking = predictions * min(buffer.rollout_batch_size, ATTENTION_TRAJECTORIES)
-            phases["attention"] = working + max(_line(self.running, looking), self.attending())
+            phases["attention"] = working + max(_line(self.running, seen), self.attending())
         if training.max_train_steps:
-            phases["rollout"] = working + _line(self.running, together)
-            stepping = self.training(memory.gradient_checkpointing)
-            phases["train"] = working + _line(stepping, memory.per_device_batch_size)
+            phases["rollout"] = working + _line(self.running, seen if training.augment_prompts else together)
+            step = _line(self.training(memory.gradient_checkpointing), memory.per_device_batch_size)
+            # between steps the teacher is asked, as many at a time as in a rollout at most
+            asked = _line(self.running, min(2 * buffer.rollout_batch_size, predictions * training.train_batch_size))
+            phases["train"] = working + (max(step, asked) if training.augment_prompts else step)
         if seeds:
             looked_at = max(len(self.prompts.concepts) + 3, len(config.validation.validation_prompt))
             images = min(buffer.rollout_batch_size, seeds * looked_at)
@@ -187,10 +192,21 @@ class MemoryEstimator:
             phases["attack"] = working + self.attacking + _line(stepping, SEARCH_BATCH_SIZE)
         steps = buffer.num_inference_steps
         samples = shape.trajectories * min(steps, shape.keep or steps) if training.max_train_steps else 0
-        concepts = len(self.prompts.concepts)
-        nfe = count_nfe(buffer, training, memory.gradient_checkpointing, predictions, concepts)
-        nfe += count_attention_nfe(config.buffer, predictions, concepts) if attention else 0
-        return Plan(config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, nfe)
+        if training.augment_prompts:
+            samples = SURVEY_TRAJECTORIES * min(steps, SURVEY_STEPS)
+        return Plan(
+            config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, self._nfe(config, buffer)
+        )
+
+    def _nfe(self, config: EraseConfig, buffer: BufferOptions) -> int:
+        """Of the run as a whole."""
+        training, checkpointing = config.training, config.memory.gradient_checkpointing
+        predictions, concepts = self.prompts.predictions, len(self.prompts.concepts)
+        looked = config.student.attention_steps > 0 or training.augment_prompts
+        seen = count_survey_nfe(buffer, predictions, concepts, amounts(self.family)) if looked else 0
+        if training.augment_prompts:
+            return seen + count_augmented_nfe(training, checkpointing, predictions)
+        return seen + count_nfe(buffer, training, checkpointing, predictions, concepts)
 
 
 def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, budget: int) -> Plan:

@@ -86,7 +86,8 @@ class PromptOptions(Options):
     concepts each has its own, in YAML."""
     negative_guidance: Auto[Annotated[float, Field(ge=0, le=100)]] = LEFT_OUT
     """η of the guided target e_null − η (e_concept − e_null), the paper's negative guidance (its 1 is 2 in the authors'
-    current scripts); left out: 1, or for what is mapped to something 0, layer by layer 0.5."""
+    current scripts); left out: 1, or for what is mapped to something 0, with --attention-steps or
+    --augment-prompts 0.5."""
     prompt_templates: Literal["auto", "bare"] = "auto"
     """auto: train on the concept in several templates and beside other things; bare: only as given (the paper)."""
     preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)

@@ -8,6 +8,7 @@ CLIP's tokenizer knows 32,230 words. The first 2,000 hold the rest in place, but
 what is near a concept is looked for among all of them, and among names of artists, famous people, characters and places.
 """
 
+import functools
 import itertools
 import random
 from collections import Counter
@@ -19,22 +20,18 @@ import torch
 from torch import Tensor
 
 from esd_peft.io.text import read_lines
-from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds, index_embeds
+from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds, index_embeds
 from esd_peft.prompts.plan import Pair, PromptPlan, names
 from esd_peft.runtime.devices import release
 from esd_peft.runtime.seeds import seed_for
 
 MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
-WORDS = 2000  # of the vocabulary, at most: the first ones, which are the most frequent
-NEAR = 256  # of all other words and of the names, those that are nearest to the concepts
+WORDS = 2000  # of the vocabulary, at most, that stand in contexts: the first ones, which are the most frequent
 MANY = 256  # of these prompts are encoded at a time
 SHORT = 10  # tokens by which these are found: of prompts of one word or name, those after it say no more
-CONTEXTS, FEWEST = 512, 128  # random contexts of the concepts together, and of each at least
-CONTEXTS_OF_A_NAME = 6  # of each candidate
-HELD = 2000  # prompts of random words, one half around a word that is near to a concept
-CLOSE = 200  # such words
+CLOSE = 200  # words near to a concept, around which a half of what holds stands
 USES = 6  # of a word in the phrases that are candidates: most would hold the nearest word otherwise
-NEAR_WORDS, PHRASES = 24, 64  # candidates of a concept; of several, fewer phrases of each
+NEAR_WORDS = 24  # candidates of a concept
 POOL = 64  # words nearest to the concept, of which phrases are made
 AROUND = (0, 0, 1, 1, 2, 3, 4, 6)  # so many words stand before it, and after it
 BETWEEN = (
@@ -54,6 +51,31 @@ BETWEEN = (
 
 
 @dataclass(frozen=True)
+class Amounts:
+    """How many prompts."""
+
+    alone: int | None  # of the words that stand in contexts, so many are held by themselves, too; none: all
+    near: int  # of all other words and of the names, those that are nearest to the concepts,
+    looked_at: int  # among so many
+    contexts: int  # random contexts of the concepts together
+    fewest: int  # and of each at least
+    of_a_name: int  # contexts of each candidate
+    held: int  # prompts of random words, one half around a word that is near to a concept
+    phrases: int  # candidates of a concept; of several, fewer of each
+
+
+# CLIP reads them in no time. T5 and language models have thousands of times as much to do for a prompt, whose embeddings
+# are megabytes
+MANY_PROMPTS = Amounts(alone=None, near=256, looked_at=40000, contexts=512, fewest=128, of_a_name=6, held=2000, phrases=64)
+FEW_PROMPTS = Amounts(alone=192, near=96, looked_at=10000, contexts=96, fewest=32, of_a_name=3, held=192, phrases=24)
+
+
+def amounts(family: ModelFamily) -> Amounts:
+    """What suits the family's text encoders."""
+    return FEW_PROMPTS if family.reads_long_prompts else MANY_PROMPTS
+
+
+@dataclass(frozen=True)
 class Candidate:
     """What may be another name for a concept, or a neighbour of it."""
 
@@ -68,7 +90,7 @@ class Wordings:
 
     embeds: PromptEmbeds  # [texts, ...] each
     rows: dict[str, int]  # of each text
-    words: list[str]  # of the vocabulary, none of which names a concept
+    words: list[str]  # of the vocabulary, as "a word"; none of them names a concept
     plain: list[list[Pair]]  # of each concept: its pairs of the plan,
     contexts: list[list[Pair]]  # and in random contexts
     candidates: list[list[Candidate]]
@@ -86,18 +108,18 @@ class Wordings:
 
 def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: torch.device, dtype: torch.dtype) -> Wordings:
     """The wordings of `plan`'s concepts; text encoders are on the device meanwhile. All depends on the seed alone."""
-    draws = random.Random(seed_for(seed, "wordings"))
+    draws, size = random.Random(seed_for(seed, "wordings")), amounts(family)
     encoder = _Encoder(family, device, dtype)
-    words, near = _vocabulary(encoder, plan)
-    alone = words + near
+    words, near = _vocabulary(encoder, plan, size)
+    alone = list(dict.fromkeys((words if size.alone is None else draws.sample(words, min(len(words), size.alone))) + near))
     encoder.add([f"a {word}" for word in alone] + plan.texts)
-    contexts = _contexts(plan, words, draws)
-    candidates = _candidates(encoder, plan, words, alone, draws)
+    contexts = _contexts(plan, words, draws, size)
+    candidates = _candidates(encoder, plan, words, alone, draws, size)
     held = [*(f"a {word}" for word in alone), *alone]
-    held += [_some_words(words, draws, draws.randint(2, 10)) for _ in range(HELD // 2)]
+    held += [_some_words(words, draws, draws.randint(2, 10)) for _ in range(size.held // 2)]
     ranked = [encoder.nearest(f"a {concept}", held[: len(alone)]) for concept in plan.concepts]
     close = [text for near in ranked for text in near[: CLOSE // len(ranked)]]
-    held += [_among_words(words, draws, Pair("", ""), draws.choice(close)).prompt for _ in range(HELD // 2)]
+    held += [_among_words(words, draws, Pair("", ""), draws.choice(close)).prompt for _ in range(size.held // 2)]
     held += [pair.goal for pairs in contexts for pair in pairs]
     # of a longer prompt the encoder may not read the concept
     drawn = [p.prompt for group in contexts for p in group] + [p.prompt for g in candidates for c in g for p in c.pairs]
@@ -108,14 +130,16 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
     listed = list(dict.fromkeys([*plan.retain, *(pair.prompt for pair in plan.preserve)]))
     pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
     encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed)
+    encoder.add([candidate.text for group in candidates for candidate in group])
     encoder.free()
+    words = [word for word in words if f"a {word}" in encoder.rows]
     return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed)
 
 
-def _contexts(plan: PromptPlan, words: list[str], draws: random.Random) -> list[list[Pair]]:
+def _contexts(plan: PromptPlan, words: list[str], draws: random.Random, size: Amounts) -> list[list[Pair]]:
     """Of each concept its pairs in random contexts, under the names that are given for it."""
     others = plan.other_names or [[] for _ in plan.concepts]
-    count = max(FEWEST, CONTEXTS // len(plan.concepts))
+    count = max(size.fewest, size.contexts // len(plan.concepts))
     made = []
     for concept, pairs, given in zip(plan.concepts, plan.concept_pairs, others, strict=True):
         named = [f"a {concept}" if i % 3 else concept for i in range(count)]
@@ -125,25 +149,25 @@ def _contexts(plan: PromptPlan, words: list[str], draws: random.Random) -> list[
 
 
 def _candidates(
-    encoder: "_Encoder", plan: PromptPlan, words: list[str], alone: list[str], draws: random.Random
+    encoder: "_Encoder", plan: PromptPlan, words: list[str], alone: list[str], draws: random.Random, size: Amounts
 ) -> list[list[Candidate]]:
     """Of each concept what may be another name for it; nothing that the options say is to stay: the user knows better."""
     made = []
     for concept, pairs in zip(plan.concepts, plan.concept_pairs, strict=True):
-        found = [] if _is_sourced(pairs[0], concept) else _nearest(encoder, concept, alone, plan, draws)
+        found = [] if _is_sourced(pairs[0], concept) else _nearest(encoder, concept, alone, plan, draws, size)
         found = [text for text in found if not any(names(kept, text) for kept in plan.given)]
-        among = [[_among_words(words, draws, pairs[0], text) for _ in range(CONTEXTS_OF_A_NAME)] for text in found]
+        among = [[_among_words(words, draws, pairs[0], text) for _ in range(size.of_a_name)] for text in found]
         is_word = [text.removeprefix("a ") in alone for text in found]
         made.append([Candidate(*one) for one in zip(found, among, is_word, strict=True)])
     return made
 
 
-def _vocabulary(encoder: "_Encoder", plan: PromptPlan) -> tuple[list[str], list[str]]:
-    """The tokenizer's first words, and of its others and the built-in names those that are near a concept. None of them
-    names one, or what one becomes."""
+def _vocabulary(encoder: "_Encoder", plan: PromptPlan, size: Amounts) -> tuple[list[str], list[str]]:
+    """The tokenizer's first words, and of its others and the built-in names those that are near a concept; of the first
+    too, unless all of them are held. None of them names one, or what one becomes."""
     known = _unsaid(plan, encoder.family.whole_words())
-    rarer = known[WORDS:] + _unsaid(plan, known_names(encoder.family))
-    return known[:WORDS], encoder.shortlist(plan.concepts, rarer, NEAR // len(plan.concepts)) if rarer else []
+    rarer = known[0 if size.alone else WORDS :][: size.looked_at] + _unsaid(plan, known_names(encoder.family))
+    return known[:WORDS], encoder.shortlist(plan.concepts, rarer, size.near // len(plan.concepts)) if rarer else []
 
 
 def _unsaid(plan: PromptPlan, texts: Iterable[str]) -> list[str]:
@@ -160,9 +184,9 @@ def known_names(family: ModelFamily) -> list[str]:
     return [name for name, count in zip(found, counts, strict=True) if count <= min(SHORT, 3 + 2 * len(name.split()))]
 
 
-def phrases(concepts: int) -> int:
+def phrases(size: Amounts, concepts: int) -> int:
     """Candidates of each of so many concepts that are phrases."""
-    return max(16, PHRASES // concepts)
+    return max(16, size.phrases // concepts)
 
 
 class _Encoder:
@@ -172,6 +196,7 @@ class _Encoder:
         self.family, self.device, self.pipe = family, device, family.load_encoders(device, dtype)
         self.rows: dict[str, int] = {}
         self.embeds: PromptEmbeds = {}
+        self.means: dict[str, Tensor] = {}  # of texts as they are read in short
 
     @torch.no_grad()
     def add(self, texts: list[str]) -> None:
@@ -185,21 +210,33 @@ class _Encoder:
     @torch.no_grad()
     def shortlist(self, concepts: list[str], words: list[str], count: int) -> list[str]:
         """The `count` words that are nearest to each concept, by the first tokens of prompts that hold nothing else."""
-        tokenizers = [part for name, part in self.pipe.components.items() if "tokenizer" in name and part is not None]
-        lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
         texts = [f"a {text}" for text in (*concepts, *words)]
         longest = max(SHORT, *(count for count, _ in self.family.token_counts(texts[: len(concepts)])))
-        try:
-            for tokenizer in tokenizers:
-                tokenizer.model_max_length = min(longest, tokenizer.model_max_length)
-            parts = (texts[i : i + MANY] for i in range(0, len(texts), MANY))
-            tokens = [self.family.encode_prompts(self.pipe, part, self.device)[TOKENS].cpu() for part in parts]
-        finally:
-            for tokenizer, length in zip(tokenizers, lengths, strict=True):
-                tokenizer.model_max_length = length
-        means = _centred(torch.cat(tokens))
+        means = _centred(self._read_in_short(texts, longest))
         likeness = means[: len(concepts)] @ means[len(concepts) :].T
         return [words[i] for i in dict.fromkeys(likeness.topk(min(count, len(words))).indices.flatten().tolist())]
+
+    @functools.cached_property
+    def _few_tokens(self) -> int:
+        """As many as some words have, with the template."""
+        return SHORT + self.family.token_counts([""])[0][0]
+
+    def _read_in_short(self, texts: list[str], length: int) -> Tensor:
+        """Mean tokens `[texts, width]` of the first `length`."""
+        family, own = self.family, self.family.max_sequence_length
+        clip = [p for name, p in self.pipe.components.items() if "tokenizer" in name and p and not family.reads_long_prompts]
+        lengths = [tokenizer.model_max_length for tokenizer in clip]
+        try:
+            if family.reads_long_prompts:
+                family.max_sequence_length = min(length, family.prompt_length)
+            for tokenizer in clip:
+                tokenizer.model_max_length = min(length, tokenizer.model_max_length)
+            parts = (texts[i : i + MANY] for i in range(0, len(texts), MANY))
+            return torch.cat([_means(family.encode_prompts(self.pipe, part, self.device)).cpu() for part in parts])
+        finally:
+            family.max_sequence_length = own
+            for tokenizer, full in zip(clip, lengths, strict=True):
+                tokenizer.model_max_length = full
 
     def free(self) -> None:
         """The text encoders go."""
@@ -207,20 +244,38 @@ class _Encoder:
         release(self.device)
 
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
-        """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken."""
-        self.add([concept, *texts])
-        means = _centred(self.embeds[TOKENS])
-        likeness = means[[self.rows[text] for text in texts]] @ means[self.rows[concept]]
+        """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken.
+
+        T5 and language models read their beginnings: what follows are hundreds of tokens of padding.
+        """
+        if self.family.reads_long_prompts:
+            if new := [text for text in dict.fromkeys([concept, *texts]) if text not in self.means]:
+                self.means |= dict(zip(new, self._read_in_short(new, self._few_tokens), strict=True))
+            rows, means = {text: i for i, text in enumerate(self.means)}, _centred(torch.stack([*self.means.values()]))
+        else:
+            self.add([concept, *texts])
+            rows, means = self.rows, _centred(_means(self.embeds))
+        likeness = means[[rows[text] for text in texts]] @ means[rows[concept]]
         return [texts[i] for i in likeness.argsort(descending=True).tolist()]
 
 
-def _centred(tokens: Tensor) -> Tensor:
+def _means(embeds: PromptEmbeds) -> Tensor:
+    """Of each text its mean token, `[texts, width]` fp32, of those that count."""
+    tokens, mask = embeds[TOKENS].float(), embeds.get(MASK)
+    if mask is None:
+        return tokens.mean(dim=1)
+    counts = mask.float()[..., None]
+    return (tokens * counts).sum(dim=1) / counts.sum(dim=1)
+
+
+def _centred(means: Tensor) -> Tensor:
     """Unit vectors `[texts, width]`, whose products say how alike texts are: mean tokens, less the mean of all texts."""
-    means = tokens.float().mean(dim=1)
     return torch.nn.functional.normalize(means - means.mean(dim=0), dim=-1)
 
 
-def _nearest(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan, draws: random.Random) -> list[str]:
+def _nearest(
+    encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan, draws: random.Random, size: Amounts
+) -> list[str]:
     """The words that are nearest to the concept, and the nearest phrases of such words."""
     plain = f"a {concept}"
     near = encoder.nearest(plain, [f"a {word}" for word in words])[:POOL]
@@ -231,7 +286,7 @@ def _nearest(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan
     chosen: list[str] = []
     uses: Counter[str] = Counter()
     for text in encoder.nearest(plain, combined):
-        if len(chosen) < phrases(len(plan.concepts)) and max(uses[word] for word in text.split()[1:]) < USES:
+        if len(chosen) < phrases(size, len(plan.concepts)) and max(uses[word] for word in text.split()[1:]) < USES:
             chosen.append(text)
             uses.update(text.split()[1:])
     return near[:NEAR_WORDS] + chosen

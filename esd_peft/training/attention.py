@@ -19,12 +19,10 @@ linear in the prompt's tokens, in which a concept is hardly apart from what is n
 layer are not.
 """
 
+import contextlib
 import dataclasses
-import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,39 +32,22 @@ from tqdm import tqdm
 from esd_kernels import guided_mse
 from esd_peft.errors import UserError
 from esd_peft.models.family import TOKENS
-from esd_peft.prompts.plan import Pair, PromptPlan, names
-from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.seeds import generator
-from esd_peft.training.buffer import Buffer
 from esd_peft.training.esd import WEIGHT_DECAY
+from esd_peft.training.mixture import HOLD_WEIGHT, MixedPrompts, Mixture
 from esd_peft.training.monitor import Monitor
-from esd_peft.training.names import Verdict, judge
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
+from esd_peft.training.survey import Survey, survey
 from esd_peft.training.trainer import make_optimizer
-from esd_peft.training.work import attention_rollout, other_trajectories, own_trajectories
 
 POSITIONS = 8  # of a layer's hidden states are kept of each sample: attention answers each by itself
 ERASE, HOLD = 16, 16  # prompts in a step
-HOLD_WEIGHT = 10.0
 LORA_RATE, WEIGHTS_RATE = 3e-3, 1e-3
 LOSS_EVERY = 50
-
-
-@dataclass
-class Found:
-    """What came of it."""
-
-    verdicts: list[Verdict]  # of each concept's candidates
-    losses: list[float]  # the mean of every `LOSS_EVERY` steps: 1 is what the concept does in the layers
-
-    @property
-    def near(self) -> list[str]:
-        """Prompts of one word that are like a concept and were held, the nearest of each first."""
-        return _near(self.verdicts)
 
 
 def distill_attention(
@@ -77,43 +58,32 @@ def distill_attention(
     seed: int,
     monitor: Monitor,
     unprompted_guidance: float = 0.0,
-) -> Found:
+) -> tuple[Survey, list[float]]:
     """Train the student's cross-attention for so many steps, which `monitor` is shown.
 
-    Of several processes the main one trains, and the others take what it has learned; each runs all trajectories, as there
-    are few.
+    Returns what the teacher draws, and the losses: means of every `LOSS_EVERY` steps, 1 being what the concept does in the
+    layers. Of several processes the main one trains, and the others take what it has learned; each runs all trajectories,
+    as there are few.
     """
     student, draws = rollout.student, generator(seed, "attention")
     blocks = student.family.cross_attention(student.denoiser)
     layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
-    alone = dataclasses.replace(rollout, shared=False)
-    collect = functools.partial(_collect, alone, wordings, layers, attention_rollout(options), draws)
-    concepts = [pairs[0] for pairs in wordings.plain]
-    each = own_trajectories(len(concepts))
-    named, along = collect(PromptPlan([p.prompt for p in concepts], [[p] * each for p in concepts], [], []))
-    own = [
-        along.index((along.pairs == pair).nonzero().squeeze(1), torch.device("cpu")) for pair in range(len(concepts) * each)
-    ]
-    verdicts = []
-    for number in range(len(concepts)):
-        mine = own[number * each : (number + 1) * each]
-        verdicts.append(judge(student, wordings, number, mine, 2 * options.rollout_batch_size))
-        rollout.profiler.nfe += verdicts[-1].nfe
-    others = _others(wordings, verdicts, other_trajectories(len(concepts)), draws)
-    seen, _ = collect(PromptPlan([], [], [Pair(text, "") for text in others], []))
-    hidden = {name: torch.cat([states, seen[name]]) for name, states in named.items()}
-    known, unknown = (len(next(iter(states.values()))) for states in (named, seen))
-    pairs = _pairs_of_samples(torch.arange(len(concepts) * each), options.rollout_batch_size, known)
-    shown = torch.cat([pairs // each, torch.full((unknown,), -1)])
+    states = LayerStates(layers)
+    seen = survey(dataclasses.replace(rollout, shared=False), wordings, options, draws, states.watch)
+    named, others = states.parts
+    hidden = {name: torch.cat([kept, others[name]]) for name, kept in named.items()}
+    known, unknown = (len(next(iter(part.values()))) for part in states.parts)
+    pairs = _pairs_of_samples(torch.arange(seen.own), options.rollout_batch_size, known)
+    shown = torch.cat([seen.concept_of(pairs), torch.full((unknown,), -1)])
     losses = []
     if distributed.is_main_process():
-        batches = Batches(wordings, verdicts, draws)
+        mixture = Mixture(wordings, seen.verdicts, ERASE, HOLD, draws)
         loss_of = LayerLoss(student, layers, hidden, shown, wordings, draws, unprompted_guidance)
-        losses = _train(loss_of, batches, steps, monitor)
+        losses = _train(loss_of, mixture, steps, monitor)
     with torch.no_grad():
         for parameter in student.parameters if distributed.world_size() > 1 else []:
             parameter.copy_(distributed.broadcast(parameter.detach().cpu()))
-    return Found(verdicts, losses)
+    return seen, losses
 
 
 class AttentionLayer(nn.Module):
@@ -140,111 +110,39 @@ class AttentionLayer(nn.Module):
         return fed
 
 
-def _near(verdicts: list[Verdict]) -> list[str]:
-    """The words that are held, once, the nearest of each concept first."""
-    near = [[c.text for c in verdict.others if c.is_word] for verdict in verdicts]
-    return list(dict.fromkeys(text for rank in itertools.zip_longest(*near) for text in rank if text is not None))
+class LayerStates:
+    """What each layer is given while it is watched, `[samples, POSITIONS, width]`, on the CPU: a dict each time."""
 
+    def __init__(self, layers: dict[str, AttentionLayer]) -> None:
+        self.layers = layers
+        self.parts: list[dict[str, Tensor]] = []
 
-def _others(wordings: Wordings, verdicts: list[Verdict], count: int, draws: torch.Generator) -> list[str]:
-    """`count` prompts: a half neighbours of the concepts, the nearest of each first, as far as there are any; the rest
-    random words."""
-    ranked = _near(verdicts)
-    chosen = ranked[: count // 2]
-    far = [text for word in wordings.words if (text := f"a {word}") not in ranked]
-    return chosen + [far[i] for i in torch.randperm(len(far), generator=draws)[: count - len(chosen)].tolist()]
+    @contextlib.contextmanager
+    def watch(self, draws: torch.Generator) -> Iterator[None]:
+        """Within it what the layers are given is kept, at positions that depend on `draws`."""
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        places = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=draws)))
 
+        def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(layer: nn.Module, given: tuple[Any, ...]) -> None:
+                positions = torch.randint(given[0].shape[1], (POSITIONS,), generator=places).to(given[0].device)
+                kept[name].append(given[0].detach()[:, positions].cpu())
 
-def _collect(
-    rollout: Rollout,
-    wordings: Wordings,
-    layers: dict[str, AttentionLayer],
-    options: BufferOptions,
-    draws: torch.Generator,
-    plan: PromptPlan,
-) -> tuple[dict[str, Tensor], Buffer]:
-    """What each layer is given, `[samples, POSITIONS, width]`, along a trajectory of each pair of the plan, with the prompt
-    and without; and these trajectories."""
-    rows, device = wordings.index(plan.texts), rollout.student.device
-    table = make_table(plan, {name: value[rows].to(device) for name, value in wordings.embeds.items()})
-    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
-    places = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=draws)))
+            return hook
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, given: tuple[Any, ...]) -> None:
-            positions = torch.randint(given[0].shape[1], (POSITIONS,), generator=places).to(device)
-            parts[name].append(given[0].detach()[:, positions].cpu())
-
-        return hook
-
-    hooks = [layer.norm2.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        pairs = torch.arange(len(table))
-        trajectories = rollout.collect(table, pairs, options, draws, progress=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: torch.cat(states) for name, states in parts.items()}, trajectories
+        hooks = [layer.norm2.register_forward_pre_hook(keep(name)) for name, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.parts.append({name: torch.cat(states) for name, states in kept.items()})
 
 
 def _pairs_of_samples(pairs: Tensor, side_by_side: int, samples: int) -> Tensor:
-    """Of which pair each sample of `_collect` is, `[samples]`: these come call by call, and in each a prediction after the
-    other of the trajectories that are denoised side by side."""
+    """Of which pair each sample of `LayerStates` is, `[samples]`: these come call by call, and in each a prediction after
+    the other of the trajectories that are denoised side by side."""
     return torch.cat([part.repeat(samples // len(pairs)) for part in pairs.split(side_by_side)])
-
-
-@dataclass
-class LayerBatch:
-    """Rows of the wordings' embeddings, `ERASE` that erase and `HOLD` that hold."""
-
-    prompts: Tensor  # [B] int64
-    neutrals: Tensor  # [B]; what holds is its own neutral and goal: no guidance moves its target
-    goals: Tensor  # [B]
-    eta: Tensor  # [B] fp32
-    weight: Tensor  # [B] fp32
-
-
-class Batches:
-    """Batches without end.
-
-    Of what erases a fifth is the plan's own, two fifths stand in random contexts, the rest under other names, if there are
-    any. Of what holds two sevenths are near to the concepts, if anything is, and a seventh is the retain set.
-    """
-
-    def __init__(self, wordings: Wordings, verdicts: list[Verdict], draws: torch.Generator) -> None:
-        same = [candidate for verdict in verdicts for candidate in verdict.same]
-        near = [text for v in verdicts for c in v.others for text in (c.text, *(pair.prompt for pair in c.pairs))]
-        self.draws, self.wordings = draws, wordings
-        self.erasing = self._mixed(
-            (1, [pair for pairs in wordings.plain for pair in pairs]),
-            (2, [pair for pairs in wordings.contexts for pair in pairs]),
-            (1, [pair for candidate in same if candidate.is_word for pair in candidate.pairs]),
-            (1, [pair for candidate in same if not candidate.is_word for pair in candidate.pairs]),
-        )
-        erased = [candidate.text for candidate in same if candidate.is_word]
-        held = (
-            (4, [text for text in wordings.held if not any(names(name, text) for name in erased)]),
-            (2, near),
-            (1, wordings.listed),
-        )
-        self.holding = self._mixed(*((share, [Pair(text, text) for text in texts]) for share, texts in held))
-
-    def _mixed(self, *groups: tuple[int, list[Pair]]) -> tuple[LayerBatch, Tensor]:
-        """All pairs of the groups, and of each the chance to be drawn, so that each group has its share."""
-        chances = torch.cat([torch.full((len(pairs),), share / max(1, len(pairs))) for share, pairs in groups])
-        pairs = [pair for _, pairs in groups for pair in pairs]
-        texts = zip(*((p.prompt, p.neutral, p.goal) for p in pairs), strict=True)
-        prompts, neutrals, goals = map(self.wordings.index, texts)
-        etas, weights = torch.tensor([p.eta for p in pairs]), torch.tensor([p.weight for p in pairs])
-        return LayerBatch(prompts, neutrals, goals, etas, weights), chances
-
-    def __iter__(self) -> Iterator[LayerBatch]:
-        while True:
-            parts = []
-            for (side, chances), count in ((self.erasing, ERASE), (self.holding, HOLD)):
-                chosen = chances.multinomial(count, replacement=True, generator=self.draws)
-                parts.append([column[chosen] for column in vars(side).values()])
-            yield LayerBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class LayerLoss:
@@ -273,12 +171,12 @@ class LayerLoss:
         self.parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
         self.sizes: dict[str, Tensor] = {}
 
-    def __call__(self, batch: LayerBatch) -> Tensor:
+    def __call__(self, batch: MixedPrompts) -> Tensor:
         student, device, count = self.student, self.student.device, len(batch.prompts)
         samples = torch.randint(len(self.shown), (count,), generator=self.draws)
         everywhere, shown = torch.arange(count), self.shown[samples]
         pushed = everywhere[ERASE:][shown[ERASE:] >= 0] if self.unprompted_guidance else everywhere[:0]
-        mapped = not torch.equal(batch.neutrals, batch.goals)
+        mapped = batch.are_mapped
         # what the teacher is asked: rows of embeddings, and of which sample of the batch
         erasing = everywhere[:ERASE]
         asked = {"named": (batch.prompts, everywhere), "null": (batch.neutrals[erasing], erasing)}
@@ -312,7 +210,7 @@ class LayerLoss:
             return {name: layer(states[name], tokens) for name, layer in self.layers.items()}
 
 
-def _train(loss_of: LayerLoss, batches: Batches, steps: int, monitor: Monitor) -> list[float]:
+def _train(loss_of: LayerLoss, mixture: Mixture, steps: int, monitor: Monitor) -> list[float]:
     """Returns the losses' means, `LOSS_EVERY` steps each."""
     student = loss_of.student
     rate = WEIGHTS_RATE if student.mixed_precision else LORA_RATE
@@ -320,7 +218,7 @@ def _train(loss_of: LayerLoss, batches: Batches, steps: int, monitor: Monitor) -
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     means, recent = [], []
     with tqdm(total=steps, desc="attention") as bar:
-        for step, batch in zip(range(1, steps + 1), batches, strict=False):
+        for step, batch in zip(range(1, steps + 1), mixture, strict=False):
             loss = loss_of(batch)
             loss.backward()
             optimizer.step()

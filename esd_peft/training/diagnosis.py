@@ -28,7 +28,7 @@ from esd_peft.training.buffer import Buffer
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
-from esd_peft.training.work import attention_rollout, sampled
+from esd_peft.training.work import sampled, survey_rollout
 
 EACH = 6  # prompts of a kind
 CONCEPTS = 4  # that are looked at, where there are more
@@ -128,7 +128,7 @@ def diagnose(rollout: Rollout, table: PairTable, probes: Probes, options: Buffer
     """Look at the student as it is. What that costs is not counted as the erasure's."""
     device, draws = rollout.student.device, generator(seed, "diagnosis")
     # contrastive training has no trajectories, and says nothing about them
-    options = attention_rollout(sampled(options, rollout.student.family))
+    options = survey_rollout(sampled(options, rollout.student.family))
     alone = replace(rollout, profiler=PhaseProfiler(device), shared=False)
     left: dict[str, list[float]] = defaultdict(list)
     moved: dict[str, list[float]] = defaultdict(list)

@@ -17,12 +17,13 @@ class StudentOptions(Options):
 
     scope: Auto[Scope] = LEFT_OUT
     """Which layers learn: cross-attention (esd-x), its keys and values (esd-x-strict), it and the feed-forward layers
-    (esd-x-ff), all but it (esd-u), selfattn, or full; left out: esd-x-ff with --attention-steps, full with --robust, esd-u
-    with --unprompted-guidance, otherwise esd-x-strict."""
+    (esd-x-ff), all but it (esd-u), selfattn, or full; left out: esd-x-ff with --attention-steps or --augment-prompts, full
+    with --robust, esd-u with --unprompted-guidance, otherwise esd-x-strict."""
     adapter_type: AdapterType = "lora"
     """The PEFT method, or none to train the scoped weights themselves."""
     rank: Auto[Annotated[int, Field(ge=1, le=1024)]] = LEFT_OUT
-    """Rank of the adapter; left out: 8 for each concept (16 with --attention-steps or --robust), at most 64."""
+    """Rank of the adapter; left out: 8 for each concept (16 with --attention-steps, --augment-prompts or --robust), at most
+    64."""
     alpha: Auto[Annotated[float, Field(gt=0, le=1e6)]] = LEFT_OUT
     """The adapter's output is scaled by alpha / rank; left out: alpha = rank."""
     attention_steps: Auto[Annotated[int, Field(ge=0, le=10**6)]] = LEFT_OUT
@@ -32,11 +33,12 @@ class StudentOptions(Options):
     than 500 words, and with another scope or objective, --null-space, --closed-form or --robust."""
     closed_form: Auto[bool] = LEFT_OUT
     """Start the layers that read the prompt from a closed-form edit like UCE's instead of from zero (docs/objectives.md). It
-    needs --adapter-type lora or none, and --objective esd; left out: yes, but with --attention-steps."""
+    needs --adapter-type lora or none, and --objective esd; left out: yes, but with --attention-steps
+    or --augment-prompts."""
     null_space: Auto[Annotated[float, Field(ge=0, lt=1)]] = LEFT_OUT
     """Layers that read the prompt learn only outside the subspace that explains this share of the variance of the retain
     set (--preserve and a built-in list); 0: no such bound. It needs --adapter-type lora or none; left out: 0 with
-    --attention-steps, otherwise 0.999, 0.99 with --erase-from, or 0.97 with --robust."""
+    --attention-steps or --augment-prompts, otherwise 0.999, 0.99 with --erase-from, or 0.97 with --robust."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudentOptions":
@@ -59,7 +61,7 @@ class BufferOptions(Options):
     """Who drives the trajectories: the frozen teacher, or the student as it is now (the paper)."""
     trajectories: Auto[Annotated[int, Field(ge=1, le=10**5)]] = LEFT_OUT
     """Denoising trajectories of the concepts in the buffer; left out: 4 + 4 for each concept; three times that with
-    --erase-from, or with another scope or adapter than the defaults."""
+    --erase-from, or with another scope or adapter than the defaults. --augment-prompts has 12 of its own, of 10 steps."""
     preservation_trajectories: Auto[Annotated[int, Field(ge=0, le=10**5)]] = LEFT_OUT
     """Trajectories of --preserve prompts in the buffer; left out: one for each prompt."""
     num_inference_steps: Auto[Annotated[int, Field(ge=1, le=1000)]] = LEFT_OUT
@@ -97,7 +99,11 @@ class TrainingOptions(Options):
     """With contrastive: a folder of images of the concept; left out: the teacher makes them."""
     preservation_ratio: Auto[Annotated[float, Field(ge=0, lt=1)]] = LEFT_OUT
     """The share of each batch that holds the student to the teacher: at prompts without the concept, and at --preserve
-    prompts; left out: 0.125, 0.25 with --erase-from, or 0.5 with --robust."""
+    prompts; left out: 0.125, 0.25 with --erase-from, 1/3 with --augment-prompts, or 0.5 with --robust."""
+    augment_prompts: Auto[bool] = LEFT_OUT
+    """Train on the concept in random contexts too, and under other names that the teacher knows, held by the tokenizer's
+    words (docs/attention.md), at x_t of a few trajectories; left out: yes where the model has no cross-attention that could
+    learn from these by itself, its tokenizer knows 500 words, and no other way to erase is asked for."""
     unprompted_guidance: Annotated[float, Field(ge=0, le=100)] = 0.0
     """How far prompts that do not name the concept are guided away from it, like η, at what the model draws along the
     concept's own trajectories: for what shows without being named, as nudity and watermarks do; 3 is strong. What resembles
@@ -111,14 +117,14 @@ class TrainingOptions(Options):
     """Stop early, as soon as the student's prediction on held-out trajectories has come so far: 1 is e_concept, where it
     begins, 0 is e_null, and −η is the guided target; left out: all steps are taken."""
     max_train_steps: Auto[Annotated[int, Field(ge=0, le=10**9)]] = LEFT_OUT
-    """Optimizer steps; left out: 0 with --attention-steps, otherwise 20 + 20 for each concept; 8 times that with
-    --erase-from, or with another scope or adapter than the defaults; with --robust N instead 1 + 2 N times (--objective
-    contrastive: 10 epochs)."""
+    """Optimizer steps; left out: 0 with --attention-steps, 40 + 60 for each concept with --augment-prompts, otherwise 20 +
+    20 for each concept; 8 times that with --erase-from, or with another scope or adapter than the defaults; with --robust N
+    instead 1 + 2 N times (--objective contrastive: 10 epochs)."""
     train_batch_size: Auto[Annotated[int, Field(ge=1, le=10**5)]] = LEFT_OUT
-    """Samples in an optimizer step; left out: 8, or 32 with --objective contrastive."""
+    """Samples in an optimizer step; left out: 8, 12 with --augment-prompts, or 32 with --objective contrastive."""
     learning_rate: Auto[Annotated[float, Field(gt=0, le=1)]] = LEFT_OUT
     """Peak learning rate; left out: 0.01 for a LoRA on esd-x-strict under --null-space, which the defaults are; otherwise
-    0.001; 0.0001 with --objective contrastive."""
+    0.001; 0.003 for an adapter with --augment-prompts; 0.0001 with --objective contrastive."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """How the learning rate changes from step to step."""
     lr_warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0

@@ -9,15 +9,15 @@ import math
 from dataclasses import dataclass
 
 from esd_peft.models import ModelFamily
-from esd_peft.prompts.wordings import NEAR_WORDS, phrases
+from esd_peft.prompts.wordings import NEAR_WORDS, Amounts, phrases
 from esd_peft.training.options import BufferOptions, TrainingOptions
 
 SEARCH_STEPS = 60  # of an adversarial round, in which its prompts are learned side by side
 SEARCH_BATCH_SIZE = 8
 LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is another name
-ATTENTION_TRAJECTORIES = 12  # of the teacher, along which cross-attention is seen at work, and the steps of each
+SURVEY_TRAJECTORIES = 12  # of the teacher, along which it is seen at work, and the steps of each
 OWN_TRAJECTORIES = 3  # of each concept, where concepts are few
-ATTENTION_ROLLOUT_STEPS = 10
+SURVEY_STEPS = 10
 SEARCH_TRAJECTORIES = 4  # of the teacher, for each concept, along which they are learned
 
 
@@ -87,28 +87,35 @@ def sampled(buffer: BufferOptions, family: ModelFamily) -> BufferOptions:
     )
 
 
-def attention_rollout(buffer: BufferOptions) -> BufferOptions:
-    """The trajectories along which cross-attention is seen at work."""
-    steps = min(ATTENTION_ROLLOUT_STEPS, buffer.num_inference_steps)
+def survey_rollout(buffer: BufferOptions) -> BufferOptions:
+    """The trajectories along which the teacher is seen at work."""
+    steps = min(SURVEY_STEPS, buffer.num_inference_steps)
     everything = {"min_timestep": 0, "max_timestep": BufferOptions.model_fields["max_timestep"].default}
     return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, num_inference_steps=steps, **everything)
 
 
 def own_trajectories(concepts: int) -> int:
     """Of each of so many concepts: along one alone some neighbours look like other names for it."""
-    return max(2, min(OWN_TRAJECTORIES, ATTENTION_TRAJECTORIES // concepts))
+    return max(2, min(OWN_TRAJECTORIES, SURVEY_TRAJECTORIES // concepts))
 
 
 def other_trajectories(concepts: int) -> int:
-    """Of the trajectories along which cross-attention is seen at work, those of other prompts than the concepts'."""
-    return max(2, ATTENTION_TRAJECTORIES - concepts * own_trajectories(concepts))
+    """Of the trajectories along which the teacher is seen at work, those of other prompts than the concepts'."""
+    return max(2, SURVEY_TRAJECTORIES - concepts * own_trajectories(concepts))
 
 
-def count_attention_nfe(buffer: BufferOptions, predictions: int, concepts: int) -> int:
-    """NFE of `esd_peft.training.attention`, at most: where candidates are few it takes less."""
-    steps, own = attention_rollout(buffer).num_inference_steps, concepts * own_trajectories(concepts)
+def count_survey_nfe(buffer: BufferOptions, predictions: int, concepts: int, size: Amounts) -> int:
+    """NFE of `esd_peft.training.survey`, at most: where candidates are few it takes less."""
+    steps, own = survey_rollout(buffer).num_inference_steps, concepts * own_trajectories(concepts)
     rollouts = steps * (predictions * own + 2 * other_trajectories(concepts))
-    return rollouts + own * len(LOOKED_AT) * (NEAR_WORDS + phrases(concepts))
+    return rollouts + own * len(LOOKED_AT) * (NEAR_WORDS + phrases(size, concepts))
+
+
+def count_augmented_nfe(training: TrainingOptions, gradient_checkpointing: bool, predictions: int) -> int:
+    """NFE of all steps with --augment-prompts: the teacher is asked in each, of what erases `predictions` times."""
+    holding = preservation_samples(training)
+    asked = predictions * (training.train_batch_size - holding) + holding
+    return training.max_train_steps * (asked + training.train_batch_size * nfe_per_sample(gradient_checkpointing))
 
 
 def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:

@@ -85,6 +85,8 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--output {full}", "--output .* is not empty; name another directory or add --overwrite"),
     ("--output /proc --overwrite", "--output /proc is a mount point"),
     ("--overwrite maybe", "maybe"),
+    ("--augment-prompts maybe", "--augment-prompts"),
+    ("--augment-prompts True --robust 1", "--augment-prompts does not work with .*--robust"),
     ("--robust -1", "--robust.*greater than or equal to 0"),
     ("--robust 17", "--robust.*less than or equal to 16"),
     ("--robust twice", "--robust"),

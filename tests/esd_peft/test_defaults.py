@@ -168,7 +168,9 @@ def test_the_device_and_the_dtype_are_those_it_runs_on(shapes):
 
 
 MAPPED = {"concept": [{"name": "circle", "map_to": "square"}, "red"]}
-RANK = "8 for each concept (16 with --attention-steps or --robust), at most 64"
+RANK = "8 for each concept (16 with --attention-steps, --augment-prompts or --robust), at most 64"
+SHARE = "0.125, 0.25 with --erase-from, 1/3 with --augment-prompts, or 0.5 with --robust"
+SAMPLES = "8, 12 with --augment-prompts, or 32 with --objective contrastive"
 ROWS = [  # an option, what its help says, with which options, and the value
     ("negative_guidance", "left out: 1, or for what is mapped to something 0", {}, 1.0),
     ("negative_guidance", "left out: 1, or for what is mapped to something 0", {"map_to": "square"}, 0.0),
@@ -207,11 +209,11 @@ ROWS = [  # an option, what its help says, with which options, and the value
     ("guidance_scale", "3, or 1 (none) for models that are made to go without", {}, 3.0),
     ("buffer_refresh_interval", "0 with teacher rollouts, 25 with student rollouts", {}, 0),
     ("buffer_refresh_interval", "0 with teacher rollouts, 25 with student rollouts", {"rollout": "student"}, 25),
-    ("preservation_ratio", "0.125, 0.25 with --erase-from, or 0.5 with --robust", {}, 0.125),
-    ("preservation_ratio", "0.125, 0.25 with --erase-from, or 0.5 with --robust", {"erase_from": "striped"}, 0.25),
-    ("preservation_ratio", "0.125, 0.25 with --erase-from, or 0.5 with --robust", {"robust": 1}, 0.5),
+    ("preservation_ratio", SHARE, {}, 0.125),
+    ("preservation_ratio", SHARE, {"erase_from": "striped"}, 0.25),
+    ("preservation_ratio", SHARE, {"robust": 1}, 0.5),
     ("preservation_ratio", "The share of each batch", {"train_batch_size": 1}, 0.0),
-    ("max_train_steps", "20 + 20 for each concept", {}, 40),
+    ("max_train_steps", "otherwise 20 + 20 for each concept", {}, 40),
     ("max_train_steps", "20 + 20 for each concept", {"concept": ["circle", "red", "star"]}, 80),
     ("max_train_steps", "8 times that with --erase-from", {"erase_from": "striped"}, 320),
     ("max_train_steps", "with another scope or adapter than the defaults", {"scope": "esd-x"}, 320),
@@ -219,8 +221,21 @@ ROWS = [  # an option, what its help says, with which options, and the value
     ("max_train_steps", "with --robust N instead 1 + 2 N times", {"robust": 3}, 7 * 40),
     ("max_train_steps", "contrastive: 10 epochs", {"objective": "contrastive"}, 64 * 10 // 32),
     ("max_train_steps", "contrastive: 10 epochs", {"objective": "contrastive", "train_batch_size": 7}, math.ceil(640 / 7)),
-    ("train_batch_size", "8, or 32 with --objective contrastive", {}, 8),
-    ("train_batch_size", "8, or 32 with --objective contrastive", {"objective": "contrastive"}, 32),
+    ("train_batch_size", SAMPLES, {}, 8),
+    ("train_batch_size", SAMPLES, {"objective": "contrastive"}, 32),
+    *((name, says, {"augment_prompts": True, **options}, value) for name, says, options, value in (
+        ("train_batch_size", "12 with --augment-prompts", {}, 12),
+        ("max_train_steps", "40 + 60 for each concept with --augment-prompts", {"concept": ["circle", "red"]}, 160),
+        ("learning_rate", "0.003 for an adapter with --augment-prompts", {}, 0.003),
+        ("learning_rate", "otherwise 0.001", {"adapter_type": "none"}, 0.001),
+        ("preservation_ratio", "1/3 with --augment-prompts", {}, 1 / 3),
+        ("rank", RANK, {}, 16),
+        ("scope", "esd-x-ff with --attention-steps or --augment-prompts", {}, "esd-x-ff"),
+        ("null_space", "0 with --attention-steps or --augment-prompts", {}, 0.0),
+        ("closed_form", "yes, but with --attention-steps or --augment-prompts", {}, False),
+        ("negative_guidance", "with --attention-steps or --augment-prompts 0.5", {"map_to": "square"}, 0.5),
+    )),
+    ("augment_prompts", "its tokenizer knows 500 words", {}, False),
     ("learning_rate", "0.01 for a LoRA on esd-x-strict under --null-space", {}, 0.01),
     ("learning_rate", "otherwise 0.001", {"scope": "esd-x"}, 0.001),
     ("learning_rate", "otherwise 0.001", {"adapter_type": "none"}, 0.001),

@@ -1,6 +1,7 @@
 """Cross-attention layer by layer: what the prompts are, who is another name, what is learned, and what stays."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,20 +12,24 @@ from esd_peft.adapters.saved import read_adapter
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.prompts import wordings as module
-from esd_peft.prompts.plan import PromptPlan, names
+from esd_peft.prompts.plan import names
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import encode_wordings, known_names
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training import attention
-from esd_peft.training.attention import ERASE, AttentionLayer, Batches, LayerLoss, distill_attention
+from esd_peft.training.attention import ERASE, HOLD, AttentionLayer, LayerLoss, LayerStates, distill_attention
+from esd_peft.training.mixture import HOLD_WEIGHT, Mixture
 from esd_peft.training.monitor import Monitor
 from esd_peft.training.names import Verdict
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
-from esd_peft.training.work import count_attention_nfe
+from esd_peft.training.survey import survey
+from esd_peft.training.work import count_survey_nfe
 from families import save_family
 from pipelines import small_stable_diffusion
 from runs import CPU, SHORTEST
+
+FEW = replace(module.MANY_PROMPTS, contexts=24, fewest=24, held=24, phrases=16)
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def eager(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Fewer prompts, so that a moment is enough."""
-    for name, value in {"WORDS": 300, "CONTEXTS": 24, "FEWEST": 24, "HELD": 24, "NEAR_WORDS": 4, "PHRASES": 16}.items():
+    for name, value in {"WORDS": 300, "NEAR_WORDS": 4, "MANY_PROMPTS": FEW}.items():
         monkeypatch.setattr(module, name, value)
 
 
@@ -66,7 +71,7 @@ def test_what_erases_names_the_concept_and_what_holds_does_not(few):
 
 
 def test_what_is_near_is_looked_for_among_all_words_of_the_vocabulary_and_names(few, monkeypatch):
-    monkeypatch.setattr(module, "NEAR", 32)
+    monkeypatch.setattr(module, "MANY_PROMPTS", replace(FEW, near=32))
     emoji, _, _, made = encoded(concept="fox")
     rare = emoji.whole_words()[300:]
     assert "vixen" in rare and "a vixen" in [c.text for c in made.candidates[0] if c.is_word]
@@ -110,7 +115,7 @@ def test_the_teacher_knows_which_words_are_other_names(some_candidates, few, eag
     emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2)
     student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
     profiler = PhaseProfiler(CPU)
-    found = distill_attention(Rollout(student, profiler), made, config.buffer, 1, 0, Monitor(student, profiler))
+    found, _ = distill_attention(Rollout(student, profiler), made, config.buffer, 1, 0, Monitor(student, profiler))
     fox, rose = found.verdicts
     assert [c.text for c in fox.same] == ["a vixen", "a sly"]
     assert [c.text for c in fox.others] == ["a dog", "a heart"]
@@ -122,7 +127,7 @@ def test_the_teacher_knows_which_words_are_other_names(some_candidates, few, eag
 def test_no_prompt_that_holds_has_another_name_in_it(some_candidates, few):
     _, _, _, made = encoded(concept="fox")
     vixen, *others = made.candidates[0]
-    batches = Batches(made, [Verdict([vixen], others)], torch.Generator().manual_seed(0))
+    batches = Mixture(made, [Verdict([vixen], others)], 1, 1, torch.Generator().manual_seed(0))
     texts = {row: text for text, row in made.rows.items()}
     holding, erasing = ([texts[int(row)] for row in side[0].prompts] for side in (batches.holding, batches.erasing))
     assert "a vixen" in made.held and not any(names("vixen", text) for text in holding)
@@ -155,9 +160,9 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
         null, named = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)
         frozen = {name: p.clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     seen = Seen(student, rollout.profiler)
-    found = distill_attention(rollout, made, config.buffer, 60, 0, seen)
+    found, losses = distill_attention(rollout, made, config.buffer, 60, 0, seen)
     assert seen.steps == [*range(1, 61)]
-    assert seen.losses == [(50, {"attention_loss": found.losses[0]}), (60, {"attention_loss": found.losses[1]})]
+    assert seen.losses == [(50, {"attention_loss": losses[0]}), (60, {"attention_loss": losses[1]})]
     with torch.no_grad():
         with student.teacher():
             taught = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)
@@ -170,8 +175,8 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     assert learns == {"attn2", "ff"}
     assert (after[1] - null).norm() < 0.8 * (named - null).norm(), "the concept draws what its absence does"
     assert (after[0] - null).norm() < 0.3 * (named - null).norm(), "and its absence what it did"
-    assert len(found.losses) == 2
-    assert found.losses[-1] < found.losses[0]
+    assert len(losses) == 2
+    assert losses[-1] < losses[0]
     assert rollout.profiler.nfe == 12 * 10 * 2 + found.verdicts[0].nfe
     assert 2 <= found.verdicts[0].nfe / len(made.candidates[0]) < 6
 
@@ -192,7 +197,7 @@ def layer_loss(emoji, config, made, shown=(-1,)):
 @pytest.mark.parametrize("options", [{}, {"map_to": "owl", "negative_guidance": 0.3}], ids=str)
 def test_the_loss_is_the_guided_target_of_every_layer(few, options):
     emoji, config, _, made = encoded(concept="fox", rank=2, **options)
-    batch = next(iter(Batches(made, [], torch.Generator().manual_seed(0))))
+    batch = next(Mixture(made, [], ERASE, HOLD, torch.Generator().manual_seed(0)))
     loss_of = layer_loss(emoji, config, made)
     student, layers = loss_of.student, loss_of.layers
     loss, expected = loss_of(batch), 0.0
@@ -203,7 +208,7 @@ def test_the_loss_is_the_guided_target_of_every_layer(few, options):
         with student.teacher():
             null, named, goal = (layer(states, tokens[rows]) for rows in (batch.neutrals, batch.prompts, batch.goals))
         size = (named - null)[:ERASE].square().mean()
-        weight = torch.cat([batch.weight[:ERASE], attention.HOLD_WEIGHT * batch.weight[ERASE:]]) / size
+        weight = torch.cat([batch.weight[:ERASE], HOLD_WEIGHT * batch.weight[ERASE:]]) / size
         expected += guided_mse_reference(out, torch.cat([null, named]), batch.eta, goal, weight) / len(layers)
     torch.testing.assert_close(loss, expected)
     assert torch.equal(batch.prompts[ERASE:], batch.goals[ERASE:]), "what holds is its own goal"
@@ -212,7 +217,7 @@ def test_the_loss_is_the_guided_target_of_every_layer(few, options):
 def test_other_prompts_are_guided_away_where_the_concept_is_drawn(few):
     """And held as they are everywhere else."""
     emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2, unprompted_guidance=3)
-    batch = next(iter(Batches(made, [], torch.Generator().manual_seed(0))))
+    batch = next(Mixture(made, [], ERASE, HOLD, torch.Generator().manual_seed(0)))
     loss_of = layer_loss(emoji, config, made, shown=(-1, 0, 1))
     student, draws = loss_of.student, torch.Generator()
     draws.set_state(loss_of.draws.get_state())
@@ -232,7 +237,7 @@ def test_other_prompts_are_guided_away_where_the_concept_is_drawn(few):
                 shown, less = (layer(states[here], tokens[made.index(text)]) for text in texts)
                 target[here] = named[here] - 3 * (shown - less)
         size = (named - null)[:ERASE].square().mean()
-        weight = batch.weight * torch.where(held, attention.HOLD_WEIGHT, 1.0) / size
+        weight = batch.weight * torch.where(held, HOLD_WEIGHT, 1.0) / size
         expected += (weight * (out - target).square().mean(dim=(1, 2))).mean() / len(loss_of.layers)
     torch.testing.assert_close(loss, expected)
 
@@ -242,14 +247,15 @@ def test_it_is_known_which_concept_a_sample_shows(few):
     student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
     block = emoji.cross_attention(student.denoiser)[0]
     layers = {block: AttentionLayer(student.denoiser.get_submodule(block))}
-    rollout = Rollout(student, PhaseProfiler(CPU))
+    rollout, states = Rollout(student, PhaseProfiler(CPU)), LayerStates(layers)
     options = config.buffer.replace(num_inference_steps=2)
-    concepts = [pairs[0] for pairs in made.plain]
-    plan = PromptPlan([], [[p] * 3 for p in concepts], [], [])
-    states, along = attention._collect(rollout, made, layers, options, torch.Generator().manual_seed(0), plan)
-    given = states[block].flatten(1)
+    seen = survey(rollout, made, options, torch.Generator().manual_seed(0), states.watch)
+    assert seen.own == 6 and len(states.parts) == 2, "the concepts' trajectories, then the others"
+    given = states.parts[0][block].flatten(1)
     pairs = attention._pairs_of_samples(torch.arange(6), 4, len(given))
-    assert pairs.bincount().tolist() == [4] * 6 == along.pairs.bincount(minlength=6).mul(2).tolist(), "two steps"
+    assert pairs.bincount().tolist() == [4] * 6
+    assert seen.samples.pairs.bincount().tolist() == [2] * 12, "two steps"
+    assert seen.concept_of(torch.arange(12)).tolist() == [0] * 3 + [1] * 3 + [-1] * 6
     # nothing has read the prompt before the first block: there a pair's two predictions are given the same
     twins = torch.cdist(given, given).fill_diagonal_(torch.inf).min(dim=1)
     assert twins.values.max() < 1e-3 * given.norm(dim=1).mean()
@@ -276,7 +282,7 @@ def test_whole_runs_of_small_models(tmp_path, monkeypatch, eager, kind, options)
     given = SHORTEST | {"attention_steps": 4, "max_train_steps": 0, "trajectories": 2} | options
     result = erase(EraseConfig(concept=["circle", "red"], model=str(made), output=tmp_path / "out", **given))
     buffer = resolve(EraseConfig(concept="red", **given), open_family(str(made)))[0].buffer
-    assert 0 < result["nfe"] <= count_attention_nfe(buffer, 2, 2)
+    assert 0 < result["nfe"] <= count_survey_nfe(buffer, 2, 2, module.MANY_PROMPTS)
     assert {*result["other_names"]} == {"circle", "red"} and result["training_samples"] == 0
     assert {"attention", "save"} <= {*result["seconds"]} and result["loss"]["last"] < 10
     assert json.loads((tmp_path / "out" / "result.json").read_text())["loss"] == result["loss"]
