@@ -136,7 +136,7 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
     """More steps at the slower learning rate, and to tell apart what is to go from what shares its words; with --robust all
     rounds together."""
     rounds, quick, augmented = given.robust, _is_quick(student, prompts), given.augment_prompts
-    few = 40 + 60 * len(prompts.concept) if augmented else 20 + 20 * len(prompts.concept)
+    few = 80 + 80 * len(prompts.concept) if augmented else 20 + 20 * len(prompts.concept)
     ratio = given.preservation_ratio
     if ratio is None:
         ratio = 1 / 3 if augmented else 0.5 if rounds else 0.25 if prompts.sources else 0.125

@@ -27,7 +27,7 @@ from esd_peft.runtime.seeds import seed_for
 
 MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
 WORDS = 2000  # of the vocabulary, at most, that stand in contexts: the first ones, which are the most frequent
-MANY = 256  # of these prompts are encoded at a time
+MANY, SOME = 256, 64  # of these prompts are encoded at a time, by CLIP and by others
 SHORT = 10  # tokens by which these are found: of prompts of one word or name, those after it say no more
 CLOSE = 200  # words near to a concept, around which a half of what holds stands
 USES = 6  # of a word in the phrases that are candidates: most would hold the nearest word otherwise
@@ -231,7 +231,8 @@ class _Encoder:
                 family.max_sequence_length = min(length, family.prompt_length)
             for tokenizer in clip:
                 tokenizer.model_max_length = min(length, tokenizer.model_max_length)
-            parts = (texts[i : i + MANY] for i in range(0, len(texts), MANY))
+            size = SOME if family.reads_long_prompts else MANY
+            parts = (texts[i : i + size] for i in range(0, len(texts), size))
             return torch.cat([_means(family.encode_prompts(self.pipe, part, self.device)).cpu() for part in parts])
         finally:
             family.max_sequence_length = own

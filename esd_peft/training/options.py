@@ -117,7 +117,7 @@ class TrainingOptions(Options):
     """Stop early, as soon as the student's prediction on held-out trajectories has come so far: 1 is e_concept, where it
     begins, 0 is e_null, and −η is the guided target; left out: all steps are taken."""
     max_train_steps: Auto[Annotated[int, Field(ge=0, le=10**9)]] = LEFT_OUT
-    """Optimizer steps; left out: 0 with --attention-steps, 40 + 60 for each concept with --augment-prompts, otherwise 20 +
+    """Optimizer steps; left out: 0 with --attention-steps, 80 + 80 for each concept with --augment-prompts, otherwise 20 +
     20 for each concept; 8 times that with --erase-from, or with another scope or adapter than the defaults; with --robust N
     instead 1 + 2 N times (--objective contrastive: 10 epochs)."""
     train_batch_size: Auto[Annotated[int, Field(ge=1, le=10**5)]] = LEFT_OUT

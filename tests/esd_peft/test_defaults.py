@@ -225,7 +225,7 @@ ROWS = [  # an option, what its help says, with which options, and the value
     ("train_batch_size", SAMPLES, {"objective": "contrastive"}, 32),
     *((name, says, {"augment_prompts": True, **options}, value) for name, says, options, value in (
         ("train_batch_size", "12 with --augment-prompts", {}, 12),
-        ("max_train_steps", "40 + 60 for each concept with --augment-prompts", {"concept": ["circle", "red"]}, 160),
+        ("max_train_steps", "80 + 80 for each concept with --augment-prompts", {"concept": ["circle", "red"]}, 240),
         ("learning_rate", "0.003 for an adapter with --augment-prompts", {}, 0.003),
         ("learning_rate", "otherwise 0.001", {"adapter_type": "none"}, 0.001),
         ("preservation_ratio", "1/3 with --augment-prompts", {}, 1 / 3),

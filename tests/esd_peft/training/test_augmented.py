@@ -174,7 +174,7 @@ def test_it_is_the_default_where_cross_attention_cannot_learn_by_itself(monkeypa
     student, training = resolved.student, resolved.training
     assert (training.augment_prompts, student.attention_steps, student.scope, student.rank) == (True, 0, "esd-x-ff", 16)
     assert (student.null_space, student.closed_form) == (0.0, False)
-    assert (training.max_train_steps, training.train_batch_size, training.learning_rate) == (100, 12, 3e-3)
+    assert (training.max_train_steps, training.train_batch_size, training.learning_rate) == (160, 12, 3e-3)
     assert resolve(resolved, emoji) == (resolved, prompts)
     for options in ({"trajectories": 8}, {"null_space": 0.9}, {"rollout": "student"}, {"robust": 1}, {"scope": "esd-u"}):
         assert not resolve(EraseConfig(concept="fox", device="cpu", **options), emoji)[0].training.augment_prompts
