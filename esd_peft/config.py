@@ -48,6 +48,8 @@ class EraseConfig(Options):
             raise ValueError("--max-train-steps 0 needs --attention-steps or --closed-form True; train for 1 or more")
         if student.attention_steps and (training.objective != "esd" or student.scope in ("esd-u", "selfattn")):
             raise ValueError("--attention-steps works with --objective esd and where cross-attention learns; leave it out")
+        if training.augment_prompts and (student.attention_steps or training.max_train_steps == 0):
+            raise ValueError("--augment-prompts True learns in --max-train-steps, not in --attention-steps; leave these out")
         if training.augment_prompts and (training.objective != "esd" or training.robust or buffer.rollout == "student"):
             raise ValueError(
                 "--augment-prompts does not work with --objective contrastive, --robust or --rollout student; leave one out"

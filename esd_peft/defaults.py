@@ -38,6 +38,8 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         training, buffer = _resolve_contrastive(training, len(prompts.concept)), config.buffer
     if training.unprompted_guidance and not (student.attention_steps or preservation_samples(training)):
         raise UserError("--unprompted-guidance needs preservation samples; raise --preservation-ratio or leave it out")
+    if training.augment_prompts and not preservation_samples(training):
+        raise UserError("--augment-prompts needs samples that hold; raise --preservation-ratio or --train-batch-size")
     validation = _resolve_validation(config.validation, student.attention_steps + training.max_train_steps)
     memory = config.memory.replace(per_device_batch_size=config.memory.per_device_batch_size or training.train_batch_size)
     if memory.offload:
@@ -65,11 +67,12 @@ def _attention_steps(config: EraseConfig, family: ModelFamily) -> int:
 
 def _augments(config: EraseConfig, family: ModelFamily) -> bool:
     """Where cross-attention cannot learn by itself."""
-    if config.training.augment_prompts is not None:
-        return config.training.augment_prompts
-    buffer = config.buffer
+    buffer, training = config.buffer, config.training
+    if training.augment_prompts is not None:
+        return training.augment_prompts
     given = (buffer.trajectories, buffer.preservation_trajectories, buffer.buffer_refresh_interval)
-    as_usual = buffer.rollout == "teacher" and all(value is None for value in given)
+    as_usual = buffer.rollout == "teacher" and all(value is None for value in given) and training.max_train_steps != 0
+    as_usual = as_usual and training.preservation_ratio != 0 and training.train_batch_size != 1
     return as_usual and not family.has_cross_attention and _learns_from_words(config, family)
 
 

@@ -27,7 +27,7 @@ from esd_peft.models.compilation import compiled
 from esd_peft.models.sampling import encode_prompts
 from esd_peft.presets import PRESETS
 from esd_peft.prompts.table import make_table
-from esd_peft.prompts.wordings import encode_wordings
+from esd_peft.prompts.wordings import amounts, encode_wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.session import Session, in_session
@@ -68,7 +68,8 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         table = make_table(prompts, embeds)
         wordings = None
         if training.augment_prompts or (config.student.attention_steps and not resumes):
-            wordings = encode_wordings(family, prompts, training.seed, device, dtype)
+            size = amounts(bool(training.augment_prompts))
+            wordings = encode_wordings(family, prompts, training.seed, device, dtype, size)
         validation = make_validation(config, session) if config.validation.during_training else None
         timeline = make_timeline(config, session) if config.validation.validation_prompt else None
 
@@ -104,7 +105,8 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
             for batch in batches:
                 # prediction, loss, gradients (of so many samples at a time), clipping, AdamW, projection to the null space
                 trainer.step(batch, loss)
-    seen = sampler.seen if isinstance(sampler, AugmentedSampler) else seen  # which words are other names
+    if isinstance(sampler, AugmentedSampler):  # which found out which words are other names
+        seen = sampler.seen
 
     if checkpoints is not None:
         with profiler.phase("save"):

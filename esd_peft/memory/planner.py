@@ -27,11 +27,11 @@ from esd_peft.training.student import make_student
 from esd_peft.training.work import (
     SEARCH_BATCH_SIZE,
     SURVEY_STEPS,
-    SURVEY_TRAJECTORIES,
     buffer_shape,
     count_augmented_nfe,
     count_nfe,
     count_survey_nfe,
+    survey_trajectories,
 )
 
 META = torch.device("meta")
@@ -169,7 +169,9 @@ class MemoryEstimator:
         working = weights + self.learning + self.embeds
         attention = config.student.attention_steps if training.objective == "esd" else 0
         together = predictions * min(buffer.rollout_batch_size, shape.trajectories)
-        seen = predictions * min(buffer.rollout_batch_size, SURVEY_TRAJECTORIES)
+        looked = survey_trajectories(len(self.prompts.concepts))
+        # candidates for other names are judged twice as many at a time
+        seen = max(predictions * min(buffer.rollout_batch_size, looked), 2 * buffer.rollout_batch_size)
         phases = {
             "encode": self.encoders,
             # null space and closed form: copies of the embeddings, and squares of their width in fp64
@@ -193,7 +195,7 @@ class MemoryEstimator:
         steps = buffer.num_inference_steps
         samples = shape.trajectories * min(steps, shape.keep or steps) if training.max_train_steps else 0
         if training.augment_prompts:
-            samples = SURVEY_TRAJECTORIES * min(steps, SURVEY_STEPS)
+            samples = looked * min(steps, SURVEY_STEPS)
         return Plan(
             config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, self._nfe(config, buffer)
         )
@@ -202,8 +204,9 @@ class MemoryEstimator:
         """Of the run as a whole."""
         training, checkpointing = config.training, config.memory.gradient_checkpointing
         predictions, concepts = self.prompts.predictions, len(self.prompts.concepts)
-        looked = config.student.attention_steps > 0 or training.augment_prompts
-        seen = count_survey_nfe(buffer, predictions, concepts, amounts(self.family)) if looked else 0
+        augments = bool(training.augment_prompts)
+        looks = config.student.attention_steps > 0 or augments
+        seen = count_survey_nfe(buffer, predictions, concepts, amounts(augments)) if looks else 0
         if training.augment_prompts:
             return seen + count_augmented_nfe(training, checkpointing, predictions)
         return seen + count_nfe(buffer, training, checkpointing, predictions, concepts)
@@ -263,13 +266,17 @@ def _settings(given: EraseConfig, batch_size: int) -> Iterator[Settings]:
     fixed = memory.per_device_batch_size
     for base in bases:
         for checkpointing in sorted({memory.gradient_checkpointing, True}):
-            for samples in [fixed] if fixed else _halves(batch_size):
+            for samples in [fixed] if fixed else _divisors(batch_size):
                 for trajectories in rollouts:
                     yield {
                         "gradient_checkpointing": checkpointing,
                         "per_device_batch_size": samples,
                         "rollout_batch_size": trajectories,
                     } | base
+
+
+def _divisors(count: int) -> list[int]:
+    return [size for size in range(count, 0, -1) if count % size == 0]
 
 
 def _halves(count: int) -> list[int]:

@@ -134,6 +134,12 @@ class ModelFamily(PipelineDirectory, ABC):
         return text
 
     @functools.cached_property
+    def template_length(self) -> int:
+        """How many of the `token_counts` are the template's."""
+        told = self.templated(self._reader, "")
+        return len(self._reader(told, add_special_tokens=False).input_ids) if told else 0
+
+    @functools.cached_property
     def _reader(self) -> Any:
         """The last tokenizer; loading it takes longer than most that it is asked."""
         parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]

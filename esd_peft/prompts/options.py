@@ -91,8 +91,9 @@ class PromptOptions(Options):
     prompt_templates: Literal["auto", "bare"] = "auto"
     """auto: train on the concept in several templates and beside other things; bare: only as given (the paper)."""
     preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
-    """A prompt that must stay as it is, beside a built-in list of common ones (the retain set): layers that read the prompt
-    learn outside of it, and the student is held to the teacher along trajectories of the prompt; repeat for several."""
+    """A prompt that must stay as it is, beside a built-in list of common ones (the retain set): the student is held to the
+    teacher at it, or along trajectories of it, and under --null-space layers that read the prompt learn outside of it;
+    repeat for several."""
     preserve_file: Path | None = None
     """A text file of prompts to preserve, one a line."""
 

@@ -8,7 +8,6 @@ CLIP's tokenizer knows 32,230 words. The first 2,000 hold the rest in place, but
 what is near a concept is looked for among all of them, and among names of artists, famous people, characters and places.
 """
 
-import functools
 import itertools
 import random
 from collections import Counter
@@ -19,6 +18,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from esd_peft.errors import UserError
 from esd_peft.io.text import read_lines
 from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds, index_embeds
 from esd_peft.prompts.plan import Pair, PromptPlan, names
@@ -64,15 +64,15 @@ class Amounts:
     phrases: int  # candidates of a concept; of several, fewer of each
 
 
-# CLIP reads them in no time. T5 and language models have thousands of times as much to do for a prompt, whose embeddings
-# are megabytes
+# Cross-attention learns from them at no cost, and CLIP, which it is with, reads them in no time. T5 and language models have
+# thousands of times as much to do for a prompt, whose embeddings are megabytes; and the denoiser as a whole sees fewer
 MANY_PROMPTS = Amounts(alone=None, near=256, looked_at=40000, contexts=512, fewest=128, of_a_name=6, held=2000, phrases=64)
 FEW_PROMPTS = Amounts(alone=192, near=96, looked_at=10000, contexts=96, fewest=32, of_a_name=3, held=192, phrases=24)
 
 
-def amounts(family: ModelFamily) -> Amounts:
-    """What suits the family's text encoders."""
-    return FEW_PROMPTS if family.reads_long_prompts else MANY_PROMPTS
+def amounts(augments: bool) -> Amounts:
+    """For the denoiser as a whole (--augment-prompts), or for cross-attention layer by layer."""
+    return FEW_PROMPTS if augments else MANY_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Wordings:
     contexts: list[list[Pair]]  # and in random contexts
     candidates: list[list[Candidate]]
     held: list[str]  # what is to stay: every word, and random words together
-    listed: list[str]  # the retain set, and what is asked to be kept
+    listed: list[str]  # the retain set
+    given: list[str]  # what is asked to be kept, and what concepts are erased from with other attributes
 
     def index(self, texts: Iterable[str]) -> Tensor:
         """Their rows, int64."""
@@ -106,11 +107,21 @@ class Wordings:
         return index_embeds(self.embeds, self.index(texts))
 
 
-def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: torch.device, dtype: torch.dtype) -> Wordings:
-    """The wordings of `plan`'s concepts; text encoders are on the device meanwhile. All depends on the seed alone."""
-    draws, size = random.Random(seed_for(seed, "wordings")), amounts(family)
-    encoder = _Encoder(family, device, dtype)
+def encode_wordings(
+    family: ModelFamily, plan: PromptPlan, seed: int, device: torch.device, dtype: torch.dtype, size: Amounts
+) -> Wordings:
+    """The wordings of `plan`'s concepts, so many; text encoders are on the device meanwhile. All depends on the seed alone.
+
+    Raises `UserError` if the tokenizer knows no words but the concepts' own.
+    """
+    draws = random.Random(seed_for(seed, "wordings"))
+    encoder = _Encoder(family, device, dtype, in_short=size.alone is not None)
     words, near = _vocabulary(encoder, plan, size)
+    if not words:
+        raise UserError(
+            "--concept: the tokenizer knows no other words to hold the rest with; use --attention-steps 0 and "
+            "--augment-prompts False"
+        )
     alone = list(dict.fromkeys((words if size.alone is None else draws.sample(words, min(len(words), size.alone))) + near))
     encoder.add([f"a {word}" for word in alone] + plan.texts)
     contexts = _contexts(plan, words, draws, size)
@@ -127,13 +138,14 @@ def encode_wordings(family: ModelFamily, plan: PromptPlan, seed: int, device: to
     contexts = [[pair for pair in pairs if pair.prompt in whole] for pairs in contexts]
     candidates = [[replace(c, pairs=[p for p in c.pairs if p.prompt in whole]) for c in group] for group in candidates]
     held = [text for text in _unsaid(plan, held) if text in whole]
-    listed = list(dict.fromkeys([*plan.retain, *(pair.prompt for pair in plan.preserve)]))
+    given = list(dict.fromkeys(pair.prompt for pair in plan.preserve))
+    listed = [text for text in dict.fromkeys(plan.retain) if text not in given]
     pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
-    encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed)
+    encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed + given)
     encoder.add([candidate.text for group in candidates for candidate in group])
     encoder.free()
     words = [word for word in words if f"a {word}" in encoder.rows]
-    return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed)
+    return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed, given)
 
 
 def _contexts(plan: PromptPlan, words: list[str], draws: random.Random, size: Amounts) -> list[list[Pair]]:
@@ -181,7 +193,8 @@ def known_names(family: ModelFamily) -> list[str]:
     """The built-in names that the tokenizer knows; it spells others, and the text encoder has learned nothing of these."""
     found = read_lines(files("esd_peft.prompts") / "names.txt")
     counts = [count for count, _ in family.token_counts([f"a {name}" for name in found])]  # with both ends of a prompt
-    return [name for name, count in zip(found, counts, strict=True) if count <= min(SHORT, 3 + 2 * len(name.split()))]
+    most = [min(SHORT, 3 + 2 * len(name.split())) + family.template_length for name in found]
+    return [name for name, count, fits in zip(found, counts, most, strict=True) if count <= fits]
 
 
 def phrases(size: Amounts, concepts: int) -> int:
@@ -192,8 +205,9 @@ def phrases(size: Amounts, concepts: int) -> int:
 class _Encoder:
     """Texts, each encoded once, by text encoders that are loaded once."""
 
-    def __init__(self, family: ModelFamily, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, family: ModelFamily, device: torch.device, dtype: torch.dtype, in_short: bool) -> None:
         self.family, self.device, self.pipe = family, device, family.load_encoders(device, dtype)
+        self.in_short = in_short  # what is near is found by prompts that are cut to a few tokens
         self.rows: dict[str, int] = {}
         self.embeds: PromptEmbeds = {}
         self.means: dict[str, Tensor] = {}  # of texts as they are read in short
@@ -211,32 +225,32 @@ class _Encoder:
     def shortlist(self, concepts: list[str], words: list[str], count: int) -> list[str]:
         """The `count` words that are nearest to each concept, by the first tokens of prompts that hold nothing else."""
         texts = [f"a {text}" for text in (*concepts, *words)]
-        longest = max(SHORT, *(count for count, _ in self.family.token_counts(texts[: len(concepts)])))
+        counts = [count for count, _ in self.family.token_counts(texts[: len(concepts)])]
+        longest = max(SHORT + self.family.template_length, *counts)
         means = _centred(self._read_in_short(texts, longest))
         likeness = means[: len(concepts)] @ means[len(concepts) :].T
         return [words[i] for i in dict.fromkeys(likeness.topk(min(count, len(words))).indices.flatten().tolist())]
 
-    @functools.cached_property
-    def _few_tokens(self) -> int:
-        """As many as some words have, with the template."""
-        return SHORT + self.family.token_counts([""])[0][0]
-
     def _read_in_short(self, texts: list[str], length: int) -> Tensor:
         """Mean tokens `[texts, width]` of the first `length`."""
-        family, own = self.family, self.family.max_sequence_length
-        clip = [p for name, p in self.pipe.components.items() if "tokenizer" in name and p and not family.reads_long_prompts]
-        lengths = [tokenizer.model_max_length for tokenizer in clip]
+        family, pipe, own = self.family, self.pipe, self.family.max_sequence_length
+        tokenizers = [part for name, part in pipe.components.items() if "tokenizer" in name and part is not None]
+        lengths, of_clip = [t.model_max_length for t in tokenizers], getattr(pipe, "tokenizer_max_length", None)
         try:
-            if family.reads_long_prompts:
+            if family.prompt_length:
                 family.max_sequence_length = min(length, family.prompt_length)
-            for tokenizer in clip:
+            if of_clip is not None:
+                pipe.tokenizer_max_length = min(length, of_clip)
+            for tokenizer in tokenizers:
                 tokenizer.model_max_length = min(length, tokenizer.model_max_length)
-            size = SOME if family.reads_long_prompts else MANY
+            size = SOME if family.prompt_length else MANY
             parts = (texts[i : i + size] for i in range(0, len(texts), size))
             return torch.cat([_means(family.encode_prompts(self.pipe, part, self.device)).cpu() for part in parts])
         finally:
             family.max_sequence_length = own
-            for tokenizer, full in zip(clip, lengths, strict=True):
+            if of_clip is not None:
+                pipe.tokenizer_max_length = of_clip
+            for tokenizer, full in zip(tokenizers, lengths, strict=True):
                 tokenizer.model_max_length = full
 
     def free(self) -> None:
@@ -247,11 +261,12 @@ class _Encoder:
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
         """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken.
 
-        T5 and language models read their beginnings: what follows are hundreds of tokens of padding.
+        Of T5 and language models only the beginnings are read: what follows are hundreds of tokens of padding.
         """
-        if self.family.reads_long_prompts:
+        if self.in_short:
             if new := [text for text in dict.fromkeys([concept, *texts]) if text not in self.means]:
-                self.means |= dict(zip(new, self._read_in_short(new, self._few_tokens), strict=True))
+                means = self._read_in_short(new, SHORT + self.family.template_length)
+                self.means |= dict(zip(new, means, strict=True))
             rows, means = {text: i for i, text in enumerate(self.means)}, _centred(torch.stack([*self.means.values()]))
         else:
             self.add([concept, *texts])

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from esd_peft.errors import UserError
 from esd_peft.models.family import PromptEmbeds, index_embeds
-from esd_peft.prompts.wordings import Candidate, Wordings
+from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import send
 from esd_peft.training.batches import Batch
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.mixture import HOLD_WEIGHT, MixedPrompts, Mixture
-from esd_peft.training.names import Verdict
+from esd_peft.training.names import to_texts, to_verdicts
 from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.survey import Survey, survey
@@ -54,8 +54,9 @@ class AugmentedSampler:
         prompts = next(self.mixture)
         chosen = torch.randint(len(self.inside), (len(prompts.prompts),), generator=self.generator)
         self.taken += 1
-        samples = seen.samples.index(self.inside[chosen], self.rollout.student.device)
-        return self._batch(prompts, samples, seen.concept_of(samples.pairs.cpu()) >= 0)
+        places = self.inside[chosen]
+        samples = seen.samples.index(places, self.rollout.student.device)
+        return self._batch(prompts, samples, seen.concept_of(seen.samples.pairs[places]) >= 0)
 
     def _begin(self) -> Survey:
         """Run the trajectories; if that is interrupted the sampler stands where it stood."""
@@ -72,7 +73,6 @@ class AugmentedSampler:
         return seen
 
     def _look(self, seen: Survey) -> Survey:
-        seen.verdicts = self._verdicts(distributed.broadcast(_texts(seen.verdicts)))
         self.seen = seen
         places = self.rollout.student.family.noise_schedule.training_timesteps(seen.samples.timesteps)
         inside = (places >= self.options.min_timestep) & (places <= self.options.max_timestep)
@@ -114,7 +114,7 @@ class AugmentedSampler:
         made = torch.zeros(len(rows), *samples.inputs.shape[1:], dtype=samples.inputs.dtype, device=device)
         ours = ((where >= own.start) & (where < own.stop)).nonzero().squeeze(1)
         with torch.no_grad(), student.teacher():
-            for part in ours.split(2 * self.options.rollout_batch_size):
+            for part in ours.split(2 * self.options.rollout_batch_size) if len(ours) else ():
                 here, there = send(where[part], device), send(part, device)
                 embeds = self._embeds(rows[part], device)
                 made[there] = student.predict(samples.inputs[here], samples.timesteps[here], embeds).to(made.dtype)
@@ -132,7 +132,7 @@ class AugmentedSampler:
             "taken": self.taken,
             "before": self.before,
             "generator": self.generator.get_state(),
-            "verdicts": _texts(self.seen.verdicts),
+            "verdicts": to_texts(self.seen.verdicts),
             "buffer": {**vars(self.seen.samples)},
         }
 
@@ -146,23 +146,6 @@ class AugmentedSampler:
             self.generator.set_state(self.before)
             self._begin()
         else:
-            verdicts = self._verdicts([[[str(t) for t in texts] for texts in sides] for sides in state["verdicts"]])
+            verdicts = to_verdicts(self.wordings, state["verdicts"])
             self._look(Survey(Buffer(**state["buffer"]), verdicts, own_trajectories(len(verdicts))))
         self.generator.set_state(state["generator"])
-
-    def _verdicts(self, texts: list[list[list[str]]]) -> list[Verdict]:
-        """The inverse of `_texts`."""
-        known = [{c.text: c for c in candidates} for candidates in self.wordings.candidates]
-        return [
-            Verdict([own[text] for text in same], [own[text] for text in others])
-            for own, (same, others) in zip(known, texts, strict=True)
-        ]
-
-
-def _texts(verdicts: list[Verdict]) -> list[list[list[str]]]:
-    """Of each concept the candidates that are other names, and those that are something else."""
-
-    def said(candidates: list[Candidate]) -> list[str]:
-        return [candidate.text for candidate in candidates]
-
-    return [[said(verdict.same), said(verdict.others)] for verdict in verdicts]

@@ -32,7 +32,8 @@ class Mixture:
     """Batches without end, of so many prompts that erase and so many that hold.
 
     Of what erases a fifth is the plan's own, two fifths stand in random contexts, the rest under other names, if there are
-    any. Of what holds two sevenths are near to the concepts, if anything is, and a seventh is the retain set.
+    any. Of what holds two sevenths are near to the concepts, if anything is, and a seventh is the retain set; beside them
+    what the options ask to keep has two ninths, if there is any.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Mixture:
             (4, [text for text in wordings.held if not any(names(name, text) for name in erased)]),
             (2, near),
             (1, wordings.listed),
+            (2, wordings.given),
         )
         self.holding = self._mixed(*((share, [Pair(text, text) for text in texts]) for share, texts in held))
 

@@ -60,3 +60,17 @@ def _likeness(student: Student, wordings: Wordings, texts: list[str], trajectory
         cosines = torch.cosine_similarity(predicted - null, (named - null).expand(len(texts), -1))
         likeness += cosines.cpu() / len(LOOKED_AT)
     return likeness
+
+
+def to_texts(verdicts: list[Verdict]) -> list[list[list[str]]]:
+    """Of each concept the candidates that are other names, and those that are something else."""
+    return [[[candidate.text for candidate in side] for side in (v.same, v.others)] for v in verdicts]
+
+
+def to_verdicts(wordings: Wordings, texts: list[list[list[str]]]) -> list[Verdict]:
+    """The inverse of `to_texts`."""
+    known = [{candidate.text: candidate for candidate in group} for group in wordings.candidates]
+    return [
+        Verdict([own[str(text)] for text in same], [own[str(text)] for text in others])
+        for own, (same, others) in zip(known, texts, strict=True)
+    ]

@@ -10,6 +10,7 @@ from esd_peft.training.augmented import AugmentedSampler
 from esd_peft.training.batches import BatchSampler, Sampler
 from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
+from esd_peft.training.work import survey_rollout
 
 
 def make_objective(
@@ -26,7 +27,8 @@ def make_objective(
         references = contrastive.make_references(rollout, prompts.concepts, training, buffer.rollout_batch_size)
         sampler: Sampler = contrastive.ReferenceSampler(rollout, table, references, training.train_batch_size, draws)
         return sampler, contrastive.contrastive_loss, contrastive.WEIGHT_DECAY
-    rollout.check_timesteps(buffer)
+    steps = survey_rollout(buffer).num_inference_steps if training.augment_prompts else buffer.num_inference_steps
+    rollout.check_timesteps(buffer.replace(num_inference_steps=steps))
     if training.augment_prompts:
         assert wordings is not None, "which --augment-prompts is about"
         sampler = AugmentedSampler(rollout, wordings, buffer, training, draws)

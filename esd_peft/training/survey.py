@@ -15,8 +15,9 @@ from torch import Tensor
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import Wordings
+from esd_peft.runtime import distributed
 from esd_peft.training.buffer import Buffer, concatenate
-from esd_peft.training.names import Verdict, judge
+from esd_peft.training.names import Verdict, judge, to_texts, to_verdicts
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.work import other_trajectories, own_trajectories, survey_rollout
@@ -71,6 +72,8 @@ def survey(
         along = [own.index((own.pairs == pair).nonzero().squeeze(1), cpu) for pair in mine]
         verdicts.append(judge(rollout.student, wordings, number, along, 2 * options.rollout_batch_size))
         rollout.profiler.nfe += verdicts[-1].nfe
+    if distributed.world_size() > 1:  # one cosine on the other side of a bound would lead to other draws ever after
+        verdicts = to_verdicts(wordings, distributed.broadcast(to_texts(verdicts)))
     chosen = _others(wordings, verdicts, other_trajectories(len(concepts)), draws)
     others = drive(PromptPlan([], [], [Pair(text, "") for text in chosen], []))
     own = dataclasses.replace(own, teacher=own.teacher[:2])

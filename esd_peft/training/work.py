@@ -87,6 +87,11 @@ def sampled(buffer: BufferOptions, family: ModelFamily) -> BufferOptions:
     )
 
 
+def survey_trajectories(concepts: int) -> int:
+    """All of them."""
+    return concepts * own_trajectories(concepts) + other_trajectories(concepts)
+
+
 def survey_rollout(buffer: BufferOptions) -> BufferOptions:
     """The trajectories along which the teacher is seen at work."""
     steps = min(SURVEY_STEPS, buffer.num_inference_steps)
@@ -149,6 +154,8 @@ def count_denoiser_calls(buffer: BufferOptions, training: TrainingOptions) -> in
     steps = training.max_train_steps
     if training.objective == "contrastive":
         return steps
+    if training.augment_prompts:  # and in each step the teacher
+        return 2 * steps + 2 * survey_rollout(buffer).num_inference_steps
     batches = math.ceil(buffer_shape(buffer, training).concept_trajectories / buffer.rollout_batch_size)
     of_a_step = 1 if buffer.rollout == "teacher" else 2
     return steps + buffer_fills(buffer, training) * batches * buffer.num_inference_steps * of_a_step

@@ -86,6 +86,18 @@ MISTAKES = [  # of erase; the concept is circle where none is named
     ("--output /proc --overwrite", "--output /proc is a mount point"),
     ("--overwrite maybe", "maybe"),
     ("--augment-prompts maybe", "--augment-prompts"),
+    (
+        "--augment-prompts True --attention-steps 5",
+        "--augment-prompts True learns in --max-train-steps, .*; leave these out",
+    ),
+    (
+        "--augment-prompts True --max-train-steps 0",
+        "--augment-prompts True learns in --max-train-steps, .*; leave these out",
+    ),
+    (
+        "--augment-prompts True --preservation-ratio 0",
+        "--augment-prompts needs samples that hold; raise --preservation-ratio",
+    ),
     ("--augment-prompts True --robust 1", "--augment-prompts does not work with .*--robust"),
     ("--robust -1", "--robust.*greater than or equal to 0"),
     ("--robust 17", "--robust.*less than or equal to 16"),

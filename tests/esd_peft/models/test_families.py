@@ -297,6 +297,7 @@ def test_a_prompt_is_counted_as_the_text_encoder_is_told_it(name, tmp_path):
     if name == "qwen-image":  # of the real tokenizer these are the tokens that the pipeline leaves out
         dropped = len(tokenizer(pipe.prompt_template_encode.partition("{}")[0]).input_ids)
     assert (told[0] != pad).sum() - dropped == count < most
+    assert family.template_length == (0 if name == "flux dev" else family.token_counts([""])[0][0])
     family.draw_at(DrawingOptions(max_sequence_length=8))
     if name != "flux dev":  # which has no template
         with pytest.raises(

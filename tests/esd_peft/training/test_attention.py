@@ -45,10 +45,17 @@ def few(monkeypatch):
         monkeypatch.setattr(module, name, value)
 
 
+_ENCODED: dict[str, tuple] = {}
+
+
 def encoded(**options):
-    emoji = open_family("emoji")
-    config, plan = resolve(EraseConfig(device="cpu", **options), emoji)
-    return emoji, config, plan, encode_wordings(emoji, plan, 0, CPU, torch.float32)
+    """Encoded once, for whoever asks the same of as many prompts; nobody changes them."""
+    key = f"{options} {module.MANY_PROMPTS} {module._nearest}"
+    if key not in _ENCODED:
+        emoji = open_family("emoji")
+        config, plan = resolve(EraseConfig(device="cpu", **options), emoji)
+        _ENCODED[key] = emoji, config, plan, encode_wordings(emoji, plan, 0, CPU, torch.float32, module.MANY_PROMPTS)
+    return _ENCODED[key]
 
 
 def test_what_erases_names_the_concept_and_what_holds_does_not(few):
@@ -66,6 +73,7 @@ def test_what_erases_names_the_concept_and_what_holds_does_not(few):
     assert {*made.rows} >= {p.goal for c in made.candidates[0] for p in c.pairs}
     assert all(count <= most for count, most in emoji.token_counts([*made.rows])), "and the text encoder reads all of them"
     assert len(made.embeds["encoder_hidden_states"]) == len(made.rows)
+    _ENCODED.clear()
     again = encoded(concept="red apple")[3]
     assert again.rows == made.rows and again.contexts == made.contexts
 
@@ -275,7 +283,7 @@ def test_a_loss_that_is_no_number_is_said(tmp_path, eager, monkeypatch):
     [("sd", {"unprompted_guidance": 2.0}), ("sd", {"adapter_type": "none", "rank": None}), ("sd", {"scope": "esd-x-strict"}),
      ("sd", {"scope": "full"}), ("sdxl", {})],
 )  # fmt: skip
-def test_whole_runs_of_small_models(tmp_path, monkeypatch, eager, kind, options):
+def test_whole_runs_of_small_models(few, tmp_path, monkeypatch, eager, kind, options):
     monkeypatch.setattr(attention, "LOSS_EVERY", 2)
     path = tmp_path / "model"
     made = small_stable_diffusion(path) if kind == "sd" else save_family("sdxl", path)
@@ -294,7 +302,7 @@ def test_whole_runs_of_small_models(tmp_path, monkeypatch, eager, kind, options)
     assert all({*learns} & {*name.split(".")} for name in changed)
 
 
-def test_training_goes_on_from_what_the_layers_learned(tmp_path, eager):
+def test_training_goes_on_from_what_the_layers_learned(few, tmp_path, eager):
     """And a run that is resumed does not let them learn once more."""
     made = small_stable_diffusion(tmp_path / "model")
     options = SHORTEST | {"concept": "circle", "model": str(made), "attention_steps": 2, "max_train_steps": 3}

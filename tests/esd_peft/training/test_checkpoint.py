@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import commands
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
+from esd_peft.prompts import wordings
 from esd_peft.training import adversarial as robust
 from esd_peft.training import contrastive
 from esd_peft.training.checkpoint import Checkpoints, _digest
@@ -59,7 +61,9 @@ VARIANTS = [
     {"objective": "contrastive", "num_inference_steps": None, "trajectories": None, "learning_rate": 1e-3},
     {"robust": 1},
     {"robust": 1, "buffer_refresh_interval": 2},
+    {"augment_prompts": True, "map_to": "a star", "rank": 2},
 ]
+FEW = replace(wordings.FEW_PROMPTS, alone=8, near=8, contexts=8, fewest=8, held=8, phrases=16)
 
 
 def adapter(folder):
@@ -86,6 +90,7 @@ def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, 
     monkeypatch.setattr(robust, "SEARCH_STEPS", 2)
     monkeypatch.setattr(robust, "WORDS", 2)
     monkeypatch.setattr(contrastive, "IMAGES", 4)
+    monkeypatch.setattr(wordings, "FEW_PROMPTS", FEW)
     if options:
         result = erase(config(small_sd, tmp_path / "whole", **options))
         expected = adapter(tmp_path / "whole")
@@ -95,7 +100,7 @@ def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, 
     assert not (tmp_path / "parts").exists()
     parts = erase(config(small_sd, tmp_path / "parts", resume=True, **options))
     assert same(adapter(tmp_path / "parts"), expected)
-    for key in ("loss", "direction_left", "training_samples"):
+    for key in ("loss", "direction_left", "training_samples", "other_names"):
         assert parts[key] == result[key], key
     assert not (tmp_path / "parts.checkpoint").exists()
 
