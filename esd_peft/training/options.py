@@ -55,18 +55,14 @@ class StudentOptions(Options):
 
 
 class BufferOptions(Options):
-    """The denoising trajectories whose steps are the training samples, and the buffer that holds these.
-
-    --attention-steps and --augment-prompts have trajectories of their own, twelve or two for each concept, of ten steps at
-    most: of these options they follow the guidance scale, fewer steps, and how many are denoised side by side, and
-    --augment-prompts the timesteps.
-    """
+    """The denoising trajectories whose steps are the training samples, and the buffer that holds these."""
 
     rollout: Literal["teacher", "student"] = "teacher"
     """Who drives the trajectories: the frozen teacher, or the student as it is now (the paper)."""
     trajectories: Auto[Annotated[int, Field(ge=1, le=10**5)]] = LEFT_OUT
     """Denoising trajectories of the concepts in the buffer; left out: 4 + 4 for each concept; three times that with
-    --erase-from, or with another scope or adapter than the defaults."""
+    --erase-from, or with another scope or adapter than the defaults. --attention-steps and --augment-prompts have
+    trajectories of their own, twelve or two for each concept, of ten steps at most."""
     preservation_trajectories: Auto[Annotated[int, Field(ge=0, le=10**5)]] = LEFT_OUT
     """Trajectories of --preserve prompts in the buffer; left out: one for each prompt."""
     num_inference_steps: Auto[Annotated[int, Field(ge=1, le=1000)]] = LEFT_OUT

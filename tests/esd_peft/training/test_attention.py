@@ -103,7 +103,7 @@ def test_the_user_knows_better(few):
     *_, made = encoded(concept="fox", also_erase="sly red hunter", preserve="vixen")
     assert sum("a sly red hunter" in p.prompt for p in made.contexts[0]) == 24 // 8
     assert any(p.prompt == "a sly red hunter" for p in made.plain[0])
-    assert not any(names("vixen", c.text) for c in made.candidates[0]) and "vixen" in made.listed
+    assert not any(names("vixen", c.text) for c in made.candidates[0]) and "vixen" in made.given
     assert not any(names("sly red hunter", text) for text in made.held + made.listed)
 
 
