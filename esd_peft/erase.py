@@ -27,7 +27,7 @@ from esd_peft.models.compilation import compiled
 from esd_peft.models.sampling import encode_prompts
 from esd_peft.presets import PRESETS
 from esd_peft.prompts.table import make_table
-from esd_peft.prompts.wordings import amounts, encode_wordings
+from esd_peft.prompts.wordings import Wordings, amounts, encode_wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.session import Session, in_session
@@ -66,10 +66,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         probes = choose_probes(family, prompts, training.seed)
         embeds, probes.embeds = family.encode_groups([prompts.texts, probes.texts], device, dtype)
         table = make_table(prompts, embeds)
-        wordings = None
-        if training.augment_prompts or (config.student.attention_steps and not resumes):
-            size = amounts(bool(training.augment_prompts))
-            wordings = encode_wordings(family, prompts, training.seed, device, dtype, size)
+        wordings = make_wordings(config, session)
         validation = make_validation(config, session) if config.validation.during_training else None
         timeline = make_timeline(config, session) if config.validation.validation_prompt else None
 
@@ -126,6 +123,16 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if checkpoints is not None:
         erase_result.write(config.checkpoint.output, result)
     return result
+
+
+def make_wordings(config: EraseConfig, session: Session) -> Wordings | None:
+    """Many prompts with the concepts and without, encoded; layers that have learned from them need them no more."""
+    training, runtime, prompts = config.training, config.runtime, session.prompts
+    augments = bool(training.augment_prompts)
+    if not augments and (config.checkpoint.resume or not config.student.attention_steps):
+        return None
+    device, dtype = runtime.torch_device, runtime.torch_dtype
+    return encode_wordings(session.family, prompts, training.seed, device, dtype, amounts(augments))
 
 
 def make_validation(config: EraseConfig, session: Session) -> ValidationSampler:

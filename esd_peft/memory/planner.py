@@ -207,7 +207,7 @@ class MemoryEstimator:
         augments = bool(training.augment_prompts)
         looks = config.student.attention_steps > 0 or augments
         seen = count_survey_nfe(buffer, predictions, concepts, amounts(augments)) if looks else 0
-        if training.augment_prompts:
+        if augments:
             return seen + count_augmented_nfe(training, checkpointing, predictions)
         return seen + count_nfe(buffer, training, checkpointing, predictions, concepts)
 

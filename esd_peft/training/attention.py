@@ -20,7 +20,6 @@ layer are not.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,14 +61,13 @@ def distill_attention(
     """Train the student's cross-attention for so many steps, which `monitor` is shown.
 
     Returns what the teacher draws, and the losses: means of every `LOSS_EVERY` steps, 1 being what the concept does in the
-    layers. Of several processes the main one trains, and the others take what it has learned; each runs all trajectories,
-    as there are few.
+    layers. Of several processes the main one trains, and the others take what it has learned.
     """
     student, draws = rollout.student, generator(seed, "attention")
     blocks = student.family.cross_attention(student.denoiser)
     layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
     states = LayerStates(layers)
-    seen = survey(dataclasses.replace(rollout, shared=False), wordings, options, draws, states.watch)
+    seen = survey(rollout, wordings, options, draws, states.watch)
     named, others = states.parts
     hidden = {name: torch.cat([kept, others[name]]) for name, kept in named.items()}
     known, unknown = (len(next(iter(part.values()))) for part in states.parts)

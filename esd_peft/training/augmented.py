@@ -6,13 +6,11 @@ prompts of its own: the concept in random contexts and under other names, and wo
 (arXiv 2312.16145) holds words near to the concept at its x_t in this way.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esd_peft.errors import UserError
 from esd_peft.models.family import PromptEmbeds, index_embeds
 from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed
@@ -28,11 +26,7 @@ from esd_peft.training.work import own_trajectories, preservation_samples
 
 
 class AugmentedSampler:
-    """Batches of prompts, each at an x_t of one of the trajectories, with the teacher's predictions for them.
-
-    Args:
-        rollout: asks the teacher. Each process runs all trajectories, as there are few.
-    """
+    """Batches of prompts, each at an x_t of one of the trajectories, with the teacher's predictions for them."""
 
     def __init__(
         self,
@@ -63,9 +57,7 @@ class AugmentedSampler:
         before = self.generator.get_state()
         try:
             with self.rollout.profiler.phase("rollout"):
-                seen = self._look(
-                    survey(dataclasses.replace(self.rollout, shared=False), self.wordings, self.options, self.generator)
-                )
+                seen = self._look(survey(self.rollout, self.wordings, self.options, self.generator))
         except BaseException:
             self.generator.set_state(before)
             raise
@@ -74,12 +66,7 @@ class AugmentedSampler:
 
     def _look(self, seen: Survey) -> Survey:
         self.seen = seen
-        places = self.rollout.student.family.noise_schedule.training_timesteps(seen.samples.timesteps)
-        inside = (places >= self.options.min_timestep) & (places <= self.options.max_timestep)
-        if not inside.any():
-            there = ", ".join(str(int(t)) for t in places.unique())
-            raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
-        self.inside = inside.nonzero().squeeze(1)
+        self.inside = self.rollout.inside(seen.samples.timesteps, self.options).nonzero().squeeze(1)
         null, named = seen.samples.teacher[:, seen.samples.pairs < seen.own].float()
         self.size = (named - null).square().mean().item()
         self.mixture = Mixture(self.wordings, seen.verdicts, self.erasing, self.holding, self.generator)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,7 +79,7 @@ class Rollout:
         by_teacher = options.rollout == "teacher"
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = family.set_timesteps(noise, options.num_inference_steps)
-        kept = _choose(len(pairs), self._inside(scheduler, options), keep, generator)
+        kept = _choose(len(pairs), self.inside(scheduler.timesteps, options), keep, generator)
         latents, guided, pairs = (send(x, device) for x in (latents, guided, pairs))
         timesteps = send(scheduler.timesteps, device)
         buffers = []
@@ -109,11 +108,11 @@ class Rollout:
     def check_timesteps(self, options: BufferOptions) -> None:
         """Raise `UserError` if no step of a trajectory lies within the timesteps of `options`."""
         noise = self.student.family.initial_latents(1, self.student.denoiser, torch.Generator())
-        self._inside(self.student.family.set_timesteps(noise, options.num_inference_steps)[0], options)
+        self.inside(self.student.family.set_timesteps(noise, options.num_inference_steps)[0].timesteps, options)
 
-    def _inside(self, scheduler: SchedulerMixin, options: BufferOptions) -> Tensor:
-        """Which steps of a trajectory lie within the timesteps of `options`, `[steps]` bool."""
-        places = self.student.family.noise_schedule.training_timesteps(scheduler.timesteps)
+    def inside(self, timesteps: Tensor, options: BufferOptions) -> Tensor:
+        """Which of a scheduler's `timesteps` lie within those of `options`, bool. Raises `UserError` if none does."""
+        places = self.student.family.noise_schedule.training_timesteps(timesteps)
         inside = (places >= options.min_timestep) & (places <= options.max_timestep)
         if not inside.any():
             there = ", ".join(str(int(t)) for t in places)

@@ -55,8 +55,12 @@ def survey(
     draws: torch.Generator,
     watching: Watch = lambda draws: contextlib.nullcontext(),
 ) -> Survey:
-    """Run the trajectories, `watching` each time, and judge the candidates along the concepts' own."""
+    """Run the trajectories, `watching` each time, and judge the candidates along the concepts' own.
+
+    Each process runs all trajectories, as there are few.
+    """
     options, concepts = survey_rollout(options), [pairs[0] for pairs in wordings.plain]
+    rollout = dataclasses.replace(rollout, shared=False)
     each, cpu = own_trajectories(len(concepts)), torch.device("cpu")
 
     def drive(plan: PromptPlan) -> Buffer:
