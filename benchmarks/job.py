@@ -32,7 +32,7 @@ class Job:
         buffer, training = self.config.buffer, self.config.training
         sampler, loss, decay = make_objective(self.rollout, self.table, self.prompts, buffer, training)
         trainer = Trainer(self.student, training, self.config.memory, decay, self.rollout.profiler)
-        loop = TrainingLoop(trainer, sampler, None, Monitor(self.student, self.rollout.profiler), None, resume=False)
+        loop = TrainingLoop(trainer, sampler, None, Monitor(self.student, self.rollout.profiler), None)
         for batch in loop.batches():
             trainer.step(batch, loss)
         return trainer.losses

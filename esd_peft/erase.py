@@ -31,16 +31,16 @@ from esd_peft.prompts.wordings import Wordings, amounts, encode_wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.session import Session, in_session
-from esd_peft.training.attention import distill_attention
-from esd_peft.training.augmented import AugmentedSampler
+from esd_peft.training.attention import AttentionTraining
+from esd_peft.training.checkpoint import Left
 from esd_peft.training.diagnosis import choose_probes, diagnose
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.monitor import Monitor
+from esd_peft.training.names import near
 from esd_peft.training.objective import make_objective
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, load_student
-from esd_peft.training.survey import Survey
 from esd_peft.training.trainer import Trainer
 from esd_peft.training.work import count_denoiser_calls
 
@@ -58,8 +58,9 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     """The method, for a resolved config."""
     family, prompts, checkpoints = session.family, session.prompts, session.checkpoints
     device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
-    training, resumes = config.training, config.checkpoint.resume
-    profiler = PhaseProfiler(device)
+    training, profiler = config.training, PhaseProfiler(device)
+    # what a run that was stopped had come to, for --resume
+    left = distributed.broadcast(checkpoints and checkpoints.load()) if config.checkpoint.resume else Left()
 
     # prompts with the concept, without it, and to preserve; text encoders are gone before the denoiser comes
     with profiler.phase("encode"):
@@ -80,14 +81,12 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     rollout = Rollout(student, profiler)
     monitor = Monitor(student, profiler, session.dashboard, timeline, config.validation.validation_steps)
     monitor.look_at_base()
-    seen: Survey | None = None
-    losses: list[float] = []
-    steps_before = config.student.attention_steps
-    if steps_before and wordings is not None and not resumes:  # each cross-attention layer learns the target by itself
+    attention: AttentionTraining | None = None
+    steps, pushed = config.student.attention_steps, training.unprompted_guidance
+    if steps and wordings is not None:  # each cross-attention layer learns the target by itself
         with profiler.phase("attention"):
-            seen, losses = distill_attention(
-                rollout, wordings, config.buffer, steps_before, training.seed, monitor, training.unprompted_guidance
-            )
+            attention = AttentionTraining(rollout, wordings, config.buffer, steps, training.seed, monitor, pushed)
+            attention.run(checkpoints, left.attention)
     sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training, wordings)
     if validation is not None:
         with profiler.phase("evaluate"), student.teacher(), student.autocast():
@@ -97,28 +96,27 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     with profiler.phase("train"), compiled(student.denoiser, config.runtime.compile, calls, device):
         stopping = make_early_stopping(rollout, table, config.buffer, training)
         trainer = Trainer(student, training, config.memory, weight_decay, profiler)
-        loop = TrainingLoop(trainer, sampler, stopping, monitor, checkpoints, resumes, steps_before)
+        loop = TrainingLoop(trainer, sampler, stopping, monitor, checkpoints, attention, left.training, left.buffer)
         with contextlib.closing(loop.batches()) as batches:
             for batch in batches:
                 # prediction, loss, gradients (of so many samples at a time), clipping, AdamW, projection to the null space
                 trainer.step(batch, loss)
-    if isinstance(sampler, AugmentedSampler):  # which found out which words are other names
-        seen = sampler.seen
+    verdicts = attention.verdicts if attention else sampler.verdicts  # which words are other names
 
     if checkpoints is not None:
         with profiler.phase("save"):
             save(config, session, student)
     with profiler.phase("evaluate"), erase_result.finished(config):
-        monitor.finish(steps_before + trainer.taken, config.checkpoint.output / FOLDER)
+        monitor.finish(loop.steps_before + trainer.taken, config.checkpoint.output / FOLDER)
         if validation is not None:
             with student.autocast():
                 validation.make(student.denoiser, "after")
-        if seen is not None and wordings is not None:
-            probes.add_near(seen.near, wordings.encoded(seen.near))
+        if wordings is not None:
+            probes.add_near(near(verdicts), wordings.encoded(near(verdicts)))
         diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed)
-    losses += trainer.losses
+    losses = [*(attention.losses if attention else ()), *trainer.losses]
     result = erase_result.make_result(
-        config, profiler, trainer, stopping, validation, prompts.concepts, seen, losses, diagnosis
+        config, profiler, trainer, stopping, validation, prompts.concepts, verdicts, losses, diagnosis
     )
     if checkpoints is not None:
         erase_result.write(config.checkpoint.output, result)
@@ -126,10 +124,10 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
 
 
 def make_wordings(config: EraseConfig, session: Session) -> Wordings | None:
-    """Many prompts with the concepts and without, encoded; layers that have learned from them need them no more."""
+    """Many prompts with the concepts and without, encoded, where something learns from them."""
     training, runtime, prompts = config.training, config.runtime, session.prompts
     augments = bool(training.augment_prompts)
-    if not augments and (config.checkpoint.resume or not config.student.attention_steps):
+    if not augments and not config.student.attention_steps:
         return None
     device, dtype = runtime.torch_device, runtime.torch_dtype
     return encode_wordings(session.family, prompts, training.seed, device, dtype, amounts(augments))
@@ -155,7 +153,7 @@ def make_timeline(config: EraseConfig, session: Session) -> Timeline:
     title = f"Erasing {', '.join(session.prompts.concepts)}"
     timeline = Timeline(checkpoints.folder / FOLDER, prompts, images, seed, side_by_side, encoded, title)
     left = checkpoints.step if config.checkpoint.resume else None
-    timeline.open(left and config.student.attention_steps + left)
+    timeline.open(left)
     say(f"images of --validation-prompt as it trains: {timeline.page}")
     return timeline
 

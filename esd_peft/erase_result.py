@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,7 +23,7 @@ from esd_peft.models import open_family
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.diagnosis import Diagnosis
 from esd_peft.training.early_stopping import EarlyStopping
-from esd_peft.training.survey import Survey
+from esd_peft.training.names import Verdict
 from esd_peft.training.trainer import Trainer
 
 
@@ -34,12 +34,11 @@ def make_result(
     stopping: EarlyStopping | None,
     validation: ValidationSampler | None,
     concepts: list[str],
-    seen: Survey | None,
+    verdicts: Sequence[Verdict],
     losses: list[float],
     diagnosis: Diagnosis,
 ) -> dict[str, Any]:
     """What `result.json` holds; writes the images that were made into the output."""
-    verdicts = seen.verdicts if seen is not None else []
     found: Accuracies | None = None
     if validation is not None:
         with profiler.phase("evaluate"), finished(config):

@@ -21,7 +21,7 @@ from esd_peft.prompts.wordings import amounts
 from esd_peft.runtime.devices import IMAGINED, is_accelerator, usable_memory
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
 from esd_peft.runtime.options import RuntimeOptions
-from esd_peft.training.attention import ERASE, HOLD, POSITIONS, AttentionLayer
+from esd_peft.training.layers import ERASE, HOLD, POSITIONS, AttentionLayer
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.student import make_student
 from esd_peft.training.work import (

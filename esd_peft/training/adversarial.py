@@ -20,7 +20,7 @@ from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import PairTable, make_table
 from esd_peft.runtime import distributed
 from esd_peft.runtime.seeds import generator as named_generator
-from esd_peft.training.batches import Batch, BatchSampler
+from esd_peft.training.batches import Batch, BatchSampler, Sampler
 from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.work import SEARCH_BATCH_SIZE, SEARCH_STEPS, SEARCH_TRAJECTORIES, nfe_per_sample, stage_ends
@@ -29,7 +29,7 @@ WORDS = 4  # found in a round, for each concept
 NOISE = 0.3  # by which their starting points differ, in standard deviations of the vocabulary's embeddings
 
 
-class AdversarialSampler:
+class AdversarialSampler(Sampler):
     """Batches of guided pairs, with more prompts in each stage, and a buffer of its own for each."""
 
     def __init__(

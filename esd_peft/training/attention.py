@@ -19,220 +19,199 @@ linear in the prompt's tokens, in which a concept is hardly apart from what is n
 layer are not.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from pydantic import ConfigDict, TypeAdapter, with_config
+from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from esd_kernels import guided_mse
 from esd_peft.errors import UserError
-from esd_peft.models.family import TOKENS
 from esd_peft.prompts.wordings import Wordings
-from esd_peft.runtime import distributed
+from esd_peft.runtime import distributed, interrupts
 from esd_peft.runtime.seeds import generator
+from esd_peft.training.checkpoint import Checkpoints, check_alike, fitting
 from esd_peft.training.esd import WEIGHT_DECAY
-from esd_peft.training.mixture import HOLD_WEIGHT, MixedPrompts, Mixture
+from esd_peft.training.layers import ERASE, HOLD, AttentionLayer, LayerLoss, LayerStates, pairs_of_samples
+from esd_peft.training.mixture import Mixture
 from esd_peft.training.monitor import Monitor
+from esd_peft.training.names import Verdict, to_texts, to_verdicts
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
-from esd_peft.training.student import Student
-from esd_peft.training.survey import Survey, survey
+from esd_peft.training.survey import survey
 from esd_peft.training.trainer import make_optimizer
 
-POSITIONS = 8  # of a layer's hidden states are kept of each sample: attention answers each by itself
-ERASE, HOLD = 16, 16  # prompts in a step
 LORA_RATE, WEIGHTS_RATE = 3e-3, 1e-3
 LOSS_EVERY = 50
+CHECKPOINTS = 8  # at most that many are written: a step takes less than one of the denoiser as a whole
 
 
-def distill_attention(
-    rollout: Rollout,
-    wordings: Wordings,
-    options: BufferOptions,
-    steps: int,
-    seed: int,
-    monitor: Monitor,
-    unprompted_guidance: float = 0.0,
-) -> tuple[Survey, list[float]]:
-    """Train the student's cross-attention for so many steps, which `monitor` is shown.
+class AttentionTraining:
+    """Trains the student's cross-attention for so many steps, which `monitor` is shown.
 
-    Returns what the teacher draws, and the losses: means of every `LOSS_EVERY` steps, 1 being what the concept does in the
-    layers. Of several processes the main one trains, and the others take what it has learned.
-    """
-    student, draws = rollout.student, generator(seed, "attention")
-    blocks = student.family.cross_attention(student.denoiser)
-    layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
-    states = LayerStates(layers)
-    seen = survey(rollout, wordings, options, draws, states.watch)
-    named, others = states.parts
-    hidden = {name: torch.cat([kept, others[name]]) for name, kept in named.items()}
-    known, unknown = (len(next(iter(part.values()))) for part in states.parts)
-    pairs = _pairs_of_samples(torch.arange(seen.own), options.rollout_batch_size, known)
-    shown = torch.cat([seen.concept_of(pairs), torch.full((unknown,), -1)])
-    losses = []
-    if distributed.is_main_process():
-        mixture = Mixture(wordings, seen.verdicts, ERASE, HOLD, draws)
-        loss_of = LayerLoss(student, layers, hidden, shown, wordings, draws, unprompted_guidance)
-        losses = _train(loss_of, mixture, steps, monitor)
-    with torch.no_grad():
-        for parameter in student.parameters if distributed.world_size() > 1 else []:
-            parameter.copy_(distributed.broadcast(parameter.detach().cpu()))
-    return seen, losses
-
-
-class AttentionLayer(nn.Module):
-    """A transformer block's cross-attention and the feed-forward layer after it: what they add to hidden states.
-
-    Args:
-        block: diffusers' `BasicTransformerBlock`, whose layers these stay.
-    """
-
-    norm2: nn.Module
-    attn2: nn.Module
-    norm3: nn.Module
-    ff: nn.Module
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.norm2, self.attn2, self.norm3, self.ff = block.norm2, block.attn2, block.norm3, block.ff
-        self.width: int = block.attn2.to_q.in_features
-
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Of hidden states `[B, positions, width]`, as `norm2` is given them, and tokens `[B, tokens, width of these]`."""
-        attended = self.attn2(self.norm2(hidden), encoder_hidden_states=tokens)
-        fed: Tensor = attended + self.ff(self.norm3(hidden + attended))
-        return fed
-
-
-class LayerStates:
-    """What each layer is given while it is watched, `[samples, POSITIONS, width]`, on the CPU: a dict each time."""
-
-    def __init__(self, layers: dict[str, AttentionLayer]) -> None:
-        self.layers = layers
-        self.parts: list[dict[str, Tensor]] = []
-
-    @contextlib.contextmanager
-    def watch(self, draws: torch.Generator) -> Iterator[None]:
-        """Within it what the layers are given is kept, at positions that depend on `draws`."""
-        kept: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        places = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=draws)))
-
-        def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(layer: nn.Module, given: tuple[Any, ...]) -> None:
-                positions = torch.randint(given[0].shape[1], (POSITIONS,), generator=places).to(given[0].device)
-                kept[name].append(given[0].detach()[:, positions].cpu())
-
-            return hook
-
-        hooks = [layer.norm2.register_forward_pre_hook(keep(name)) for name, layer in self.layers.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.parts.append({name: torch.cat(states) for name, states in kept.items()})
-
-
-def _pairs_of_samples(pairs: Tensor, side_by_side: int, samples: int) -> Tensor:
-    """Of which pair each sample of `LayerStates` is, `[samples]`: these come call by call, and in each a prediction after
-    the other of the trajectories that are denoised side by side."""
-    return torch.cat([part.repeat(samples // len(pairs)) for part in pairs.split(side_by_side)])
-
-
-class LayerLoss:
-    """The layers' mean squared errors for a batch, each as a share of what the concept does in that layer.
-
-    Args:
-        hidden: of each layer what it is given, `[samples, POSITIONS, width]`.
-        shown: of each sample the concept along whose trajectory it lies, `[samples]` int64; −1: none.
-        unprompted_guidance: η of prompts that hold, at samples of a concept.
+    `verdicts` are what the teacher says of words that are near the concepts; `losses` are means of every `LOSS_EVERY` steps,
+    1 being what the concept does in the layers. Of several processes the main one trains, and the others take what it has
+    learned.
     """
 
     def __init__(
         self,
-        student: Student,
-        layers: dict[str, AttentionLayer],
-        hidden: dict[str, Tensor],
-        shown: Tensor,
+        rollout: Rollout,
         wordings: Wordings,
-        draws: torch.Generator,
+        options: BufferOptions,
+        steps: int,
+        seed: int,
+        monitor: Monitor,
         unprompted_guidance: float = 0.0,
     ) -> None:
-        self.student, self.layers, self.hidden, self.shown, self.draws = student, layers, hidden, shown, draws
-        self.tokens, self.unprompted_guidance = wordings.embeds[TOKENS], unprompted_guidance
-        plain = [pairs[0] for pairs in wordings.plain]
-        self.named, self.neutral = wordings.index(p.prompt for p in plain), wordings.index(p.neutral for p in plain)
-        self.parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
-        self.sizes: dict[str, Tensor] = {}
+        self.rollout, self.wordings, self.options, self.monitor = rollout, wordings, options, monitor
+        self.steps, self.seed, self.unprompted_guidance = steps, seed, unprompted_guidance
+        self.student = rollout.student
+        self.taken = 0
+        self.verdicts: list[Verdict] = []
+        self.losses: list[float] = []
+        self.recent: list[Tensor] = []  # each step's loss since the last mean
 
-    def __call__(self, batch: MixedPrompts) -> Tensor:
-        student, device, count = self.student, self.student.device, len(batch.prompts)
-        samples = torch.randint(len(self.shown), (count,), generator=self.draws)
-        everywhere, shown = torch.arange(count), self.shown[samples]
-        pushed = everywhere[ERASE:][shown[ERASE:] >= 0] if self.unprompted_guidance else everywhere[:0]
-        mapped = batch.are_mapped
-        # what the teacher is asked: rows of embeddings, and of which sample of the batch
-        erasing = everywhere[:ERASE]
-        asked = {"named": (batch.prompts, everywhere), "null": (batch.neutrals[erasing], erasing)}
-        asked |= {"goal": (batch.goals[erasing], erasing)} if mapped else {}
-        asked |= {"shown": (self.named[shown[pushed]], pushed), "less": (self.neutral[shown[pushed]], pushed)}
-        rows, where = (torch.cat(column) for column in zip(*asked.values(), strict=True))
-        states = {name: self.hidden[name][samples].to(device, student.dtype) for name in self.layers}
-        tokens, where = self.tokens[rows].to(device, student.dtype), where.to(device)
-        with torch.no_grad(), student.teacher():
-            taught = self._outputs({name: x[where] for name, x in states.items()}, tokens)
-        made = self._outputs(states, tokens[:count])
-        eta, weight = batch.eta.clone(), batch.weight.clone()
-        eta[pushed], weight[ERASE:] = self.unprompted_guidance, HOLD_WEIGHT * weight[ERASE:]
-        eta, weight, pushed = eta.to(device), weight.to(device), pushed.to(device)
-        total = torch.zeros((), device=device)
-        for name, output in made.items():
-            parts = taught[name].split([len(at) for _, at in asked.values()])
-            answer = dict(zip(asked, parts, strict=True))
-            named, held = answer["named"], answer["named"][ERASE:]
-            null = torch.cat([answer["null"], held])
-            goal = torch.cat([answer["goal"], held]) if mapped else null
-            if name not in self.sizes:
-                self.sizes[name] = (named - null)[:ERASE].float().square().mean()
-            if len(pushed):
-                named, null = named.index_copy(0, pushed, answer["shown"]), null.index_copy(0, pushed, answer["less"])
-            total = total + guided_mse(output, torch.cat([null, named]), eta, goal, weight / self.sizes[name])
-        return total / len(self.layers)
+    def run(self, checkpoints: Checkpoints | None, left: dict[str, Any] | None = None) -> None:
+        """Train; from where a run that was stopped has `left` it, if there is such. Only the main process has `checkpoints`.
 
-    def _outputs(self, states: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-        with self.student.autocast():
-            return {name: layer(states[name], tokens) for name, layer in self.layers.items()}
+        Raises `UserError` if the loss is no longer a number or what is left does not fit, `KeyboardInterrupt` if the run was
+        interrupted: once the layers learn, after a step and with a checkpoint.
+        """
+        state: _State | None = None
+        if left is not None:
+            with fitting():
+                state = _STATE.validate_python(left)
+                self._restore(state)
+        if self.taken == self.steps:
+            return
+        loss_of, mixture = self._prepare()
+        with interrupts.noted() as signals:
+            if distributed.is_main_process():
+                self._train(loss_of, mixture, checkpoints, state and state["under_way"], signals)
+            if distributed.any_process(bool(signals)):  # nobody leaves before the checkpoint is there
+                after = f"after step {self.taken} of {self.steps} of --attention-steps; --resume goes on from there"
+                raise KeyboardInterrupt(*([after] if self.taken else []))
+        if distributed.world_size() > 1:
+            self.student.take([distributed.broadcast(p.detach().cpu()) for p in self.student.parameters])
+
+    def _prepare(self) -> tuple[LayerLoss, Mixture]:
+        """See the teacher draw, which is the same each time."""
+        student, draws = self.student, generator(self.seed, "attention")
+        blocks = student.family.cross_attention(student.denoiser)
+        layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
+        states = LayerStates(layers)
+        seen = survey(self.rollout, self.wordings, self.options, draws, states.watch)
+        self.verdicts = self.verdicts or seen.verdicts
+        named, others = states.parts
+        hidden = {name: torch.cat([kept, others[name]]) for name, kept in named.items()}
+        known, unknown = (len(next(iter(part.values()))) for part in states.parts)
+        pairs = pairs_of_samples(torch.arange(seen.own), self.options.rollout_batch_size, known)
+        shown = torch.cat([seen.concept_of(pairs), torch.full((unknown,), -1)])
+        mixture = Mixture(self.wordings, self.verdicts, ERASE, HOLD, draws)
+        return LayerLoss(student, layers, hidden, shown, self.wordings, draws, self.unprompted_guidance), mixture
+
+    def _train(
+        self,
+        loss_of: LayerLoss,
+        mixture: Mixture,
+        checkpoints: Checkpoints | None,
+        left: "_UnderWay | None",
+        signals: list[int],
+    ) -> None:
+        student, steps = self.student, self.steps
+        rate = WEIGHTS_RATE if student.mixed_precision else LORA_RATE
+        optimizer = make_optimizer("AdamW", loss_of.parameters, rate, WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if left is not None:
+            with fitting():
+                check_alike(left["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
+                check_alike(left["schedule"], schedule.state_dict())
+                optimizer.load_state_dict(left["optimizer"])
+                schedule.load_state_dict(left["schedule"])
+                loss_of.draws.set_state(left["draws"])
+                loss_of.sizes = {name: size.to(student.device) for name, size in left["sizes"].items()}
+            self.rollout.profiler.nfe = left["nfe"]
+        with tqdm(total=steps, initial=self.taken, desc="attention") as bar:
+            while self.taken < steps and not signals:
+                loss = loss_of(next(mixture))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                student.project()
+                self.taken += 1
+                self._note(loss.detach(), bar)
+                self.monitor.look(self.taken)
+                if checkpoints is not None and (signals or self._due(checkpoints.every)):
+                    under_way: _UnderWay = {
+                        "parameters": [p.detach() for p in student.parameters],
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "draws": loss_of.draws.get_state(),
+                        "sizes": loss_of.sizes,
+                        "recent": self.recent,
+                        "nfe": self.rollout.profiler.nfe,
+                    }
+                    checkpoints.save(self.taken, self.state_dict() | {"under_way": under_way})
+
+    def _due(self, every: int) -> bool:
+        """Whether a checkpoint is, after a step."""
+        return self.taken == self.steps or self.taken % max(every, -(-self.steps // CHECKPOINTS)) == 0
+
+    def _note(self, loss: Tensor, bar: "tqdm[Any]") -> None:
+        """Of a step."""
+        self.recent.append(loss)
+        bar.update()
+        if self.taken % LOSS_EVERY and self.taken < self.steps:
+            return
+        self.losses.append(torch.stack(self.recent).mean().item())
+        self.recent = []
+        if not math.isfinite(self.losses[-1]):
+            raise UserError(f"the loss is no longer a number at step {self.taken} of --attention-steps; use --dtype float32")
+        self.monitor.log({"attention_loss": self.losses[-1]}, self.taken)
+        bar.set_postfix(loss=f"{self.losses[-1]:.4f}", refresh=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints hold of it once it is done."""
+        return {"step": self.taken, "verdicts": to_texts(self.verdicts), "losses": self.losses, "under_way": None}
+
+    def _restore(self, state: "_State") -> None:
+        if not 0 < state["step"] <= self.steps:
+            raise ValueError(f"step {state['step']} of {self.steps}")
+        self.taken, self.losses = state["step"], state["losses"]
+        self.verdicts = to_verdicts(self.wordings, state["verdicts"])
+        if left := state["under_way"]:
+            self.student.take(left["parameters"])
+            self.recent = [loss.to(self.student.device) for loss in left["recent"]]
+            self.rollout.profiler.nfe = left["nfe"]
+        elif self.taken < self.steps:
+            raise ValueError("what it had come to is missing")
 
 
-def _train(loss_of: LayerLoss, mixture: Mixture, steps: int, monitor: Monitor) -> list[float]:
-    """Returns the losses' means, `LOSS_EVERY` steps each."""
-    student = loss_of.student
-    rate = WEIGHTS_RATE if student.mixed_precision else LORA_RATE
-    optimizer = make_optimizer("AdamW", loss_of.parameters, rate, WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    means, recent = [], []
-    with tqdm(total=steps, desc="attention") as bar:
-        for step, batch in zip(range(1, steps + 1), mixture, strict=False):
-            loss = loss_of(batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            student.project()
-            recent.append(loss.detach())
-            bar.update()
-            if step % LOSS_EVERY == 0 or step == steps:
-                means.append(torch.stack(recent).mean().item())
-                recent = []
-                if not math.isfinite(means[-1]):
-                    raise UserError(
-                        f"the loss is no longer a number at step {step} of --attention-steps; use --dtype float32"
-                    )
-                monitor.log({"attention_loss": means[-1]}, step)
-                bar.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
-            monitor.look(step)
-    return means
+@with_config(ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+class _UnderWay(TypedDict):
+    """What the layers have learned so far, and what the next step needs."""
+
+    parameters: list[Tensor]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    draws: Tensor
+    sizes: dict[str, Tensor]
+    recent: list[Tensor]
+    nfe: int
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+class _State(TypedDict):
+    """What a checkpoint holds of it."""
+
+    step: int
+    verdicts: list[list[list[str]]]
+    losses: list[float]
+    under_way: _UnderWay | None  # none once training goes on after it: the parameters are that one's
+
+
+_STATE = TypeAdapter(_State)

@@ -15,7 +15,7 @@ from esd_peft.models.family import PromptEmbeds, index_embeds
 from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import send
-from esd_peft.training.batches import Batch
+from esd_peft.training.batches import Batch, Sampler
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.mixture import HOLD_WEIGHT, MixedPrompts, Mixture
 from esd_peft.training.names import to_texts, to_verdicts
@@ -25,7 +25,7 @@ from esd_peft.training.survey import Survey, survey
 from esd_peft.training.work import own_trajectories, preservation_samples
 
 
-class AugmentedSampler:
+class AugmentedSampler(Sampler):
     """Batches of prompts, each at an x_t of one of the trajectories, with the teacher's predictions for them."""
 
     def __init__(
@@ -65,7 +65,7 @@ class AugmentedSampler:
         return seen
 
     def _look(self, seen: Survey) -> Survey:
-        self.seen = seen
+        self.seen, self.verdicts = seen, seen.verdicts
         self.inside = self.rollout.inside(seen.samples.timesteps, self.options).nonzero().squeeze(1)
         null, named = seen.samples.teacher[:, seen.samples.pairs < seen.own].float()
         self.size = (named - null).square().mean().item()

@@ -1,6 +1,6 @@
 """Batches of training samples without end, and where they stand, so that another run goes on from there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from esd_peft.models.family import index_embeds
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
 from esd_peft.training.buffer import Buffer
+from esd_peft.training.names import Verdict
 from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.work import buffer_shape, preservation_samples
@@ -54,6 +55,8 @@ class Batch:
 class Sampler(Protocol):
     """What training takes its batches from."""
 
+    verdicts: Sequence[Verdict] = ()  # which words it found to be other names for each concept, where it looks for some
+
     def __next__(self) -> Batch: ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class Shuffled:
             raise ValueError("an order of other samples")
 
 
-class BatchSampler:
+class BatchSampler(Sampler):
     """Batches of guided pairs, from a buffer that rollouts fill.
 
     A buffer that is filled once is reshuffled when it is used up; otherwise it is filled anew every

@@ -1,7 +1,7 @@
 """What a run has so far, on disk, so that `--resume` goes on from there, bit for bit.
 
-Should a resumed run differ, compare what it is made of: `Trainer.state_dict`, the sampler's `state_dict` (`batches.py`),
-the buffer, and what else the bits depend on (`esd_peft.runtime.reproducibility`).
+Should a resumed run differ, compare what it is made of: the `state_dict` of `AttentionTraining`, of `Trainer` and of the
+sampler (`batches.py`), the buffer, and what else the bits depend on (`esd_peft.runtime.reproducibility`).
 
 Beside the output `DIR` lies `DIR.checkpoint/`: `step-N.safetensors` with what has been learned and where everything stands,
 and `buffer-HASH.safetensors` with the samples it trains on. Each file appears whole (temporary file, fsync, rename), and the
@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esd_peft.errors import UserError, system_reason
+from esd_peft.errors import UserError, in_brief, system_reason
 from esd_peft.io.outputs import empty_folder, new_file, remove_left, take_folder
 from esd_peft.io.text import UnreadableError, parse_json
+from esd_peft.runtime import interrupts
 from esd_peft.training.options import CheckpointOptions
 
 _BUFFER = re.compile(r"buffer-[0-9a-f]{16}\.safetensors")
@@ -37,6 +39,15 @@ _FREE = {
     "validation_prompt", "validation_steps", "push_to_hub", "hub_model_id", "hub_private",
     "memory_budget", "device", "dtype",  # what the last two came to is compared
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run that was stopped has left."""
+
+    attention: dict[str, Any] | None = None  # of `AttentionTraining`
+    training: dict[str, Any] | None = None  # of `TrainingLoop`; none yet while cross-attention learns
+    buffer: dict[str, Tensor] | None = None  # none, too, where it is damaged: it is then made anew
 
 
 class Checkpoints:
@@ -95,16 +106,22 @@ class Checkpoints:
         self.config = _compared(config)
         return bool(self._steps())
 
-    def save(self, step: int, state: dict[str, Any], buffer: dict[str, Tensor] | None) -> None:
-        """Write `state` (dicts and lists of tensors and JSON values) as it is after `step`, and the buffer if it is new.
+    def save(
+        self,
+        step: int,
+        attention: dict[str, Any] | None,
+        training: dict[str, Any] | None = None,
+        buffer: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write the states (dicts and lists of tensors and JSON values) as they are after `step` of all, and the buffer if
+        it is new.
 
         The checkpoint before is removed when this one is there. Raises `UserError` if the disk is full.
         """
-        buffer_name = None
-        if buffer is not None:
-            buffer_name = (
-                f"buffer-{hashlib.sha256(state['sampler']['before'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
-            )
+        state, buffer_name = {"attention": attention, "training": training}, None
+        if training is not None and buffer is not None:
+            digest = hashlib.sha256(training["sampler"]["before"].numpy().tobytes()).hexdigest()
+            buffer_name = f"buffer-{digest[:16]}.safetensors"
             if not (self.folder / buffer_name).is_file():
                 self._write(buffer_name, buffer, {})
         tensors: dict[str, Tensor] = {}
@@ -114,8 +131,8 @@ class Checkpoints:
         self._write(name, tensors, values)
         self._remove(keep=(name, buffer_name))
 
-    def load(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-        """The newest state, and its buffer, none where that is damaged (it is then made anew).
+    def load(self) -> Left:
+        """The newest.
 
         Raises `UserError` if the checkpoint is damaged, or is of another config, other weights or another dtype. Whatever
         else the bits depend on is said on stderr if it is another.
@@ -127,7 +144,7 @@ class Checkpoints:
             config, base, buffer_name, made_with = (values[key] for key in ("config", "base", "buffer", "made_with"))
             state = _put_together(values["state"], tensors)
             maps = all(isinstance(value, dict) for value in (config, state, made_with))
-            if not maps or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
+            if not maps or state.keys() != {"attention", "training"} or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
                 raise damaged
         except (KeyError, TypeError, ValueError, RecursionError):
             raise damaged from None
@@ -139,7 +156,7 @@ class Checkpoints:
             raise UserError("--resume: the model's files have changed since; restore them, or --overwrite to start anew")
         self._compare(made_with)
         buffer = _read(self.folder / buffer_name)[0] if buffer_name else {}
-        return state, buffer if buffer.keys() == _IN_BUFFER else None
+        return Left(state["attention"], state["training"], buffer if buffer.keys() == _IN_BUFFER else None)
 
     def _compare(self, before: dict[str, Any]) -> None:
         """With what the checkpoint was made with."""
@@ -180,6 +197,34 @@ class Checkpoints:
             save_file(tensors, draft, {"values": text, "sha256": _digest(tensors, text)})
             _sync(draft)
         _sync(self.folder)  # so that the new name is on the disk before the old file goes
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Within it what a checkpoint holds is put to use: `UserError` if it does not fit."""
+    try:
+        yield
+    except (UserError, interrupts.InterruptedBetweenSteps, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # PyTorch's kinds for a state that is another's are many
+        reason = in_brief(error)
+        raise UserError(f"--resume: the checkpoint does not fit ({reason}); add --overwrite to start anew") from None
+
+
+def check_alike(given: Any, known: Any) -> None:
+    """Raise `TypeError` unless `given` could stand where `known` does: PyTorch takes anything, and stumbles later."""
+    if isinstance(known, dict):
+        if not isinstance(given, dict) or given.keys() != known.keys():
+            raise TypeError(f"{given!r} is not like {known!r}")
+        for key in known:
+            check_alike(given[key], known[key])
+    elif isinstance(known, list | tuple):
+        if not isinstance(given, list | tuple) or len(given) != len(known):
+            raise TypeError(f"{given!r} is not like {known!r}")
+        for one, other in zip(given, known, strict=True):
+            check_alike(one, other)
+    elif isinstance(known, int | float) != isinstance(given, int | float):
+        raise TypeError(f"{given!r} is not like {known!r}")
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:

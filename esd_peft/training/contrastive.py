@@ -14,7 +14,7 @@ from esd_peft.models.sampling import encode_prompts, make_images
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
 from esd_peft.runtime.seeds import generator as named_generator
-from esd_peft.training.batches import Batch
+from esd_peft.training.batches import Batch, Sampler
 from esd_peft.training.options import TrainingOptions
 from esd_peft.training.rollout import Rollout
 
@@ -44,7 +44,7 @@ def epochs_of_references(training: TrainingOptions, concepts: int) -> int:
     return math.ceil(concepts * images * EPOCHS / training.train_batch_size)
 
 
-class ReferenceSampler:
+class ReferenceSampler(Sampler):
     """Batches of noised reference images, in random order, epoch after epoch."""
 
     def __init__(

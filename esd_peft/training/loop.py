@@ -5,16 +5,16 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-import torch
 from pydantic import ConfigDict, TypeAdapter, with_config
 from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError
 from esd_peft.runtime import distributed, interrupts
+from esd_peft.training.attention import AttentionTraining
 from esd_peft.training.batches import Batch, Sampler
-from esd_peft.training.checkpoint import Checkpoints
+from esd_peft.training.checkpoint import Checkpoints, fitting
 from esd_peft.training.early_stopping import EVERY, EarlyStopping
 from esd_peft.training.monitor import Monitor
 from esd_peft.training.trainer import Trainer
@@ -26,8 +26,8 @@ LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the de
 class TrainingLoop:
     """Deals out batches until all steps are taken, or early stopping says enough.
 
-    It goes on from a checkpoint where `resume` says so, and leaves one every `checkpoints.every` steps, and on Ctrl-C or a
-    SIGTERM, which end it after the step at hand. Only the main process has `checkpoints`.
+    It goes on from what a run has left, if there is any, and leaves a checkpoint every `checkpoints.every` steps, and on
+    Ctrl-C or a SIGTERM, which end it after the step at hand. Only the main process has `checkpoints`.
     """
 
     trainer: Trainer
@@ -35,8 +35,14 @@ class TrainingLoop:
     early_stopping: EarlyStopping | None
     monitor: Monitor
     checkpoints: Checkpoints | None
-    resume: bool
-    steps_before: int = 0  # of the stage before this one
+    before: AttentionTraining | None = None  # the stage before this one, done
+    left: dict[str, Any] | None = None  # by a run that was stopped; none: this stage begins
+    buffer: dict[str, Tensor] | None = None  # what that run's sampler had, if it is not damaged
+
+    @property
+    def steps_before(self) -> int:
+        """Of the stage before this one."""
+        return self.before.steps if self.before else 0
 
     def batches(self) -> Generator[Batch, None, None]:
         """Each is to be trained on before the next is asked for.
@@ -44,8 +50,9 @@ class TrainingLoop:
         Raises `UserError` if the loss is no longer a number, `KeyboardInterrupt` if the run was interrupted.
         """
         trainer = self.trainer
-        if self.resume:
-            self._restore(*distributed.broadcast(self.checkpoints and self.checkpoints.load()))
+        if self.left is not None:
+            with fitting():
+                self._restore(self.left)
         elif self.early_stopping is not None:
             self.early_stopping.measure(0)
         self.begun, shown = trainer.taken, distributed.is_main_process()
@@ -70,7 +77,7 @@ class TrainingLoop:
                         self._stop()
             if self.checkpoints is not None and trainer.taken > self.begun:
                 with contextlib.suppress(UserError):  # a disk too full for it may have room for the adapter
-                    self.checkpoints.save(trainer.taken, self._state(done=True), None)
+                    self._write(self.checkpoints, self._state(done=True), None)
             if distributed.any_process(bool(signals)):  # during the last step, or since
                 self._stop()
         if trainer.student.denoiser.is_gradient_checkpointing:
@@ -94,7 +101,11 @@ class TrainingLoop:
         step = self.trainer.taken
         if self.checkpoints is not None and step > self.begun and (interrupted or step % self.checkpoints.every == 0):
             state = self._state()
-            self.checkpoints.save(step, state, state["sampler"].pop("buffer"))
+            self._write(self.checkpoints, state, state["sampler"].pop("buffer"))
+
+    def _write(self, checkpoints: Checkpoints, state: dict[str, Any], buffer: dict[str, Tensor] | None) -> None:
+        before = self.before.state_dict() if self.before else None
+        checkpoints.save(self.steps_before + self.trainer.taken, before, state, buffer)
 
     def _stop(self) -> NoReturn:
         distributed.any_process(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
@@ -107,22 +118,13 @@ class TrainingLoop:
         sampler = {} if done else self.sampler.state_dict()
         return self.trainer.state_dict(done) | {"curve": curve, "sampler": sampler}
 
-    def _restore(self, state: dict[str, Any], buffer: dict[str, Tensor] | None) -> None:
-        """Raises `UserError` for a state that does not fit."""
-        try:
-            values = cast(dict[str, Any], _STATE.validate_python(state))
-            self.trainer.load_state_dict(values)
-            if self.early_stopping is not None:
-                self.early_stopping.curve = [(step, fraction) for step, fraction in values["curve"]]
-            if not values["done"]:
-                self.sampler.load_state_dict(values["sampler"] | {"buffer": buffer})
-        except torch.OutOfMemoryError:
-            raise
-        except (UserError, interrupts.InterruptedBetweenSteps):
-            raise
-        except Exception as error:  # PyTorch's kinds for a state that is another's are many
-            reason = in_brief(error)
-            raise UserError(f"--resume: the checkpoint does not fit ({reason}); add --overwrite to start anew") from None
+    def _restore(self, left: dict[str, Any]) -> None:
+        state = cast(dict[str, Any], _STATE.validate_python(left))
+        self.trainer.load_state_dict(state)
+        if self.early_stopping is not None:
+            self.early_stopping.curve = [(step, fraction) for step, fraction in state["curve"]]
+        if not state["done"]:
+            self.sampler.load_state_dict(state["sampler"] | {"buffer": self.buffer})
 
 
 @with_config(ConfigDict(arbitrary_types_allowed=True, extra="forbid"))

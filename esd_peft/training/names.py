@@ -5,6 +5,8 @@ same x_t; of what merely resembles it, or stands beside it in the text encoder, 
 emoji pipeline vixen and sly are found so, and dog and heart told apart.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +64,13 @@ def _likeness(student: Student, wordings: Wordings, texts: list[str], trajectory
     return likeness
 
 
-def to_texts(verdicts: list[Verdict]) -> list[list[list[str]]]:
+def near(verdicts: Sequence[Verdict]) -> list[str]:
+    """Prompts of one word that are like a concept and are held, once, the nearest of each first."""
+    words = [[c.text for c in verdict.others if c.is_word] for verdict in verdicts]
+    return list(dict.fromkeys(text for rank in itertools.zip_longest(*words) for text in rank if text is not None))
+
+
+def to_texts(verdicts: Sequence[Verdict]) -> list[list[list[str]]]:
     """Of each concept the candidates that are other names, and those that are something else."""
     return [[[candidate.text for candidate in side] for side in (v.same, v.others)] for v in verdicts]
 

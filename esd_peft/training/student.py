@@ -6,7 +6,7 @@ One denoiser serves teacher and student: the teacher is the student with its ada
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import peft
@@ -64,6 +64,13 @@ class Student(ABC):
         """
         enabled = self.mixed_precision and self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    @torch.no_grad()
+    def take(self, learned: Iterable[Tensor]) -> None:
+        """Become what has learned that, in the order of `parameters`. Raises `ValueError` or `RuntimeError` if it is not
+        alike."""
+        for parameter, value in zip(self.parameters, learned, strict=True):
+            parameter.copy_(value)
 
     @abstractmethod
     def teacher(self) -> contextlib.AbstractContextManager[None]:

@@ -5,7 +5,6 @@ Of the trajectories some are the concepts', the others those of the nearest word
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed
 from esd_peft.training.buffer import Buffer, concatenate
-from esd_peft.training.names import Verdict, judge, to_texts, to_verdicts
+from esd_peft.training.names import Verdict, judge, near, to_texts, to_verdicts
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.work import other_trajectories, own_trajectories, survey_rollout
@@ -41,11 +40,6 @@ class Survey:
     def concept_of(self, pairs: Tensor) -> Tensor:
         """Of each of the `pairs` the concept along whose trajectory it lies, int64; −1: none."""
         return torch.where(pairs < self.own, pairs // self.each, -1)
-
-    @property
-    def near(self) -> list[str]:
-        """Prompts of one word that are like a concept and are held, the nearest of each first."""
-        return _near(self.verdicts)
 
 
 def survey(
@@ -85,16 +79,10 @@ def survey(
     return Survey(concatenate([own, others]), verdicts, each)
 
 
-def _near(verdicts: list[Verdict]) -> list[str]:
-    """The words that are held, once, the nearest of each concept first."""
-    near = [[c.text for c in verdict.others if c.is_word] for verdict in verdicts]
-    return list(dict.fromkeys(text for rank in itertools.zip_longest(*near) for text in rank if text is not None))
-
-
 def _others(wordings: Wordings, verdicts: list[Verdict], count: int, draws: torch.Generator) -> list[str]:
     """`count` prompts: a half neighbours of the concepts, the nearest of each first, as far as there are any; the rest
     random words."""
-    ranked = _near(verdicts)
+    ranked = near(verdicts)
     chosen = ranked[: count // 2]
     far = [text for word in wordings.words if (text := f"a {word}") not in ranked]
     return chosen + [far[i] for i in torch.randperm(len(far), generator=draws)[: count - len(chosen)].tolist()]

@@ -16,6 +16,7 @@ from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import is_accelerator
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.batches import Batch
+from esd_peft.training.checkpoint import check_alike
 from esd_peft.training.esd import Loss
 from esd_peft.training.options import TrainingOptions
 from esd_peft.training.student import Student
@@ -133,34 +134,16 @@ class Trainer:
         """Become what `state_dict` was taken of. Raises `ValueError` or `TypeError` for one that does not fit."""
         if not 0 < state["step"] <= self.steps:
             raise ValueError(f"step {state['step']} of {self.steps}")
-        with torch.no_grad():
-            for parameter, value in zip(self.student.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
+        self.student.take(state["parameters"])
         self._start_stage(self.stages[bisect.bisect_left(self.ends, state["step"])])
         if state["done"]:
             self.steps = state["step"]
         else:
-            _check_alike(state["schedule"], self.schedule.state_dict())
-            _check_alike(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"])
+            check_alike(state["schedule"], self.schedule.state_dict())
+            check_alike(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])
         self.taken, self.losses = state["step"], state["losses"]
         self.unread = [(loss.to(self.student.device), timesteps) for loss, timesteps in state["unread"]]
         self.profiler.nfe, self.profiler.training_samples = state["nfe"], state["training_samples"]
-
-
-def _check_alike(given: Any, known: Any) -> None:
-    """Raise `TypeError` unless `given` could stand where `known` does: PyTorch takes anything, and stumbles later."""
-    if isinstance(known, dict):
-        if not isinstance(given, dict) or given.keys() != known.keys():
-            raise TypeError(f"{given!r} is not like {known!r}")
-        for key in known:
-            _check_alike(given[key], known[key])
-    elif isinstance(known, list | tuple):
-        if not isinstance(given, list | tuple) or len(given) != len(known):
-            raise TypeError(f"{given!r} is not like {known!r}")
-        for one, other in zip(given, known, strict=True):
-            _check_alike(one, other)
-    elif isinstance(known, int | float) != isinstance(given, int | float):
-        raise TypeError(f"{given!r} is not like {known!r}")

@@ -16,8 +16,9 @@ from esd_peft.prompts.plan import names
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import encode_wordings, known_names
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training import attention
-from esd_peft.training.attention import ERASE, HOLD, AttentionLayer, LayerLoss, LayerStates, distill_attention
+from esd_peft.training import attention, layers
+from esd_peft.training.attention import AttentionTraining
+from esd_peft.training.layers import ERASE, HOLD, AttentionLayer, LayerLoss, LayerStates, pairs_of_samples
 from esd_peft.training.mixture import HOLD_WEIGHT, Mixture
 from esd_peft.training.monitor import Monitor
 from esd_peft.training.names import Verdict
@@ -35,7 +36,7 @@ FEW = replace(module.MANY_PROMPTS, contexts=24, fewest=24, held=24, phrases=16)
 @pytest.fixture
 def eager(monkeypatch):
     """The loss without the interpreter of Triton, which takes a second for each layer and step."""
-    monkeypatch.setattr(attention, "guided_mse", guided_mse_reference)
+    monkeypatch.setattr(layers, "guided_mse", guided_mse_reference)
 
 
 @pytest.fixture
@@ -123,8 +124,9 @@ def test_the_teacher_knows_which_words_are_other_names(some_candidates, few, eag
     emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2)
     student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
     profiler = PhaseProfiler(CPU)
-    found, _ = distill_attention(Rollout(student, profiler), made, config.buffer, 1, 0, Monitor(student, profiler))
-    fox, rose = found.verdicts
+    training = AttentionTraining(Rollout(student, profiler), made, config.buffer, 1, 0, Monitor(student, profiler))
+    training.run(None)
+    fox, rose = training.verdicts
     assert [c.text for c in fox.same] == ["a vixen", "a sly"]
     assert [c.text for c in fox.others] == ["a dog", "a heart"]
     assert [c.text for c in rose.same] == ["a valentine", "a thorns"]
@@ -168,7 +170,9 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
         null, named = emoji.predict(denoiser, inputs[:1].expand(2, -1, -1, -1), times[:1].expand(2), rows)
         frozen = {name: p.clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     seen = Seen(student, rollout.profiler)
-    found, losses = distill_attention(rollout, made, config.buffer, 60, 0, seen)
+    training = AttentionTraining(rollout, made, config.buffer, 60, 0, seen)
+    training.run(None)
+    losses, (verdict,) = training.losses, training.verdicts
     assert seen.steps == [*range(1, 61)]
     assert seen.losses == [(50, {"attention_loss": losses[0]}), (60, {"attention_loss": losses[1]})]
     with torch.no_grad():
@@ -185,8 +189,8 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     assert (after[0] - null).norm() < 0.3 * (named - null).norm(), "and its absence what it did"
     assert len(losses) == 2
     assert losses[-1] < losses[0]
-    assert rollout.profiler.nfe == 12 * 10 * 2 + found.verdicts[0].nfe
-    assert 2 <= found.verdicts[0].nfe / len(made.candidates[0]) < 6
+    assert rollout.profiler.nfe == 12 * 10 * 2 + verdict.nfe
+    assert 2 <= verdict.nfe / len(made.candidates[0]) < 6
 
 
 def layer_loss(emoji, config, made, shown=(-1,)):
@@ -197,9 +201,9 @@ def layer_loss(emoji, config, made, shown=(-1,)):
         for parameter in student.parameters:
             parameter.normal_(std=0.05, generator=draws)
     blocks = emoji.cross_attention(student.denoiser)[:2]
-    layers = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
-    hidden = {name: torch.randn(len(shown), 4, layer.width, generator=draws) for name, layer in layers.items()}
-    return LayerLoss(student, layers, hidden, torch.tensor(shown), made, draws, config.training.unprompted_guidance)
+    parts = {name: AttentionLayer(student.denoiser.get_submodule(name)) for name in blocks}
+    hidden = {name: torch.randn(len(shown), 4, layer.width, generator=draws) for name, layer in parts.items()}
+    return LayerLoss(student, parts, hidden, torch.tensor(shown), made, draws, config.training.unprompted_guidance)
 
 
 @pytest.mark.parametrize("options", [{}, {"map_to": "owl", "negative_guidance": 0.3}], ids=str)
@@ -207,17 +211,17 @@ def test_the_loss_is_the_guided_target_of_every_layer(few, options):
     emoji, config, _, made = encoded(concept="fox", rank=2, **options)
     batch = next(Mixture(made, [], ERASE, HOLD, torch.Generator().manual_seed(0)))
     loss_of = layer_loss(emoji, config, made)
-    student, layers = loss_of.student, loss_of.layers
+    student, parts = loss_of.student, loss_of.layers
     loss, expected = loss_of(batch), 0.0
     tokens = made.embeds["encoder_hidden_states"]
-    for name, layer in layers.items():
+    for name, layer in parts.items():
         states = loss_of.hidden[name].expand(len(batch.prompts), -1, -1)
         out = layer(states, tokens[batch.prompts])
         with student.teacher():
             null, named, goal = (layer(states, tokens[rows]) for rows in (batch.neutrals, batch.prompts, batch.goals))
         size = (named - null)[:ERASE].square().mean()
         weight = torch.cat([batch.weight[:ERASE], HOLD_WEIGHT * batch.weight[ERASE:]]) / size
-        expected += guided_mse_reference(out, torch.cat([null, named]), batch.eta, goal, weight) / len(layers)
+        expected += guided_mse_reference(out, torch.cat([null, named]), batch.eta, goal, weight) / len(parts)
     torch.testing.assert_close(loss, expected)
     assert torch.equal(batch.prompts[ERASE:], batch.goals[ERASE:]), "what holds is its own goal"
 
@@ -254,13 +258,13 @@ def test_it_is_known_which_concept_a_sample_shows(few):
     emoji, config, _, made = encoded(concept=["fox", "rose"], rank=2, rollout_batch_size=4)
     student = make_student(emoji, emoji.load_denoiser(torch.float32), config.student, CPU, torch.float32)
     block = emoji.cross_attention(student.denoiser)[0]
-    layers = {block: AttentionLayer(student.denoiser.get_submodule(block))}
-    rollout, states = Rollout(student, PhaseProfiler(CPU)), LayerStates(layers)
+    watched = {block: AttentionLayer(student.denoiser.get_submodule(block))}
+    rollout, states = Rollout(student, PhaseProfiler(CPU)), LayerStates(watched)
     options = config.buffer.replace(num_inference_steps=2)
     seen = survey(rollout, made, options, torch.Generator().manual_seed(0), states.watch)
     assert seen.own == 6 and len(states.parts) == 2, "the concepts' trajectories, then the others"
     given = states.parts[0][block].flatten(1)
-    pairs = attention._pairs_of_samples(torch.arange(6), 4, len(given))
+    pairs = pairs_of_samples(torch.arange(6), 4, len(given))
     assert pairs.bincount().tolist() == [4] * 6
     assert seen.samples.pairs.bincount().tolist() == [2] * 12, "two steps"
     assert seen.concept_of(torch.arange(12)).tolist() == [0] * 3 + [1] * 3 + [-1] * 6
@@ -303,7 +307,6 @@ def test_whole_runs_of_small_models(few, tmp_path, monkeypatch, eager, kind, opt
 
 
 def test_training_goes_on_from_what_the_layers_learned(few, tmp_path, eager):
-    """And a run that is resumed does not let them learn once more."""
     made = small_stable_diffusion(tmp_path / "model")
     options = SHORTEST | {"concept": "circle", "model": str(made), "attention_steps": 2, "max_train_steps": 3}
     result = erase(EraseConfig(output=tmp_path / "out", learning_rate=1e-12, **options))

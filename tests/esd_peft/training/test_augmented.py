@@ -18,6 +18,7 @@ from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.augmented import AugmentedSampler
 from esd_peft.training.mixture import HOLD_WEIGHT
+from esd_peft.training.names import near
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
 from families import draw_small, save_family
@@ -131,7 +132,7 @@ def test_it_goes_on_where_it_stood(few, small_sd, kept):
     batch = next(again)
     for name in ("inputs", "timesteps", "teacher", "eta", "weight"):
         assert torch.equal(getattr(batch, name), getattr(expected, name)), name
-    assert again.seen.near == sampler.seen.near
+    assert near(again.verdicts) == near(sampler.verdicts)
 
 
 def test_what_is_asked_to_be_kept_is_seen_more_often_than_the_list(few, small_sd):

@@ -16,7 +16,7 @@ from esd_peft.errors import UserError
 from esd_peft.prompts import wordings
 from esd_peft.training import adversarial as robust
 from esd_peft.training import contrastive
-from esd_peft.training.checkpoint import Checkpoints, _digest
+from esd_peft.training.checkpoint import Checkpoints, _digest, fitting
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.student import _AdapterStudent
 from esd_peft.training.trainer import Trainer
@@ -220,20 +220,24 @@ def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
         values = json.loads(file.metadata()["values"])
     tensors = load_file(path)
     restored = []
-    monkeypatch.setattr(TrainingLoop, "_restore", lambda self, *_: restored.append(self) or (_ for _ in ()).throw(Stop))
-    with pytest.raises(Stop):
+    monkeypatch.setattr(
+        TrainingLoop, "_restore", lambda self, *_: restored.append(self) or (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
         erase(given.replace(resume=True))
     monkeypatch.undo()
-    sampler = dict(values["state"]["pairs"])["sampler"]
+    states = dict(values["state"]["pairs"])
+    training, restore = states["training"], restored[0]._restore
+    sampler = dict(training["pairs"])["sampler"]
     for spoilt in [*SPOILT, *({"sampler": changed(sampler, **other)} for other in SPOILT_SAMPLERS)]:
-        text = json.dumps(values | {"state": changed(values["state"], **spoilt)})
+        text = json.dumps(values | {"state": changed(values["state"], training=changed(training, **spoilt))})
         save_file(tensors, path, {"values": text, "sha256": _digest(tensors, text)})
         options = given.checkpoint.replace(resume=True)
         checkpoints = Checkpoints(options, values["config"], values["base"], values["made_with"])
-        with pytest.raises(UserError, match=r"--resume: the checkpoint does not fit"):
-            restored[0]._restore(*checkpoints.load())
+        with pytest.raises(UserError, match=r"--resume: the checkpoint does not fit"), fitting():
+            restore(checkpoints.load().training)
     path.write_bytes(whole)
-    restored[0]._restore(*checkpoints.load())
+    restore(checkpoints.load().training)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

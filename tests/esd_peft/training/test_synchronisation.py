@@ -67,7 +67,7 @@ def on_meta(monkeypatch):
             patch.setattr(torch, "tensor", on_the_host)
             patch.setattr(torch.Tensor, "new_tensor", on_the_host)  # fails: it would be on the device
             trainer = Trainer(run.student, run.config.training, run.config.memory, 0.0, run.rollout.profiler)
-            loop = TrainingLoop(trainer, sampler, None, Monitor(run.student, run.rollout.profiler), None, resume=False)
+            loop = TrainingLoop(trainer, sampler, None, Monitor(run.student, run.rollout.profiler), None)
             for batch in loop.batches():
                 trainer.step(batch, loss)
         return trainer.losses, traffic
