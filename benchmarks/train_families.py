@@ -5,7 +5,7 @@
 writes DIR/KIND, a pipeline directory in diffusers' layout, and DIR/KIND.json (steps, loss, seconds, and in how many images
 the classifier recognises what the prompt names). A kind whose KIND.json is there is not trained again, and a denoiser's
 training that was stopped goes on from its last state. Text encoders that are not the shapes pipeline's are first taught to
-say what that one says of a prompt as a whole, and then frozen. The denoiser is trained as its own pipeline calls it,
+say what a prompt names, and then frozen. The denoiser is trained as its own pipeline calls it,
 through `ModelFamily.predict`. Transformers learn from what the shapes pipeline's UNet predicts of the same noisy latents,
 in their own parameterization, wherever it knows such noise: there is less chance in that than in the noise itself. FLUX's
 is then taught the guidance that it is told, as FLUX.1 dev was (arXiv 2210.03142).
@@ -24,7 +24,7 @@ import torch
 from diffusers import ModelMixin
 from small_families import KINDS, PROMPT_LENGTH
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 from world_quality import as_prompted
 
 from esd_peft.models import ModelFamily, open_family
@@ -33,14 +33,14 @@ from esd_peft.models.flux import EMBEDDED_GUIDANCE
 from esd_peft.models.options import PretrainedOptions
 from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.training import Fit, LatentPool, mean_of_last, tokens
+from esd_peft.worlds.training import Fit, LatentPool, mean_of_last
 
 CPU = torch.device("cpu")
 BATCH = 32
 POOL = 16384  # images whose latents the denoisers learn from
 MOST = 25.0  # times as much as at little noise
-STEPS = {"encoder": 600, "sd3": 3000, "v-prediction": 1500, "sdxl": 2000, "guidance": 500}
-STEPS_OF_TRANSFORMERS = 4000
+STEPS = {"encoder": 600, "v-prediction": 1500, "sdxl": 2000, "pixart": 8000, "guidance": 500}
+STEPS_OF_TRANSFORMERS = 3000
 
 
 def opened(path: Path) -> ModelFamily:
@@ -57,38 +57,37 @@ def _reads_long(path: Path) -> bool:
     return any("CLIP" not in file.read_text() for file in path.glob("text_encoder*/config.json"))
 
 
-def captions() -> list[str]:
-    """Every caption that the world's images can have, "" first."""
+def captions() -> dict[str, dict[str, str]]:
+    """Every caption that the world's images can have, "" first, and what each names."""
     rows = itertools.product(*((None, *names) for names in world.ATTRIBUTES.values()))
     named = [{kind: name for kind, name in zip(world.ATTRIBUTES, row, strict=True) if name} for row in rows]
-    return ["", *dict.fromkeys(world.prompt(labels, form) for labels in named if labels for form in world.TEMPLATES)]
+    return {"": {}} | {world.prompt(labels, form): labels for labels in named if labels for form in world.TEMPLATES}
 
 
 def teach_encoder(family: ModelFamily, steps: int, generator: torch.Generator) -> None:
-    """The text encoder that is none of CLIP's learns to say, in the mean of its tokens, what the shapes pipeline's does."""
-    pipe, prompts = family.load_encoders(CPU, torch.float32), captions()[1:]
+    """The text encoder that is none of CLIP's learns to say, in the mean of its tokens, all that a prompt names."""
+    pipe, said = family.load_encoders(CPU, torch.float32), captions()
     part = next(name for name in family.text_parts if "CLIP" not in type(getattr(pipe, name)).__name__ and "encoder" in name)
-    teacher = open_family("shapes").load_encoders(CPU, torch.float32)
-    with torch.no_grad():
-        parts = tokens(teacher.tokenizer, prompts).split(64)
-        wanted = torch.cat([teacher.text_encoder(part).pooler_output for part in parts])
-    wanted = (wanted - wanted.mean(0)) / wanted.std(0)
-    encoder = getattr(pipe, part).requires_grad_(True).train()
+    encoder, prompts = getattr(pipe, part).requires_grad_(True).train(), [*said]
+    names = {kind: [None, *names] for kind, names in world.ATTRIBUTES.items()}
+    wanted = torch.tensor([[known.index(named.get(kind)) for kind, known in names.items()] for named in said.values()])
 
-    def said(rows: list[int]) -> Tensor:
+    def mean_token(rows: list[int]) -> Tensor:
         embeds = family.encode_prompts(pipe, [prompts[i] for i in rows], CPU)
         states = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3's come after those of CLIP
         counts = embeds.get(MASK, torch.ones(states.shape[:2]))[..., None]
         return (states * counts).sum(1) / counts.sum(1)
 
-    probe = nn.Linear(said([0]).shape[1], wanted.shape[1])
+    probes = nn.ModuleList(nn.Linear(mean_token([0]).shape[1], len(known)) for known in names.values())
 
     def loss_of() -> Tensor:
         rows = torch.randint(len(prompts), (BATCH,), generator=generator)
-        return mse_loss(probe(said(rows.tolist())), wanted[rows])
+        token = mean_token(rows.tolist())
+        losses = [cross_entropy(probe(token), right) for probe, right in zip(probes, wanted[rows].T, strict=True)]
+        return torch.stack(losses).mean()
 
-    losses = [*Fit("encoder", nn.ModuleList([encoder, probe]), steps, 1e-3, generator).run(loss_of)]
-    print(f"encoder: {mean_of_last(losses):.3f} of the variance is left")
+    losses = [*Fit("encoder", nn.ModuleList([encoder, probes]), steps, 1e-3, generator).run(loss_of)]
+    print(f"encoder: a cross-entropy of {mean_of_last(losses):.4f}")
     encoder.eval().save_pretrained(family.path / part)
 
 
@@ -110,7 +109,7 @@ class Lessons:
     def __init__(self, family: ModelFamily, generator: torch.Generator, taught: bool) -> None:
         self.family, self.generator, self.vae = family, generator, family.load_part("vae")
         self.pool = LatentPool(self.vae, world.sample, generator, POOL)
-        prompts = captions()
+        prompts = [*captions()]
         self.rows = {prompt: i for i, prompt in enumerate(prompts)}
         self.embeds = family.encode(prompts, CPU, torch.float32)
         self.teacher = open_family("shapes")
@@ -119,32 +118,42 @@ class Lessons:
         self.unet = self.teacher.load_denoiser(torch.float32)
 
     def loss(self, denoiser: ModelMixin) -> Tensor:
-        """The mean squared error of its predictions.
-
-        Where the right ones are a teacher's, and noise, an error counts as much as it is in the image: a transformer has to
-        learn at much noise what a UNet's skip connections pass on, and it decides there what it draws.
-        """
-        x_t, timesteps, right, said, signal = self.draw()
+        """The mean squared error of its predictions, each with its weight."""
+        x_t, timesteps, right, said, weight = self.draw()
         made = self.family.predict(denoiser, x_t, timesteps, index_embeds(self.embeds, said))
-        errors = (made - right).square().flatten(1).mean(1)
-        if self.taught and self.family.noise_schedule.predicts_noise:
-            errors = errors * ((1 - signal.square()) / signal.square()).clamp(1, MOST)
-        return errors.mean()
+        return ((made - right).square().flatten(1).mean(1) * weight).mean()
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents x_t, timesteps, the right predictions, the rows of the prompts, and the share of signal `[B]`."""
+        """Noisy latents x_t, timesteps, the right predictions, the rows of the prompts, and the errors' weights `[B]`.
+
+        Of a transformer that predicts noise an error counts as if it predicted a flow: it has to learn at much noise what a
+        UNet's skip connections pass on, and it decides there what it draws.
+        """
         labels, scaled = self.pool.sample(BATCH, self.generator)
         latents = self.family.denoiser_latents(self.vae, scaled / self.vae.config.scaling_factor)
         levels, noise = torch.rand(BATCH, generator=self.generator), torch.randn(latents.shape, generator=self.generator)
         schedule = self.family.noise_schedule
-        if schedule.is_flow_matching:  # where it is decided what is drawn, as often as the schedulers ask there
-            levels = 2 * levels / (1 + levels)
+        if self.taught:
+            levels = self._levels(2 * levels / (1 + levels))
         x_t, timesteps, right = schedule.add_noise(latents, noise, levels)
         said = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
         signal, rest = schedule.shares(levels)
+        weight = torch.ones(BATCH)
         if self.taught:
             right = self._taught(x_t, signal, rest, right, said)
-        return x_t, timesteps, right, said, signal
+            if not schedule.is_flow_matching:
+                weight = ((signal + rest) / signal).square().clamp(max=MOST)
+        return x_t, timesteps, right, said, weight
+
+    def _levels(self, sigmas: Tensor) -> Tensor:
+        """Where x_t has so much noise beside 1 − σ of the image. Where it is decided what is drawn is as often as the
+        schedulers of flow matching ask there."""
+        schedule = self.family.noise_schedule
+        if schedule.is_flow_matching:
+            return sigmas
+        levels = torch.arange(1000) / 1000
+        signal, rest = schedule.shares(levels)
+        return levels[torch.searchsorted((rest / (signal + rest)).contiguous(), sigmas).clamp(max=999)]
 
     @torch.no_grad()
     def _taught(self, x_t: Tensor, signal: Tensor, rest: Tensor, right: Tensor, said: Tensor) -> Tensor:

@@ -110,8 +110,9 @@ class TrainingOptions(Options):
     concept's own trajectories: for what shows without being named, as nudity and watermarks do; 3 is strong. What resembles
     the concept pays for it (docs/attention.md)."""
     robust: Annotated[int, Field(ge=0, le=16)] = 0
-    """Adversarial rounds: in each, prompts that bring the concept back are found and erased with it (docs/attacks.md). Each
-    takes longer than an erasure without, and needs the text encoders beside the denoiser."""
+    """Adversarial rounds, along trajectories: in each, prompts that bring the concept back are found and erased with it.
+    Each takes longer than an erasure without, and needs the text encoders beside the denoiser. Where the tokenizer knows 500
+    words --augment-prompts True withstood more (docs/attacks.md)."""
     snr_gamma: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Weigh timesteps in the loss by min-SNR with this gamma (5 is usual); left out: all count alike."""
     stop_at: Annotated[float, Field(gt=-100, lt=1)] | None = None

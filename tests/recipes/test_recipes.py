@@ -31,7 +31,7 @@ def test_benchmarks_compare_with_the_recipes(monkeypatch):
         differs = {option for option in options | recipe if options.get(option) != recipe.get(option)}
         assert differs <= {"learning_rate", "max_train_steps"}, "of which the rate is the best one here"
     attacks = importlib.import_module("attacks")
-    assert attacks.METHODS["--robust 3"] == methods.recipe("robust")
+    assert attacks.METHODS["--augment-prompts True"] == methods.recipe("robust")
 
 
 def test_what_the_peers_take_a_step():
