@@ -97,6 +97,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         stopping = make_early_stopping(rollout, table, config.buffer, training)
         trainer = Trainer(student, training, config.memory, weight_decay, profiler)
         loop = TrainingLoop(trainer, sampler, stopping, monitor, checkpoints, attention, left.training, left.buffer)
+        del left  # it may be large
         with contextlib.closing(loop.batches()) as batches:
             for batch in batches:
                 # prediction, loss, gradients (of so many samples at a time), clipping, AdamW, projection to the null space

@@ -86,4 +86,9 @@ def _train(given: EraseConfig, train: Train, device: torch.device) -> dict[str, 
         def restart_with(less: EraseConfig) -> EraseConfig:
             return less.replace(resume=checkpoints.restart_with(less.flat()))
 
-        return with_less_memory(run, given, config, prompts, family, restart_with)
+        try:
+            return with_less_memory(run, given, config, prompts, family, restart_with)
+        except KeyboardInterrupt as stop:
+            if stop.args or checkpoints.step is None:
+                raise
+            raise KeyboardInterrupt(f"after step {checkpoints.step}; --resume goes on from there") from None

@@ -19,12 +19,16 @@ linear in the prompt's tokens, in which a concept is hardly apart from what is n
 layer are not.
 """
 
+import contextlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, with_config
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
@@ -45,7 +49,7 @@ from esd_peft.training.trainer import make_optimizer
 
 LORA_RATE, WEIGHTS_RATE = 3e-3, 1e-3
 LOSS_EVERY = 50
-CHECKPOINTS = 8  # at most that many are written: a step takes less than one of the denoiser as a whole
+CHECKPOINTS = 8  # of a stage: a step takes less than one of the denoiser as a whole
 
 
 class AttentionTraining:
@@ -87,17 +91,26 @@ class AttentionTraining:
                 self._restore(state)
         if self.taken == self.steps:
             return
-        loss_of, mixture = self._prepare()
-        with interrupts.noted() as signals:
-            if distributed.is_main_process():
-                self._train(loss_of, mixture, checkpoints, state and state["under_way"], signals)
-            if distributed.any_process(bool(signals)):  # nobody leaves before the checkpoint is there
-                after = f"after step {self.taken} of {self.steps} of --attention-steps; --resume goes on from there"
-                raise KeyboardInterrupt(*([after] if self.taken else []))
+        course = self._prepare()
+        if state is not None and state["under_way"] is not None:
+            self._go_on(course, state["under_way"])
+        self.monitor.look(self.taken)  # it is due yet if the run was interrupted after that step
+        with tqdm(total=self.steps, initial=self.taken, desc="attention") as bar, interrupts.noted() as signals:
+            while self.taken < self.steps:
+                if distributed.is_main_process():
+                    self._train(course, bar, signals)
+                self.taken = distributed.broadcast(self.taken)  # the others wait here
+                interrupted = distributed.any_process(bool(signals))
+                if checkpoints is not None and self.taken:
+                    self._save(checkpoints, course, interrupted)
+                if distributed.any_process(interrupted):  # nobody leaves before the checkpoint is there
+                    after = f"after step {self.taken} of {self.steps} of --attention-steps; --resume goes on from there"
+                    raise KeyboardInterrupt(*([after] if self.taken else []))
+                self.monitor.look(self.taken)
         if distributed.world_size() > 1:
-            self.student.take([distributed.broadcast(p.detach().cpu()) for p in self.student.parameters])
+            self.student.take(distributed.broadcast(p.detach().cpu()) for p in self.student.parameters)
 
-    def _prepare(self) -> tuple[LayerLoss, Mixture]:
+    def _prepare(self) -> "_Course":
         """See the teacher draw, which is the same each time."""
         student, draws = self.student, generator(self.seed, "attention")
         blocks = student.family.cross_attention(student.denoiser)
@@ -111,55 +124,53 @@ class AttentionTraining:
         pairs = pairs_of_samples(torch.arange(seen.own), self.options.rollout_batch_size, known)
         shown = torch.cat([seen.concept_of(pairs), torch.full((unknown,), -1)])
         mixture = Mixture(self.wordings, self.verdicts, ERASE, HOLD, draws)
-        return LayerLoss(student, layers, hidden, shown, self.wordings, draws, self.unprompted_guidance), mixture
-
-    def _train(
-        self,
-        loss_of: LayerLoss,
-        mixture: Mixture,
-        checkpoints: Checkpoints | None,
-        left: "_UnderWay | None",
-        signals: list[int],
-    ) -> None:
-        student, steps = self.student, self.steps
+        loss_of = LayerLoss(student, layers, hidden, shown, self.wordings, draws, self.unprompted_guidance)
         rate = WEIGHTS_RATE if student.mixed_precision else LORA_RATE
         optimizer = make_optimizer("AdamW", loss_of.parameters, rate, WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        if left is not None:
-            with fitting():
-                check_alike(left["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
-                check_alike(left["schedule"], schedule.state_dict())
-                optimizer.load_state_dict(left["optimizer"])
-                schedule.load_state_dict(left["schedule"])
-                loss_of.draws.set_state(left["draws"])
-                loss_of.sizes = {name: size.to(student.device) for name, size in left["sizes"].items()}
-            self.rollout.profiler.nfe = left["nfe"]
-        with tqdm(total=steps, initial=self.taken, desc="attention") as bar:
-            while self.taken < steps and not signals:
-                loss = loss_of(next(mixture))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                student.project()
-                self.taken += 1
-                self._note(loss.detach(), bar)
-                self.monitor.look(self.taken)
-                if checkpoints is not None and (signals or self._due(checkpoints.every)):
-                    under_way: _UnderWay = {
-                        "parameters": [p.detach() for p in student.parameters],
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
-                        "draws": loss_of.draws.get_state(),
-                        "sizes": loss_of.sizes,
-                        "recent": self.recent,
-                        "nfe": self.rollout.profiler.nfe,
-                    }
-                    checkpoints.save(self.taken, self.state_dict() | {"under_way": under_way})
+        return _Course(loss_of, mixture, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps))
 
-    def _due(self, every: int) -> bool:
-        """Whether a checkpoint is, after a step."""
-        return self.taken == self.steps or self.taken % max(every, -(-self.steps // CHECKPOINTS)) == 0
+    def _go_on(self, course: "_Course", left: "_UnderWay") -> None:
+        """Let the course stand where what is `left` stood."""
+        loss_of, optimizer, schedule = course.loss_of, course.optimizer, course.schedule
+        with fitting():
+            check_alike(left["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
+            check_alike(left["schedule"], schedule.state_dict())
+            optimizer.load_state_dict(left["optimizer"])
+            schedule.load_state_dict(left["schedule"])
+            loss_of.draws.set_state(left["draws"])
+            loss_of.sizes = {name: size.to(self.student.device) for name, size in left["sizes"].items()}
+        self.rollout.profiler.nfe = left["nfe"]
+
+    def _train(self, course: "_Course", bar: "tqdm[Any]", signals: list[int]) -> None:
+        """Up to where a checkpoint is due, or a signal has come."""
+        part = -(-self.steps // CHECKPOINTS)
+        while not signals:
+            loss = course.loss_of(next(course.mixture))
+            loss.backward()
+            course.optimizer.step()
+            course.optimizer.zero_grad(set_to_none=True)
+            course.schedule.step()
+            self.student.project()
+            self.taken += 1
+            self._note(loss.detach(), bar)
+            if self.taken == self.steps or self.taken % part == 0:
+                break
+            if not signals:
+                self.monitor.look(self.taken)
+
+    def _save(self, checkpoints: Checkpoints, course: "_Course", interrupted: bool) -> None:
+        under_way: _UnderWay = {
+            "parameters": [p.detach() for p in self.student.parameters],
+            "optimizer": course.optimizer.state_dict(),
+            "schedule": course.schedule.state_dict(),
+            "draws": course.loss_of.draws.get_state(),
+            "sizes": course.loss_of.sizes,
+            "recent": self.recent,
+            "nfe": self.rollout.profiler.nfe,
+        }
+        done = self.taken == self.steps and not interrupted
+        with contextlib.suppress(*([UserError] if done else [])):  # a disk too full for it may have room for the adapter
+            checkpoints.save(self.taken, self.state_dict() | {"under_way": under_way})
 
     def _note(self, loss: Tensor, bar: "tqdm[Any]") -> None:
         """Of a step."""
@@ -189,6 +200,16 @@ class AttentionTraining:
             self.rollout.profiler.nfe = left["nfe"]
         elif self.taken < self.steps:
             raise ValueError("what it had come to is missing")
+
+
+@dataclass
+class _Course:
+    """What a step takes."""
+
+    loss_of: LayerLoss
+    mixture: Mixture
+    optimizer: Optimizer
+    schedule: LRScheduler
 
 
 @with_config(ConfigDict(arbitrary_types_allowed=True, extra="forbid"))

@@ -123,6 +123,10 @@ class AugmentedSampler(Sampler):
             "buffer": {**vars(self.seen.samples)},
         }
 
+    def load_verdicts(self, texts: list[list[list[str]]]) -> None:
+        """See `batches.Sampler`."""
+        self.verdicts = to_verdicts(self.wordings, texts)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `batches.Sampler`."""
         self.taken = int(state["taken"])

@@ -65,6 +65,10 @@ class Sampler(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, with the same batches that would have come; a buffer that is None is filled anew."""
 
+    def load_verdicts(self, texts: list[list[list[str]]]) -> None:
+        """All that is of use of a training that is done: `names.to_texts` of its verdicts."""
+        return
+
 
 class Shuffled:
     """Items in random order, then again in another, without end."""

@@ -26,8 +26,10 @@ class EarlyStopping:
     ) -> None:
         self.rollout, self.table, self.stop_at = rollout, table, stop_at
         pairs = torch.tensor([pairs[-1] for pairs in table.concepts])  # not the plain prompt, if there are others
-        with rollout.profiler.phase("rollout"):  # all of the trajectories show the concept, however many there are
-            held_out = rollout.collect(table, pairs, options.replace(guided_rollout_ratio=0), generator, progress=False)
+        # all of the trajectories show the concept, however many there are, and whatever the student has learned by now
+        options = options.replace(rollout="teacher", guided_rollout_ratio=0)
+        with rollout.profiler.phase("rollout"):
+            held_out = rollout.collect(table, pairs, options, generator, progress=False)
         each = max(1, SAMPLES // len(pairs))
         chosen = torch.cat([_evenly_spaced((held_out.pairs == pair).nonzero().squeeze(1), each) for pair in pairs])
         self.samples: Buffer = held_out.index(chosen, rollout.student.device)

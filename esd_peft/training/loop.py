@@ -17,6 +17,7 @@ from esd_peft.training.batches import Batch, Sampler
 from esd_peft.training.checkpoint import Checkpoints, fitting
 from esd_peft.training.early_stopping import EVERY, EarlyStopping
 from esd_peft.training.monitor import Monitor
+from esd_peft.training.names import to_texts
 from esd_peft.training.trainer import Trainer
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
@@ -53,6 +54,7 @@ class TrainingLoop:
         if self.left is not None:
             with fitting():
                 self._restore(self.left)
+            self.left = self.buffer = None  # they may be large
         elif self.early_stopping is not None:
             self.early_stopping.measure(0)
         self.begun, shown = trainer.taken, distributed.is_main_process()
@@ -109,13 +111,12 @@ class TrainingLoop:
 
     def _stop(self) -> NoReturn:
         distributed.any_process(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
-        if not self.trainer.taken:
-            raise KeyboardInterrupt
-        raise KeyboardInterrupt(f"after step {self.trainer.taken} of {self.trainer.steps}; --resume goes on from there")
+        after = f"after step {self.trainer.taken} of {self.trainer.steps}; --resume goes on from there"
+        raise KeyboardInterrupt(*([after] if self.trainer.taken or self.before else []))
 
     def _state(self, done: bool = False) -> dict[str, Any]:
         curve = self.early_stopping.curve if self.early_stopping else []
-        sampler = {} if done else self.sampler.state_dict()
+        sampler = {"verdicts": to_texts(self.sampler.verdicts)} if done else self.sampler.state_dict()
         return self.trainer.state_dict(done) | {"curve": curve, "sampler": sampler}
 
     def _restore(self, left: dict[str, Any]) -> None:
@@ -123,7 +124,9 @@ class TrainingLoop:
         self.trainer.load_state_dict(state)
         if self.early_stopping is not None:
             self.early_stopping.curve = [(step, fraction) for step, fraction in state["curve"]]
-        if not state["done"]:
+        if state["done"]:
+            self.sampler.load_verdicts(state["sampler"]["verdicts"])
+        else:
             self.sampler.load_state_dict(state["sampler"] | {"buffer": self.buffer})
 
 

@@ -76,9 +76,9 @@ def to_texts(verdicts: Sequence[Verdict]) -> list[list[list[str]]]:
 
 
 def to_verdicts(wordings: Wordings, texts: list[list[list[str]]]) -> list[Verdict]:
-    """The inverse of `to_texts`."""
+    """The inverse of `to_texts`; on another machine some may be no candidates."""
     known = [{candidate.text: candidate for candidate in group} for group in wordings.candidates]
     return [
-        Verdict([own[str(text)] for text in same], [own[str(text)] for text in others])
+        Verdict([own[text] for text in same if text in own], [own[text] for text in others if text in own])
         for own, (same, others) in zip(known, texts, strict=True)
     ]

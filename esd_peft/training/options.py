@@ -162,6 +162,6 @@ class CheckpointOptions(Options):
     """Replace what is in the output directory, if it is all this package's (docs/formats.md)."""
     checkpointing_steps: Annotated[int, Field(ge=1, le=10**9)] = 25
     """Optimizer steps between checkpoints in OUTPUT.checkpoint, which go when the run is done; one is also written on
-    Ctrl-C. Of --attention-steps at least an eighth lies between two."""
+    Ctrl-C. Of --attention-steps an eighth lies between two."""
     resume: bool = False
     """Go on from the checkpoint of a run that was interrupted: the adapter becomes the same, bit for bit."""

@@ -173,7 +173,7 @@ def test_a_step_learns_the_target_in_cross_attention_and_leaves_the_teacher_alon
     training = AttentionTraining(rollout, made, config.buffer, 60, 0, seen)
     training.run(None)
     losses, (verdict,) = training.losses, training.verdicts
-    assert seen.steps == [*range(1, 61)]
+    assert seen.steps == [*range(61)]
     assert seen.losses == [(50, {"attention_loss": losses[0]}), (60, {"attention_loss": losses[1]})]
     with torch.no_grad():
         with student.teacher():

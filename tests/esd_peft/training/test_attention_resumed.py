@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 from esd_kernels import guided_mse_reference
 from esd_peft import EraseConfig, UserError, erase
 from esd_peft.prompts import wordings
-from esd_peft.runtime import interrupts
+from esd_peft.runtime import distributed, interrupts
 from esd_peft.training import attention, layers
 from esd_peft.training.attention import AttentionTraining
+from esd_peft.training.batches import BatchSampler
+from esd_peft.training.checkpoint import Checkpoints
 from esd_peft.training.layers import LayerLoss
+from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import _AdapterStudent
 from esd_peft.training.trainer import Trainer
 from runs import SHORTEST
@@ -142,6 +145,37 @@ def test_a_signal_ends_it_after_the_step(small_sd, tmp_path, monkeypatch, whole)
     assert_same(adapter(tmp_path / "out"), whole(0)[0])
 
 
+def test_what_it_has_learned_is_kept(small_sd, tmp_path, monkeypatch, whole):
+    """Also if the teacher is seen once more, the buffer is filled, or the disk is full when all steps are taken."""
+    before = signal.getsignal(signal.SIGTERM)
+    interrupts.at_once()
+    given = config(small_sd, tmp_path / "out", max_train_steps=3)
+    stopped(monkeypatch, given, 3)
+    given = given.replace(resume=True)
+    try:
+        for where, name, after in (
+            (Rollout, "collect", "after step 2; --resume goes on"),
+            (BatchSampler, "_fill", "after step 0 of 3; --resume goes on"),
+        ):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=after):
+                patch.setattr(where, name, lambda *_, **__: signal.raise_signal(signal.SIGTERM) or distributed.stop_here())
+                erase(given)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    erase(given)
+    assert_same(adapter(tmp_path / "out"), whole(3)[0])
+    save = Checkpoints.save
+
+    def full(self, step, *states):
+        if step == STEPS:
+            raise UserError("the disk is full")
+        save(self, step, *states)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    erase(config(small_sd, tmp_path / "full"))
+    assert_same(adapter(tmp_path / "full"), whole(0)[0])
+
+
 def test_a_state_that_does_not_fit_is_said(small_sd, tmp_path, monkeypatch):
     given, run = config(small_sd, tmp_path / "out"), AttentionTraining.run
     stopped(monkeypatch, given, 3)
@@ -152,7 +186,7 @@ def test_a_state_that_does_not_fit_is_said(small_sd, tmp_path, monkeypatch):
     training, _, left = called[0]
     group = {"state": {}, "param_groups": []}
     for spoilt in (
-        {"step": 7}, {"step": 0}, {"step": "x"}, {"verdicts": [[["a unicorn"], []]]}, {"verdicts": []},
+        {"step": 7}, {"step": 0}, {"step": "x"}, {"verdicts": [[5]]}, {"verdicts": []},
         {"under_way": None}, {"under_way": {}}, {"parameters": []}, {"optimizer": group}, {"schedule": {}}, {"draws": 3},
         {"draws": torch.zeros(3)}, {"sizes": {"x": 3}}, {"nfe": None},
     ):  # fmt: skip

@@ -166,6 +166,18 @@ def test_an_output_that_cannot_be_written_costs_no_training(small_sd, tmp_path, 
     assert not (tmp_path / "parts.checkpoint").exists()
 
 
+def test_of_a_run_that_is_done_the_other_names_stay(small_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(wordings, "FEW_PROMPTS", FEW)
+    given = config(small_sd, tmp_path / "out", augment_prompts=True, rank=2, max_train_steps=2)
+    whole = erase(given.replace(output=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(_AdapterStudent, "save", lambda *_: (_ for _ in ()).throw(Stop))
+        erase(given)
+    monkeypatch.setattr(Trainer, "step", None)
+    parts = erase(given.replace(resume=True))
+    assert parts["other_names"] == whole["other_names"] != {} and parts["diagnosis"] == whole["diagnosis"]
+
+
 def test_a_run_that_said_enough_is_done(small_sd, tmp_path, monkeypatch):
     given = config(small_sd, tmp_path / "out", stop_at=0.99, max_train_steps=200, checkpointing_steps=1000)
     with monkeypatch.context() as patch, pytest.raises(Stop):
