@@ -76,6 +76,18 @@ def test_cross_attention_learns_in_one_of_two_and_both_go_on_from_there(tmp_path
     assert {"attention", "train"} <= {*result["seconds"]} and result["loss"]["last"] < 10
 
 
+def test_a_signal_to_the_one_that_waits_stops_both_while_cross_attention_learns(tmp_path):
+    run = start(tmp_path, "--attention-steps", "80", "--max-train-steps", "2", "--output", "two")
+    wait_for(lambda: [*tmp_path.glob("two.checkpoint/step-*")])
+    run[1].send_signal(signal.SIGTERM)
+    done = [each.wait() for each in run]
+    assert [each.returncode for each in done] == [130, 130], done
+    (step,) = (int(path.stem[5:]) for path in tmp_path.glob("two.checkpoint/step-*"))
+    said = f"interrupted after step {step} of 80 of --attention-steps; --resume goes on from there"
+    assert "".join(each.stderr for each in done).count(said) == 1 and step % 10 == 0
+    assert not (tmp_path / "two").exists()
+
+
 def assert_alike(tmp_path, options, said):
     """What two made in the folder `two` is what one makes, and one of them spoke."""
     erase(parse(EraseConfig, "erase", [*QUICK, *options, "--output", str(tmp_path / "one")]))
