@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.prompts.plan import Pair, names
-from esd_peft.prompts.wordings import Wordings
+from esd_peft.prompts.wordings import Candidate, Wordings
 from esd_peft.training.names import Verdict
 
 HOLD_WEIGHT = 10.0  # of a prompt that holds: few of them have to stand for all
@@ -28,6 +28,16 @@ class MixedPrompts:
         return not torch.equal(self.neutrals, self.goals)
 
 
+def _held(verdicts: list[Verdict]) -> list[Candidate]:
+    """What is something else than its concept, and than every other one: a citrus is no banana, but may be a tangerine."""
+    erased = [[c.text for c in verdict.same if c.is_word] for verdict in verdicts]
+    held = []
+    for number, verdict in enumerate(verdicts):
+        elsewhere = [word for words in (*erased[:number], *erased[number + 1 :]) for word in words]
+        held += [c for c in verdict.others if not any(names(word, c.text) for word in elsewhere)]
+    return held
+
+
 class Mixture:
     """Batches without end, of so many prompts that erase and so many that hold.
 
@@ -40,7 +50,7 @@ class Mixture:
         self, wordings: Wordings, verdicts: list[Verdict], erasing: int, holding: int, draws: torch.Generator
     ) -> None:
         same = [candidate for verdict in verdicts for candidate in verdict.same]
-        near = [text for v in verdicts for c in v.others for text in (c.text, *(pair.prompt for pair in c.pairs))]
+        near = [text for c in _held(verdicts) for text in (c.text, *(pair.prompt for pair in c.pairs))]
         self.draws, self.wordings, self.counts = draws, wordings, (erasing, holding)
         self.erasing = self._mixed(
             (1, [pair for pairs in wordings.plain for pair in pairs]),

@@ -16,7 +16,7 @@ from esd_peft.prompts.plan import names
 from esd_peft.prompts.table import make_table
 from esd_peft.prompts.wordings import encode_wordings, known_names
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training import attention, layers
+from esd_peft.training import attention, layers, mixture
 from esd_peft.training.attention import AttentionTraining
 from esd_peft.training.layers import ERASE, HOLD, AttentionLayer, LayerLoss, LayerStates, pairs_of_samples
 from esd_peft.training.mixture import HOLD_WEIGHT, Mixture
@@ -142,6 +142,15 @@ def test_no_prompt_that_holds_has_another_name_in_it(some_candidates, few):
     holding, erasing = ([texts[int(row)] for row in side[0].prompts] for side in (batches.holding, batches.erasing))
     assert "a vixen" in made.held and not any(names("vixen", text) for text in holding)
     assert any(names("vixen", text) for text in erasing) and "a dog" in holding
+
+
+def test_what_is_another_name_for_one_concept_is_not_held_against_another(some_candidates, few):
+    _, _, _, made = encoded(concept=["fox", "rose"])
+    fox, rose = ({c.text: c for c in group} for group in made.candidates)
+    candidates = replace(rose["a thorns"], text="a vixen"), replace(rose["a tulip"], text="a vixen tulip", is_word=False)
+    verdicts = [Verdict([fox["a vixen"]], [fox["a dog"]]), Verdict([], [*candidates, rose["a tulip"]])]
+    assert [c.text for c in mixture._held(verdicts)] == ["a dog", "a tulip"]
+    assert [c.text for c in mixture._held(verdicts[1:])] == ["a vixen", "a vixen tulip", "a tulip"]
 
 
 class Seen(Monitor):
