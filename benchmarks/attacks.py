@@ -21,7 +21,6 @@ from esd_peft.worlds import WORLDS
 METHODS: dict[str, dict] = {
     "default": {},
     "--augment-prompts True": {"augment_prompts": True},
-    "along trajectories": {"attention_steps": 0},
     "--robust 3": {"robust": 3},
 }
 
@@ -114,7 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     path = args.output.with_suffix(".json")
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    done = {(r["method"], r["concept"], r["seed"], json.dumps(r["options"])) for r in runs if r["model"] == args.model}
+    runs = [r for r in runs if r.get("model") == args.model]  # others, and those of an earlier form, are not comparable
+    done = {(r["method"], r["concept"], r["seed"], json.dumps(r["options"])) for r in runs}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for concept in args.concepts:

@@ -85,8 +85,6 @@ UNNAMED: dict[str, dict] = {
     "unprompted guidance 1": {"unprompted_guidance": 1},
     "unprompted guidance 3": {"unprompted_guidance": 3},
     "unprompted guidance 3, along trajectories": {"unprompted_guidance": 3, "attention_steps": 0},
-    "unprompted guidance 1, as a whole": {"unprompted_guidance": 1, "augment_prompts": True},
-    "unprompted guidance 3, as a whole": {"unprompted_guidance": 3, "augment_prompts": True},
 }
 SWEEP: dict[str, dict] = {
     "default": {},

@@ -113,7 +113,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
             with student.autocast():
                 validation.make(student.denoiser, "after")
         if wordings is not None:
-            probes.add_near(near(verdicts), wordings.encoded(near(verdicts)))
+            probes.add_near(found := near(verdicts), wordings.encoded(found))
         diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed)
     losses = [*(attention.losses if attention else ()), *trainer.losses]
     result = erase_result.make_result(

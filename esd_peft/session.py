@@ -17,7 +17,7 @@ from esd_peft.memory.planner import MEMORY_SETTINGS, given_settings, within_budg
 from esd_peft.memory.retry import with_less_memory
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.prompts.plan import PromptPlan
-from esd_peft.runtime import distributed
+from esd_peft.runtime import distributed, interrupts
 from esd_peft.runtime.devices import current, resolve_device
 from esd_peft.runtime.reproducibility import bits_depend_on
 from esd_peft.runtime.tracking import Dashboard, dashboard
@@ -91,4 +91,4 @@ def _train(given: EraseConfig, train: Train, device: torch.device) -> dict[str, 
         except KeyboardInterrupt as stop:
             if stop.args or checkpoints.step is None:
                 raise
-            raise KeyboardInterrupt(f"after step {checkpoints.step}; --resume goes on from there") from None
+            raise interrupts.ended(f"step {checkpoints.step}", kept=True) from None

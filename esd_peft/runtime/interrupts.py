@@ -14,6 +14,11 @@ class InterruptedBetweenSteps(KeyboardInterrupt):
     """A signal was noted, and this is a place to stop."""
 
 
+def ended(step: str, kept: bool) -> KeyboardInterrupt:
+    """The end of a run after that `step`, which says how to go on where something is `kept`."""
+    return KeyboardInterrupt(*([f"after {step}; --resume goes on from there"] if kept else []))
+
+
 def at_once() -> None:
     """Let each of them raise `KeyboardInterrupt` from now on, so that what is half-written goes away."""
     _handle(signal.default_int_handler)

@@ -36,7 +36,7 @@ from esd_peft.errors import UserError
 from esd_peft.prompts.wordings import Wordings
 from esd_peft.runtime import distributed, interrupts
 from esd_peft.runtime.seeds import generator
-from esd_peft.training.checkpoint import Checkpoints, check_alike, fitting
+from esd_peft.training.checkpoint import Checkpoints, fitting
 from esd_peft.training.esd import WEIGHT_DECAY
 from esd_peft.training.layers import ERASE, HOLD, AttentionLayer, LayerLoss, LayerStates, pairs_of_samples
 from esd_peft.training.mixture import Mixture
@@ -45,7 +45,7 @@ from esd_peft.training.names import Verdict, to_texts, to_verdicts
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.survey import survey
-from esd_peft.training.trainer import make_optimizer
+from esd_peft.training.trainer import make_optimizer, restore
 
 LORA_RATE, WEIGHTS_RATE = 3e-3, 1e-3
 LOSS_EVERY = 50
@@ -104,8 +104,7 @@ class AttentionTraining:
                 if checkpoints is not None and self.taken:
                     self._save(checkpoints, course, interrupted)
                 if distributed.any_process(interrupted):  # nobody leaves before the checkpoint is there
-                    after = f"after step {self.taken} of {self.steps} of --attention-steps; --resume goes on from there"
-                    raise KeyboardInterrupt(*([after] if self.taken else []))
+                    raise interrupts.ended(f"step {self.taken} of {self.steps} of --attention-steps", kept=self.taken > 0)
                 self.monitor.look(self.taken)
         if distributed.world_size() > 1:
             self.student.take(distributed.broadcast(p.detach().cpu()) for p in self.student.parameters)
@@ -131,14 +130,10 @@ class AttentionTraining:
 
     def _go_on(self, course: "_Course", left: "_UnderWay") -> None:
         """Let the course stand where what is `left` stood."""
-        loss_of, optimizer, schedule = course.loss_of, course.optimizer, course.schedule
         with fitting():
-            check_alike(left["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
-            check_alike(left["schedule"], schedule.state_dict())
-            optimizer.load_state_dict(left["optimizer"])
-            schedule.load_state_dict(left["schedule"])
-            loss_of.draws.set_state(left["draws"])
-            loss_of.sizes = {name: size.to(self.student.device) for name, size in left["sizes"].items()}
+            restore(course.optimizer, course.schedule, left)
+            course.loss_of.draws.set_state(left["draws"])
+            course.loss_of.sizes = {name: size.to(self.student.device) for name, size in left["sizes"].items()}
         self.rollout.profiler.nfe = left["nfe"]
 
     def _train(self, course: "_Course", bar: "tqdm[Any]", signals: list[int]) -> None:

@@ -211,22 +211,6 @@ def fitting() -> Iterator[None]:
         raise UserError(f"--resume: the checkpoint does not fit ({reason}); add --overwrite to start anew") from None
 
 
-def check_alike(given: Any, known: Any) -> None:
-    """Raise `TypeError` unless `given` could stand where `known` does: PyTorch takes anything, and stumbles later."""
-    if isinstance(known, dict):
-        if not isinstance(given, dict) or given.keys() != known.keys():
-            raise TypeError(f"{given!r} is not like {known!r}")
-        for key in known:
-            check_alike(given[key], known[key])
-    elif isinstance(known, list | tuple):
-        if not isinstance(given, list | tuple) or len(given) != len(known):
-            raise TypeError(f"{given!r} is not like {known!r}")
-        for one, other in zip(given, known, strict=True):
-            check_alike(one, other)
-    elif isinstance(known, int | float) != isinstance(given, int | float):
-        raise TypeError(f"{given!r} is not like {known!r}")
-
-
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in _FREE}
 

@@ -111,8 +111,8 @@ class TrainingLoop:
 
     def _stop(self) -> NoReturn:
         distributed.any_process(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
-        after = f"after step {self.trainer.taken} of {self.trainer.steps}; --resume goes on from there"
-        raise KeyboardInterrupt(*([after] if self.trainer.taken or self.before else []))
+        kept = self.trainer.taken > 0 or self.before is not None
+        raise interrupts.ended(f"step {self.trainer.taken} of {self.trainer.steps}", kept)
 
     def _state(self, done: bool = False) -> dict[str, Any]:
         curve = self.early_stopping.curve if self.early_stopping else []

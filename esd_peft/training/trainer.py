@@ -3,11 +3,13 @@
 import bisect
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from esd_peft.errors import UserError
 from esd_peft.memory.options import MemoryOptions
@@ -16,7 +18,6 @@ from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import is_accelerator
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.batches import Batch
-from esd_peft.training.checkpoint import check_alike
 from esd_peft.training.esd import Loss
 from esd_peft.training.options import TrainingOptions
 from esd_peft.training.student import Student
@@ -29,6 +30,14 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_
         # fused: all tensors in one launch, and float16's loss scaling is looked at on the GPU instead of by the host
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=is_accelerator(parameters[0].device))
     return getattr(bitsandbytes(f"--optimizer {name}").optim, name)(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def restore(optimizer: torch.optim.Optimizer, schedule: LRScheduler, state: Mapping[str, Any]) -> None:
+    """Let both be what "optimizer" and "schedule" of `state` were taken of. Raises `TypeError` for what does not fit."""
+    _check_alike(state["schedule"], schedule.state_dict())
+    _check_alike(state["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
 
 
 class Trainer:
@@ -139,11 +148,24 @@ class Trainer:
         if state["done"]:
             self.steps = state["step"]
         else:
-            check_alike(state["schedule"], self.schedule.state_dict())
-            check_alike(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            restore(self.optimizer, self.schedule, state)
             self.scaler.load_state_dict(state["scaler"])
         self.taken, self.losses = state["step"], state["losses"]
         self.unread = [(loss.to(self.student.device), timesteps) for loss, timesteps in state["unread"]]
         self.profiler.nfe, self.profiler.training_samples = state["nfe"], state["training_samples"]
+
+
+def _check_alike(given: Any, known: Any) -> None:
+    """Raise `TypeError` unless `given` could stand where `known` does: PyTorch takes anything, and stumbles later."""
+    if isinstance(known, dict):
+        if not isinstance(given, dict) or given.keys() != known.keys():
+            raise TypeError(f"{given!r} is not like {known!r}")
+        for key in known:
+            _check_alike(given[key], known[key])
+    elif isinstance(known, list | tuple):
+        if not isinstance(given, list | tuple) or len(given) != len(known):
+            raise TypeError(f"{given!r} is not like {known!r}")
+        for one, other in zip(given, known, strict=True):
+            _check_alike(one, other)
+    elif isinstance(known, int | float) != isinstance(given, int | float):
+        raise TypeError(f"{given!r} is not like {known!r}")
