@@ -98,6 +98,7 @@ SWEEP: dict[str, dict] = {
     "the weights themselves": {"adapter_type": "none"},
     "eta 0": {"negative_guidance": 0},
     "eta 0.5": {"negative_guidance": 0.5},
+    "eta 2": {"negative_guidance": 2},
     "40 training steps after": {"max_train_steps": 40, "learning_rate": 1e-4},
     "bare prompt": {"prompt_templates": "bare"},
 }
@@ -106,11 +107,7 @@ FAMILIES: dict[str, dict] = {
     "words": {"augment_prompts": True},
     "words, theirs withheld": {"augment_prompts": True, "withheld": True},
     "default": {},
-    "no null space": {"null_space": 0, "learning_rate": 1e-3, "max_train_steps": 320, "trajectories": 24},
-    "no null space, 80 steps": {"null_space": 0, "learning_rate": 3e-3, "max_train_steps": 80, "trajectories": 8},
-    "esd-x": {"scope": "esd-x"},
-    "esd-x-ff": {"scope": "esd-x-ff"},
-    "full, anchored": _SPM | {"rank": 8, "alpha": 8.0, "learning_rate": 3e-4},
+    "layers": {"attention_steps": 800},  # of the UNets
 }
 
 
@@ -122,11 +119,27 @@ def families(folder: Path) -> dict[str, dict]:
         trained = json.loads(path.with_suffix(".json").read_text())
         told = {"model": str(path), "trained": trained["denoiser_sha256"]} | trained["drawing"]
         for name, options in FAMILIES.items():
+            if "attention_steps" in options and not (path / "unet").is_dir():
+                continue
             rows[kind if name == "default" else f"{kind}, {name}"] = told | options
     return rows
 
 
+# the peers' own scripts at the rates of our copies, to see whether these do as they do
+SCRIPTS: dict[str, dict] = {
+    "authors' scripts, their own": {"script_of": "authors", "learning_rate": 1e-3},
+    "LECO, its own": {"script_of": "LECO", "learning_rate": 1e-3},
+}
+
+
+def scripts(checkouts: Path) -> dict[str, dict]:
+    """The rows of suite scripts, and our copies: the former run in folders `erasing` and `LECO` of `checkouts`."""
+    copies = {name: TRAINED[name] for name in ("authors' scripts", "LECO")}
+    return {name: row | {"checkouts": str(checkouts)} for name, row in SCRIPTS.items()} | copies
+
+
 SUITES: dict[str, dict] = {
+    "scripts": SCRIPTS,
     "procedures": PROCEDURES,
     "peer-rates": PEER_RATES,
     "claims": CLAIMS,

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def module(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("erasure")
+    return importlib.import_module("comparison")
 
 
 def made(concept: str, left: float, lost: float, seed: int = 0) -> dict:
