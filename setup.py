@@ -22,7 +22,7 @@ setup(
         "esd_peft.worlds.emoji": ["*.safetensors", "*.json", "*.yaml", "NOTICE", "drawings/*", "pipeline/*", "pipeline/*/*"],
         "esd_peft.worlds.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
     },
-    # the lowest versions are those with which CI runs the default command once (torch and triton apart: see .ci/run)
+    # the lowest versions are those with which CI runs the default command and models of every family (torch and triton apart: see .ci/run)
     install_requires=[
         "torch>=2.9",
         "triton>=3.5; platform_system == 'Linux'",
@@ -40,7 +40,7 @@ setup(
         "jinja2>=3.1.2",
         "markupsafe>=2.1.3",
         "pyyaml>=6.0.1",
-        "regex>=2023.12.25",
+        "regex>=2025.10.22",
         "pillow>=10.1",
         "psutil>=5.9.5",
         "tqdm>=4.66.1",

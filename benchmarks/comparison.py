@@ -13,7 +13,8 @@ OWN = "-"  # in place of a concept, where a row brings its own
 def summary(runs: list[dict]) -> dict[str, Any]:
     """Of each stratum the mean over concepts, of whose seeds the mean counts, with its 95 % interval, and the worst run.
 
-    Seeds of one concept are more alike than concepts are; so one concept has no interval.
+    Seeds of one concept are more alike than concepts are; so several of one concept have no interval, and that of a single
+    run is over its images.
     """
     from esd_peft.evaluation.intervals import bootstrap_mean
 
@@ -32,7 +33,7 @@ def summary(runs: list[dict]) -> dict[str, Any]:
             "seen": found[0]["seen"],
             "before": sum(s["before"]["share"] for s in found) / len(found),
             "mean": sum(means) / len(means),
-            "interval": bootstrap_mean(means, 0) if len(means) > 1 else None,
+            "interval": bootstrap_mean(means, 0) if len(means) > 1 else _over_images(found),
             "worst": max(values),
         }
     seconds = [r["seconds"] for r in runs if r["seconds"] is not None]  # of some runs nobody knows
@@ -42,6 +43,12 @@ def summary(runs: list[dict]) -> dict[str, Any]:
         "nfe": sum(r["nfe"] for r in runs) / max(1, len(runs)),
         "seconds": sum(seconds) / len(seconds) if seconds else None,
     }
+
+
+def _over_images(found: list[dict]) -> list[float] | None:
+    if len(found) > 1:
+        return None
+    return found[0]["after"]["interval"] if found[0]["erased"] else found[0]["lost_interval"]
 
 
 SHORT = {
@@ -92,7 +99,10 @@ def _tables(title: str, found: dict[str, dict]) -> list[str]:
     for erased, says in ((True, "left of the concept, in per cent of images"), (False, "lost of the rest, in points")):
         keys = [key for seen in (False, True) for key, s in strata.items() if (s["erased"], s["seen"]) == (erased, seen)]
         heads = [("(seen) " if strata[key]["seen"] else "") + strata[key]["title"] for key in keys]
-        lines += [f"{title}, {says}: mean over concepts (95 %; worst run)", ""]
+        lines += [
+            f"{title}, {says}: mean over concepts (95 %; worst run); of one run alone the interval is over its images",
+            "",
+        ]
         lines += [f"| | runs | {' | '.join(heads)} | NFE | CPU seconds |", "|---" * (len(keys) + 4) + "|"]
         for name, s in found.items():
             cells = [_cell(s["strata"].get(key)) for key in keys]

@@ -17,8 +17,9 @@ def module(monkeypatch):
 
 def made(concept: str, left: float, lost: float, seed: int = 0) -> dict:
     def rates(erased: bool, after: float) -> dict:
-        found = {"title": "t", "erased": erased, "seen": False, "before": {"share": 1.0}, "after": {"share": after}}
-        return found | {"lost": 1.0 - after}
+        after_all = {"share": after, "interval": [after - 0.1, after + 0.1]}
+        found = {"title": "t", "erased": erased, "seen": False, "before": {"share": 1.0}, "after": after_all}
+        return found | {"lost": 1.0 - after, "lost_interval": [0.9 - after, 1.1 - after]}
 
     strata = {"wordings": rates(True, left), "neighbours": rates(False, 1 - lost)}
     return {"concept": concept, "seed": seed, "strata": strata, "nfe": 600, "seconds": None}
@@ -34,8 +35,11 @@ def test_rows_are_compared_on_what_all_of_them_have_run(module):
     lines = module.short_table(shared).splitlines()
     assert lines[2].startswith("| a | 1 | 10.0 (10) |") and lines[3].startswith("| b | 1 | 20.0 (20) |")
     text = module.markdown({name: module.summary(rows) for name, rows in runs.items()}, shared, "command")
-    # and all that is known stands below: over concepts, whose seeds count as one, and which are none without another
-    assert "| a | 3 | 50.0 (50.0 to 50.0; 90) |" in text and "| b | 1 | 20.0 (20) |" in text
+    # and all that is known stands below: over concepts, whose seeds count as one; a run alone has the interval of its images
+    assert "| a | 3 | 50.0 (50.0 to 50.0; 90) |" in text and "| b | 1 | 20.0 (10.0 to 30.0; 20) |" in text
+    assert "| b | 1 | 30.0 (20.0 to 40.0; 30) |" in text
+    alone = module.summary([made("fox", 0.1, 0.0), made("fox", 0.3, 0.0, seed=1)])["strata"]["wordings"]
+    assert alone["interval"] is None and alone["mean"] == pytest.approx(0.2)  # seeds of one concept are alike
 
 
 def test_rows_without_runs_in_common_are_not_compared(module):

@@ -184,7 +184,10 @@ def test_the_suite_of_the_concept_itself(adapter, tmp_path):
     assert "look at them" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "qwen-image"])
+KINDS = ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "qwen-image", "chroma", "flux.2 klein", "flux.2 dev", "wan"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_family(kind, tmp_path, monkeypatch):
     draw_small(monkeypatch)
     model = save_family(kind, tmp_path / "model")
