@@ -134,20 +134,24 @@ class Checkpoints:
     def load(self) -> Left:
         """The newest.
 
-        Raises `UserError` if the checkpoint is damaged, or is of another config, other weights or another dtype. Whatever
-        else the bits depend on is said on stderr if it is another.
+        Raises `UserError` if the checkpoint is damaged, or is of another version, another config, other weights or another
+        dtype. Whatever else the bits depend on is said on stderr if it is another.
         """
         path = max(self._steps())
         tensors, values = _read(path)
-        damaged = UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
+        if values is None:
+            raise UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
+        foreign = UserError(
+            f"--resume: {path} was written by another version of esd_peft; go on with that, or add --overwrite to start anew"
+        )
         try:
             config, base, buffer_name, made_with = (values[key] for key in ("config", "base", "buffer", "made_with"))
             state = _put_together(values["state"], tensors)
             maps = all(isinstance(value, dict) for value in (config, state, made_with))
             if not maps or state.keys() != {"attention", "training"} or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
-                raise damaged
+                raise foreign
         except (KeyError, TypeError, ValueError, RecursionError):
-            raise damaged from None
+            raise foreign from None
         changed = [key for key, value in self._claimed.items() if config.get(key) != value]
         if changed:
             said = ", ".join(f"{key.replace('_', '-')} was {config.get(key)}" for key in changed)

@@ -16,7 +16,7 @@ from esd_peft.errors import UserError
 from esd_peft.prompts import wordings
 from esd_peft.training import adversarial as robust
 from esd_peft.training import contrastive
-from esd_peft.training.checkpoint import Checkpoints, _digest, fitting
+from esd_peft.training.checkpoint import Checkpoints, _digest, _read, fitting
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.student import _AdapterStudent
 from esd_peft.training.trainer import Trainer
@@ -126,6 +126,14 @@ def test_a_damaged_buffer_is_made_again(small_sd, tmp_path, stopped_at, whole, d
     assert same(adapter(tmp_path / "parts"), whole[0])
 
 
+def as_before_it_held_attention(path):
+    """What an earlier version wrote: whole, with the states of training alone."""
+    tensors, values = _read(path)
+    values["state"]["pairs"] = [pair for pair in values["state"]["pairs"] if pair[0] != "attention"]
+    text = json.dumps(values)
+    save_file(tensors, path, {"values": text, "sha256": _digest(tensors, text)})
+
+
 def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
     with pytest.raises(UserError, match="holds no checkpoint; leave --resume out"):
         erase(config(small_sd, tmp_path / "parts", resume=True))
@@ -137,6 +145,9 @@ def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
         erase(config(small_sd, tmp_path / "parts", resume=True, seed=1, learning_rate=1e-4))
     (state,) = (tmp_path / "parts.checkpoint").glob("step-*")
     content = bytearray(state.read_bytes())
+    as_before_it_held_attention(state)
+    with pytest.raises(UserError, match="was written by another version of esd_peft; go on with that, or add --overwrite"):
+        erase(config(small_sd, tmp_path / "parts", resume=True))
     content[-9] ^= 4
     state.write_bytes(content)
     with pytest.raises(UserError, match="is damaged; remove"):
