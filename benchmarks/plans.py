@@ -23,7 +23,14 @@ TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "qui
 CONCEPT = "Van Gogh"
 # a card, and what is left on it beside the driver and a desktop
 CARDS = {"4 GB": "3GiB", "8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}
-PHASES = ("encode", "load", "attention", "rollout", "train", "evaluate")
+WHEN = {
+    "encode": "while prompts are encoded",
+    "load": "while the denoiser is loaded",
+    "attention": "while cross-attention learns",
+    "rollout": "in the rollout",
+    "train": "in training",
+    "evaluate": "while validation images are made",
+}
 # what --model takes
 SOURCES = {
     "SD 1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16",
@@ -50,10 +57,12 @@ in the place of {CONCEPT}; then merge, which needs no GPU:
 python -m esd_peft.merge_adapter --adapter erased --output merged
 ```
 
-A card is counted as 1 GiB less than its name says, for the driver and a desktop. Left out, `--memory-budget` is what the
-card has free when the command starts. Figures are the largest phase of a run, predicted for the real architectures
-with the defaults; [memory.md](memory.md) says how far predictions were right, and what the settings are. Models that are
-gated on the hub need `hf auth login`.
+A card is counted as 1 GiB less than its name says, for the driver and a desktop. Left out, `--memory-budget` is what it
+has free when the command starts. It alone decides the settings that stand beside it: the base in NF4 (`--quantize nf4`) or
+offloaded to the CPU (`--offload`), gradient checkpointing, micro-batches of so many samples (`--per-device-batch-size`), and
+how many trajectories are denoised side by side (`--rollout-batch-size`). Figures are the peak of a run, predicted for the
+real architectures with the defaults, and when it comes; [memory.md](memory.md) says how far predictions were right. Models
+that are gated on the hub need `hf auth login`.
 """
 
 
@@ -96,7 +105,7 @@ def rows(name: str, found: dict[str, Entry]) -> list[str]:
     lines = []
     for card, entry in found.items():
         phases = entry.plan.phases if entry.plan else {}
-        cells = [amount(phases[phase]) if phase in phases else "" for phase in PHASES]
+        cells = [amount(phases[phase]) if phase in phases else "" for phase in WHEN]
         said = describe(entry.plan.config) if entry.plan else f"refused: {entry.refusal}"
         lines.append(f"| {name} | {card} | {CARDS[card]} | {' | '.join(cells)} | {said} |")
     return lines
@@ -109,7 +118,7 @@ def section(name: str, found: dict[str, Entry]) -> str:
         if entry.plan is None:
             lines.append(f"# {card}: refused, {entry.refusal}")
             continue
-        lines.append(f"# {card}: {amount(entry.plan.peak)}, in {entry.phase}; {describe(entry.plan.config)}")
+        lines.append(f"# {card}: {amount(entry.plan.peak)} {WHEN[entry.phase]}; {describe(entry.plan.config)}")
         lines.append(
             f'python -m esd_peft.erase --model {SOURCES[name]} --concept "{CONCEPT}" --output erased '
             f"--memory-budget {CARDS[card]}"
@@ -130,8 +139,8 @@ def _cell(entry: Entry) -> str:
         return "refused"
     memory = entry.plan.config.memory
     how = [memory.quantize] if memory.quantize != "none" else []
-    how += ["in host memory"] if memory.offload else []
-    how += ["recomputed"] if memory.gradient_checkpointing and not memory.offload else []
+    how += ["offloaded"] if memory.offload else []
+    how += ["checkpointing"] if memory.gradient_checkpointing and not memory.offload else []
     return ", ".join([amount(entry.plan.peak), *how])
 
 
@@ -140,8 +149,8 @@ def main() -> None:
     for name in MODELS:
         found[name] = entries(name)
         print("\n".join(rows(name, found[name])), flush=True)
-    head = ["`python benchmarks/plans.py`", "", f"| model | card | budget | {' | '.join(PHASES)} | settings |"]
-    table = [*head, "|---" * (len(PHASES) + 4) + "|", *(line for name in found for line in rows(name, found[name]))]
+    head = ["`python benchmarks/plans.py`", "", f"| model | card | budget | {' | '.join(WHEN)} | settings |"]
+    table = [*head, "|---" * (len(WHEN) + 4) + "|", *(line for name in found for line in rows(name, found[name]))]
     TABLE.write_text("\n".join(table) + "\n", encoding="utf-8")
     parts = [INTRODUCTION, overview(found), *(section(name, found[name]) for name in found)]
     PAGE.write_text("\n".join(parts), encoding="utf-8")

@@ -290,10 +290,10 @@ def describe(config: EraseConfig) -> str:
     """The settings that a budget decides, in words."""
     memory = config.memory
     said = [f"the base in {memory.quantize}"] if memory.quantize != "none" else []
-    said += ["the base in host memory"] if memory.offload else []
-    said += ["activations recomputed"] if memory.gradient_checkpointing else []
+    said += ["the base offloaded to the CPU"] if memory.offload else []
+    said += ["gradient checkpointing"] if memory.gradient_checkpointing else []
     if memory.per_device_batch_size < config.training.train_batch_size:
-        said += [f"{memory.per_device_batch_size} of a batch's samples at a time"]
+        said += [f"micro-batches of {memory.per_device_batch_size}"]
     count = config.buffer.rollout_batch_size
     return ", ".join([*said, f"{count} trajectories side by side" if count > 1 else "1 trajectory at a time"])
 
