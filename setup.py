@@ -22,7 +22,8 @@ setup(
         "esd_peft.worlds.emoji": ["*.safetensors", "*.json", "*.yaml", "NOTICE", "drawings/*", "pipeline/*", "pipeline/*/*"],
         "esd_peft.worlds.shapes": ["*.safetensors", "*.json", "pipeline/*", "pipeline/*/*"],
     },
-    # the lowest versions are those with which CI runs the default command and models of every family (torch and triton apart: see .ci/run)
+    # the lowest versions are those with which CI runs the default command and models of every family (but for torch and
+    # triton: see .ci/run)
     install_requires=[
         "torch>=2.9",
         "triton>=3.5; platform_system == 'Linux'",

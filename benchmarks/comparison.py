@@ -13,8 +13,7 @@ OWN = "-"  # in place of a concept, where a row brings its own
 def summary(runs: list[dict]) -> dict[str, Any]:
     """Of each stratum the mean over concepts, of whose seeds the mean counts, with its 95 % interval, and the worst run.
 
-    Seeds of one concept are more alike than concepts are; so several of one concept have no interval, and that of a single
-    run is over its images.
+    Seeds of one concept are more alike than concepts are; so several of one concept have no interval.
     """
     from esd_peft.evaluation.intervals import bootstrap_mean
 
@@ -33,7 +32,7 @@ def summary(runs: list[dict]) -> dict[str, Any]:
             "seen": found[0]["seen"],
             "before": sum(s["before"]["share"] for s in found) / len(found),
             "mean": sum(means) / len(means),
-            "interval": bootstrap_mean(means, 0) if len(means) > 1 else _over_images(found),
+            "interval": bootstrap_mean(means, 0) if len(means) > 1 else _of_one_run(found),
             "worst": max(values),
         }
     seconds = [r["seconds"] for r in runs if r["seconds"] is not None]  # of some runs nobody knows
@@ -45,10 +44,16 @@ def summary(runs: list[dict]) -> dict[str, Any]:
     }
 
 
-def _over_images(found: list[dict]) -> list[float] | None:
+def _of_one_run(found: list[dict]) -> list[float] | None:
+    """What is left, over its images, or its concepts where there are several; what is lost, over its prompts."""
+    from esd_peft.evaluation.intervals import bootstrap_mean
+
     if len(found) > 1:
         return None
-    return found[0]["after"]["interval"] if found[0]["erased"] else found[0]["lost_interval"]
+    if not found[0]["erased"]:
+        return found[0]["lost_interval"]
+    each = [rates["after"]["share"] for rates in found[0]["each"].values()]
+    return bootstrap_mean(each, 0) if len(each) > 1 else found[0]["after"]["interval"]
 
 
 SHORT = {
@@ -88,21 +93,24 @@ def markdown(found: dict[str, dict], shared: dict[str, dict], command: str) -> s
     if any(s["runs"] for s in shared.values()):
         lines += ["The runs that all rows have in common: means (worst run), in per cent left and in points lost.", ""]
         lines += [short_table(shared), ""]
-    lines += _tables("All runs", found)
+    lines += _tables(found)
+    lines += [
+        "A single run: over its images, or its concepts if it has several; what is lost, over its prompts.",
+        "",
+    ]
     return "\n".join(lines)
 
 
-def _tables(title: str, found: dict[str, dict]) -> list[str]:
+def _tables(found: dict[str, dict]) -> list[str]:
     """What is left of the concepts, and what is lost of the rest, with intervals."""
     strata = {key: s for summed in found.values() for key, s in summed["strata"].items()}
     lines = []
     for erased, says in ((True, "left of the concept, in per cent of images"), (False, "lost of the rest, in points")):
         keys = [key for seen in (False, True) for key, s in strata.items() if (s["erased"], s["seen"]) == (erased, seen)]
+        if not keys:
+            continue
         heads = [("(seen) " if strata[key]["seen"] else "") + strata[key]["title"] for key in keys]
-        lines += [
-            f"{title}, {says}: mean over concepts (95 %; worst run); of one run alone the interval is over its images",
-            "",
-        ]
+        lines += [f"All runs, {says}: mean over concepts (95 %; worst run)", ""]
         lines += [f"| | runs | {' | '.join(heads)} | NFE | CPU seconds |", "|---" * (len(keys) + 4) + "|"]
         for name, s in found.items():
             cells = [_cell(s["strata"].get(key)) for key in keys]

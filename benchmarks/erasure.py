@@ -11,9 +11,8 @@
 
 Writes OUTPUT.json (every run), OUTPUT.md (tables of means and worsts: of the runs that all rows have in common, and of all
 runs) and OUTPUT.png (what is left against what neighbours lose, and against the cost; needs matplotlib), anew after every
-run. What OUTPUT.json already holds is not run again, so an
-interrupted command goes on where it was. Rows are in `methods.py`. Seconds are those that the CPU works on an erasure,
-loading included.
+run. What OUTPUT.json already holds is not run again, so an interrupted command goes on where it was, and one suite can be
+run in parts. Rows are in `methods.py`. Seconds are those that the CPU works on an erasure, loading included.
 """
 
 import argparse
@@ -38,7 +37,9 @@ MODEL = "emoji"
 NAMED = ("trained", "wordings", "sampling", "beside")  # strata whose prompts have the concept's name in them
 
 
-def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None = None) -> dict:
+def run(
+    job: tuple[str, dict, str, int], images: int, strata: list[str] | None = None, checkouts: Path | None = None
+) -> dict:  # fmt: skip
     """Erase one way with one seed; the rates of the result, by strata."""
     import torch
 
@@ -55,7 +56,7 @@ def run(job: tuple[str, dict, str, int], images: int, strata: list[str] | None =
     withheld = _withheld(family.world.name, concept) if "withheld" in options else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, withheld, _only(measured):
         started = sum(os.times()[:4])  # of this process and of those that it waited for
-        made = _erased(family, own, concept, seed, Path(folder))
+        made = _erased(family, own, concept, seed, Path(folder), checkouts)
         made["seconds"] = sum(os.times()[:4]) - started
         cpu, preserved = torch.device("cpu"), made.pop("preserved", [])
         # the same noise for all; what a row preserves by name counts as listed
@@ -100,11 +101,13 @@ def _ask_without(sampler: Any, concept: str) -> None:
     sampler.encoded = encode_prompts(sampler.family, texts, torch.device("cpu"), torch.float32, sampler.evaluator.negatives)
 
 
-def _erased(family: Any, options: dict[str, Any], concept: str, seed: int, folder: Path) -> dict:
+def _erased(
+    family: Any, options: dict[str, Any], concept: str, seed: int, folder: Path, checkouts: Path | None
+) -> dict:  # fmt: skip
     """The denoiser of `family` without the concepts, which these are, and what that cost."""
     import torch
     from closed_forms import CLOSED_FORMS
-    from peer_scripts import SCRIPTS
+    from peer_scripts import PEERS
 
     from esd_peft import EraseConfig, erase
     from esd_peft.adapters.options import MergeConfig
@@ -118,8 +121,9 @@ def _erased(family: Any, options: dict[str, Any], concept: str, seed: int, folde
         denoiser = edit(family, [concept], **{k: v for k, v in options.items() if k != "closed_form_of"})
         return {"concepts": [concept], "denoiser": denoiser, "nfe": 0}
     if "script_of" in options:
-        script, told = SCRIPTS[options["script_of"]], (options["checkouts"], options["learning_rate"])
-        denoiser, nfe = script.run(family, concept, seed, folder, *told)
+        assert checkouts is not None
+        peer = options["script_of"]
+        denoiser, nfe = PEERS[peer].run(family, concept, seed, folder, checkouts / peer, options["learning_rate"])
         return {"concepts": [concept], "denoiser": denoiser, "nfe": nfe}
     steps = options.get("sequence", [options.get("concept", concept)])
     model, nfe = options.get("model", MODEL), 0
@@ -208,10 +212,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    for name, rows in (("pipelines", families), ("checkouts", scripts)):
-        folder = getattr(args, name)
-        if (args.suite == rows.__name__) != (folder is not None):
-            parser.error(f"--{name} is what suite {rows.__name__} needs, and no other suite")
+    for owner, option, rows in (("families", "pipelines", families), ("scripts", "checkouts", scripts)):
+        folder = getattr(args, option)
+        if (args.suite == owner) != (folder is not None):
+            parser.error(f"--{option} is what suite {owner} needs, and no other suite")
         suite = suite if folder is None else rows(folder)
     if not suite:
         parser.error(f"--pipelines {args.pipelines} holds no KIND.json; run train_families.py --output there first")
@@ -234,7 +238,8 @@ def main() -> None:
     jobs = [job for job in jobs if (job[0], *job[2:]) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kill ends the workers too
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for result in pool.imap_unordered(functools.partial(run, images=args.images, strata=args.strata), jobs):
+        one = functools.partial(run, images=args.images, strata=args.strata, checkouts=args.checkouts)
+        for result in pool.imap_unordered(one, jobs):
             runs.append(result)
             save(args.output, suite, runs)
             left = next(iter(result["strata"].values()))["after"]["share"]

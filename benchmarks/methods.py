@@ -1,6 +1,7 @@
 """The rows of `erasure.py`: options of `esd_peft.erase`, a peer's closed form, or several erasures one after the other."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import yaml
@@ -34,7 +35,7 @@ _SPM = {
     "max_train_steps": 200,
     "preservation_ratio": 0.5,
 }
-# Their published rates are for Stable Diffusion. Of these each gets the one that is best here (results/peer_rates.md).
+# Their published rates are for Stable Diffusion; which is best here says results/peer_rates.md.
 PEER_RATES: dict[str, dict] = {
     f"{name}, {rate:g}": peer | {"learning_rate": rate}
     for name, peer in (("paper", _PAPER), ("authors' scripts", _AUTHORS), ("LECO", _LECO))
@@ -127,15 +128,24 @@ def families(folder: Path) -> dict[str, dict]:
 
 # the peers' own scripts at the rates of our copies, to see whether these do as they do
 SCRIPTS: dict[str, dict] = {
-    "authors' scripts, their own": {"script_of": "authors", "learning_rate": 1e-3},
+    "authors' scripts, their own": {"script_of": "erasing", "learning_rate": 1e-3},
     "LECO, its own": {"script_of": "LECO", "learning_rate": 1e-3},
 }
 
 
+def commit_of(repository: str, checkouts: Path) -> str:
+    """Which is checked out there. Raises `SystemExit` if there is none."""
+    folder = checkouts / repository
+    if not (folder / ".git").exists():
+        raise SystemExit(f"error: --checkouts {checkouts} has no {repository}; clone it there first")
+    told = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return told.stdout.strip()
+
+
 def scripts(checkouts: Path) -> dict[str, dict]:
-    """The rows of suite scripts, and our copies: the former run in folders `erasing` and `LECO` of `checkouts`."""
+    """The rows of suite scripts, and our copies; the former are run in these commits of the repositories in `checkouts`."""
     copies = {name: TRAINED[name] for name in ("authors' scripts", "LECO")}
-    return {name: row | {"checkouts": str(checkouts)} for name, row in SCRIPTS.items()} | copies
+    return {name: row | {"commit": commit_of(row["script_of"], checkouts)} for name, row in SCRIPTS.items()} | copies
 
 
 SUITES: dict[str, dict] = {

@@ -1,7 +1,8 @@
 """The peers' own scripts, run on a pipeline of ours, to hold our copies of their procedures against.
 
-A script is run in a copy of its repository, in which nothing is changed but what ties it to Stable Diffusion and to CUDA
-(`Script.changes`): the model's id, its image size and latents, the device, and bfloat16, in which a CPU is slow.
+A script is run in a copy of its repository, in which nothing is changed but what ties it to Stable Diffusion, to CUDA and to
+the network (`Script.changes`): the model's id, the sizes of its images, latents and text encoder, the device, bfloat16, in
+which a CPU is slow, xformers and wandb.
 """
 
 import os
@@ -41,24 +42,23 @@ atexit.register(lambda: pathlib.Path("nfe").write_text(str(sum(samples))))
 
 @dataclass(frozen=True)
 class Script:
-    """One peer's script: its repository's folder, what is replaced in which file, its arguments, and what it leaves."""
+    """One peer's script: what is replaced in which file, its arguments, and what it leaves."""
 
-    repository: str
     changes: Callable[[ModelFamily, int], dict[str, dict[str, str]]]
     arguments: Callable[[ModelFamily, Path, str, float, int], list[str]]
     read: Callable[[ModelMixin, Path], None]
 
     def run(
-        self, family: ModelFamily, concept: str, seed: int, folder: Path, checkouts: str, learning_rate: float
+        self, family: ModelFamily, concept: str, seed: int, folder: Path, checkout: Path, learning_rate: float
     ) -> tuple[ModelMixin, int]:
         """The denoiser of `family` that the script made, in `folder`, and its denoiser evaluations."""
         size = family.world.image_size  # type: ignore[union-attr]
-        work = folder / self.repository
-        shutil.copytree(Path(checkouts) / self.repository, work)
+        work = folder / checkout.name
+        shutil.copytree(checkout, work, ignore=shutil.ignore_patterns(".git"))
         for name, changes in self.changes(family, size).items():
             text = (work / name).read_text()
             for old, new in changes.items():
-                assert old in text, f"{name} of {self.repository} no longer says {old}"
+                assert old in text, f"{name} of {checkout.name} no longer says {old}"
                 text = text.replace(old, new)
             (work / name).write_text(text)
         (work / "sitecustomize.py").write_text(COUNTER.format(seed=seed))
@@ -141,7 +141,7 @@ def _read_lora(denoiser: ModelMixin, work: Path) -> None:
         layers[name].weight.data += change.view_as(layers[name].weight)
 
 
-SCRIPTS = {
-    "authors": Script("erasing", _authors_changes, _authors_arguments, _read_weights),
-    "LECO": Script("LECO", _leco_changes, _leco_arguments, _read_lora),
+PEERS = {
+    "erasing": Script(_authors_changes, _authors_arguments, _read_weights),
+    "LECO": Script(_leco_changes, _leco_arguments, _read_lora),
 }

@@ -14,7 +14,7 @@ from real_models import MODELS, make_model
 
 from esd_peft import EraseConfig, UserError
 from esd_peft.defaults import resolve
-from esd_peft.memory.planner import MemoryEstimator, Plan, amount, describe, fit, imagined
+from esd_peft.memory.planner import WHEN, MemoryEstimator, Plan, amount, describe, fit, imagined
 from esd_peft.models import open_family
 from esd_peft.options import parse_bytes
 
@@ -23,14 +23,7 @@ TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "qui
 CONCEPT = "Van Gogh"
 # a card, and what is left on it beside the driver and a desktop
 CARDS = {"4 GB": "3GiB", "8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}
-WHEN = {
-    "encode": "while prompts are encoded",
-    "load": "while the denoiser is loaded",
-    "attention": "while cross-attention learns",
-    "rollout": "in the rollout",
-    "train": "in training",
-    "evaluate": "while validation images are made",
-}
+PHASES = [phase for phase in WHEN if phase != "attack"]  # which the defaults have not
 # what --model takes
 SOURCES = {
     "SD 1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16",
@@ -57,12 +50,14 @@ in the place of {CONCEPT}; then merge, which needs no GPU:
 python -m esd_peft.merge_adapter --adapter erased --output merged
 ```
 
-A card is counted as 1 GiB less than its name says, for the driver and a desktop. Left out, `--memory-budget` is what it
-has free when the command starts. It alone decides the settings that stand beside it: the base in NF4 (`--quantize nf4`) or
-offloaded to the CPU (`--offload`), gradient checkpointing, micro-batches of so many samples (`--per-device-batch-size`), and
-how many trajectories are denoised side by side (`--rollout-batch-size`). Figures are the peak of a run, predicted for the
-real architectures with the defaults, and when it comes; [memory.md](memory.md) says how far predictions were right. Models
-that are gated on the hub need `hf auth login`.
+A card is counted as 1 GiB less than its name says, for the driver and a desktop. `--memory-budget` is all that has to be
+said, and left out it is what the card has free when the command starts. The run chooses, where you do not: the base in
+NF4 (`--quantize nf4`) or offloaded to the CPU (`--offload`), gradient checkpointing (`--gradient-checkpointing`),
+micro-batches of so many samples, accumulated (`--per-device-batch-size`), and how many trajectories are denoised side by
+side (`--rollout-batch-size`). 8 % of the budget is left free. Figures are the peak of a run, predicted for the real
+architectures with the defaults, and when it comes; [memory.md](memory.md) says how far predictions were right. How long a
+run takes on such a card nobody has measured; `--plan` says how many denoiser evaluations it takes at most. Models that
+are gated on the hub need `hf auth login`.
 """
 
 
@@ -96,7 +91,7 @@ def entries(name: str) -> dict[str, Entry]:
             try:
                 found[card] = Entry(fit(estimator, given, resolved, parse_bytes(budget)))
             except UserError as error:
-                found[card] = Entry(None, str(error).partition(" is ")[2].partition(" even with")[0])
+                found[card] = Entry(None, str(error).partition(" is ")[2].partition(", even with")[0])
     return found
 
 
@@ -105,7 +100,7 @@ def rows(name: str, found: dict[str, Entry]) -> list[str]:
     lines = []
     for card, entry in found.items():
         phases = entry.plan.phases if entry.plan else {}
-        cells = [amount(phases[phase]) if phase in phases else "" for phase in WHEN]
+        cells = [amount(phases[phase]) if phase in phases else "" for phase in PHASES]
         said = describe(entry.plan.config) if entry.plan else f"refused: {entry.refusal}"
         lines.append(f"| {name} | {card} | {CARDS[card]} | {' | '.join(cells)} | {said} |")
     return lines
@@ -149,8 +144,8 @@ def main() -> None:
     for name in MODELS:
         found[name] = entries(name)
         print("\n".join(rows(name, found[name])), flush=True)
-    head = ["`python benchmarks/plans.py`", "", f"| model | card | budget | {' | '.join(WHEN)} | settings |"]
-    table = [*head, "|---" * (len(WHEN) + 4) + "|", *(line for name in found for line in rows(name, found[name]))]
+    head = ["`python benchmarks/plans.py`", "", f"| model | card | budget | {' | '.join(PHASES)} | settings |"]
+    table = [*head, "|---" * (len(PHASES) + 4) + "|", *(line for name in found for line in rows(name, found[name]))]
     TABLE.write_text("\n".join(table) + "\n", encoding="utf-8")
     parts = [INTRODUCTION, overview(found), *(section(name, found[name]) for name in found)]
     PAGE.write_text("\n".join(parts), encoding="utf-8")

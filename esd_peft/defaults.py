@@ -6,6 +6,7 @@ from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.evaluation.options import ValidationOptions
 from esd_peft.models import ModelFamily
+from esd_peft.options import Options, flag
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
 from esd_peft.prompts.wordings import MANY_WORDS
@@ -13,6 +14,18 @@ from esd_peft.runtime.devices import resolve_device, resolve_dtype
 from esd_peft.training.contrastive import epochs_of_references
 from esd_peft.training.options import BufferOptions, StudentOptions, TrainingOptions
 from esd_peft.training.work import preservation_samples, sampled
+
+# what nothing reads where cross-attention learns layer by layer and no batches are trained on
+_OF_BATCHES: dict[type[Options], tuple[str, ...]] = {
+    TrainingOptions: (
+        "robust", "stop_at", "learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer", "max_grad_norm",
+        "train_batch_size", "preservation_ratio", "snr_gamma",
+    ),
+    BufferOptions: (
+        "rollout", "trajectories", "preservation_trajectories", "guided_rollout_ratio", "buffer_refresh_interval",
+        "min_timestep", "max_timestep",
+    ),
+}  # fmt: skip
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:
@@ -34,6 +47,11 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     if config.training.objective == "esd":
         training = _resolve_training(training, student, prompts)
         buffer = _resolve_buffer(config.buffer, student, prompts, plan, family)
+        if student.attention_steps and not training.max_train_steps:
+            left_out = {name: TrainingOptions.model_fields[name].default for name in _OF_BATCHES[TrainingOptions]}
+            usual = _resolve_training(config.training.replace(augment_prompts=augmented, **left_out), student, prompts)
+            _refuse_unread(training, usual)
+            _refuse_unread(buffer, _resolve_buffer(BufferOptions(), student, prompts, plan, family))
     else:
         training, buffer = _resolve_contrastive(training, len(prompts.concept)), config.buffer
     if training.unprompted_guidance and not (student.attention_steps or preservation_samples(training)):
@@ -54,6 +72,16 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         validation=validation,
     )
     return resolved, plan
+
+
+def _refuse_unread(given: Options, usual: Options) -> None:
+    """`given` may say what it would be anyway, as the config of a run that was does."""
+    for name in _OF_BATCHES[type(given)]:
+        if getattr(given, name) != getattr(usual, name):
+            raise UserError(
+                f"{flag(name)} is for training steps, and this run has none: cross-attention learns layer by layer; "
+                "leave it out, add --max-train-steps for some after that, or --attention-steps 0 for these alone"
+            )
 
 
 def _attention_steps(config: EraseConfig, family: ModelFamily) -> int:

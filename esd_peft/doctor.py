@@ -23,7 +23,7 @@ from esd_peft.runtime.reproducibility import installed
 from esd_peft.training.options import StudentOptions, TrainingOptions
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
-CARDS = ("8GiB", "12GiB", "16GiB", "24GiB")
+CARDS = {"8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}  # and what driver and desktop leave
 
 
 class DoctorConfig(ModelOptions, DrawingOptions):
@@ -45,9 +45,9 @@ def examine(config: DoctorConfig) -> Iterator[str]:
     yield "what fits, as planned (the commands' --plan says more):"
     resolved = imagined(given.runtime, resolved)
     estimator = MemoryEstimator(resolved, prompts, family)
-    for card in CARDS:
+    for card, left in CARDS.items():
         try:
-            plan = fit(estimator, given, resolved, parse_bytes(card))
+            plan = fit(estimator, given, resolved, parse_bytes(left))
             yield f"  {card:<7}{describe(plan.config)}: {amount(plan.peak)} at most"
         except UserError as error:
             yield f"  {card:<7}does not fit: {error}"

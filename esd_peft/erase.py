@@ -114,7 +114,8 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
                 validation.make(student.denoiser, "after")
         if wordings is not None:
             probes.add_near(found := near(verdicts), wordings.encoded(found))
-        diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed)
+        counted = "--max-train-steps" if training.max_train_steps else "--attention-steps"
+        diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed, counted)
     losses = [*(attention.losses if attention else ()), *trainer.losses]
     result = erase_result.make_result(
         config, profiler, trainer, stopping, validation, prompts.concepts, verdicts, losses, diagnosis

@@ -21,7 +21,7 @@ class MemoryOptions(Options):
     """Keep the frozen base in host memory and bring its layers to the device one by one: little memory, and slow. It needs
     --gradient-checkpointing."""
     memory_budget: str = "auto"
-    """Device memory to stay within, 12GiB for example: batches are split, activations recomputed, the base quantized or
+    """Device memory to stay within, 12GiB for example: micro-batches, gradient checkpointing, the base quantized or
     offloaded as far as that takes. auto: what the GPU has free; no bound on a CPU."""
     plan: bool = False
     """Say what the run would take (memory by phase, denoiser evaluations, the buffer's size) without loading weights, and

@@ -37,6 +37,15 @@ from esd_peft.training.work import (
 META = torch.device("meta")
 GIB = 2**30
 HEADROOM = 0.92  # of a budget is planned for: allocators round up and leave gaps
+WHEN = {  # the phases, in words
+    "encode": "while prompts are encoded",
+    "load": "while the denoiser is loaded",
+    "attention": "while cross-attention learns",
+    "rollout": "in the rollout",
+    "train": "in training",
+    "attack": "while adversarial prompts are searched",
+    "evaluate": "while validation images are made",
+}
 Settings = dict[str, object]  # options by name
 # the options that a budget decides, where they are not given
 MEMORY_SETTINGS = ("per_device_batch_size", "rollout_batch_size", "gradient_checkpointing", "quantize", "offload", "compile")
@@ -215,8 +224,9 @@ class MemoryEstimator:
 def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, budget: int) -> Plan:
     """The cheapest settings whose predicted peak is within `budget` bytes. Raises `UserError` if none is.
 
-    In this order: all of a batch at once, then fewer and fewer samples at a time, then that with activations recomputed,
-    then all of it again with the base in NF4, and at last with the base in host memory. What `given` sets itself stays.
+    In this order: all of a batch at once, then smaller and smaller micro-batches, then these with gradient checkpointing,
+    then all of it again with the base in NF4, and at last with the base offloaded to the CPU. What `given` sets itself
+    stays.
     """
     plans = []
     for settings in _settings(given, resolved.training.train_batch_size):
@@ -227,8 +237,8 @@ def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, b
     phase = max(best.phases, key=lambda name: best.phases[name])
     missing = best.peak / HEADROOM - budget
     raise UserError(
-        f"--memory-budget {amount(budget)} is {amount(missing)} short: {phase} takes {amount(best.phases[phase])} "
-        f"even with {describe(best.config)}; give more, or take a smaller model"
+        f"--memory-budget {amount(budget)} is {amount(missing)} short: {amount(best.phases[phase])} {WHEN[phase]}, and "
+        f"{1 - HEADROOM:.0%} left free, even with {describe(best.config)}; give more, or take a smaller model"
     )
 
 

@@ -141,17 +141,18 @@ class Checkpoints:
         tensors, values = _read(path)
         if values is None:
             raise UserError(f"--resume: {path} is damaged; remove {self.folder} and start anew")
-        foreign = UserError(
-            f"--resume: {path} was written by another version of esd_peft; go on with that, or add --overwrite to start anew"
+        of_another_version = UserError(
+            f"--resume: {path} was written by another version of esd_peft; resume with that version, or add --overwrite to "
+            "start anew"
         )
         try:
             config, base, buffer_name, made_with = (values[key] for key in ("config", "base", "buffer", "made_with"))
             state = _put_together(values["state"], tensors)
             maps = all(isinstance(value, dict) for value in (config, state, made_with))
             if not maps or state.keys() != {"attention", "training"} or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
-                raise foreign
+                raise of_another_version
         except (KeyError, TypeError, ValueError, RecursionError):
-            raise foreign from None
+            raise of_another_version from None
         changed = [key for key, value in self._claimed.items() if config.get(key) != value]
         if changed:
             said = ", ".join(f"{key.replace('_', '-')} was {config.get(key)}" for key in changed)

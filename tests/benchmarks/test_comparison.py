@@ -19,6 +19,7 @@ def made(concept: str, left: float, lost: float, seed: int = 0) -> dict:
     def rates(erased: bool, after: float) -> dict:
         after_all = {"share": after, "interval": [after - 0.1, after + 0.1]}
         found = {"title": "t", "erased": erased, "seen": False, "before": {"share": 1.0}, "after": after_all}
+        found["each"] = {concept: {"after": after_all}}
         return found | {"lost": 1.0 - after, "lost_interval": [0.9 - after, 1.1 - after]}
 
     strata = {"wordings": rates(True, left), "neighbours": rates(False, 1 - lost)}
@@ -40,6 +41,20 @@ def test_rows_are_compared_on_what_all_of_them_have_run(module):
     assert "| b | 1 | 30.0 (20.0 to 40.0; 30) |" in text
     alone = module.summary([made("fox", 0.1, 0.0), made("fox", 0.3, 0.0, seed=1)])["strata"]["wordings"]
     assert alone["interval"] is None and alone["mean"] == pytest.approx(0.2)  # seeds of one concept are alike
+
+
+def test_a_run_of_several_concepts_has_an_interval_over_these(module):
+    several = made("-", 0.2, 0.0)
+    several["strata"]["wordings"]["each"] = {name: {"after": {"share": x}} for name, x in (("fox", 0.0), ("owl", 0.4))}
+    low, high = module.summary([several])["strata"]["wordings"]["interval"]
+    assert (low, high) == (0.0, 0.4)
+
+
+def test_what_was_not_measured_has_no_table(module):
+    alone = made("fox", 0.2, 0.0)
+    del alone["strata"]["neighbours"]
+    text = module.markdown({"a": module.summary([alone])}, {}, "command")
+    assert "left of the concept" in text and "lost of the rest" not in text
 
 
 def test_rows_without_runs_in_common_are_not_compared(module):

@@ -148,6 +148,23 @@ def test_whoever_asks_for_something_else_gets_it(options):
     assert resolved.student.attention_steps == 0 and resolved.training.max_train_steps > 0
 
 
+OF_BATCHES = [
+    {"learning_rate": 1e-4}, {"optimizer": "AdamW8bit"}, {"lr_scheduler": "linear"}, {"train_batch_size": 4}, {"robust": 1},
+    {"stop_at": 0.0}, {"max_grad_norm": 0.5}, {"trajectories": 30}, {"rollout": "student"}, {"max_timestep": 500},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OF_BATCHES, ids=str)
+def test_what_layer_by_layer_would_not_read_is_refused(options):
+    emoji, ((name, value),) = open_family("emoji"), options.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is for training steps, and this run has none"):
+        resolve(config(concept="fox", attention_steps=800, **options), emoji)
+    resolved, _ = resolve(config(concept="fox", attention_steps=0, **options), emoji)
+    assert value in (getattr(resolved.training, name, None), getattr(resolved.buffer, name, None))
+    some = {"attention_steps": 800, "max_train_steps": 40}
+    assert resolve(config(concept="fox", **some, **options), emoji)[0].training.max_train_steps == 40
+
+
 @pytest.mark.parametrize("line", ["a\tstar", "a star\x1b[2J", "x" * 4001])
 def test_a_file_of_prompts_holds_what_options_may_hold(shapes, tmp_path, line):
     """Otherwise the config that is written beside the adapter could not be read again."""

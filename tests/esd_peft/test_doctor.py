@@ -24,12 +24,12 @@ def test_an_embedded_pipeline_is_erased_from_layer_by_layer_or_along_trajectorie
 
 
 def test_what_fits_which_card_and_what_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "CARDS", ("40KiB", "12GiB"))
+    monkeypatch.setattr(doctor, "CARDS", {"a chip": "40KiB", "12 GB": "11GiB"})
     text = said(save_family("flux dev", tmp_path / "model"))
     assert "Flux, FluxPipeline; FluxTransformer2DModel" in text
     small, large = text.splitlines()[-2:]
-    assert small.startswith("  40KiB  does not fit: --memory-budget 0.0 MiB is")
-    assert large.startswith("  12GiB") and "side by side" in large
+    assert small.startswith("  a chip does not fit: --memory-budget 0.0 MiB is")
+    assert large.startswith("  12 GB") and "side by side" in large
 
 
 def test_a_model_that_is_not_there_is_said_at_once():

@@ -20,7 +20,8 @@ from esd_peft.erase_result import table
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.comparison import Model, open_models
-from esd_peft.models import open_family
+from esd_peft.models import FAMILIES, open_family
+from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.worlds import WORLDS
 from families import draw_small, save_family
 from runs import SHORTEST
@@ -185,6 +186,11 @@ def test_the_suite_of_the_concept_itself(adapter, tmp_path):
 
 
 KINDS = ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "qwen-image", "chroma", "flux.2 klein", "flux.2 dev", "wan"]
+
+
+def test_every_family_is_among_these(tmp_path):
+    tried = {type(open_family(str(save_family(kind, tmp_path / kind)))) for kind in KINDS}
+    assert tried | {StableDiffusion} == {*FAMILIES}, "most of the other tests are of Stable Diffusion 1.x"
 
 
 @pytest.mark.parametrize("kind", KINDS)

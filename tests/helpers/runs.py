@@ -19,6 +19,8 @@ CPU = torch.device("cpu")
 # an erasure that takes a moment, and erases nothing
 SHORTEST = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu",
             "num_validation_images": 0}  # fmt: skip
+# nothing is trained but cross-attention, layer by layer, which has no trajectories to choose
+OF_LAYERS = {name: value for name, value in SHORTEST.items() if name != "trajectories"} | {"max_train_steps": 0}
 
 
 @dataclass

@@ -28,7 +28,7 @@ from esd_peft.training.survey import survey
 from esd_peft.training.work import count_survey_nfe
 from families import save_family
 from pipelines import small_stable_diffusion
-from runs import CPU, SHORTEST
+from runs import CPU, OF_LAYERS, SHORTEST
 
 FEW = replace(module.MANY_PROMPTS, contexts=24, fewest=24, held=24, phrases=16)
 
@@ -300,7 +300,7 @@ def test_whole_runs_of_small_models(few, tmp_path, monkeypatch, eager, kind, opt
     monkeypatch.setattr(attention, "LOSS_EVERY", 2)
     path = tmp_path / "model"
     made = small_stable_diffusion(path) if kind == "sd" else save_family("sdxl", path)
-    given = SHORTEST | {"attention_steps": 4, "max_train_steps": 0, "trajectories": 2} | options
+    given = OF_LAYERS | {"attention_steps": 4} | options
     result = erase(EraseConfig(concept=["circle", "red"], model=str(made), output=tmp_path / "out", **given))
     buffer = resolve(EraseConfig(concept="red", **given), open_family(str(made)))[0].buffer
     assert 0 < result["nfe"] <= count_survey_nfe(buffer, 2, 2, module.MANY_PROMPTS)
@@ -320,7 +320,8 @@ def test_training_goes_on_from_what_the_layers_learned(few, tmp_path, eager):
     options = SHORTEST | {"concept": "circle", "model": str(made), "attention_steps": 2, "max_train_steps": 3}
     result = erase(EraseConfig(output=tmp_path / "out", learning_rate=1e-12, **options))
     assert result["training_samples"] > 0 and {"attention", "train"} <= {*result["seconds"]}
-    alone = erase(EraseConfig(output=tmp_path / "alone", **options | {"max_train_steps": 0}))
+    layers = OF_LAYERS | {name: options[name] for name in ("concept", "model", "attention_steps")}
+    alone = erase(EraseConfig(output=tmp_path / "alone", **layers))
     assert alone["training_samples"] == 0
     weights = [
         read_adapter(tmp_path / name).apply(open_family(str(made)).load_denoiser(torch.float32)) for name in ("out", "alone")

@@ -19,7 +19,7 @@ from esd_peft.training.layers import LayerLoss
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import _AdapterStudent
 from esd_peft.training.trainer import Trainer
-from runs import SHORTEST
+from runs import OF_LAYERS
 
 STEPS = 6  # in which cross-attention learns
 SAME = ("loss", "other_names", "diagnosis", "nfe", "training_samples", "trained_parameters")
@@ -41,8 +41,7 @@ def quick(monkeypatch):
 
 
 def config(model, output, **options):
-    given = SHORTEST | {"concept": "circle", "attention_steps": STEPS, "max_train_steps": 0, "trajectories": 2,
-                        "checkpointing_steps": 1}  # fmt: skip
+    given = OF_LAYERS | {"concept": "circle", "attention_steps": STEPS, "checkpointing_steps": 1}
     return EraseConfig(model=str(model), output=output, **given | options)
 
 

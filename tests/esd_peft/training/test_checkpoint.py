@@ -146,7 +146,7 @@ def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
     (state,) = (tmp_path / "parts.checkpoint").glob("step-*")
     content = bytearray(state.read_bytes())
     as_before_it_held_attention(state)
-    with pytest.raises(UserError, match="was written by another version of esd_peft; go on with that, or add --overwrite"):
+    with pytest.raises(UserError, match="was written by another version of esd_peft; resume with that version, or add"):
         erase(config(small_sd, tmp_path / "parts", resume=True))
     content[-9] ^= 4
     state.write_bytes(content)
