@@ -11,10 +11,10 @@ holds is not run again.
 import argparse
 import json
 import os
-import shlex
-import sys
 import tempfile
 from pathlib import Path
+
+from comparison import commands
 
 from esd_peft.worlds import WORLDS
 
@@ -59,9 +59,9 @@ def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
-def markdown(runs: list[dict], command: str) -> str:
+def markdown(runs: list[dict], made_by: list[str]) -> str:
     """Means over concepts and seeds; then every run."""
-    lines = [f"`{command}`", ""]
+    lines = [line for command in made_by for line in (f"`{command}`", "")]
     for title, groups in (("", [""]), ("By concept", sorted({r["concept"] for r in runs}))):
         lines += [f"## {title}", ""] if title else []
         for group in groups:
@@ -129,12 +129,12 @@ def main() -> None:
 
 def save(output: Path, runs: list[dict]) -> str:
     """Write all results; returns the tables."""
-    command = shlex.join(["python", *sys.argv])
+    made_by = commands(output.with_suffix(".json"))
     draft = output.with_suffix(".tmp")
-    draft.write_text(json.dumps({"command": command, "cpus": os.cpu_count(), "runs": runs}, indent=1) + "\n")
+    draft.write_text(json.dumps({"commands": made_by, "cpus": os.cpu_count(), "runs": runs}, indent=1) + "\n")
     draft.replace(output.with_suffix(".json"))
-    output.with_suffix(".md").write_text(markdown(runs, command))
-    return markdown(runs, command)
+    output.with_suffix(".md").write_text(markdown(runs, made_by))
+    return markdown(runs, made_by)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,15 @@ def short_table(found: dict[str, dict]) -> str:
     return "\n".join([*heads, *lines])
 
 
-def markdown(found: dict[str, dict], shared: dict[str, dict], command: str) -> str:
+def commands(file: Path) -> list[str]:
+    """Those that made what `file` holds, each a part of it, and this one."""
+    known = json.loads(file.read_text()).get("commands", []) if file.exists() else []
+    return [*dict.fromkeys([*known, shlex.join(["python", *sys.argv])])]
+
+
+def markdown(found: dict[str, dict], shared: dict[str, dict], made_by: list[str]) -> str:
     """The summaries as tables: of the runs in common in short, and of each all that is known."""
-    lines = [f"`{command}`", ""]
+    lines = [line for command in made_by for line in (f"`{command}`", "")]
     if any(s["runs"] for s in shared.values()):
         lines += ["The runs that all rows have in common: means (worst run), in per cent left and in points lost.", ""]
         lines += [short_table(shared), ""]
@@ -157,13 +163,13 @@ def save(output: Path, suite: dict[str, dict], runs: list[dict]) -> str:
     found = {m: summary(rows) for m, rows in by_method.items()}
     shared = {m: summary(rows) for m, rows in in_common(by_method).items()}
     options = {m: suite[m] for m in found}
-    command = shlex.join(["python", *sys.argv])
-    head = json.dumps({"command": command, "cpus": os.cpu_count(), "options": options, "summary": found}, indent=1)
+    made_by = commands(output.with_suffix(".json"))
+    head = json.dumps({"commands": made_by, "cpus": os.cpu_count(), "options": options, "summary": found}, indent=1)
     lines = ",\n".join(json.dumps(run) for run in runs)  # one each, so that a difference shows which is new
     draft = output.with_suffix(".tmp")
     draft.write_text(f'{head.removesuffix("}").rstrip()},\n "runs": [\n{lines}\n ]\n}}\n')
     draft.replace(output.with_suffix(".json"))
-    tables = markdown(found, shared, command)
+    tables = markdown(found, shared, made_by)
     output.with_suffix(".md").write_text(tables)
     plot(shared if any(s["runs"] for s in shared.values()) else found, output.with_suffix(".png"))
     return tables

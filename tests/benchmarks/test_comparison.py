@@ -1,6 +1,7 @@
 """The tables of the comparison: over the same runs for every row, and what the README shows of them."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -35,12 +36,21 @@ def test_rows_are_compared_on_what_all_of_them_have_run(module):
     assert shared["a"]["strata"]["wordings"]["mean"] == pytest.approx(0.1)
     lines = module.short_table(shared).splitlines()
     assert lines[2].startswith("| a | 1 | 10.0 (10) |") and lines[3].startswith("| b | 1 | 20.0 (20) |")
-    text = module.markdown({name: module.summary(rows) for name, rows in runs.items()}, shared, "command")
+    text = module.markdown({name: module.summary(rows) for name, rows in runs.items()}, shared, ["command"])
     # and all that is known stands below: over concepts, whose seeds count as one; a run alone has the interval of its images
     assert "| a | 3 | 50.0 (50.0 to 50.0; 90) |" in text and "| b | 1 | 20.0 (10.0 to 30.0; 20) |" in text
     assert "| b | 1 | 30.0 (20.0 to 40.0; 30) |" in text
     alone = module.summary([made("fox", 0.1, 0.0), made("fox", 0.3, 0.0, seed=1)])["strata"]["wordings"]
     assert alone["interval"] is None and alone["mean"] == pytest.approx(0.2)  # seeds of one concept are alike
+
+
+def test_each_command_that_made_a_part_is_kept(module, monkeypatch, tmp_path):
+    for argv in (["e.py", "--methods", "a"], ["e.py", "--methods", "b"], ["e.py", "--methods", "a"]):
+        monkeypatch.setattr("sys.argv", argv)
+        module.save(tmp_path / "found", {"a": {}}, [made("fox", 0.1, 0.0) | {"method": "a"}])
+    told = ["python e.py --methods a", "python e.py --methods b"]
+    assert json.loads((tmp_path / "found.json").read_text())["commands"] == told
+    assert (tmp_path / "found.md").read_text().startswith(f"`{told[0]}`\n\n`{told[1]}`\n")
 
 
 def test_a_run_of_several_concepts_has_an_interval_over_these(module):
@@ -53,7 +63,7 @@ def test_a_run_of_several_concepts_has_an_interval_over_these(module):
 def test_what_was_not_measured_has_no_table(module):
     alone = made("fox", 0.2, 0.0)
     del alone["strata"]["neighbours"]
-    text = module.markdown({"a": module.summary([alone])}, {}, "command")
+    text = module.markdown({"a": module.summary([alone])}, {}, ["command"])
     assert "left of the concept" in text and "lost of the rest" not in text
 
 
@@ -61,7 +71,9 @@ def test_rows_without_runs_in_common_are_not_compared(module):
     runs = {"a": [made("fox", 0.1, 0.0)], "b": [made("owl", 0.2, 0.3)]}
     shared = {name: module.summary(rows) for name, rows in module.in_common(runs).items()}
     assert not any(s["runs"] for s in shared.values())
-    assert "in common" not in module.markdown({name: module.summary(rows) for name, rows in runs.items()}, shared, "command")
+    assert "in common" not in module.markdown(
+        {name: module.summary(rows) for name, rows in runs.items()}, shared, ["command"]
+    )
 
 
 def test_the_readme_shows_what_was_measured():
