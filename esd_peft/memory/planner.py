@@ -318,7 +318,7 @@ def plan_table(plan: Plan) -> str:
     lines = [f"predicted: {describe(plan.config)}", "", f"{'phase':<12}{'peak':>12}"]
     lines += [f"{name:<12}{amount(size):>12}" for name, size in plan.phases.items()]
     buffer = f"the buffer takes {amount(plan.buffer_bytes)} of host memory"
-    lines += ["", f"{plan.nfe:,} denoiser evaluations (NFE); {buffer}"]
+    lines += ["", f"at most {plan.nfe:,} denoiser evaluations (NFE); {buffer}"]
     return "\n".join(lines)
 
 
