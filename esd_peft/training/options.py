@@ -29,7 +29,8 @@ class StudentOptions(Options):
     attention_steps: Auto[Annotated[int, Field(ge=0, le=10**6)]] = LEFT_OUT
     """Steps in which each cross-attention layer learns the guided target by itself, before the student does as a whole: in
     random contexts, under other names that the teacher knows, and held by the tokenizer's words (docs/attention.md); of
-    Stable Diffusion 1.x, 2.x and XL. 0: none; left out: 600 + 200 for each concept, or 0 where the tokenizer knows less
+    Stable Diffusion 1.x, 2.x and XL. --learning-rate, --trajectories and what else is for batches is for --max-train-steps
+    after these. 0: none; left out: 600 + 200 for each concept, or 0 where the tokenizer knows less
     than 500 words, and with another scope or objective, --null-space, --closed-form or --robust."""
     closed_form: Auto[bool] = LEFT_OUT
     """Start the layers that read the prompt from a closed-form edit like UCE's instead of from zero (docs/objectives.md). It
