@@ -38,7 +38,7 @@ _SPM = {
 # Their published rates are for Stable Diffusion; which is best here says results/peer_rates.md.
 PEER_RATES: dict[str, dict] = {
     f"{name}, {rate:g}": peer | {"learning_rate": rate}
-    for name, peer in (("paper", _PAPER), ("authors' scripts", _AUTHORS), ("LECO", _LECO))
+    for name, peer in (("paper", _PAPER), ("authors' scripts", _AUTHORS), ("LECO", _LECO), ("SPM-like", _SPM))
     for rate in (1e-4, 3e-4, 1e-3)
 }
 CLOSED: dict[str, dict] = {
@@ -51,9 +51,9 @@ CLOSED: dict[str, dict] = {
     "SPEED": {"closed_form_of": "speed"},
 }
 TRAINED: dict[str, dict] = {
-    "paper": _PAPER | {"learning_rate": 3e-4},
-    "authors' scripts": _AUTHORS | {"learning_rate": 1e-3},
-    "LECO": _LECO | {"learning_rate": 1e-3},
+    "paper": _PAPER | {"learning_rate": 1e-4},
+    "authors' scripts": _AUTHORS | {"learning_rate": 1e-4},
+    "LECO": _LECO | {"learning_rate": 3e-4},
     "SPM-like": _SPM | {"learning_rate": 1e-3},
 }
 OURS: dict[str, dict] = {
@@ -144,7 +144,7 @@ def commit_of(repository: str, checkouts: Path) -> str:
 
 def scripts(checkouts: Path) -> dict[str, dict]:
     """The rows of suite scripts, and our copies; the former are run in these commits of the repositories in `checkouts`."""
-    copies = {name: TRAINED[name] for name in ("authors' scripts", "LECO")}
+    copies = {f"{name}, 0.001": PEER_RATES[f"{name}, 0.001"] for name in ("authors' scripts", "LECO")}
     return {name: row | {"commit": commit_of(row["script_of"], checkouts)} for name, row in SCRIPTS.items()} | copies
 
 
