@@ -100,10 +100,7 @@ def markdown(found: dict[str, dict], shared: dict[str, dict], made_by: list[str]
         lines += ["The runs that all rows have in common: means (worst run), in per cent left and in points lost.", ""]
         lines += [short_table(shared), ""]
     lines += _tables(found)
-    lines += [
-        "A single run: over its images, or its concepts if it has several; what is lost, over its prompts.",
-        "",
-    ]
+    lines += ["A single run: over its images, or its concepts if it has several; what is lost, over its prompts.", ""]
     return "\n".join(lines)
 
 

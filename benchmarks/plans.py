@@ -12,7 +12,7 @@ from pathlib import Path
 
 from real_models import MODELS, make_model
 
-from esd_peft import EraseConfig, UserError
+from esd_peft import EraseConfig, UserError, doctor
 from esd_peft.defaults import resolve
 from esd_peft.memory.planner import WHEN, MemoryEstimator, Plan, amount, describe, fit, imagined
 from esd_peft.models import open_family
@@ -21,8 +21,7 @@ from esd_peft.options import parse_bytes
 ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "quickstarts.md"
 CONCEPT = "Van Gogh"
-# a card, and what is left on it beside the driver and a desktop
-CARDS = {"4 GB": "3GiB", "8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}
+CARDS = {"4 GB": "3GiB"} | doctor.CARDS
 PHASES = [phase for phase in WHEN if phase != "attack"]  # which the defaults have not
 # what --model takes
 SOURCES = {
@@ -68,12 +67,6 @@ class Entry:
     plan: Plan | None
     refusal: str = ""
 
-    @property
-    def phase(self) -> str:
-        """The largest one."""
-        assert self.plan is not None
-        return max(self.plan.phases, key=lambda name: self.plan.phases[name])  # type: ignore[union-attr]
-
 
 def entries(name: str) -> dict[str, Entry]:
     """One of `real_models.MODELS` on each of `CARDS`."""
@@ -113,7 +106,7 @@ def section(name: str, found: dict[str, Entry]) -> str:
         if entry.plan is None:
             lines.append(f"# {card}: refused, {entry.refusal}")
             continue
-        lines.append(f"# {card}: {amount(entry.plan.peak)} {WHEN[entry.phase]}; {describe(entry.plan.config)}")
+        lines.append(f"# {card}: {amount(entry.plan.peak)} {WHEN[entry.plan.largest]}; {describe(entry.plan.config)}")
         lines.append(
             f'python -m esd_peft.erase --model {SOURCES[name]} --concept "{CONCEPT}" --output erased '
             f"--memory-budget {CARDS[card]}"

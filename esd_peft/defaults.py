@@ -48,8 +48,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         training = _resolve_training(training, student, prompts)
         buffer = _resolve_buffer(config.buffer, student, prompts, plan, family)
         if student.attention_steps and not training.max_train_steps:
-            left_out = {name: TrainingOptions.model_fields[name].default for name in _OF_BATCHES[TrainingOptions]}
-            usual = _resolve_training(config.training.replace(augment_prompts=augmented, **left_out), student, prompts)
+            usual = _resolve_training(TrainingOptions(augment_prompts=augmented), student, prompts)
             _refuse_unread(training, usual)
             _refuse_unread(buffer, _resolve_buffer(BufferOptions(), student, prompts, plan, family))
     else:

@@ -62,8 +62,13 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The largest phase."""
-        return max(self.phases.values())
+        """What the largest phase takes."""
+        return self.phases[self.largest]
+
+    @property
+    def largest(self) -> str:
+        """The name of that phase."""
+        return max(self.phases, key=self.phases.__getitem__)
 
 
 def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> Plan:
@@ -234,10 +239,9 @@ def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, b
         if plans[-1].peak <= HEADROOM * budget:
             return plans[-1]
     best = min(plans, key=lambda plan: plan.peak)
-    phase = max(best.phases, key=lambda name: best.phases[name])
     missing = best.peak / HEADROOM - budget
     raise UserError(
-        f"--memory-budget {amount(budget)} is {amount(missing)} short: {amount(best.phases[phase])} {WHEN[phase]}, and "
+        f"--memory-budget {amount(budget)} is {amount(missing)} short: {amount(best.peak)} {WHEN[best.largest]}, and "
         f"{1 - HEADROOM:.0%} left free, even with {describe(best.config)}; give more, or take a smaller model"
     )
 
