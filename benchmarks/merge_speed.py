@@ -28,7 +28,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from esd_peft import MergeConfig, merge_adapter
-from esd_peft.io.tensors import STEMS, NewTensor, as_bytes, write_tensors
+from esd_peft.io.tensors import NewTensor, as_bytes, write_tensors
 from esd_peft.models import open_family
 from esd_peft.worlds import WORLDS
 
@@ -40,7 +40,7 @@ RANDOM = 2**26  # numbers drawn; tensors are cut from them
 def make_model(path: Path, gib: float, width: int, shard_gib: float) -> list[Path]:
     """A Stable Diffusion directory whose UNet has about `gib` GiB of random fp16 weights; returns its shards."""
     shutil.copytree(WORLDS["shapes"].pipeline, path)
-    (path / "unet" / f"{STEMS[0]}.safetensors").unlink()
+    (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     small, larger = (_bytes(_unet(width, layers)) for layers in (1, 2))
     unet = _unet(width, max(1, 1 + round((gib * GIB - small) / (larger - small))))
     unet.save_config(path / "unet")
@@ -52,12 +52,12 @@ def make_model(path: Path, gib: float, width: int, shard_gib: float) -> list[Pat
     numbers = 0.02 * torch.randn(RANDOM, generator=torch.Generator().manual_seed(0)).half()
     files, weight_map = [], {}
     for i, shard in enumerate(shards, 1):
-        files.append(path / "unet" / f"{STEMS[0]}-{i:05}-of-{len(shards):05}.safetensors")
+        files.append(path / "unet" / f"diffusion_pytorch_model-{i:05}-of-{len(shards):05}.safetensors")
         new = [NewTensor(n, "F16", [*v.shape], 2 * v.numel(), partial(_cut, numbers, v.numel())) for n, v in shard]
         write_tensors(files[-1], new, {})
         weight_map |= {name: files[-1].name for name, _ in shard}
     index = {"metadata": {"total_size": _bytes(unet)}, "weight_map": weight_map}
-    (path / "unet" / f"{STEMS[0]}.safetensors.index.json").write_text(json.dumps(index))
+    (path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     return files
 
 

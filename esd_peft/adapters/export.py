@@ -20,7 +20,7 @@ from torch import Tensor
 from esd_peft._version import __version__
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import NewTensor, TensorFile, as_bytes, find_weights, open_tensors, read_tensors, write_tensors
+from esd_peft.io.tensors import NewTensor, TensorFile, as_bytes, open_tensors, read_tensors, write_tensors
 from esd_peft.models import ModelFamily
 from esd_peft.models.checkpoint_layout import CheckpointLayout
 
@@ -199,7 +199,7 @@ def _renamed(
     family: ModelFamily, part: str, prefix: str, sources: Callable[..., dict[str, list[str]]], merge: Merge | None = None
 ) -> Iterator[NewTensor]:
     """A component's tensors as a checkpoint has them: their bytes are read when they are written."""
-    files = [open_tensors(file) for file in find_weights(family.path / part, family.variant).files]
+    files = [open_tensors(file) for file in family.part(part).weights.files]
     where = {name: file for file in files for name in file.entries}
     for new, old in sources(where, family.load_config(part)).items():
         entry = where[old[0]].entries[old[0]]

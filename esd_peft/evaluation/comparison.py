@@ -19,12 +19,11 @@ from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models import ModelFamily, open_family
+from esd_peft.models.conversion import INDEX
 from esd_peft.models.options import ModelOptions
+from esd_peft.models.pipeline_files import part_files, parts_of
 from esd_peft.models.quantize import load_quantized, stay_packed
-from esd_peft.models.sources import INDEX
 from esd_peft.worlds import WORLDS
-
-_NOT_READ = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")  # the same weights in other formats
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,10 @@ class Model:
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of all files that images depend on: weights, configs, tokenizers, the scheduler, the adapter."""
-        root = self.family.path
-        parts = [root / name for name, part in self.family.index.items() if isinstance(part, list)]
-        files = [
-            path for part in parts for path in sorted(part.rglob("*")) if path.is_file() and path.suffix not in _NOT_READ
-        ]
+        root, files = self.family.path, list[Path]()
+        for name in parts_of(self.family):
+            settings, weights = part_files(self.family, name)
+            files += [*settings, *(weights.files if weights else ())]
         known = {str(path.relative_to(root)): sha256(path) for path in [root / INDEX, *files]}
         if self.adapter is not None:
             own = [*sorted(self.adapter.path.glob("*.safetensors")), self.adapter.path / CONFIG_NAME]
@@ -134,8 +132,7 @@ def _named_erased() -> Iterator[None]:
 
 def _notes(family: ModelFamily, adapter: Adapter) -> list[str]:
     trained = adapter.base.get("denoiser_sha256")
-    files = (family.path / family.denoiser_part).glob("*.safetensors")
-    if trained is None or trained.items() <= {file.name: sha256(file) for file in files}.items():
+    if trained is None or trained == family.denoiser_hashes():
         return []
     return ["The adapter was trained on other weights than these."]
 

@@ -1,4 +1,4 @@
-"""Safetensors files on disk: which ones a component has, their headers and hashes, and edits in place."""
+"""Safetensors files on disk: their headers and hashes, and edits in place."""
 
 import hashlib
 import json
@@ -19,63 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from esd_peft.errors import UserError
-from esd_peft.io.text import UnreadableError, parse_json, read_json
+from esd_peft.io.text import UnreadableError, parse_json
 
-STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
-NAME = f"{STEMS[0]}.safetensors"
-PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 CHUNK = 2**18  # bytes; 1 MiB took nearly three times the processor time
+_SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_inv|_2)?|input_scale|comfy_quant)$")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class StoredWeights:
-    """The files that hold one component's weights."""
-
-    files: list[Path]
-    index: Path | None  # names the file of each tensor, where there are several
-    variant: str | None  # in the files' names
-
-    def plain_name(self, file: Path) -> str:
-        """The file's name without the variant: what `from_pretrained` reads by default."""
-        return file.name.replace(f".{self.variant}", "", 1) if self.variant else file.name
-
-
-def find_weights(folder: Path, variant: str | None = None) -> StoredWeights:
-    """What `from_pretrained(variant=variant)` reads the component in `folder` from: one file, or those its index names.
-
-    A component without that variant is read from its plain files, as pipelines do. Raises `UserError` if there are
-    none, or if the index names a file outside the folder.
-    """
-    for given in [variant, None] if variant else [None]:
-        mark = f".{given}" if given else ""
-        for stem in STEMS:
-            file, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
-            if file.is_file():
-                return StoredWeights([file], None, given)
-            if index.is_file():
-                return StoredWeights(_shards(index), index, given)
-    there = [path.name.removesuffix(".safetensors").split(".")[1:] for path in folder.glob("*.*.safetensors")]
-    if others := sorted({re.sub(r"-\d+-of-\d+$", "", ".".join(rest)) for rest in there}):
-        raise UserError(f"{folder} has no {NAME}, but one of --variant {others[0]}; add that")
-    raise UserError(f"{folder} has no {NAME}; save the model with safe_serialization=True, or add --allow-pickle")
-
-
-def _shards(index: Path) -> list[Path]:
-    folder = index.parent
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise UnreadableError("it names a shard outside the folder")
-    except (UnreadableError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is damaged; restore it") from None
-    there = {path.name for path in folder.iterdir() if path.is_file()}
-    for name in names:
-        if name not in there:
-            raise UserError(f"{folder} lacks the shard {name} that its index names; restore it")
-    if len({(folder / name).resolve() for name in names}) < len(names):
-        raise UserError(f"{index} names one file several times, through links; restore it")
-    return [folder / name for name in names]
 
 
 def check_finite(name: str, value: Tensor) -> Tensor:
@@ -86,6 +34,16 @@ def check_finite(name: str, value: Tensor) -> Tensor:
     if not all(extreme.isfinite() for extreme in extremes):
         raise UserError(f"{name} holds a value that is not a number, or infinite; restore its file")
     return value
+
+
+def holds_values(dtype: torch.dtype, name: str) -> bool:
+    """Whether a tensor of that dtype and name holds values as they are: floats of 16 bits or more, or positions."""
+    return (dtype.is_floating_point and dtype.itemsize > 1) or name.endswith("position_ids")
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor of that name scales the weights of 8 bits beside it, or says that they are scaled."""
+    return _SCALE.search(name) is not None
 
 
 def check_regular(path: Path) -> None:

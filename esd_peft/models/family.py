@@ -60,6 +60,8 @@ class ModelFamily(PipelineDirectory, ABC):
                 part.check_config()
             if weights and part.has_weights:
                 part.check_weights(merged=part.name == self.denoiser_part)
+                if part.name == "vae":  # all others are checked as they are loaded; without images it never is
+                    part.check_values()
         rehearse(self)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ class ModelOptions(Options):
 
     revision: str | None = None
     """The branch, tag or commit of a hub repository; left out: main."""
-    variant: str | None = None
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")] | None = None
     """The variant of the weight files, "fp16" for example; left out: the plain ones."""
     checkpoint_config: str | None = None
     """For a single-file checkpoint: a diffusers directory or hub id with the configs and tokenizers that fit it; left

@@ -19,9 +19,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from esd_peft.errors import UserError, in_brief
-from esd_peft.io.tensors import DTYPES, check_finite, find_weights
+from esd_peft.io.tensors import DTYPES, check_finite, holds_values, is_scale
 from esd_peft.io.text import UnreadableError, read_json
+from esd_peft.models.weight_files import StoredWeights, library_of, needed_weights
 
+# safetensors' names of dtypes, and PyTorch's
+_KINDS = DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 # what wrappers leave in the names of weights that were saved from within them
 _WRAPPERS = {r"(^|\.)_orig_mod\.": "torch.compile", r"^module\.": "a parallel wrapper", r"\.base_layer\.": "a LoRA"}
@@ -71,6 +77,11 @@ class Part:
         """Tokenizers, the processors they are part of, and schedulers have none."""
         return not re.search("Tokenizer|Processor|Scheduler", self.family.__name__)
 
+    @property
+    def weights(self) -> StoredWeights:
+        """The files that hold its weights. Raises `UserError` if there are none."""
+        return needed_weights(self.path / self.name, library_of(self.entry), self.variant)
+
     def config(self) -> dict[str, Any]:
         """As stored."""
         with reading(self.place):
@@ -80,13 +91,15 @@ class Part:
         """The part, on the CPU, its weights from safetensors only. Raises `UserError` for weights that are no numbers."""
         family, options = self.family, dict[str, Any]()
         if self.has_weights:
-            variant = find_weights(self.path / self.name, self.variant).variant
-            options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+            options = {"dtype": dtype, "use_safetensors": True, "variant": self.weights.variant}
         if family.__module__.startswith("transformers."):
             options["trust_remote_code"] = False
         with reading(self.place):
-            made = family.from_pretrained(self.path, subfolder=self.name, local_files_only=True, **options)
+            made = family.from_pretrained(self.path / self.name, local_files_only=True, **options)
         if isinstance(made, nn.Module):
+            if getattr(made, "is_quantized", False):  # what is not quantized keeps the dtype that it was stored in
+                for value in made.parameters():
+                    value.data = value.data.to(dtype) if value.is_floating_point() else value.data
             for name, value in made.state_dict().items():
                 check_finite(f"{self.place}: {name}", value)
         return made
@@ -132,12 +145,17 @@ class Part:
         config = self.config()
         if "quantization_config" in config and merged:
             raise UserError(f"{self.place} is quantized (see its config.json), too coarse to erase from; name the original")
-        stored = self._stored(merged)
+        stored = self._stored()
         if "quantization_config" in config:
+            if all(holds_values(value.dtype, name) for name, value in stored.items()):
+                raise UserError(
+                    f"{self.place} holds weights that are not quantized, though its config.json has a quantization_config; "
+                    "remove that from it"
+                )
             return
         with reading(self.place), _quiet():
-            find = _compare_diffusers if issubclass(self.family, ModelMixin) else _compare_transformers
-            missing, unexpected, shapes = find(self, stored)
+            model, missing, unexpected, shapes = _compare(self, stored)
+        self._check_kinds(model, stored, merged)
         wrapped = [(name, tool) for name in unexpected for mark, tool in _WRAPPERS.items() if re.search(mark, name)]
         if missing and wrapped:
             name, tool = wrapped[0]
@@ -153,21 +171,48 @@ class Part:
         if shapes:
             raise UserError(f"{self.place} does not fit its config.json: {shapes[0]}; restore its files")
 
-    def _stored(self, merged: bool) -> dict[str, Tensor]:
+    def _check_kinds(self, model: nn.Module, stored: dict[str, Tensor], merged: bool) -> None:
+        """Raise `UserError` for weights that are not stored as values, or with `merged` too coarsely.
+
+        Buffers may be whole numbers: positions, counts.
+        """
+        buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+        for name, value in stored.items():
+            if name.rpartition(".")[2] in buffers or holds_values(value.dtype, name):
+                continue
+            kind = next(kind for kind, dtype in _KINDS.items() if dtype == value.dtype)
+            if is_scale(name) or not value.dtype.is_floating_point:
+                raise UserError(f"{self.place} stores {name} as {kind}, which is no weight; use 16 or 32 bits")
+            if merged:
+                raise UserError(f"{self.place} stores {name} as {kind}, too coarse to erase from; use 16 or 32 bits")
+
+    def check_values(self) -> None:
+        """Raise `UserError` for a NaN or infinity in the files of a part that may never be loaded."""
+        for path in self.weights.files:
+            with reading(self.place, f"restore its {path.name}"), safe_open(path, framework="pt") as file:
+                for name in list(file.keys()):
+                    check_finite(f"{self.place}: {name}", file.get_tensor(name))
+
+    def _stored(self) -> dict[str, Tensor]:
         """What lies in its files, as tensors without values."""
         found = {}
-        for path in find_weights(self.path / self.name, self.variant).files:
+        for path in self.weights.files:
             with reading(self.place, f"restore its {path.name}"), safe_open(path, framework="pt") as file:
                 for name in list(file.keys()):
                     part = file.get_slice(name)
-                    kind = part.get_dtype()
-                    if merged and kind not in DTYPES and "8" in kind:
-                        raise UserError(f"{self.place} stores {name} as {kind}, too coarse to erase from; use 16 or 32 bits")
-                    found[name] = torch.empty(part.get_shape(), device="meta", dtype=DTYPES.get(kind, torch.float32))
+                    kind = _KINDS.get(part.get_dtype())
+                    if kind is None:
+                        raise UserError(f"{self.place} stores {name} as {part.get_dtype()}; use 16 or 32 bits")
+                    found[name] = torch.empty(part.get_shape(), device="meta", dtype=kind)
         return found
 
 
-Comparison = tuple[list[str], list[str], list[str]]  # names that are missing, those that are too many, shapes that differ
+# the model, names that are missing, those that are too many, shapes that differ
+Comparison = tuple[nn.Module, list[str], list[str], list[str]]
+
+
+def _compare(part: Part, stored: dict[str, Tensor]) -> Comparison:
+    return (_compare_diffusers if issubclass(part.family, ModelMixin) else _compare_transformers)(part, stored)
 
 
 def _compare_diffusers(part: Part, stored: dict[str, Tensor]) -> Comparison:
@@ -181,7 +226,7 @@ def _compare_diffusers(part: Part, stored: dict[str, Tensor]) -> Comparison:
     ]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     unexpected = [name for name in stored if name not in wanted and not any(re.search(i, name) for i in ignored)]
-    return [name for name in wanted if name not in stored], _in_structure(model, unexpected), shapes
+    return model, [name for name in wanted if name not in stored], _in_structure(model, unexpected), shapes
 
 
 def _compare_transformers(part: Part, stored: dict[str, Tensor]) -> Comparison:
@@ -195,9 +240,16 @@ def _compare_transformers(part: Part, stored: dict[str, Tensor]) -> Comparison:
         device_map={"": "meta"},
     )
     shapes = [f"{name} is {[*here]}, not {[*wanted]}" for name, here, wanted in sorted(found["mismatched_keys"])]
-    mismatched = {name for name, *_ in found["mismatched_keys"]}
+    mismatched = {name for name, *_ in found["mismatched_keys"]} | _head(model)
     missing = [name for name in sorted(found["missing_keys"]) if name not in mismatched]
-    return missing, _in_structure(model, sorted(found["unexpected_keys"])), shapes
+    return model, missing, _in_structure(model, sorted(found["unexpected_keys"])), shapes
+
+
+def _head(model: nn.Module) -> set[str]:
+    """The weights of a language model's head: prompts are encoded by the layers below it, so a file may lack it."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # of a transformers model
+    inner = {name for name, module in model.named_modules() if head is not None and module is head}
+    return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in inner}
 
 
 def _in_structure(model: nn.Module, names: list[str]) -> list[str]:

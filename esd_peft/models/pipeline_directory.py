@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import find_weights, sha256
+from esd_peft.io.tensors import sha256
 from esd_peft.models.parts import Part
 from esd_peft.models.sources import hub_id
 
@@ -62,7 +62,7 @@ class PipelineDirectory:
 
     def denoiser_files(self) -> list[Path]:
         """The files that hold the denoiser's weights."""
-        return find_weights(self.path / self.denoiser_part, self.variant).files
+        return self.part(self.denoiser_part).weights.files
 
     def denoiser_hashes(self) -> dict[str, str]:
         """SHA-256 of these files, by name."""

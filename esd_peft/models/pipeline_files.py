@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import PICKLES, StoredWeights, copy_with_sha256, find_weights
+from esd_peft.io.tensors import copy_with_sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models import ModelFamily
-from esd_peft.models.sources import INDEX, inside_model
+from esd_peft.models.conversion import INDEX
+from esd_peft.models.sources import inside_model
+from esd_peft.models.weight_files import PICKLED, StoredWeights, find_weights, library_of
 
 # of tokenizers, schedulers, processors and models
 SETTINGS = (
@@ -34,29 +36,42 @@ def copy_pipeline(family: ModelFamily, target: Path) -> Iterator[tuple[str, str,
     licences = [file for file in root.glob(LICENCES) if file.is_symlink() or not file.is_dir()]
     for file in [root / INDEX, *licences]:
         _copy(family, file, target / file.name)
-    for name in [name for name, part in family.index.items() if isinstance(part, list) and part[0] is not None]:
-        source, copy = root / name, target / name
-        if not source.is_dir():
-            continue
+    for name in parts_of(family):
+        copy = target / name
         copy.mkdir()
-        for setting in SETTINGS:
-            if (source / setting).exists():
-                _copy(family, source / setting, copy / setting)
-        if any(kind in str(family.index[name][1]) for kind in _WITHOUT_WEIGHTS):
+        settings, weights = part_files(family, name)
+        for file in settings:
+            _copy(family, file, copy / file.name)
+        if weights is None:
             continue
-        pickles = [source / pickle for pickle in PICKLES if (source / pickle).exists()]
-        if pickles and not any(source.glob("*.safetensors")):  # of a safety checker, say: the denoiser is always safetensors
-            for file in pickles:
-                _copy(family, file, copy / file.name)
-            continue
-        if name not in family.used and not any(source.glob("*.safetensors")):  # a safety checker without its weights
-            continue
-        weights = find_weights(source, family.variant)
         for file in weights.files:
             digest = _copy(family, file, copy / weights.plain_name(file))
             if name == family.denoiser_part:
                 yield file.name, digest, copy / weights.plain_name(file)
-        _copy_index(weights, copy)
+        if weights.index:
+            _copy_index(weights, weights.index, copy)
+
+
+def parts_of(family: ModelFamily) -> list[str]:
+    """The parts that the pipeline comes with, whether they are read here or not (a safety checker, for example)."""
+    named = [name for name, part in family.index.items() if isinstance(part, list) and part[0] is not None]
+    return [name for name in named if (family.path / name).is_dir()]
+
+
+def part_files(family: ModelFamily, name: str) -> tuple[list[Path], StoredWeights | None]:
+    """The settings and the weights that `from_pretrained` reads of a part; pickles of a part that is not read here.
+
+    Raises `UserError` as `Part.weights` does.
+    """
+    folder, entry = family.path / name, family.index[name]
+    settings = [folder / setting for setting in SETTINGS if (folder / setting).exists()]
+    if any(kind in str(entry[1]) for kind in _WITHOUT_WEIGHTS):
+        return settings, None
+    if name in family.used:
+        return settings, family.part(name).weights
+    library = library_of(entry)
+    safe = find_weights(folder, library, family.variant)
+    return settings, safe or find_weights(folder, library, family.variant, PICKLED)
 
 
 def _copy(family: ModelFamily, file: Path, copy: Path) -> str:
@@ -71,9 +86,7 @@ def _copy(family: ModelFamily, file: Path, copy: Path) -> str:
     return copy_with_sha256(file, copy)
 
 
-def _copy_index(weights: StoredWeights, folder: Path) -> None:
-    if weights.index:
-        shards = read_json(weights.index)
-        shards["weight_map"] = {key: weights.plain_name(Path(file)) for key, file in shards["weight_map"].items()}
-        text = json.dumps(shards, indent=2) + "\n"
-        (folder / weights.plain_name(weights.index)).write_text(text, encoding="utf-8")
+def _copy_index(weights: StoredWeights, index: Path, folder: Path) -> None:
+    shards = read_json(index)
+    shards["weight_map"] = {key: weights.plain_name(Path(file)) for key, file in shards["weight_map"].items()}
+    (folder / weights.plain_name(index)).write_text(json.dumps(shards, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,10 @@
 """Where a model comes from: a diffusers directory, a hub id, a single-file checkpoint. It ends as a directory on disk.
 
-What is not a diffusers directory of safetensors files (single-file checkpoints, pickles) is converted to one, once, in
-the `esd_peft` folder of the hub's home (`HF_HOME`); that folder may be deleted at any time.
+What is not a diffusers directory of safetensors files is converted to one, once (`conversion.py`).
 """
 
 import contextlib
-import hashlib
-import inspect
-import json
+import errno
 import re
 from collections.abc import Callable, Mapping
 from os.path import exists, isfile  # false for a name that is too long, where Path raises
@@ -15,18 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-import torch
-import transformers
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub import errors, hf_hub_download, snapshot_download
 
 from esd_peft.errors import UserError, in_brief
-from esd_peft.io.jobs import hold
-from esd_peft.io.outputs import new_directory
-from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
+from esd_peft.models.conversion import (
+    INDEX,
+    PAPERS,
+    checkpoint_as_directory,
+    read_checkpoint,
+    stored_weights,
+    without_pickles,
+)
 from esd_peft.models.options import ModelOptions
-from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.worlds import WORLDS
 
 if TYPE_CHECKING:
@@ -34,13 +33,11 @@ if TYPE_CHECKING:
 
 Families = Mapping[str, "type[ModelFamily]"]  # by the names of their pipelines' classes
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
-INDEX = "model_index.json"
 CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
-PAPERS = ["README.md", "LICENSE*"]  # what a merged model passes on
-_CONVERSION = 2  # of what is made here of a checkpoint, beside the libraries' versions: to be raised with it
 _NO_CODE = {"trust_remote_code": False}  # of a repository
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_PART = re.compile(r"[A-Za-z_]\w{0,99}")  # the names of a pipeline's parts are those of Python arguments
 
 
 def local_pipeline(
@@ -63,10 +60,11 @@ def local_pipeline(
     if on_hub:
         folder = _download(model, options, option, weights)
     check_links(folder, index, option)
-    if weights and options.variant and not [*folder.glob(f"*/*.{options.variant}[.-]*")]:
+    if weights and options.variant and not _has_variant(folder, index, options.variant):
         raise UserError(f"--variant {options.variant}: {option} {model} has no weights of that name; leave it out")
     if options.allow_pickle:
-        folder = _without_pickles(folder, index, options)
+        check_classes(index, "--allow-pickle")
+        folder = without_pickles(folder, index, options.variant)
     return folder, index
 
 
@@ -93,10 +91,12 @@ def read_index(path: Path, option: str, known: Families) -> dict[str, Any]:
     try:
         index = read_json(path / INDEX)
         name = index["_class_name"]
-        parts = [value for value in index.values() if isinstance(value, list)]
-        pairs = all(len(part) == 2 and {*map(type, part)} in ({str}, {type(None)}) for part in parts)
+        parts = {part: value for part, value in index.items() if isinstance(value, list)}
+        pairs = all(len(part) == 2 and {*map(type, part)} in ({str}, {type(None)}) for part in parts.values())
         if not (pairs and isinstance(name, str)):
             raise UnreadableError("a part is [library, class] or [null, null], and the pipeline's class a name")
+        if odd := [part for part in parts if not _PART.fullmatch(part)]:
+            raise UserError(f"{option} {path}: {INDEX} calls a part {odd[0][:40]!a}, which is no folder's name; restore it")
     except (UnreadableError, KeyError, TypeError, AttributeError):
         raise UserError(f"{option} {path}: {INDEX} is damaged; restore it") from None
     if name not in known:
@@ -116,7 +116,16 @@ def check_classes(index: dict[str, Any], option: str) -> None:
 def inside_model(path: Path, file: Path) -> bool:
     """Whether `file` lies in the directory `path`, wherever links lead; a snapshot's link to the blobs of its repository."""
     root = path.resolve()
-    return file.resolve().is_relative_to(root.parents[1] if is_snapshot(root) else root)
+    return not is_circle(file) and file.resolve().is_relative_to(root.parents[1] if is_snapshot(root) else root)
+
+
+def is_circle(file: Path) -> bool:
+    """Whether links lead from `file` back to it."""
+    try:
+        file.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def check_links(path: Path, index: dict[str, Any], option: str) -> None:
@@ -124,11 +133,12 @@ def check_links(path: Path, index: dict[str, Any], option: str) -> None:
 
     A snapshot in the hub's cache links to the `blobs` of its own repository.
     """
-    parts = [name for name, value in index.items() if isinstance(value, list)]
-    if strange := [part for part in parts if Path(part).name != part]:
-        raise UserError(f"{option} {path}: {INDEX} names the part {strange[0]}, outside the directory; restore it")
-    for part in parts:
+    for part in [name for name, value in index.items() if isinstance(value, list)]:
         for file in [path / part, *(path / part).rglob("*")]:
+            if is_circle(file):
+                raise UserError(
+                    f"{option} {path}: {file.relative_to(path)} is a link in a circle of links; put the file there"
+                )
             if not inside_model(path, file):
                 raise UserError(f"{option} {path}: {file.relative_to(path)} links out of the directory; put the file there")
 
@@ -199,10 +209,7 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
     if path.suffix != ".safetensors" and not options.allow_pickle:
         raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")
-    try:
-        tensors = load_single_file_checkpoint(str(path))
-    except Exception as error:  # the libraries raise many kinds for a damaged file
-        raise UserError(f"{option} {path} cannot be read ({in_brief(error)}); restore it") from None
+    tensors = read_checkpoint(path, option)
     if not any(name.startswith("model.diffusion_model.") for name in tensors):
         raise UserError(f"{option} {path} is not a whole checkpoint: it has no model.diffusion_model layers")
     config = options.checkpoint_config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
@@ -217,103 +224,11 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
         raise UserError(f"{option} {path}: {family.__name__} has no single-file checkpoints; name a directory")
 
     check_classes(index, option)
-    dtype = _dtype(tensors, path, option)
-
-    def make() -> diffusers.DiffusionPipeline:
-        # beside the denoiser's weights a checkpoint holds what is always there, never a safety checker
-        none = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
-        pipeline = family.from_single_file(str(path), config=str(folder), dtype=dtype, **none)
-        return marked(pipeline, tensors)
-
-    configs = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model") and isfile(file))
-    converted = _converted([path, *configs], path.stem, make, option)
+    converted = checkpoint_as_directory(path, tensors, folder, family, option)
     return converted, read_index(converted, option, known)
 
 
-def marked(pipeline: diffusers.DiffusionPipeline, tensors: dict[str, torch.Tensor]) -> diffusers.DiffusionPipeline:
-    """The pipeline with the scheduler that marker tensors in its checkpoint ask for, by ComfyUI's rules for SDXL.
-
-    What the file says of itself goes before what its configs say. `edm_mean` and `edm_std` are Playground v2.5's (EDM, ε);
-    `edm_vpred.sigma_max` CosXL's (EDM, v); `v_pred` that the denoiser predicts v, with `ztsnr` from zero terminal SNR on.
-    """
-    config, change, kind = {**pipeline.scheduler.config}, dict[str, Any](), type(pipeline.scheduler)
-    if "edm_mean" in tensors and "edm_std" in tensors:
-        kind = diffusers.EDMDPMSolverMultistepScheduler
-        change |= {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
-        means = {"latents_mean": tensors["edm_mean"], "latents_std": tensors["edm_std"]}
-        pipeline.vae.register_to_config(**{name: value.flatten().tolist() for name, value in means.items()})
-    elif "edm_vpred.sigma_max" in tensors:
-        sigmas = {"sigma_min": 0.002, "sigma_max": 120.0}
-        found = {name: float(tensors[key]) for name in sigmas if (key := f"edm_vpred.{name}") in tensors}
-        kind = diffusers.EDMEulerScheduler
-        change |= sigmas | found | {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_schedule": "exponential"}
-    elif "v_pred" in tensors:
-        change["prediction_type"] = "v_prediction"
-        if "ztsnr" in tensors:
-            change |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-            if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
-                kind = diffusers.EulerDiscreteScheduler
-    else:
-        return pipeline
-    pipeline.register_modules(scheduler=kind.from_config(config | change))
-    return pipeline
-
-
-def _dtype(tensors: dict[str, torch.Tensor], path: Path, option: str) -> torch.dtype:
-    """The one dtype that holds all of the checkpoint's weights without loss; markers and other single numbers are none."""
-    floats = {value.dtype for value in tensors.values() if value.dtype.is_floating_point and value.numel() > 1}
-    if any(dtype.itemsize < 2 for dtype in floats):
-        raise UserError(f"{option} {path} holds weights in 8 bits, too coarse to erase from; use a 16- or 32-bit file")
-    return floats.pop() if len(floats) == 1 else torch.float32
-
-
-def _refuse_invented(pipeline: diffusers.DiffusionPipeline, place: str) -> None:
-    """Raise `UserError` for weights that the source has not: the converter leaves them without values."""
-    for part, module in pipeline.components.items():
-        for name, value in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
-            if value.is_meta:
-                raise UserError(
-                    f"{place} lacks weights of its {part}, or calls them otherwise: {name} first; name another file"
-                )
-
-
-def _without_pickles(folder: Path, index: dict[str, Any], options: ModelOptions) -> Path:
-    """`folder` itself, or where parts of it are pickles only, the same pipeline as safetensors files."""
-    check_classes(index, "--allow-pickle")
-    parts = [folder / name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-    pickles = [file for part in parts if not [*part.glob("*.safetensors")] for file in part.glob("*.bin")]
-    if not pickles:
-        return folder
-
-    def make() -> diffusers.DiffusionPipeline:
-        family = getattr(diffusers, index["_class_name"])
-        return family.from_pretrained(folder, variant=options.variant, local_files_only=True, **_NO_CODE)
-
-    files = [file for file in sorted(folder.rglob("*")) if isfile(file)]
-    return _converted(files, folder.name, make, "--allow-pickle", str(options.variant))
-
-
-def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: str, detail: str = "") -> Path:
-    """What `make` returns, saved in a folder that changes with what is in the source files, wherever these lie."""
-    contents = [(file.name, file.parent.name, sha256(file)) for file in sources]
-    versions = (diffusers.__version__, transformers.__version__, _CONVERSION)
-    key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
-    target = Path(constants.HF_HOME) / "esd_peft" / key / name
-    if not (target / INDEX).is_file():
-        with hold(target, "HF_HOME", wait=True):  # all processes of a run want it at once
-            if not (target / INDEX).is_file():
-                _convert(make, sources[0], target, option)
-    return target
-
-
-def _convert(make: Callable[[], Any], source: Path, target: Path, option: str) -> None:
-    with new_directory(target, overwrite=True, option="HF_HOME", private_as=[source.parent]) as draft:
-        try:
-            pipeline = make()
-            _refuse_invented(pipeline, f"{option} {source}")
-        except UserError:
-            raise
-        except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit
-            raise UserError(f"{option} {source} does not fit its configs ({in_brief(error)})") from None
-        pipeline.save_pretrained(draft)
-        write_for_every_version(draft)
+def _has_variant(folder: Path, index: dict[str, Any], variant: str) -> bool:
+    """Whether a part has weights of that name."""
+    found = (stored_weights(folder, index, part, variant) for part in index if isinstance(index[part], list))
+    return any(weights is not None and weights.variant == variant for weights in found)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -16,7 +17,6 @@ from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, 
 from esd_peft.errors import UserError
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import settle
-from esd_peft.io.tensors import NAME
 from esd_peft.study.analyse import analyse_study
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study

@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import NAME
 from esd_peft.training.trainer import Trainer
 
 QUICK = {"num_inference_steps": 4, "trajectories": 1, "max_train_steps": 4, "train_batch_size": 2, "checkpointing_steps": 1,

@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -26,9 +27,10 @@ from esd_peft.cli import read_yaml
 from esd_peft.errors import UserError
 from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.evaluation.suites import load_suite, select_prompts
-from esd_peft.io.tensors import NAME, find_weights, open_tensors, read_tensors
+from esd_peft.io.tensors import open_tensors, read_tensors
 from esd_peft.models import open_family
 from esd_peft.models.parts import Part
+from esd_peft.models.weight_files import needed_weights
 from esd_peft.options import groups_of
 from esd_peft.prompts.options import Concept, PromptOptions
 from esd_peft.prompts.plan import plan_prompts
@@ -320,7 +322,7 @@ def test_sharded_index(folder, content):
     (path / f"{NAME}.index.json").write_bytes(content)
 
     def reader():
-        for file in find_weights(path).files:
+        for file in needed_weights(path, "diffusers").files:
             assert file.resolve().parent == path.resolve()
 
     read(folder, reader)

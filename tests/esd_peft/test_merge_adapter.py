@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
@@ -16,7 +17,7 @@ from esd_peft.adapters.saved import read_adapter
 from esd_peft.adapters.verify import Verification
 from esd_peft.cli import parse
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import NAME, copy_with_sha256, sha256
+from esd_peft.io.tensors import copy_with_sha256, sha256
 from esd_peft.models import open_family
 from hub import fill_cache
 from pipelines import small_stable_diffusion

@@ -13,6 +13,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.loaders import single_file_utils as diffusers_names
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from huggingface_hub import constants
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -23,7 +24,6 @@ from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters.export import KOHYA_FILE, limits, write_checkpoint, write_kohya_lora
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import NAME
 from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
 from esd_peft.models.wan import _original_name

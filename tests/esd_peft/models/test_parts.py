@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import BitsAndBytesConfig, CLIPTextModel, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import NAME
 from esd_peft.models import open_family
 from esd_peft.models.parts import Part
 from esd_peft.models.quantize import load_quantized
@@ -183,6 +183,53 @@ def test_a_base_in_few_bits_is_refused_before_training(model, tmp_path):
     change(model, "unet", lambda weights: {n: v.to(torch.float8_e4m3fn) for n, v in weights.items()})
     with pytest.raises(UserError, match=r"its unet stores .* as F8_E4M3, too coarse to erase from"):
         erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "out", **QUICK))
+
+
+@pytest.mark.parametrize("part", FILES)
+@pytest.mark.parametrize("kind", ["I8", "I64", "BOOL"])
+def test_whole_numbers_are_no_weights(model, part, kind):
+    dtypes = {"I8": torch.int8, "I64": torch.int64, "BOOL": torch.bool}
+    change(model, part, lambda weights: weights | {last(part, weights): weights[last(part, weights)].to(dtypes[kind])})
+    with pytest.raises(UserError, match=f"its {part} stores .* as {kind}, which is no weight"):
+        open_family(str(model))
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_a_dtype_that_nobody_has_is_refused(model, part):
+    """The same bytes of one tensor under the name of another dtype of 16 bits."""
+    change(model, part, lambda weights: {n: v.half() for n, v in weights.items()})
+    path = model / part / FILES[part]
+    content = path.read_bytes()
+    name = last(part, load_file(path)).encode()
+    at = content.index(b'"F16"', content.index(b'"' + name + b'"'))
+    path.write_bytes(content[:at] + b'"U16"' + content[at + 5 :])
+    with pytest.raises(UserError, match=f"its {part} stores .* as U16; use 16 or 32 bits"):
+        open_family(str(model))
+
+
+def test_positions_may_be_counted(model):
+    """Files of transformers 4.30 and before hold the positions of tokens, in whole numbers."""
+    change(model, "text_encoder", lambda weights: weights | {"text_model.embeddings.position_ids": torch.arange(16)[None]})
+    open_family(str(model))
+
+
+def test_numbers_of_the_vae_are_checked_without_images(model):
+    change(model, "vae", lambda weights: weights | {last("vae", weights): weights[last("vae", weights)] * float("nan")})
+    with pytest.raises(UserError, match=r"its vae: decoder.conv_out.weight holds a value that is not a number"):
+        open_family(str(model))
+
+
+@pytest.mark.parametrize("how", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_quantized_text_encoder_encodes_or_is_refused(model, how):
+    """As transformers saves it, and with a config that says so of weights that are not."""
+    plain = open_family(str(model)).encode(["a red circle"], torch.device("cpu"), torch.float32)["encoder_hidden_states"]
+    quantized = CLIPTextModel.from_pretrained(model / "text_encoder", quantization_config=BitsAndBytesConfig(**how))
+    edit(model / "text_encoder" / "config.json", quantization_config={"quant_method": "bitsandbytes", **how})
+    with pytest.raises(UserError, match="its text_encoder holds weights that are not quantized, though its config"):
+        open_family(str(model))
+    quantized.save_pretrained(model / "text_encoder")
+    found = open_family(str(model)).encode(["a red circle"], torch.device("cpu"), torch.float32)["encoder_hidden_states"]
+    assert 0 < (found - plain).norm() < 0.2 * plain.norm()
 
 
 WRONG = [

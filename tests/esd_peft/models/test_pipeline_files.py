@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
-from esd_peft.io.tensors import NAME
 from families import draw_small, save_family
 from runs import SHORTEST
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig
 from esd_peft.adapters.export import write_checkpoint
 from esd_peft.errors import UserError
-from esd_peft.models import open_family, sources
+from esd_peft.models import conversion, open_family
 from esd_peft.models.options import ModelOptions
 from esd_peft.worlds import WORLDS
 from hub import COMMIT, fill_cache, serve
@@ -159,6 +160,54 @@ def test_pickles_are_read_on_request_only(small_sd, tmp_path, home):
         open_family(str(tmp_path / "sd.ckpt"), options=ModelOptions(allow_pickle=True))
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_pickles_in_shards_become_safetensors_of_the_same_values(small_sd, tmp_path, home, part):
+    model, stem = shutil.copytree(small_sd, tmp_path / "model"), {"unet": NAME}.get(part, "model.safetensors")
+    pickled = "diffusion_pytorch_model" if part == "unet" else "pytorch_model"
+    values = [*load_file(model / part / stem).items()]
+    halves = {f"{pickled}-0000{i}-of-00002.bin": dict(values[i - 1 :: 2]) for i in (1, 2)}
+    (model / part / stem).unlink()
+    for name, half in halves.items():
+        torch.save({key: value.half() for key, value in half.items()}, model / part / name)
+    index = {"metadata": {}, "weight_map": {key: name for name, half in halves.items() for key in half}}
+    (model / part / f"{pickled}.bin.index.json").write_text(json.dumps(index))
+    (model / "LICENSE").write_text("mine")
+    with pytest.raises(UserError, match="--allow-pickle"):
+        open_family(str(model))
+    family = open_family(str(model), options=ModelOptions(allow_pickle=True))
+    tensors = {key: value for file in family.part(part).weights.files for key, value in load_file(file).items()}
+    found = {key.removeprefix("text_model."): value for key, value in tensors.items()}
+    assert found.keys() == dict(values).keys()
+    assert all(torch.equal(found[key], value.half()) for key, value in values)
+    assert (family.path / "LICENSE").read_text() == "mine" and not [*family.path.rglob("*.bin*")]
+
+
+def test_a_checkpoint_that_holds_itself_is_none(small_sd, tmp_path, home):
+    inner = {}
+    inner["state_dict"] = inner
+    torch.save(inner, tmp_path / "circle.ckpt")
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        open_family(str(tmp_path / "circle.ckpt"), options=ModelOptions(allow_pickle=True, checkpoint_config=str(small_sd)))
+
+
+@pytest.mark.parametrize("change", ["int8", "int64", "bool", "fp8", "scales"])
+def test_a_checkpoint_whose_weights_are_no_values_is_refused(checkpoint, small_sd, tmp_path, home, change):
+    kinds = {"int8": torch.int8, "int64": torch.int64, "bool": torch.bool, "fp8": torch.float8_e4m3fn}
+    weights = load_file(checkpoint)
+    name = next(name for name in weights if name.startswith("cond_stage_model") and name.endswith("q_proj.weight"))
+    changed = {name.removesuffix("weight") + "scale_weight": torch.ones(1)} if change == "scales" else {}
+    changed |= {name: weights[name].to(kinds[change])} if change in kinds else {}
+    save_file(weights | changed, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"holds weights in 8 bits or whole numbers \(cond_stage_model"):
+        open_family(str(tmp_path / "odd.safetensors"), options=ModelOptions(checkpoint_config=str(small_sd)))
+
+
+@pytest.mark.parametrize("variant", ["*", "fp1?", "../x", "", "a.b"])
+def test_a_variant_is_a_name(variant):
+    with pytest.raises(UserError, match=r"^--variant: "):
+        ModelOptions(variant=variant)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -188,7 +237,25 @@ def test_links_and_parts_outside_the_directory_are_refused(small_sd, tmp_path):
         open_family(str(model))
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps(index | {"../vae": index["vae"]}))
-    with pytest.raises(UserError, match=r"names the part \.\./vae, outside"):
+    with pytest.raises(UserError, match=r"calls a part '\.\./vae', which is no folder's name"):
+        open_family(str(model))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "..", "", "vae/../vae", "Ünet\n"])
+def test_the_names_of_parts_are_names_of_folders(small_sd, tmp_path, name):
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {name: index["vae"]}))
+    with pytest.raises(UserError, match=r"model_index.json calls a part .*, which is no folder's name"):
+        open_family(str(model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer_config.json", "unet/diffusion_pytorch_model.safetensors", "vae"])
+def test_links_in_a_circle_are_refused(small_sd, tmp_path, name):
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    shutil.move(model / name, tmp_path / "away")
+    (model / name).symlink_to(model / name)
+    with pytest.raises(UserError, match=rf"{name} is a link in a circle"):
         open_family(str(model))
 
 
@@ -326,10 +393,10 @@ def test_config_names_the_options():
     assert EraseConfig(concept="x", model="a/b", revision="r", variant="fp16").pretrained.variant == "fp16"
 
 
-def test_markers_have_no_say_in_the_dtype(tmp_path):
+def test_markers_have_no_say_in_the_dtype():
     weights = {"a": torch.zeros(2, 2, dtype=torch.float16), "v_pred": torch.zeros(0), "logit_scale": torch.zeros(())}
-    assert sources._dtype(weights, tmp_path, "--model") == torch.float16
-    assert sources._dtype(weights | {"b": torch.zeros(2)}, tmp_path, "--model") == torch.float32
+    assert conversion._dtype(weights) == torch.float16
+    assert conversion._dtype(weights | {"b": torch.zeros(2)}) == torch.float32
 
 
 def test_a_private_checkpoint_is_converted_in_private(checkpoint, small_sd, tmp_path, home):

@@ -1,0 +1,184 @@
+"""What is not a diffusers directory of safetensors files, single-file checkpoints and pickles, made into one.
+
+The directory lies in the `esd_peft` folder of the hub's home (`HF_HOME`), which may be deleted at any time.
+"""
+
+import hashlib
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from os.path import isfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.models.model_loading_utils import load_state_dict
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from esd_peft.errors import UserError, in_brief
+from esd_peft.io.jobs import hold
+from esd_peft.io.outputs import new_directory
+from esd_peft.io.tensors import holds_values, is_scale, sha256
+from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.models.weight_files import PICKLED, SAFE, StoredWeights, find_weights, library_of, weight_map
+
+INDEX = "model_index.json"
+PAPERS = ["README.md", "LICENSE*"]  # what a merged model passes on
+_CONVERSION = 3  # of what is made here, beside the libraries' versions: to be raised with it
+
+
+def checkpoint_as_directory(
+    path: Path, tensors: dict[str, torch.Tensor], configs: Path, pipeline_class: Any, option: str
+) -> Path:
+    """A single-file checkpoint as a directory, through diffusers' own converter.
+
+    `tensors` are the checkpoint's (`read_checkpoint`), `configs` a directory with the configs and tokenizers that fit it.
+    Raises `UserError` for weights that are missing or do not fit.
+    """
+
+    def write(draft: Path) -> None:
+        # beside the denoiser's weights a checkpoint holds what is always there, never a safety checker
+        takes = inspect.signature(pipeline_class.__init__).parameters
+        none = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in takes}
+        pipeline = pipeline_class.from_single_file(str(path), config=str(configs), dtype=_dtype(tensors), **none)
+        _refuse_invented(pipeline, f"{option} {path}")
+        marked(pipeline, tensors).save_pretrained(draft)
+
+    files = sorted(file for file in configs.rglob("*") if file.suffix in (".json", ".txt", ".model") and isfile(file))
+    return _converted([path, *files], path.stem, write, option)
+
+
+def read_checkpoint(path: Path, option: str) -> dict[str, torch.Tensor]:
+    """The tensors of a single file by name. Raises `UserError` if it cannot be read, or holds weights in 8 bits."""
+    try:
+        found: Any = load_state_dict(str(path))
+        for _ in range(2):  # some files hold their weights under this name; one that holds itself is none
+            found = found.get("state_dict", found)
+        if not all(isinstance(name, str) for name in found):
+            raise ValueError("it holds no weights by name")
+        tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    except Exception as error:  # the libraries raise many kinds for a damaged file
+        raise UserError(f"{option} {path} cannot be read ({in_brief(error)}); restore it") from None
+    for name, value in tensors.items():
+        if is_scale(name) or (value.numel() > 1 and not holds_values(value.dtype, name)):
+            raise UserError(
+                f"{option} {path} holds weights in 8 bits or whole numbers ({name}), too coarse to erase from; use a 16- or "
+                "32-bit file"
+            )
+    return tensors
+
+
+def _dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    """The one dtype that holds all of the checkpoint's weights without loss; markers and other single numbers are none."""
+    floats = {value.dtype for value in tensors.values() if value.dtype.is_floating_point and value.numel() > 1}
+    return floats.pop() if len(floats) == 1 else torch.float32
+
+
+def marked(pipeline: diffusers.DiffusionPipeline, tensors: dict[str, torch.Tensor]) -> diffusers.DiffusionPipeline:
+    """The pipeline with the scheduler that marker tensors in its checkpoint ask for, by ComfyUI's rules for SDXL.
+
+    What the file says of itself goes before what its configs say. `edm_mean` and `edm_std` are Playground v2.5's (EDM, ε);
+    `edm_vpred.sigma_max` CosXL's (EDM, v); `v_pred` that the denoiser predicts v, with `ztsnr` from zero terminal SNR on.
+    """
+    config, change, kind = {**pipeline.scheduler.config}, dict[str, Any](), type(pipeline.scheduler)
+    if "edm_mean" in tensors and "edm_std" in tensors:
+        kind = diffusers.EDMDPMSolverMultistepScheduler
+        change |= {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
+        means = {"latents_mean": tensors["edm_mean"], "latents_std": tensors["edm_std"]}
+        pipeline.vae.register_to_config(**{name: value.flatten().tolist() for name, value in means.items()})
+    elif "edm_vpred.sigma_max" in tensors:
+        sigmas = {"sigma_min": 0.002, "sigma_max": 120.0}
+        found = {name: float(tensors[key]) for name in sigmas if (key := f"edm_vpred.{name}") in tensors}
+        kind = diffusers.EDMEulerScheduler
+        change |= sigmas | found | {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_schedule": "exponential"}
+    elif "v_pred" in tensors:
+        change["prediction_type"] = "v_prediction"
+        if "ztsnr" in tensors:
+            change |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+                kind = diffusers.EulerDiscreteScheduler
+    else:
+        return pipeline
+    pipeline.register_modules(scheduler=kind.from_config(config | change))
+    return pipeline
+
+
+def _refuse_invented(pipeline: diffusers.DiffusionPipeline, place: str) -> None:
+    """Raise `UserError` for weights that the source has not: the converter leaves them without values."""
+    for part, module in pipeline.components.items():
+        for name, value in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+            if value.is_meta:
+                raise UserError(
+                    f"{place} lacks weights of its {part}, or calls them otherwise: {name} first; name another file"
+                )
+
+
+def stored_weights(
+    folder: Path, index: dict[str, Any], part: str, variant: str | None, kinds: tuple[str, ...] = (SAFE, PICKLED)
+) -> StoredWeights | None:
+    """A part's weights, of the first of the `kinds` that is there."""
+    found = (find_weights(folder / part, library_of(index[part]), variant, kind) for kind in kinds)
+    return next((weights for weights in found if weights), None)
+
+
+def without_pickles(folder: Path, index: dict[str, Any], variant: str | None) -> Path:
+    """`folder` itself, or where parts of it are pickles only, the same pipeline as safetensors files."""
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    stored = {part: stored_weights(folder, index, part, variant) for part in parts}
+    pickled = {part: weights for part, weights in stored.items() if weights and weights.files[0].suffix == PICKLED}
+    if not pickled:
+        return folder
+
+    def write(draft: Path) -> None:
+        passed_on = shutil.ignore_patterns(f"*{PICKLED}", f"*{PICKLED}.index*.json")
+        for part in [part for part in parts if (folder / part).is_dir()]:
+            shutil.copytree(folder / part, draft / part, ignore=passed_on if part in pickled else None)
+        for file in [folder / INDEX, *(file for name in PAPERS for file in folder.glob(name) if isfile(file))]:
+            shutil.copy(file, draft)
+        for part, weights in pickled.items():
+            _write_safetensors(weights, draft / part)
+
+    files = [file for part in parts for file in sorted((folder / part).rglob("*")) if isfile(file)]
+    return _converted([folder / INDEX, *files], folder.name, write, "--allow-pickle", str(variant))
+
+
+def _write_safetensors(weights: StoredWeights, folder: Path) -> None:
+    """The tensors of pickles, file by file, as they are stored; what else the pickles hold is refused."""
+    for file in weights.files:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        # tensors that share memory, as tied embeddings do, cannot be saved as they are
+        save_file(
+            {name: value.clone() for name, value in tensors.items()}, folder / weights.safe_name(file.name), {"format": "pt"}
+        )
+    if weights.index:
+        names = {name: weights.safe_name(file) for name, file in weight_map(weights.index).items()}
+        text = json.dumps({"metadata": {}, "weight_map": names}, indent=2) + "\n"
+        (folder / weights.safe_name(weights.index.name)).write_text(text, encoding="utf-8")
+
+
+def _converted(sources: list[Path], name: str, write: Callable[[Path], None], option: str, detail: str = "") -> Path:
+    """What `write` writes, in a folder that changes with what is in the source files, wherever these lie."""
+    contents = [(file.name, file.parent.name, sha256(file)) for file in sources]
+    versions = (diffusers.__version__, transformers.__version__, _CONVERSION)
+    key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
+    target = Path(constants.HF_HOME) / "esd_peft" / key / name
+    if not (target / INDEX).is_file():
+        with hold(target, "HF_HOME", wait=True):  # all processes of a run want it at once
+            if not (target / INDEX).is_file():
+                _convert(write, sources[0], target, option)
+    return target
+
+
+def _convert(write: Callable[[Path], None], source: Path, target: Path, option: str) -> None:
+    with new_directory(target, overwrite=True, option="HF_HOME", private_as=[source.parent]) as draft:
+        try:
+            write(draft)
+        except UserError:
+            raise
+        except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit
+            raise UserError(f"{option} {source} does not fit its configs ({in_brief(error)})") from None
+        write_for_every_version(draft)
