@@ -36,7 +36,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Take the same images of the base and the erased model, judge them, and write the report to `config.output`.
 
     Images that an earlier run with the same models and options left there are used again. Raises `UserError` for input
-    that cannot work; a detector or a package that is missing is noticed before images are made.
+    that cannot work, and `UnusableImages` where images are NaN or all of one colour, from which no verdict may come; a
+    detector or a package that is missing is noticed before images are made.
     """
     with only_job(), hold(config.output), current(resolve_device(config.device)):
         return _evaluate(config)
@@ -129,7 +130,7 @@ def _check_size(suite: Suite, base: Model) -> None:
 def _images(
     label: str, model: Model, config: EvaluateConfig, evaluator: Evaluator, device: torch.device, dtype: torch.dtype
 ) -> ImageCache:
-    """The model's images on disk; makes those that are missing there."""
+    """The model's images on disk; makes those that are missing there. Raises `UnusableImages` if they show nothing."""
     texts, settings = [prompt.text for prompt in evaluator.prompts], evaluator.suite.image_settings
     precision = {**bits_depend_on(device, dtype), "quantize": config.quantize}
     ways = [dataclasses.asdict(prompt.sampling) for prompt in evaluator.prompts]
@@ -145,6 +146,7 @@ def _images(
             pipe = model.pipeline(device, dtype, config.quantize)
             evaluator.make(cache, pipe, encoded, label, rows)
             del pipe  # before the text encoders come again
+    evaluator.check(cache, label)
     return cache
 
 

@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 import commands
@@ -17,6 +19,7 @@ from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase,
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.cli import parse
 from esd_peft.erase_result import table
+from esd_peft.errors import UnusableImages
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.comparison import Model, open_models
@@ -231,6 +234,63 @@ def test_erase_evaluates_at_the_end(small_sd, tmp_path, monkeypatch):
     assert "look at them" in table(result)
     with pytest.raises(UserError, match="--evaluate needs images"):
         EraseConfig(concept="circle", evaluate=True, num_validation_images=0)
+
+
+def drawing(monkeypatch, images):
+    """Let pipelines draw what `images` makes of the images that they draw."""
+    draw = StableDiffusion.draw
+    monkeypatch.setattr(StableDiffusion, "draw", lambda self, pipe, **said: images(draw(self, pipe, **said)))
+
+
+def not_numbers(images):
+    return images * torch.nan
+
+
+def one_colour(images):
+    return torch.full_like(images, 0.5)
+
+
+@pytest.mark.parametrize("shown", [not_numbers, one_colour])
+@pytest.mark.parametrize("half", ["before", "after"])
+def test_no_verdict_comes_from_images_that_show_nothing(half, shown, adapter, models, tmp_path, monkeypatch):
+    options = {"erased": adapter, "suite": "csv", "prompts": prompts_file(tmp_path / "p.csv"), "detector": str(models[0])}
+    config = EvaluateConfig(output=tmp_path / "out", **options, **FAST)
+    drawn = itertools.count()
+    with monkeypatch.context() as patch:
+        first = 0 if half == "before" else 1  # each half is one batch
+        drawing(patch, lambda images: shown(images) if next(drawn) >= first else images)
+        with pytest.raises(UnusableImages, match=rf"images \({half}\) are .* no verdict"):
+            evaluate(config)
+    assert not (tmp_path / "out" / "result.json").exists() and next(drawn) == first + 1, "the other half is not drawn"
+    if shown is one_colour:  # they are in the cache now, which says no more than before
+        with pytest.raises(UnusableImages, match=rf"images \({half}\) are each of one colour"):
+            evaluate(config)
+        path = tmp_path / "out" / "images" / half / "00002_001.png"
+        noise = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(path)
+        assert evaluate(config).verdicts, "some images of one colour may be"
+
+
+@pytest.mark.parametrize("evaluates", [False, True], ids=["validation", "evaluate"])
+def test_a_finished_adapter_is_kept_where_its_images_show_nothing(evaluates, small_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "RETAINED", 2)
+    output = tmp_path / "out"
+    options = QUICK | {"num_validation_images": 1, "evaluate": evaluates}
+    drawing(monkeypatch, lambda images: not_numbers(images) if output.exists() else images)
+    with pytest.raises(UserError, match=r"the adapter in .*out is finished, but images \(.*\) are NaN .*esd_peft.evaluate"):
+        erase(EraseConfig(concept="circle", model=str(small_sd), output=output, **options))
+    assert read_adapter(output).concepts == ["circle"] and not (output / "before_after.png").exists()
+    record = merge_adapter(MergeConfig(adapter=output, output=tmp_path / "merged"))
+    assert record["concept"] == ["circle"]
+
+
+def test_a_base_that_draws_nothing_is_said_before_it_is_trained(small_sd, tmp_path, monkeypatch):
+    drawing(monkeypatch, one_colour)
+    options = {"concept": "circle", "model": str(small_sd), "output": tmp_path / "out"}
+    with pytest.raises(UnusableImages, match=r"images \(before\) .* add --num-validation-images 0"):
+        erase(EraseConfig(**options, **QUICK | {"num_validation_images": 1}))
+    assert not (tmp_path / "out").exists()
+    assert erase(EraseConfig(**options, **QUICK))["concepts"] == {}
 
 
 def test_the_embedded_pipeline(tmp_path):
