@@ -133,11 +133,11 @@ def _named_erased() -> Iterator[None]:
 
 
 def _notes(family: ModelFamily, adapter: Adapter) -> list[str]:
-    trained = adapter.base.get("denoiser_sha256")
+    trained, notes = adapter.base.get("denoiser_sha256"), adapter.notes(family.empty_denoiser())
     files = (family.path / family.denoiser_part).glob("*.safetensors")
     if trained is None or trained.items() <= {file.name: sha256(file) for file in files}.items():
-        return []
-    return ["The adapter was trained on other weights than these."]
+        return notes
+    return ["The adapter was trained on other weights than these.", *notes]
 
 
 class _RecordFile(TypedDict, total=False):
