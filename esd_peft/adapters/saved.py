@@ -51,6 +51,8 @@ _BaseFile = TypedDict(
 
 class _PretrainedSaid(TypedDict, total=False):
     model: str
+    resolution: int | None
+    max_sequence_length: int | None
 
 
 class _PromptsSaid(TypedDict, total=False):

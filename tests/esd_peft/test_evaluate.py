@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -291,6 +292,59 @@ def test_a_base_that_draws_nothing_is_said_before_it_is_trained(small_sd, tmp_pa
         erase(EraseConfig(**options, **QUICK | {"num_validation_images": 1}))
     assert not (tmp_path / "out").exists()
     assert erase(EraseConfig(**options, **QUICK))["concepts"] == {}
+
+
+def compared(erased, model, **options):
+    return open_models(EvaluateConfig(erased=erased, base=str(model), device="cpu", **options))
+
+
+def test_images_are_drawn_as_the_erasure_was_trained_and_what_is_otherwise_is_said(tmp_path):
+    """SD3 attends to padding, so that prompts of another length draw something else."""
+    model, erased, merged = save_family("sd3", tmp_path / "sd3"), tmp_path / "erased", tmp_path / "merged"
+    usual, (size, _) = open_family(str(model)).prompt_length, open_family(str(model)).image_size(sd3 := denoiser_of(model))
+    half = size // 2
+    options = {"max_sequence_length": 32, "resolution": half}
+    erase(EraseConfig(concept="circle", model=str(model), output=erased, **QUICK, **options))
+    merge_adapter(MergeConfig(adapter=erased, output=merged))
+    for path in (erased, merged):
+        taken = compared(path, model)
+        for family in (taken.base.family, taken.erased.family):
+            assert family.prompt_length == 32 and family.image_size(sd3) == (half, half)
+        assert taken.drawing.drawing() == options
+        assert [re.search("with (--.*), and so", note)[1] for note in taken.notes] == [
+            f"--resolution {half}", "--max-sequence-length 32",
+        ]  # fmt: skip
+        other = compared(path, model, max_sequence_length=usual, resolution=half)
+        assert other.erased.family.prompt_length == usual
+        assert [f"--max-sequence-length 32; these images, with {usual}," in note for note in other.notes] == [True]
+        assert compared(path, model, **options).notes == []
+
+
+def denoiser_of(model):
+    return open_family(str(model)).empty_denoiser()
+
+
+def test_an_erasure_at_the_models_own_size_says_so_at_another(tmp_path):
+    model, erased = save_family("sd3", tmp_path / "sd3"), tmp_path / "erased"
+    size, _ = open_family(str(model)).image_size(denoiser_of(model))
+    erase(EraseConfig(concept="circle", model=str(model), output=erased, **QUICK))
+    assert compared(erased, model).notes == [] == compared(erased, model, resolution=size).notes
+    (note,) = compared(erased, model, resolution=size // 2).notes
+    assert f"--resolution {size}; these images, with {size // 2}," in note
+
+
+def test_adapters_that_were_trained_otherwise_are_said_and_none_is_followed(small_sd, tmp_path):
+    merged = shutil.copytree(small_sd, tmp_path / "merged")
+    size, _ = open_family(str(small_sd)).image_size(denoiser_of(small_sd))
+    groups = [{"pretrained": {"model": "sd", "resolution": n}} for n in (size, size // 2)]
+    (merged / "erased.json").write_text(json.dumps({"concept": ["circle"], "configs": groups}))
+    found = compared(merged, small_sd)
+    assert found.drawing.drawing() == {} and f"--resolution {size // 2}; these images, with {size}," in found.notes[0]
+    for wrong in ("large", [64], 10**9, -1):
+        configs = [{"pretrained": {"model": "sd", "resolution": wrong}}]
+        (merged / "erased.json").write_text(json.dumps({"concept": ["circle"], "configs": configs}))
+        with pytest.raises(UserError, match=r"--erased .*--resolution.*restore its files"):
+            compared(merged, small_sd)
 
 
 def test_the_embedded_pipeline(tmp_path):
