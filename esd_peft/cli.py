@@ -17,7 +17,7 @@ from esd_peft.io import terminal
 from esd_peft.io import text as text_files
 from esd_peft.options import Options, flag, grouped, groups_of, sentence
 from esd_peft.runtime import interrupts
-from esd_peft.runtime.allocator import avoid_gaps
+from esd_peft.runtime.allocator import avoid_gaps, refused_by_driver
 from esd_peft.runtime.failures import first_to_fail
 
 Config = TypeVar("Config", bound=Options)
@@ -165,6 +165,9 @@ def _unboxed(text: str) -> str:
     return " ".join(lines[:rule] or text.split()).removesuffix(".") + "; see --help"
 
 
+NO_MEMORY = "this machine has too little memory for that; take smaller numbers or a smaller model"
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run a command's main function; a `UserError` becomes its sentence on stderr and exit code 2, and so does too little
     memory."""
@@ -181,9 +184,10 @@ def run_command(main: Callable[[], object]) -> None:
     except KeyboardInterrupt as why:
         said, code = f"interrupted {why}" if why.args else "interrupted: nothing unfinished was kept", 130
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        refused = refused_by_driver(error)
+        if refused is None and not out_of_memory(error):
             raise
-        said, code = "error: this machine has too little memory for that; take smaller numbers or a smaller model", 2
+        said, code = f"error: {refused or NO_MEMORY}", 2
     if first_to_fail():
         with terminal.forgiving_streams():
             print(said, file=sys.stderr)

@@ -80,7 +80,11 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖², ê being the student's prediction at x_t
     rollout = Rollout(student, profiler)
     monitor = Monitor(student, profiler, session.dashboard, timeline, config.validation.validation_steps)
-    monitor.look_at_base()
+    with erase_result.before_training():
+        monitor.look_at_base()
+        if validation is not None:
+            with profiler.phase("evaluate"), student.teacher(), student.autocast():
+                validation.make(student.denoiser, "before")
     attention: AttentionTraining | None = None
     steps, pushed = config.student.attention_steps, training.unprompted_guidance
     if steps and wordings is not None:  # each cross-attention layer learns the target by itself
@@ -88,9 +92,6 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
             attention = AttentionTraining(rollout, wordings, config.buffer, steps, training.seed, monitor, pushed)
             attention.run(checkpoints, left.attention)
     sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training, wordings)
-    if validation is not None:
-        with profiler.phase("evaluate"), student.teacher(), student.autocast():
-            validation.make(student.denoiser, "before")
 
     calls = count_denoiser_calls(config.buffer, training)
     with profiler.phase("train"), compiled(student.denoiser, config.runtime.compile, calls, device):

@@ -12,7 +12,7 @@ from esd_peft.adapters.hub import ADAPTER_FILES, Repository
 from esd_peft.adapters.model_card import adapter_card
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.config import EraseConfig
-from esd_peft.errors import UserError, out_of_memory
+from esd_peft.errors import UnusableImages, UserError, out_of_memory
 from esd_peft.evaluate import command_of, evaluate
 from esd_peft.evaluation.options import WITHIN, EvaluateConfig
 from esd_peft.evaluation.rates import Accuracies
@@ -80,9 +80,10 @@ def write(output: Path, result: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def finished(config: EraseConfig, command: str | None = None) -> Iterator[None]:
-    """The adapter that is there is not trained again because its images need too much memory, or time; `command` makes them.
+    """The adapter that is there is not trained again because its images need too much memory, or time, or show nothing;
+    `command` makes them.
 
-    Raises `UserError` for the former.
+    Raises `UserError` for the first and the last.
     """
     output = config.checkpoint.output
     command = command or command_of(EvaluateConfig(erased=output, **config.pretrained.drawing()))
@@ -92,12 +93,25 @@ def finished(config: EraseConfig, command: str | None = None) -> Iterator[None]:
         raise KeyboardInterrupt(
             f"over its images, but the adapter in {output} is finished; for the images: {command}"
         ) from None
+    except UnusableImages as error:
+        raise UnusableImages(f"the adapter in {output} is finished, but {error}; then: {command}") from None
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         raise UserError(
             f"the adapter in {output} is finished, but the device ran out of memory over its images; make them with a "
             f"smaller --batch-size: {command}"
+        ) from None
+
+
+@contextlib.contextmanager
+def before_training() -> Iterator[None]:
+    """Images of the base that show nothing are said before any work, with the way to train all the same."""
+    try:
+        yield
+    except UnusableImages as error:
+        raise UnusableImages(
+            f"{error}; to train without images, add --num-validation-images 0 and leave --validation-prompt out"
         ) from None
 
 

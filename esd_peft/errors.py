@@ -27,6 +27,10 @@ class OutOfMemory(UserError):
         self.phase = phase
 
 
+class UnusableImages(UserError):
+    """Images show nothing that could be judged; what was trained before them is whole."""
+
+
 def in_brief(error: BaseException) -> str:
     """What another library's error says, on one line, of no more than a sentence can quote; its class if it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -22,6 +22,7 @@ from esd_peft.evaluation.text import as_text
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import check_folder, take_folder
 from esd_peft.io.terminal import say
+from esd_peft.models.options import DrawingOptions
 from esd_peft.models.quantize import check_bitsandbytes
 from esd_peft.models.sampling import encode_prompts
 from esd_peft.options import flag
@@ -36,7 +37,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Take the same images of the base and the erased model, judge them, and write the report to `config.output`.
 
     Images that an earlier run with the same models and options left there are used again. Raises `UserError` for input
-    that cannot work; a detector or a package that is missing is noticed before images are made.
+    that cannot work, and `UnusableImages` where images are NaN or all of one colour, from which no verdict may come; a
+    detector or a package that is missing is noticed before images are made.
     """
     with only_job(), hold(config.output), current(resolve_device(config.device)):
         return _evaluate(config)
@@ -61,9 +63,9 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
         metrics = load_metrics(config, suite, prompts)
     evaluator = Evaluator(suite, prompts, roles, metrics, config.seed, config.batch_size)
     with profiler.phase("before"):
-        before = _images("before", models.base, config, evaluator, device, dtype)
+        before = _images("before", models.base, models.drawing, config, evaluator, device, dtype)
     with profiler.phase("after"):
-        after = _images("after", models.erased, config, evaluator, device, dtype)
+        after = _images("after", models.erased, models.drawing, config, evaluator, device, dtype)
     with profiler.phase("judge"):
         metrics.to(device)
         found = evaluator.look(before, after)
@@ -127,14 +129,20 @@ def _check_size(suite: Suite, base: Model) -> None:
 
 
 def _images(
-    label: str, model: Model, config: EvaluateConfig, evaluator: Evaluator, device: torch.device, dtype: torch.dtype
+    label: str,
+    model: Model,
+    drawing: DrawingOptions,
+    config: EvaluateConfig,
+    evaluator: Evaluator,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> ImageCache:
-    """The model's images on disk; makes those that are missing there."""
+    """The model's images on disk; makes those that are missing there. Raises `UnusableImages` if they show nothing."""
     texts, settings = [prompt.text for prompt in evaluator.prompts], evaluator.suite.image_settings
     precision = {**bits_depend_on(device, dtype), "quantize": config.quantize}
     ways = [dataclasses.asdict(prompt.sampling) for prompt in evaluator.prompts]
     made_with = {"weights": model.fingerprint(), "prompts": texts, "sampling": ways, "seed": config.seed}
-    made_with |= {**precision, **settings, **config.drawing()}
+    made_with |= {**precision, **settings, **drawing.drawing()}
     take_folder(config.output)
     cache = ImageCache(config.output / "images" / label, made_with)
     cache.open(config.overwrite)
@@ -145,6 +153,7 @@ def _images(
             pipe = model.pipeline(device, dtype, config.quantize)
             evaluator.make(cache, pipe, encoded, label, rows)
             del pipe  # before the text encoders come again
+    evaluator.check(cache, label)
     return cache
 
 

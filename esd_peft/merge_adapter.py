@@ -1,6 +1,7 @@
 """python -m esd_peft.merge_adapter: base weights + adapter → a plain pipeline without the concept."""
 
 import json
+import sys
 from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from esd_peft.adapters.export import (
     write_checkpoint,
 )
 from esd_peft.adapters.hub import check_upload
-from esd_peft.adapters.merge import RECORD, Changes, base_weights, find_changes, merge_in_place, merge_weight
+from esd_peft.adapters.merge import RECORD, Changes, base_weights, find_changes, merge_in_place, merge_weight, notes_of
 from esd_peft.adapters.model_card import base_licence, model_card, public_config
 from esd_peft.adapters.options import MergeConfig
 from esd_peft.adapters.saved import Adapter, read_adapter
@@ -58,6 +59,8 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     _check_output(config, adapters)
     family = _open_base(config, adapters)
     changes = find_changes(family, adapters)
+    for note in notes_of(family, adapters):
+        print(f"note: {note}", file=sys.stderr)
     verification = Verification() if config.verify else None
     if config.single_file:
         return _merge_into_file(config, family, adapters, changes, verification)
@@ -163,6 +166,7 @@ def _record(
             "trained_on_it": all(adapter.base.get("denoiser_sha256") == hashes for adapter in adapters),
         },
         "merged_tensors": len(changes),
+        "notes": notes_of(family, adapters),
         "format": "diffusers pipeline",
         **({"verification": vars(verification)} if verification else {}),
         "version": __version__,

@@ -24,7 +24,7 @@ class WeightDelta(ABC):
     """What an adapter does to one base weight."""
 
     layer: nn.Module | None  # that the weight belongs to, of the base's sizes; none: the weight is looked at by itself
-    adds: bool  # to whatever weight is there; otherwise it fits the base's only
+    adds: bool  # its difference from the base's weight can be added to others'; otherwise it acts alone
 
     @abstractmethod
     def on(self, weight: Tensor) -> AdaptedWeight:

@@ -18,29 +18,61 @@ Changes = dict[str, list[WeightDelta]]  # of each weight that changes
 
 
 def find_changes(family: ModelFamily, adapters: list[Adapter]) -> Changes:
-    """What happens to which weight. Raises `UserError` if the adapters do not fit the base, or each other."""
+    """What happens to which weight. Raises `UserError` if an adapter does not fit the base, or the others, or changes
+    nothing."""
     changes: Changes = {}
+    own: dict[Adapter, dict[str, WeightDelta]] = {adapter: {} for adapter in adapters}
+    alone: dict[str, Adapter] = {}  # of each weight an adapter that does not add to it
     for adapter in adapters:
         for name, change in adapter.fitting(family.empty_denoiser()).items():
-            if name in changes and not (change.adds and all(earlier.adds for earlier in changes[name])):
-                raise UserError(f"--adapter {adapter.path} replaces weights that another adapter changes; merge it first")
+            if not change.adds:
+                alone.setdefault(name, adapter)
+            if name in changes and name in alone:
+                raise UserError(
+                    f"--adapter {alone[name].path} replaces weights that another adapter changes; merge it first, and the "
+                    "other one into what comes out (--base)"
+                )
             changes.setdefault(name, []).append(change)
+            own[adapter][name] = change
     stored = {name for file in family.denoiser_files() for name in open_tensors(file).entries}
     if missing := sorted(changes.keys() - stored):
         raise UserError(f"--adapter {adapters[0].path} does not fit the base: it has no weight {missing[0]}")
+    for adapter in adapters:
+        _check_acts(family, adapter, own[adapter])
     return changes
+
+
+def notes_of(family: ModelFamily, adapters: list[Adapter]) -> list[str]:
+    """What is to be said of the adapters' files, in sentences."""
+    return [note for adapter in adapters for note in adapter.notes(family.empty_denoiser())]
 
 
 @torch.no_grad()
 def merge_weight(weight: Tensor, changes: list[WeightDelta], inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A base weight with all its changes, fp32 from the first on, and what these add to the outputs for `inputs`."""
-    effect = torch.zeros(())
+    """A base weight with all its changes, fp32 from the first on, and what these add to the outputs for `inputs`.
+
+    Of several each one's difference from the base is added, so that their order does not matter: W + Σ (W_i − W). For LoRA
+    and what else adds to a layer's output that is PEFT with all of them active; for DoRA it is up to products of changes.
+    """
+    effect, merged = torch.zeros(()), weight
     for change in changes:
         adapted = change.on(weight)
         if inputs is not None:
             effect = effect + adapted.effect(inputs)
-        weight = adapted.merge()
-    return weight, effect
+        merged = adapted.merge() if len(changes) == 1 else merged.float() + (adapted.merge() - weight.float())
+    return merged, effect
+
+
+@torch.no_grad()
+def _check_acts(family: ModelFamily, adapter: Adapter, changes: dict[str, WeightDelta]) -> None:
+    """Raise `UserError` unless a weight is another one after the merge, as it is stored; reads up to the first that is."""
+    for name, base in base_weights(family, {name: [change] for name, change in changes.items()}):
+        if not torch.equal(changes[name].on(base).merge().to(base.dtype), base):
+            return
+    raise UserError(
+        f"--adapter {adapter.path} changes nothing: all {len(changes)} weights that it is for stay as they are stored; "
+        "train it, or restore its files"
+    )
 
 
 def merge_in_place(path: Path, changes: Changes, verification: Verification | None) -> None:

@@ -30,6 +30,7 @@ def model_card(record: dict[str, Any], family: ModelFamily, adapters: list[Adapt
     sections = [
         f"This is {_origin(base)} without these concepts, which were erased from its weights:",
         _concepts(record["concept"]),
+        *(escape(note) for note in record["notes"]),
         f"It is a plain diffusers pipeline: `{family.pipeline_class.__name__}.from_pretrained` loads it. {_RECOVERY}",
         "## How",
         f"{_method(record['version'])}; {record['merged_tensors']} weights of the {family.denoiser_part} were changed"

@@ -97,6 +97,32 @@ def fits_base_only(config: peft.PeftConfig) -> bool:
     return begins or config.peft_type in ("OSF", "PSOFT")  # by name: older versions of peft have no member for PSOFT
 
 
+def multiplies(config: peft.PeftConfig) -> bool:
+    """Whether the adapter multiplies the weight that it meets: with another one the order would matter, or their product be
+    more than both changes together."""
+    return config.peft_type in ("BOFT", "HRA", "IA3", "OFT", "ROAD")
+
+
+def targeted(config: peft.PeftConfig, names: Iterable[str], patterns: Patterns) -> list[str]:
+    """Those of the layers `names` that the config is for, as PEFT reads it; none where its patterns are not plain."""
+    said: Any = config
+    try:
+        chosen = [name for name in names if _names(said.target_modules, name, patterns)]
+        chosen = [name for name in chosen if not _names(getattr(said, "exclude_modules", None), name, patterns)]
+    except UserError:
+        return []
+    whole = [f".{part}." for part in getattr(said, "modules_to_save", None) or ()]
+    chosen = [name for name in chosen if not any(part in f".{name}." for part in whole)]
+    indexes, before = (getattr(said, field, None) for field in ("layers_to_transform", "layers_pattern"))
+    if indexes in (None, []) or isinstance(said.target_modules, str):
+        return chosen
+    before = [before] if isinstance(before, str) else before or []
+    lists = "|".join(map(re.escape, before)) or r"[^.]*"
+    found = {name: re.match(rf"(?:^|.*?\.)(?:{lists})\.(\d+)\.", name) for name in chosen}
+    wanted = {*([indexes] if isinstance(indexes, int) else indexes)}
+    return [name for name, match in found.items() if match and int(match[1]) in wanted]
+
+
 def for_layers(config: peft.PeftConfig, names: list[str], patterns: Patterns) -> peft.PeftConfig:
     """The same config for exactly the layers `names`, without patterns. Raises `UserError` for those that are not plain."""
     config = copy.deepcopy(config)
@@ -114,6 +140,14 @@ def for_layers(config: peft.PeftConfig, names: list[str], patterns: Patterns) ->
         config.feedforward_modules = [name for name in names if name.endswith(tuple(map(str, feeds)))]
     config.target_modules = names
     return config
+
+
+def _names(given: Any, name: str, patterns: Patterns) -> bool:
+    """Whether a list of names, or of their ends, or a pattern means the layer."""
+    if isinstance(given, str):
+        return patterns.whole(given, name)
+    parts, known = name.split("."), {*given} if given else set()
+    return any(".".join(parts[i:]) in known for i in range(len(parts)))
 
 
 def _too_large(values: dict[str, Any]) -> Iterator[str]:

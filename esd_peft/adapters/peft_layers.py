@@ -6,6 +6,7 @@ Linear or Conv2d by itself.
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from esd_peft.adapters.deltas import AdaptedWeight, WeightDelta
 from esd_peft.adapters.peft_config import REPEATED, Patterns, for_layers
 from esd_peft.errors import UserError, in_brief
 
+_NOT_SAVED = r"\bbase_layer\b|\branknum\b"  # the base's, and how many ranks AdaLoRA has left, which its tensors show
 MERGES_BIAS = ("IA3", "ROAD", "BEFT")  # methods that change the bias of a layer without a tensor of that name
 
 
@@ -89,7 +91,9 @@ class LayerWeight(WeightDelta):
             result = peft.set_peft_model_state_dict(model, self.tensors, low_cpu_mem_usage=empty)
             if result.unexpected_keys:
                 raise ValueError(f"there is no use for {result.unexpected_keys[0]}")
-            if missing := [name for name, value in model.named_parameters() if value.is_meta]:
+            missing = [name for name, value in model.named_parameters() if value.is_meta]
+            unread = [name for name in result.missing_keys if not re.search(_NOT_SAVED, name)]
+            if missing := missing or unread:
                 raise ValueError(f"there is no {missing[0]}")
             return model.eval().get_submodule(f"base_model.model.{self.name}")
 
@@ -109,7 +113,10 @@ class LayerBias(WeightDelta):
 
     of: LayerWeight
     layer: None = None
-    adds: bool = True
+
+    @property
+    def adds(self) -> bool:  # type: ignore[override]
+        return self.of.adds
 
     def on(self, weight: Tensor) -> AdaptedWeight:
         shape = self.of.layer.weight.shape

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.adapters.deltas import Replacement, WeightDelta
-from esd_peft.adapters.peft_config import Patterns, fits_base_only, for_layers, read_peft_config
+from esd_peft.adapters.peft_config import (
+    Patterns,
+    fits_base_only,
+    for_layers,
+    multiplies,
+    read_peft_config,
+    targeted,
+)
 from esd_peft.adapters.peft_layers import MERGES_BIAS, LayerBias, LayerWeight, PeftFiles
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import TensorFile, check_finite, open_tensors, read_tensors, sha256
@@ -44,6 +51,8 @@ _BaseFile = TypedDict(
 
 class _PretrainedSaid(TypedDict, total=False):
     model: str
+    resolution: int | None
+    max_sequence_length: int | None
 
 
 class _PromptsSaid(TypedDict, total=False):
@@ -123,15 +132,21 @@ class Adapter(ABC):
     def fitting(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
         """`changes`, after the first of each kind was tried on a weight of zeros: before any work.
 
-        Raises `UserError` if the adapter does not fit, or makes values that are no numbers.
+        Raises `UserError` if the adapter does not fit, holds nothing, or makes values that are no numbers.
         """
         changes = self.changes(denoiser)
+        if not changes:
+            raise UserError(f"--adapter {self.path} holds no tensors, so it changes nothing; restore its files")
         kinds = {(type(change), type(change.layer)): name for name, change in reversed(changes.items())}
         for name in kinds.values():
             change = changes[name]
             merged = change.on(torch.zeros(denoiser.get_parameter(name).shape)).merge()
             check_finite(f"--adapter {self.path}: {name}", merged)
         return changes
+
+    def notes(self, denoiser: ModelMixin) -> list[str]:
+        """Sentences about what is missing in its files, though it can be used without."""
+        return []
 
     @torch.no_grad()
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
@@ -190,7 +205,7 @@ class _SavedPeft(Adapter):
                     "whose layers share weights, which is not merged here; merge it with peft"
                 )
             groups.setdefault(name, {})[key] = value
-        adds = not fits_base_only(self.files.config)
+        adds = not (fits_base_only(self.files.config) or multiplies(self.files.config))
         for name, tensors in groups.items():
             layer = modules[name]
             biased = layer.bias is not None and f"{name}.bias" not in found
@@ -198,6 +213,17 @@ class _SavedPeft(Adapter):
             weight = LayerWeight(self.files, name, layer, tensors, biased, adds)
             found |= {f"{name}.weight": weight} | ({f"{name}.bias": LayerBias(weight)} if biased else {})
         return found
+
+    def notes(self, denoiser: ModelMixin) -> list[str]:
+        layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        named = targeted(self.files.config, layers, Patterns(self.path))
+        changed = {name.rpartition(".")[0] for name in self.changes(denoiser)}
+        if not (lacking := [name for name in named if name not in changed]):
+            return []
+        return [
+            f"An adapter's file has no tensors for {len(lacking)} of the {len(named)} layers that its config names, "
+            f"{lacking[0]} first; these stay as the base has them."
+        ]
 
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
         if all(weight.is_floating_point() for weight in denoiser.parameters()):

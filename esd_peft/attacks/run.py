@@ -25,7 +25,7 @@ from esd_peft.evaluation.suites import Roles, Suite
 from esd_peft.io.images import checked_images
 from esd_peft.io.pixels import read_images, to_pixels
 from esd_peft.models import PromptEmbeds
-from esd_peft.models.sampling import EncodedPrompts, SampleIndex, image_batches, to_image
+from esd_peft.models.sampling import EncodedPrompts, SampleIndex, check_images, image_batches, to_image
 from esd_peft.prompts.plan import spread
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds.world import Prompt
@@ -115,7 +115,7 @@ class AttackRunner:
         return Victim(model.family, denoiser.requires_grad_(False), encoders, self.device, self.dtype)
 
     def _rate(self, victim: Victim, concept: str, embeds: PromptEmbeds, places: list[SampleIndex]) -> Rate:
-        """`embeds` are those of the places' prompts, in order."""
+        """`embeds` are those of the places' prompts, in order. Raises `UnusableImages` if the images show nothing."""
         null = victim.encode_frozen([""])
         encoded = {name: torch.cat([value, null[name]]).detach().cpu() for name, value in embeds.items()}
         numbers = {i: row for row, i in enumerate(dict.fromkeys(i for i, _ in places))}
@@ -123,7 +123,9 @@ class AttackRunner:
         pipe = victim.family.pipeline(victim.denoiser, self.device, self.dtype)
         size, seed = self.config.batch_size, self.config.seed
         made = image_batches(pipe, prompts, places, size, seed, "attacked", **self.suite.image_settings)
-        return self._judge(concept, [to_image(image) for _, images in made for image in images])
+        shown = [to_image(image) for _, images in made for image in images]
+        check_images(shown, "attacked")
+        return self._judge(concept, shown)
 
     def _judge(self, concept: str, images: list[Any]) -> Rate:
         assert self.detector is not None  # `make_attacks` sees to that

@@ -20,9 +20,10 @@ from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.conversion import INDEX
-from esd_peft.models.options import ModelOptions
+from esd_peft.models.options import DrawingOptions, ModelOptions
 from esd_peft.models.pipeline_files import part_files, parts_of
 from esd_peft.models.quantize import load_quantized, stay_packed
+from esd_peft.options import flag
 from esd_peft.worlds import WORLDS
 
 
@@ -79,6 +80,7 @@ class Comparison:
     concepts: list[str]
     notes: list[str]
     preserved: list[str]  # what the erasure was told to keep
+    drawing: DrawingOptions  # with which both draw: as asked, otherwise as the erasure was trained
     trained_on: str  # what the adapter, or the merged pipeline's record, names as its base
 
 
@@ -110,9 +112,42 @@ def open_models(config: EvaluateConfig) -> Comparison:
         concepts, configs = adapter.concepts, [adapter.config]
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
         raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
+    drawing, said = _drawing(config, configs, before)
     for family in (before, erased.family):
-        family.draw_at(config)
-    return Comparison(Model(before), erased, config.concept or concepts, notes, _preserved(configs), base)
+        family.draw_at(drawing)
+    concepts, notes = config.concept or concepts, notes + said
+    return Comparison(Model(before), erased, concepts, notes, _preserved(configs), drawing, base)
+
+
+def _drawing(config: EvaluateConfig, configs: list[dict[str, Any]], family: ModelFamily) -> tuple[DrawingOptions, list[str]]:
+    """How both models draw, and what is to be said of that: what is gone at one size, or in prompts of one length, may be
+    there at another. What the evaluation leaves out is as it was trained, if all adapters say the same."""
+    trained, notes = [_drawn(config, group) for one in configs if isinstance(group := one.get("pretrained"), dict)], []
+    used = config.drawing()
+    for name in DrawingOptions.model_fields:
+        values: list[int | None] = [getattr(each, name) for each in trained]
+        asked = used.setdefault(name, values[0] if len({*values}) == 1 else None)
+        if not any((asked, *values)):
+            continue
+        usual = family.prompt_length if name == "max_sequence_length" else family.image_size(family.empty_denoiser())[0]
+        here = asked or usual
+        if others := sorted({value or usual for value in values} - {here}):
+            listed = " and ".join(map(str, others))
+            notes.append(
+                f"It was erased with {flag(name)} {listed}; these images, with {here}, may show more or less of it."
+            )
+        elif getattr(config, name) is None and here != usual:
+            notes.append(
+                f"It was erased with {flag(name)} {here}, and so these images are drawn; others may show more of it."
+            )
+    return DrawingOptions(**used), notes
+
+
+def _drawn(config: EvaluateConfig, group: dict[str, Any]) -> DrawingOptions:
+    try:
+        return DrawingOptions(**{name: group.get(name) for name in DrawingOptions.model_fields})
+    except UserError as error:
+        raise UserError(f"--erased {config.erased} says what no erasure is made with ({error}); restore its files") from None
 
 
 def _check_alike(before: ModelFamily, after: ModelFamily) -> None:
@@ -131,10 +166,10 @@ def _named_erased() -> Iterator[None]:
 
 
 def _notes(family: ModelFamily, adapter: Adapter) -> list[str]:
-    trained = adapter.base.get("denoiser_sha256")
+    trained, notes = adapter.base.get("denoiser_sha256"), adapter.notes(family.empty_denoiser())
     if trained is None or trained == family.denoiser_hashes():
-        return []
-    return ["The adapter was trained on other weights than these."]
+        return notes
+    return ["The adapter was trained on other weights than these.", *notes]
 
 
 class _RecordFile(TypedDict, total=False):

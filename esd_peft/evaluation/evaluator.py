@@ -8,7 +8,7 @@ from esd_peft.evaluation.image_cache import ImageStore
 from esd_peft.evaluation.metrics import Findings, Metrics, score
 from esd_peft.evaluation.rates import Accuracies, accuracies
 from esd_peft.evaluation.suites import Roles, Suite
-from esd_peft.models.sampling import EncodedPrompts, SampleIndex, drawn_by, image_batches
+from esd_peft.models.sampling import EncodedPrompts, SampleIndex, check_images, drawn_by, image_batches
 from esd_peft.worlds.world import Prompt, Sampling
 
 
@@ -40,7 +40,7 @@ class Evaluator:
     def make(
         self, store: ImageStore, pipe: DiffusionPipeline, encoded: EncodedPrompts, label: str, rows: range | None = None
     ) -> None:
-        """Make these with `pipe`; `encoded` are the prompts `rows`."""
+        """Make these with `pipe`; `encoded` are the prompts `rows`. Raises `UnusableImages` for NaN."""
         first, missing = rows.start if rows else 0, self.missing(store, rows)
         ways: dict[Sampling, list[SampleIndex]] = {}
         for place in missing:
@@ -52,6 +52,10 @@ class Evaluator:
                 for batch, images in made:
                     for place, image in zip(batch, images, strict=True):
                         store.add(place, image)
+
+    def check(self, store: ImageStore, label: str) -> None:
+        """Raise `UnusableImages` if all images show nothing, whichever run made them."""
+        check_images((store.read(place) for place in self.places), label)
 
     def look(self, before: ImageStore, after: ImageStore) -> Findings:
         """What all metrics say of all images."""

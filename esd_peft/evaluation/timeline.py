@@ -22,7 +22,7 @@ from PIL import Image
 from esd_peft.evaluation import pages
 from esd_peft.io.outputs import empty_folder, new_directory, new_file, take_folder
 from esd_peft.io.text import UnreadableError, read_json
-from esd_peft.models.sampling import EncodedPrompts, SampleIndex, image_batches, to_image
+from esd_peft.models.sampling import EncodedPrompts, SampleIndex, check_images, image_batches, to_image
 
 FOLDER, PAGE, RECORD = "validation", "report.html", "prompts.json"
 BASE = "base"
@@ -83,11 +83,15 @@ class Timeline:
         return (self.folder / name).is_dir()
 
     def draw(self, pipe: DiffusionPipeline, name: str) -> dict[str, list[Image.Image]]:
-        """Take a look at the pipeline, put it into the folder, and return its images by their prompts."""
+        """Take a look at the pipeline, put it into the folder, and return its images by their prompts.
+
+        Raises `UnusableImages` if they show nothing; then there is no such look.
+        """
         places = [(i, k) for i in range(len(self.prompts)) for k in range(self.images)]
         drawn: dict[SampleIndex, Image.Image] = {}
         for batch, pixels in image_batches(pipe, self.encoded, places, self.batch_size, self.seed, name):
             drawn |= {place: to_image(image) for place, image in zip(batch, pixels, strict=True)}
+        check_images(drawn.values(), name)
         with new_directory(self.folder / name, overwrite=True) as draft:
             for place, image in drawn.items():
                 image.save(draft / f"prompt_{place[0]}_image_{place[1]}.png")

@@ -60,9 +60,10 @@ class ValidationSampler:
         self.encoded = encode_prompts(self.family, texts, self.device, self.dtype, self.evaluator.negatives)
 
     def make(self, denoiser: ModelMixin, label: str) -> None:
-        """The images `label`, of `denoiser` as it is."""
+        """The images `label`, of `denoiser` as it is. Raises `UnusableImages` if they show nothing."""
         store = self.stores[label] = ImageMemory()
         self.evaluator.make(store, self.family.pipeline(denoiser, self.device, self.dtype), self.encoded, label)
+        self.evaluator.check(store, label)
 
     def accuracies(self) -> Accuracies | None:
         """What was recognised before and after; none if nobody can tell."""

@@ -167,9 +167,10 @@ class MemoryEstimator:
 
     def _decoding(self, latents: Tensor) -> int:
         """Bytes of the VAE and what it needs to draw one image."""
-        vae = self.family.empty_part("vae", self.dtype)
+        dtype = self.family.decoding_dtype(self.dtype)
+        vae = self.family.empty_part("vae", dtype)
         with track_memory(vae) as meter, torch.no_grad():
-            vae.decode(self.family.vae_latents(vae, latents.to(META, self.dtype)), return_dict=False)
+            vae.decode(self.family.vae_latents(vae, latents.to(META, dtype)), return_dict=False)
         return weight_bytes(vae) + meter.peak
 
     def plan(self, config: EraseConfig) -> Plan:

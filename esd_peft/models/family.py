@@ -338,11 +338,16 @@ class ModelFamily(PipelineDirectory, ABC):
         """The family's diffusers pipeline around `denoiser`, called with `pipeline_arguments`; VAE in `dtype`.
 
         It has no text encoders: what encodes is freed before the denoiser is loaded, and FLUX's would not fit beside it.
+        Pipelines that bring a VAE with `force_upcast` to fp32 for its work (SDXL's) do so under autocast too.
         """
-        vae = self.load_part("vae", dtype).to(device)
+        vae = in_its_dtype(self.load_part("vae", dtype).to(device))
         if vae.config.get("sample_size", 512) > 256 and hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # one image at a time: at 512² each takes about a gigabyte
         return self.assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
+
+    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which its pipeline lets a VAE work that is loaded in `dtype`."""
+        return dtype
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
         """What the pipeline is called with for prompts and as many null prompts, to make images of the usual kind."""
@@ -365,6 +370,19 @@ class ModelFamily(PipelineDirectory, ABC):
         """What `pipe` makes of them: `[B, 3, H, W]` in [0, 1]."""
         images: Tensor = pipe(**arguments, output_type="pt").images
         return images
+
+
+def in_its_dtype(vae: ModelMixin) -> ModelMixin:
+    """The VAE, which decodes in the dtype that it is in, whatever autocast says."""
+    decode = vae.decode
+
+    @functools.wraps(decode)
+    def decode_as_is(latents: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **options)
+
+    vae.decode = decode_as_is
+    return vae
 
 
 def index_embeds(embeds: PromptEmbeds, index: Tensor) -> PromptEmbeds:

@@ -30,11 +30,12 @@ class DrawingOptions(Options):
     """How large images are and how much of a prompt is read, where that is not as the model usually does."""
 
     resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
-    """Pixels a side of what trajectories and images draw; left out: what the model was made for. Less takes less time and
-    memory; what an erasure leaves at another size has not been measured."""
+    """Pixels a side of what trajectories and images draw; left out: what the model was made for, or of an evaluation what
+    was erased with. Less takes less time and memory; what an erasure leaves at another size has not been measured."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] | None = None
-    """Tokens that T5 and language models read of a prompt, padding included; left out: what the pipeline reads, 256 to 512.
-    Families that read them without a mask (SD3, FLUX) draw slightly otherwise with fewer."""
+    """Tokens that T5 and language models read of a prompt, padding included; left out: what the pipeline reads, 256 to 512,
+    or of an evaluation what was erased with. Families that read them without a mask (SD3, FLUX) draw slightly otherwise with
+    fewer."""
 
     def drawing(self) -> dict[str, Any]:
         """Those of these options that are given."""

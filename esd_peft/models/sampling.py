@@ -1,7 +1,7 @@
 """Images from a prompt and a seed, and grids of them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import diffusers
@@ -11,11 +11,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from esd_peft.errors import UnusableImages
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.family import index_embeds
 from esd_peft.runtime.seeds import generator
 
 _CAPTION, _GAP = 16, 4  # pixels
+_PLAIN = 2  # of 255: an image whose channels vary by no more than that is of one colour
+_FIX = (
+    "so they show nothing and there is no verdict; --dtype float32 and bfloat16 overflow less than float16, and if that is "
+    "not it, see what the model draws in diffusers"
+)
 SampleIndex = tuple[int, int]  # which prompt, which of its images
 
 
@@ -81,6 +87,8 @@ def image_batches(
 
     Image k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
     the same noise. `prompts` are those from number `first` on; `settings` replace what the family calls its pipeline with.
+
+    Raises `UnusableImages` for NaN, which a file would hold as black; `check_images` looks at all of a model's images.
     """
     family = prompts.family
     if "guidance_scale" in settings:
@@ -89,7 +97,23 @@ def image_batches(
         batch = places[start : start + batch_size]
         noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
         arguments = prompts.arguments([i - first for i, _ in batch], negative) | settings
-        yield batch, family.draw(pipe, **arguments, generator=noise).float().cpu()
+        images = family.draw(pipe, **arguments, generator=noise).float().cpu()
+        if not images.isfinite().all():
+            raise UnusableImages(f"images ({label}) are NaN and no numbers, {_FIX}")
+        yield batch, images
+
+
+def check_images(images: Iterable[Image.Image], label: str) -> None:
+    """Raise `UnusableImages` if each of a model's images is of one colour, as they are where a VAE overflows; one of several
+    may well be. Reads up to the first that is not."""
+    if all(_of_one_colour(image) for image in images):
+        raise UnusableImages(f"images ({label}) are each of one colour only, {_FIX}")
+
+
+def _of_one_colour(image: Image.Image) -> bool:
+    """Of an RGB image."""
+    extrema: Any = image.getextrema()  # of each channel
+    return all(high - low <= _PLAIN for low, high in extrema)
 
 
 def make_images(
@@ -97,8 +121,9 @@ def make_images(
 ) -> Tensor:
     """`seeds` images of each prompt, `[prompts, seeds, 3, H, W]` fp32 in [0, 1], on the CPU; see `image_batches`."""
     places = [(i, k) for i in range(len(prompts)) for k in range(seeds)]
-    made = [images for _, images in image_batches(pipe, prompts, places, batch_size, seed, label)]
-    return torch.cat(made).unflatten(0, (len(prompts), seeds))
+    made = torch.cat([images for _, images in image_batches(pipe, prompts, places, batch_size, seed, label)])
+    check_images(map(to_image, made), label)
+    return made.unflatten(0, (len(prompts), seeds))
 
 
 Images = Sequence[Sequence[Image.Image]]  # of each prompt, for each seed

@@ -41,6 +41,10 @@ class StableDiffusionXL(StableDiffusion):
         turbo = not usual and self.noise_schedule.predicts_noise and isinstance(size, int) and size <= 64
         return turbo or super().few_step
 
+    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        overflows = dtype == torch.float16 and self.load_config("vae").get("force_upcast", True)
+        return torch.float32 if overflows else dtype
+
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 77, 2048]` and `text_embeds` `[prompts, 1280]`."""
         tokens, _, pooled, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)

@@ -10,6 +10,8 @@ from esd_peft.models.family import TOKENS, PromptEmbeds
 from esd_peft.models.joint_attention import JointAttention, evenly_shifted
 from esd_peft.models.masked_tokens import encode_tokens, token_lists
 
+_TURBO_SHIFT = 3.0  # of the scheduler
+
 
 class ZImage(JointAttention):
     """Scopes: `scopes.joint_attention`. The prompt comes in through `cap_embedder`; text alone is what `context_refiner`
@@ -18,8 +20,8 @@ class ZImage(JointAttention):
     The pipeline's guidance scale g is added to the prediction, which is 1 + g here: without guidance it is 0 there. The
     denoiser predicts x_0 − ε at 1 − t, so its answer is negated.
 
-    Turbo is distilled: trajectories have 8 steps and no guidance. Its files do not tell the two apart, so it is known by its
-    name; under another one give --num-inference-steps 8 and --guidance-scale 1.
+    Turbo is distilled: trajectories have 8 steps and no guidance. It is known by its scheduler's shift, 3 where the base has
+    6; with another scheduler give --num-inference-steps 8 and --guidance-scale 1.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ZImagePipeline
@@ -30,7 +32,8 @@ class ZImage(JointAttention):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if "turbo" in self.name.lower():
+        scheduler = self.load_part("scheduler").config
+        if scheduler.get("shift", scheduler.get("flow_shift")) == _TURBO_SHIFT:
             self.guidance_scale, self.num_inference_steps = 1.0, 8
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:

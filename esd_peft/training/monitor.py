@@ -1,8 +1,10 @@
 """What is shown of a run while it trains: losses on a dashboard, and the images of `--validation-prompt`."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from esd_peft.errors import UnusableImages
 from esd_peft.evaluation.timeline import BASE, STRENGTHS, Timeline, step_name, strength_name
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.tracking import Dashboard
@@ -27,19 +29,22 @@ class Monitor:
         self.dashboard.log(values, step)
 
     def look_at_base(self) -> None:
-        """What there is before anything is learned."""
+        """What there is before anything is learned. Raises `UnusableImages` if it shows nothing."""
         with self.profiler.phase("evaluate"), self.student.teacher():
             self._look(BASE, 0)
 
     def look(self, step: int) -> None:
-        """What the student makes after so many steps, if that is due."""
+        """What the student makes after so many steps, if that is due; a look that shows nothing is no reason to stop."""
         if step and self.every and step % self.every == 0:
             with self.profiler.phase("evaluate"):
-                self._look(step_name(step), step)
+                try:
+                    self._look(step_name(step), step)
+                except UnusableImages as error:
+                    print(f"note: {error}", file=sys.stderr)
 
     def finish(self, step: int, folder: Path) -> None:
         """What the finished student makes, and how that depends on how much of it counts. All looks go to `folder`, also if
-        something ends the last ones."""
+        something ends the last ones. Raises `UnusableImages` if one shows nothing."""
         if self.timeline is None:
             return
         try:

@@ -2,12 +2,15 @@
 
 import csv
 import dataclasses
+import itertools
 import json
+import re
 import shlex
 import shutil
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 import commands
@@ -17,6 +20,7 @@ from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase,
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.cli import parse
 from esd_peft.erase_result import table
+from esd_peft.errors import UnusableImages
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.comparison import Model, open_models
@@ -231,6 +235,116 @@ def test_erase_evaluates_at_the_end(small_sd, tmp_path, monkeypatch):
     assert "look at them" in table(result)
     with pytest.raises(UserError, match="--evaluate needs images"):
         EraseConfig(concept="circle", evaluate=True, num_validation_images=0)
+
+
+def drawing(monkeypatch, images):
+    """Let pipelines draw what `images` makes of the images that they draw."""
+    draw = StableDiffusion.draw
+    monkeypatch.setattr(StableDiffusion, "draw", lambda self, pipe, **said: images(draw(self, pipe, **said)))
+
+
+def not_numbers(images):
+    return images * torch.nan
+
+
+def one_colour(images):
+    return torch.full_like(images, 0.5)
+
+
+@pytest.mark.parametrize("shown", [not_numbers, one_colour])
+@pytest.mark.parametrize("half", ["before", "after"])
+def test_no_verdict_comes_from_images_that_show_nothing(half, shown, adapter, models, tmp_path, monkeypatch):
+    options = {"erased": adapter, "suite": "csv", "prompts": prompts_file(tmp_path / "p.csv"), "detector": str(models[0])}
+    config = EvaluateConfig(output=tmp_path / "out", **options, **FAST)
+    drawn = itertools.count()
+    with monkeypatch.context() as patch:
+        first = 0 if half == "before" else 1  # each half is one batch
+        drawing(patch, lambda images: shown(images) if next(drawn) >= first else images)
+        with pytest.raises(UnusableImages, match=rf"images \({half}\) are .* no verdict"):
+            evaluate(config)
+    assert not (tmp_path / "out" / "result.json").exists() and next(drawn) == first + 1, "the other half is not drawn"
+    if shown is one_colour:  # they are in the cache now, which says no more than before
+        with pytest.raises(UnusableImages, match=rf"images \({half}\) are each of one colour"):
+            evaluate(config)
+        path = tmp_path / "out" / "images" / half / "00002_001.png"
+        noise = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(path)
+        assert evaluate(config).verdicts, "some images of one colour may be"
+
+
+@pytest.mark.parametrize("evaluates", [False, True], ids=["validation", "evaluate"])
+def test_a_finished_adapter_is_kept_where_its_images_show_nothing(evaluates, small_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "RETAINED", 2)
+    output = tmp_path / "out"
+    options = QUICK | {"num_validation_images": 1, "evaluate": evaluates}
+    drawing(monkeypatch, lambda images: not_numbers(images) if output.exists() else images)
+    with pytest.raises(UserError, match=r"the adapter in .*out is finished, but images \(.*\) are NaN .*esd_peft.evaluate"):
+        erase(EraseConfig(concept="circle", model=str(small_sd), output=output, **options))
+    assert read_adapter(output).concepts == ["circle"] and not (output / "before_after.png").exists()
+    record = merge_adapter(MergeConfig(adapter=output, output=tmp_path / "merged"))
+    assert record["concept"] == ["circle"]
+
+
+def test_a_base_that_draws_nothing_is_said_before_it_is_trained(small_sd, tmp_path, monkeypatch):
+    drawing(monkeypatch, one_colour)
+    options = {"concept": "circle", "model": str(small_sd), "output": tmp_path / "out"}
+    with pytest.raises(UnusableImages, match=r"images \(before\) .* add --num-validation-images 0"):
+        erase(EraseConfig(**options, **QUICK | {"num_validation_images": 1}))
+    assert not (tmp_path / "out").exists()
+    assert erase(EraseConfig(**options, **QUICK))["concepts"] == {}
+
+
+def compared(erased, model, **options):
+    return open_models(EvaluateConfig(erased=erased, base=str(model), device="cpu", **options))
+
+
+def test_images_are_drawn_as_the_erasure_was_trained_and_what_is_otherwise_is_said(tmp_path):
+    """SD3 attends to padding, so that prompts of another length draw something else."""
+    model, erased, merged = save_family("sd3", tmp_path / "sd3"), tmp_path / "erased", tmp_path / "merged"
+    usual, (size, _) = open_family(str(model)).prompt_length, open_family(str(model)).image_size(sd3 := denoiser_of(model))
+    half = size // 2
+    options = {"max_sequence_length": 32, "resolution": half}
+    erase(EraseConfig(concept="circle", model=str(model), output=erased, **QUICK, **options))
+    merge_adapter(MergeConfig(adapter=erased, output=merged))
+    for path in (erased, merged):
+        taken = compared(path, model)
+        for family in (taken.base.family, taken.erased.family):
+            assert family.prompt_length == 32 and family.image_size(sd3) == (half, half)
+        assert taken.drawing.drawing() == options
+        assert [re.search("with (--.*), and so", note)[1] for note in taken.notes] == [
+            f"--resolution {half}", "--max-sequence-length 32",
+        ]  # fmt: skip
+        other = compared(path, model, max_sequence_length=usual, resolution=half)
+        assert other.erased.family.prompt_length == usual
+        assert [f"--max-sequence-length 32; these images, with {usual}," in note for note in other.notes] == [True]
+        assert compared(path, model, **options).notes == []
+
+
+def denoiser_of(model):
+    return open_family(str(model)).empty_denoiser()
+
+
+def test_an_erasure_at_the_models_own_size_says_so_at_another(tmp_path):
+    model, erased = save_family("sd3", tmp_path / "sd3"), tmp_path / "erased"
+    size, _ = open_family(str(model)).image_size(denoiser_of(model))
+    erase(EraseConfig(concept="circle", model=str(model), output=erased, **QUICK))
+    assert compared(erased, model).notes == [] == compared(erased, model, resolution=size).notes
+    (note,) = compared(erased, model, resolution=size // 2).notes
+    assert f"--resolution {size}; these images, with {size // 2}," in note
+
+
+def test_adapters_that_were_trained_otherwise_are_said_and_none_is_followed(small_sd, tmp_path):
+    merged = shutil.copytree(small_sd, tmp_path / "merged")
+    size, _ = open_family(str(small_sd)).image_size(denoiser_of(small_sd))
+    groups = [{"pretrained": {"model": "sd", "resolution": n}} for n in (size, size // 2)]
+    (merged / "erased.json").write_text(json.dumps({"concept": ["circle"], "configs": groups}))
+    found = compared(merged, small_sd)
+    assert found.drawing.drawing() == {} and f"--resolution {size // 2}; these images, with {size}," in found.notes[0]
+    for wrong in ("large", [64], 10**9, -1):
+        configs = [{"pretrained": {"model": "sd", "resolution": wrong}}]
+        (merged / "erased.json").write_text(json.dumps({"concept": ["circle"], "configs": configs}))
+        with pytest.raises(UserError, match=r"--erased .*--resolution.*restore its files"):
+            compared(merged, small_sd)
 
 
 def test_the_embedded_pipeline(tmp_path):

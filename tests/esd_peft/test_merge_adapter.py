@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import peft
@@ -11,12 +12,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
 from safetensors.torch import load_file, save_file
 
-from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
+from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters.merge import merge_weight
-from esd_peft.adapters.saved import read_adapter
+from esd_peft.adapters.saved import WEIGHTS_FILE, read_adapter
 from esd_peft.adapters.verify import Verification
 from esd_peft.cli import parse
 from esd_peft.errors import UserError
+from esd_peft.evaluation.comparison import open_models
 from esd_peft.io.tensors import copy_with_sha256, sha256
 from esd_peft.models import open_family
 from hub import fill_cache
@@ -214,9 +216,71 @@ def test_a_copy_is_hashed_on_the_way(tmp_path):
 def test_whole_weights_and_an_adapter_of_one_layer_are_not_added_up(base, lora, tmp_path):
     run(base, tmp_path / "weights", adapter_type="none", rank=None)
     for order in ([tmp_path / "weights", lora], [lora, tmp_path / "weights"]):
-        with pytest.raises(UserError, match=r"replaces weights that another adapter changes; merge it first"):
+        with pytest.raises(
+            UserError, match=rf"{tmp_path / 'weights'} replaces weights that another adapter changes; merge it first"
+        ):
             merge_adapter(MergeConfig(adapter=order, base=str(base), output=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+def altered(path, to, change):
+    """A copy of an adapter, whose tensors are what `change` makes of them."""
+    copy = shutil.copytree(path, to)
+    (copy / "base.json").unlink()  # it knows the bits of the files
+    file = copy / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    return copy
+
+
+NOTHING = {
+    "no tensors": (lambda tensors: {}, "holds no tensors, so it changes nothing"),
+    "A without B": (lambda tensors: {n: v for n, v in tensors.items() if "lora_A" in n}, r"there is no .*lora_B"),
+    "B without A": (lambda tensors: {n: v for n, v in tensors.items() if "lora_B" in n}, r"there is no .*lora_A"),
+    "zeros": (lambda tensors: {n: v * 0 for n, v in tensors.items()}, r"changes nothing: all \d+ weights"),
+    "not trained": (lambda tensors: {n: v * ("lora_A" in n) for n, v in tensors.items()}, "changes nothing"),
+    "less than rounding": (lambda tensors: {n: v * 1e-12 for n, v in tensors.items()}, "changes nothing"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), NOTHING.values(), ids=NOTHING)
+def test_a_merge_of_nothing_is_refused(base, lora, tmp_path, change, says):
+    nothing = altered(lora, tmp_path / "nothing", change)
+    for adapters in ([nothing], [lora, nothing]):  # beside one that does something it would be said to be erased as well
+        with pytest.raises(UserError, match=rf"--adapter {nothing}.*{says}"):
+            merge_adapter(MergeConfig(adapter=adapters, base=str(base), output=tmp_path / "merged"))
+    with pytest.raises(UserError, match=says):
+        merge_adapter(MergeConfig(adapter=nothing, base=str(base), output=tmp_path / "merged.safetensors"))
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.safetensors").exists()
+
+
+def test_an_alpha_of_zero_and_whole_weights_that_are_the_bases_are_refused(base, lora, tmp_path):
+    nothing = altered(lora, tmp_path / "alpha", dict)
+    config = nothing / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 0}))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    save_file({n: v for n, v in weights_of(base).items() if "attn2.to_k" in n}, weights / WEIGHTS_FILE)
+    for path in (nothing, weights):
+        with pytest.raises(UserError, match=rf"--adapter {path} changes nothing"):
+            merge_adapter(MergeConfig(adapter=path, base=str(base), output=tmp_path / "merged"))
+
+
+def test_layers_that_the_file_lacks_are_said_in_the_card_too(base, lora, tmp_path, capsys):
+    (left_out,) = [n for n in load_file(lora / "adapter_model.safetensors") if "up_blocks" in n and "to_k.lora_A" in n][:1]
+    layer = left_out.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    half = altered(lora, tmp_path / "half", lambda found: {n: v for n, v in found.items() if f"{layer}." not in n})
+    record = merge_adapter(MergeConfig(adapter=half, base=str(base), output=tmp_path / "merged"))
+    says = rf"no tensors for 1 of the \d+ layers that its config names, {layer} first"
+    (note,) = record["notes"]
+    assert re.search(says, note) and f"note: {note}" in capsys.readouterr().err
+    assert re.search(says, (tmp_path / "merged" / "README.md").read_text().replace("\\", ""))
+    assert re.search(says, evaluated_notes(half, base)[0])
+    whole = merge_adapter(MergeConfig(adapter=lora, base=str(base), output=tmp_path / "whole"))
+    assert whole["notes"] == [] == evaluated_notes(lora, base) and "note:" not in capsys.readouterr().err
+
+
+def evaluated_notes(adapter, base):
+    return open_models(EvaluateConfig(erased=adapter, base=str(base), device="cpu")).notes
 
 
 def test_a_pipe_is_no_checkpoint_of_ours(lora, base, tmp_path):

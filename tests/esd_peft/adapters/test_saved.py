@@ -35,16 +35,16 @@ class Net(nn.Module):
             self.norm = nn.LayerNorm(64)
 
 
-def saved(path, config, dtype=torch.float32):
+def saved(path, config, dtype=torch.float32, seed=1, size=0.05):
     """A PEFT adapter that has learned something in all that its config trains."""
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = peft.get_peft_model(Net(), config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.05 * torch.randn(parameter.shape))
+                    parameter.add_(size * torch.randn(parameter.shape))
         model.save_pretrained(path)
     if dtype != torch.float32:
         file = path / "adapter_model.safetensors"
@@ -147,6 +147,112 @@ def test_a_scale_is_a_straight_line_from_the_base_for_every_method(tmp_path, met
     start, whole, half = Net().state_dict(), merged_here(path), merged_here(path, 0.5)
     for name in start:
         torch.testing.assert_close(half[name], start[name] + 0.5 * (whole[name] - start[name]), rtol=1e-5, atol=1e-6)
+
+
+def several(paths):
+    """The weights of `to_k` and `to_out.0` after our merge of several adapters at once, each verified."""
+    net, verification = Net(), Verification()
+    found = [read_adapter(path).changes(net) for path in paths]
+    weights = {}
+    for name in ("to_k.weight", "to_out.0.weight"):
+        base, changes = net.state_dict()[name], [each[name] for each in found]
+        merged, effect = merge_weight(base, changes, verification.inputs(name, base, changes))
+        verification.check(name, base, merged, changes, effect)
+        weights[name] = merged
+    return weights
+
+
+@torch.no_grad()
+def all_active(paths):
+    """The same weights as PEFT computes with all adapters active: what its layers make of unit vectors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(Net(), paths[0], adapter_name="0")
+        for i, path in enumerate(paths[1:], 1):
+            model.load_adapter(path, adapter_name=str(i))
+    model.base_model.set_adapter([str(i) for i in range(len(paths))])
+    layers = {name: model.eval().base_model.model.get_submodule(name) for name in LINEAR}
+    return {f"{name}.weight": (layer(torch.eye(64)) - layer(torch.zeros(1, 64))).T for name, layer in layers.items()}
+
+
+def differ(one, other):
+    """How far, of how much `one` differs from the base."""
+    base = Net().state_dict()
+    return max(((one[name] - other[name]).norm() / (one[name] - base[name]).norm()).item() for name in one)
+
+
+TOGETHER = {
+    "LoRA": (peft.LoraConfig, {"r": 2}, 1e-5),
+    "LoHa": (peft.LoHaConfig, {"r": 2}, 1e-5),
+    "LoKr": (peft.LoKrConfig, {"r": 2}, 1e-5),
+    "HIRA": (peft.PEFT_TYPE_TO_CONFIG_MAPPING.get("HIRA"), {"r": 2}, 1e-4),
+    "PEANUT": (peft.PEFT_TYPE_TO_CONFIG_MAPPING.get("PEANUT"), {"r": 2}, 1e-4),
+    "DEFT": (peft.PEFT_TYPE_TO_CONFIG_MAPPING.get("DEFT"), {"r": 2}, 1e-4),
+    # PEFT multiplies DoRA's magnitudes, which are 1 + a change: what is left are products of changes
+    "DoRA": (peft.LoraConfig, {"r": 2, "use_dora": True}, 0.01),
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "near"),
+    [case for case in TOGETHER.values() if case[0]],
+    ids=[k for k, v in TOGETHER.items() if v[0]],
+)
+def test_several_adapters_are_what_peft_computes_with_all_of_them_in_any_order(tmp_path, made, options, near):
+    config = made(target_modules=LINEAR, **options)
+    paths = [saved(tmp_path / str(seed), config, seed=seed, size=0.005) for seed in (1, 2)]
+    merged = several(paths)
+    assert differ(merged, several(paths[::-1])) < 1e-5
+    assert differ(all_active(paths), merged) < near
+    assert differ(several(paths[:1]), merged) > 0.3, "the other one does something"
+
+
+@pytest.mark.parametrize("kind", ["BOFT", "HRA", "IA3", "OFT", "ROAD"])
+def test_kinds_that_multiply_what_they_meet_do_not_add_up(tmp_path, kind):
+    made, options = next(p.values for p in kinds() if p.id == kind)
+    path, lora = saved(tmp_path / "a", made(**options)), saved(tmp_path / "b", peft.LoraConfig(r=2, target_modules=LINEAR))
+    assert not any(change.adds for change in read_adapter(path).changes(Net()).values())
+    assert all(change.adds for change in read_adapter(lora).changes(Net()).values())
+
+
+@pytest.mark.parametrize("begins", ["pissa", "olora"])
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_half_of_an_adapter_that_begins_with_the_base_is_no_adapter(tmp_path, begins, half):
+    path = saved(tmp_path / "a", peft.LoraConfig(r=2, target_modules=LINEAR, init_lora_weights=begins))
+    file = path / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if not ("to_k" in name and half in name)}, file)
+    with pytest.raises(UserError):
+        merged_here(path)
+
+
+NAMED = {
+    "ends of names": {"target_modules": LINEAR},
+    "a pattern": {"target_modules": r"(to_k|to_out\.\d)"},
+    "all but the convolution": {"target_modules": [*LINEAR, "conv"], "exclude_modules": ["conv"]},
+    "saved as a whole": {"target_modules": [*LINEAR, "conv"], "modules_to_save": ["conv"]},
+    "some layers": {"target_modules": ["0", "1"], "layers_to_transform": [0], "layers_pattern": "blocks"},
+}
+
+
+@pytest.mark.parametrize("options", NAMED.values(), ids=NAMED)
+def test_layers_without_tensors_are_those_that_peft_wraps(tmp_path, options):
+    class Deep(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]) for _ in range(2)])
+
+    config = peft.LoraConfig(r=2, **options)
+    model = peft.get_peft_model(Deep(), config)
+    wrapped = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    model.save_pretrained(tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    assert adapter.notes(Deep()) == []
+    layers = [name for name, module in Deep().named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert {*peft_config.targeted(config, layers, peft_config.Patterns(tmp_path))} == wrapped
+    gone = sorted(wrapped)[0]
+    adapter.tensors = {name: value for name, value in adapter.tensors.items() if f".{gone}." not in name}
+    (note,) = adapter.notes(Deep())
+    assert f"no tensors for 1 of the {len(wrapped)} layers that its config names, {gone} first" in note
 
 
 def test_an_adapter_in_half_precision_is_verified_in_single(tmp_path):

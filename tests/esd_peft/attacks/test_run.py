@@ -4,11 +4,13 @@ import csv
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from detectors import small_classifier
 from esd_peft import EraseConfig, EvaluateConfig, UserError, erase, evaluate
 from esd_peft.evaluation.result import Attack
+from esd_peft.models.stable_diffusion import StableDiffusion
 from runs import SHORTEST
 
 QUICK = SHORTEST | {"max_train_steps": 2}
@@ -49,6 +51,15 @@ def test_every_attack_is_judged_and_shown(options, tmp_path):
         text = (tmp_path / "out" / file).read_text()
         assert all(f"{name}: circle" in text for name in names) and "(NFE)" in text
     assert "Can it be brought back?" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("wrong", "says"), [(torch.nan, "NaN"), (0.0, "each of one colour")])
+def test_attacked_images_that_show_nothing_bring_nothing_back(options, tmp_path, monkeypatch, wrong, says):
+    evaluate(EvaluateConfig(**options, output=tmp_path / "out"))  # whose images are used again
+    draw = StableDiffusion.draw
+    monkeypatch.setattr(StableDiffusion, "draw", lambda *a, **said: draw(*a, **said) * wrong)
+    with pytest.raises(UserError, match=rf"images \(attacked\) are {says}"):
+        evaluate(EvaluateConfig(**options, attack=["prompts"], output=tmp_path / "out"))
 
 
 def result_prompts():

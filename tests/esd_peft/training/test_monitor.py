@@ -1,5 +1,6 @@
 """Looks at the student while it trains: the same noise each time, nothing lost or doubled, the same adapter as without."""
 
+import itertools
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esd_peft import EraseConfig, erase
+from esd_peft import EraseConfig, UserError, erase
 from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.training.trainer import Trainer
 
@@ -124,6 +125,23 @@ def test_other_prompts_start_anew(stopped, small_sd, tmp_path):
     assert sorted(looks(tmp_path / "out" / "validation")) == LOOKS, (
         "the step from which it goes on is drawn, and the base is known at any time"
     )
+
+
+def test_a_look_that_shows_nothing_is_left_out_and_ends_no_training(small_sd, tmp_path, monkeypatch, capsys):
+    draw, drawn = StableDiffusion.draw, itertools.count()
+    monkeypatch.setattr(
+        StableDiffusion, "draw", lambda *a, **said: draw(*a, **said) * (torch.nan if next(drawn) == 2 else 1)
+    )
+    run(small_sd, tmp_path / "out", rollout_batch_size=4)  # the base, images before, the first look: a batch each
+    assert sorted(looks(tmp_path / "out" / "validation")) == [name for name in LOOKS if name != "step_000002"]
+    assert "note: images (step_000002) are NaN" in capsys.readouterr().err
+
+
+def test_a_base_that_shows_nothing_is_said_at_once(small_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "draw", lambda *a, **said: torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match=r"images \(base\) are each of one colour only.* leave --validation-prompt out"):
+        run(small_sd, tmp_path / "out", rollout_batch_size=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_drawn_is_kept_if_the_last_looks_fail(looked_at, small_sd, tmp_path, monkeypatch):
