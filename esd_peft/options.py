@@ -136,7 +136,8 @@ def check_text(text: str, is_name: bool) -> None:
     if len(text) > _LONGEST or (is_name and any(len(part.encode()) > 255 for part in text.split("/"))):
         raise ValueError("longer than any name or prompt; shorten it")
     try:
-        Path(text).resolve()
+        if is_name:
+            Path(text).resolve()
     except RuntimeError:
         raise ValueError("a link in a circle of links; name another file") from None
 
