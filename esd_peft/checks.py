@@ -11,6 +11,7 @@ from esd_peft.io.outputs import check_output
 from esd_peft.models import ModelFamily
 from esd_peft.models.compilation import check_compiler
 from esd_peft.models.quantize import check_bitsandbytes
+from esd_peft.models.rehearsal import check_steps
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime import distributed
@@ -58,6 +59,7 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
     contrastive = config.training.objective == "contrastive"
     if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
         family.noise_schedule.alphas_cumprod()
+    check_steps(family, config.buffer.num_inference_steps, "--num-inference-steps")
     family.check_lengths(
         _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
     )

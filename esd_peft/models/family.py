@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from esd_peft.errors import UserError
 from esd_peft.models import scopes
 from esd_peft.models.checkpoint_layout import CheckpointLayout
-from esd_peft.models.noise_schedule import NoiseSchedule
+from esd_peft.models.noise_schedule import NoiseSchedule, as_kind
 from esd_peft.models.offload import bring_encoders
 from esd_peft.models.options import SCOPES, DrawingOptions
 from esd_peft.models.pipeline_directory import PipelineDirectory
@@ -199,9 +199,12 @@ class ModelFamily(PipelineDirectory, ABC):
         """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
         return torch.randn(count, denoiser.config.in_channels, *self.latent_size(denoiser), generator=generator)
 
-    def set_timesteps(self, noise: Tensor, num_inference_steps: int) -> tuple[SchedulerMixin, Tensor]:
-        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents."""
-        scheduler = self.load_part("scheduler")
+    def set_timesteps(
+        self, noise: Tensor, num_inference_steps: int, kind: str | None = None
+    ) -> tuple[SchedulerMixin, Tensor]:
+        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents;
+        of another `kind` (a class of diffusers), if one is named, with the same config."""
+        scheduler = as_kind(self.load_part("scheduler"), kind)
         retrieve_timesteps(
             scheduler, num_inference_steps, noise.device, **self.schedule(scheduler, noise, num_inference_steps)
         )
