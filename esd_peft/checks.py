@@ -60,9 +60,9 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
     if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
         family.noise_schedule.alphas_cumprod()
     check_steps(family, config.buffer.num_inference_steps, "--num-inference-steps")
-    family.check_lengths(
-        _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
-    )
+    given = _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
+    family.check_lengths(given)
+    family.check_seen(given)
     for prompt in prompts.given if family.world is not None else []:
         _check_words(family, "--preserve", prompt)
 

@@ -56,6 +56,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     prompts, roles = select_prompts(suite, models.concepts, config.prompts, config.limit, models.preserved)
     _check_output(config, models)
     _check_steps(suite, prompts, models)
+    models.base.family.check_seen({"--concept": models.concepts})
     profiler = PhaseProfiler(device)
     attacks = make_attacks(config, suite)
     if {*config.attack} - {"prompts"}:  # these learn from noised images: what cannot be noised is said before any are made

@@ -129,6 +129,11 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts([*vars(value).values()])
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of it can be seen: no letter, number, symbol or mark of punctuation, but spaces, also of no width."""
+    return not any(unicodedata.category(char)[0] in "LNSP" for char in text)
+
+
 def check_text(text: str, is_name: bool) -> None:
     """Raise `ValueError` for what is no prompt, or cannot be the name of a file."""
     if odd := [char for char in text if unicodedata.category(char) in ("Cc", "Cs")]:

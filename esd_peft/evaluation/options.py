@@ -7,7 +7,7 @@ import tyro
 from pydantic import Field, field_validator, model_validator
 
 from esd_peft.models.options import DrawingOptions, GuidanceScale, InferenceSteps
-from esd_peft.options import LEFT_OUT, Auto, Options
+from esd_peft.options import LEFT_OUT, Auto, Options, is_blank
 from esd_peft.runtime.options import Dtype
 
 WITHIN = "evaluation"  # the one output inside of what is evaluated
@@ -39,7 +39,7 @@ class ValidationOptions(Options):
     @field_validator("validation_prompt")
     @classmethod
     def _some_text(cls, value: list[str]) -> list[str]:
-        if any(not text.strip() for text in value):
+        if any(map(is_blank, value)):
             raise ValueError("say what to look at, or leave the option out")
         return value
 
@@ -134,7 +134,7 @@ class EvaluateConfig(DrawingOptions):
     @field_validator("concept")
     @classmethod
     def _some_text(cls, value: list[str]) -> list[str]:
-        if any(not text.strip() for text in value):
+        if any(map(is_blank, value)):
             raise ValueError("say what was erased, or leave the option out")
         return value
 

@@ -20,7 +20,7 @@ from esd_peft.models.offload import bring_encoders
 from esd_peft.models.options import SCOPES, DrawingOptions
 from esd_peft.models.pipeline_directory import PipelineDirectory
 from esd_peft.models.rehearsal import rehearse
-from esd_peft.models.text_parts import plain_tokenizer, whole_words
+from esd_peft.models.text_parts import control_tokens, own_tokens, plain_tokenizer, whole_words
 from esd_peft.runtime.devices import is_accelerator, release
 from esd_peft.worlds import World
 
@@ -112,6 +112,18 @@ class ModelFamily(PipelineDirectory, ABC):
                         f"{option} {text!r} is {count} tokens long and the text encoder reads {most}, so the rest would be "
                         f"left out; {fix}"
                     )
+
+    def check_seen(self, texts: dict[str, list[str]]) -> None:
+        """Raise `UserError` for a text, of those that options gave, of which no tokenizer sees a word, or that spells out a
+        token with which one of them ends or begins prompts."""
+        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
+        tokenizers = [plain_tokenizer(self.load_part(part)) for part in parts]
+        for option, given in texts.items():
+            for text in given:
+                if spelled := [token for tokenizer in tokenizers for token in control_tokens(tokenizer, text)]:
+                    raise UserError(f"{option} {text!r} has the tokenizer's own {spelled[0]} in it; leave that out")
+                if not any(own_tokens(tokenizer, text) for tokenizer in tokenizers):
+                    raise UserError(f"{option} {text!r}: no tokenizer of this model has tokens for it; reword it")
 
     def read_whole(self, texts: Iterable[str]) -> list[str]:
         """Those texts that the text encoder reads to the end: small ones know few words as a whole."""
