@@ -1,7 +1,6 @@
 """python -m esd_peft.evaluate: images before and after → what they show → is it gone, is the rest intact?"""
 
 import dataclasses
-import os
 import shlex
 
 import torch
@@ -21,6 +20,7 @@ from esd_peft.evaluation.suites import Suite, load_suite, select_prompts
 from esd_peft.evaluation.text import as_text
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import check_folder, take_folder
+from esd_peft.io.paths import is_file
 from esd_peft.io.terminal import say
 from esd_peft.models.quantize import check_bitsandbytes
 from esd_peft.models.rehearsal import check_steps
@@ -99,7 +99,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _check_output(config: EvaluateConfig, models: Comparison) -> None:
     """Raise `UserError` now if the report could not be written later, or would replace what is read or somebody else's."""
-    files = [file for file in (config.suite, config.prompts, config.attack_prompts) if file and os.path.isfile(file)]
+    files = [file for file in (config.suite, config.prompts, config.attack_prompts) if file and is_file(file)]
     read = [*files, config.base, config.detector, config.clip, config.features, config.reference, config.attack_reference,
             models.base.family.path, models.erased.family.path, models.trained_on]  # fmt: skip
     if config.output.resolve() != (config.erased / WITHIN).resolve():

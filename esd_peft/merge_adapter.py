@@ -1,7 +1,6 @@
 """python -m esd_peft.merge_adapter: base weights + adapter → a plain pipeline without the concept."""
 
 import json
-from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import check_new_file, check_output, new_directory, new_file
+from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import check_finite
 from esd_peft.io.terminal import say
 from esd_peft.models import ModelFamily, open_family
@@ -85,7 +85,7 @@ def _check_output(config: MergeConfig, adapters: list[Adapter]) -> None:
 
 def _is_ours(file: Path) -> bool:
     """Whether this package wrote that checkpoint: its header says so."""
-    if not isfile(file):
+    if not is_file(file):
         return False
     try:
         with safe_open(file, framework="pt") as opened:

@@ -16,6 +16,7 @@ from esd_peft.errors import UserError, in_brief
 from esd_peft.evaluation.options import Seeds
 from esd_peft.evaluation.strata import ASKING, KEPT, strata_prompts
 from esd_peft.io import text as text_files
+from esd_peft.io.paths import exists, is_file
 from esd_peft.models.options import GuidanceScale, InferenceSteps
 from esd_peft.options import check_text
 from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
@@ -88,7 +89,7 @@ class Suite(BaseModel):
 def load_suite(name: str) -> Suite:
     """The built-in suite of that name, or the YAML file. Raises `UserError` if there is none or it is damaged."""
     path = _FOLDER / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
-    if not path.is_file():
+    if not (is_file(path) if isinstance(path, Path) else path.is_file()):
         known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
         raise UserError(f"--suite {name} is not there; use {known}, or a YAML file")
     try:
@@ -183,7 +184,7 @@ def _local(source: str) -> Path:
     """The file, from the hub where `source` is OWNER/NAME/FILE and no such file is here."""
     owner, _, rest = source.partition("/")
     name, _, file = rest.partition("/")
-    if Path(source).exists() or not (owner and name and file):
+    if exists(source) or not (owner and name and file):
         return Path(source)
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from esd_peft.errors import UserError
+from esd_peft.io.paths import exists, is_dir, is_file, why_closed
 from esd_peft.io.tensors import PICKLES, StoredWeights, copy_with_sha256, find_weights
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models import ModelFamily
@@ -31,20 +32,22 @@ def copy_pipeline(family: ModelFamily, target: Path) -> Iterator[tuple[str, str,
     Raises `UserError` for a file that lies outside the directory, and for JSON that is none.
     """
     root = family.path
-    licences = [file for file in root.glob(LICENCES) if file.is_symlink() or not file.is_dir()]
+    licences = [file for file in root.glob(LICENCES) if file.is_symlink() or not is_dir(file)]
     for file in [root / INDEX, *licences]:
         _copy(family, file, target / file.name)
     for name in [name for name, part in family.index.items() if isinstance(part, list) and part[0] is not None]:
         source, copy = root / name, target / name
-        if not source.is_dir():
+        if not is_dir(source):
             continue
+        if reason := why_closed(source):  # otherwise it would look empty
+            raise UserError(f"{family.option} {source} cannot be read ({reason}); restore your right to read it")
         copy.mkdir()
         for setting in SETTINGS:
-            if (source / setting).exists():
+            if exists(source / setting):
                 _copy(family, source / setting, copy / setting)
         if any(kind in str(family.index[name][1]) for kind in _WITHOUT_WEIGHTS):
             continue
-        pickles = [source / pickle for pickle in PICKLES if (source / pickle).exists()]
+        pickles = [source / pickle for pickle in PICKLES if exists(source / pickle)]
         if pickles and not any(source.glob("*.safetensors")):  # of a safety checker, say: the denoiser is always safetensors
             for file in pickles:
                 _copy(family, file, copy / file.name)
@@ -61,7 +64,7 @@ def copy_pipeline(family: ModelFamily, target: Path) -> Iterator[tuple[str, str,
 
 def _copy(family: ModelFamily, file: Path, copy: Path) -> str:
     """Copy a file that belongs to the model; its hash."""
-    if not inside_model(family.path, file) or not file.is_file():
+    if not inside_model(family.path, file) or not is_file(file):
         raise UserError(f"{family.option} {family.path}: {file.name} is no file of that directory; put it there")
     if file.suffix == ".json":
         try:

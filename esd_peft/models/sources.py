@@ -10,7 +10,6 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from os.path import exists, isfile  # false for a name that is too long, where Path raises
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from huggingface_hub import constants, errors, hf_hub_download, snapshot_downloa
 from esd_peft.errors import UserError, in_brief
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import new_directory
+from esd_peft.io.paths import exists, is_dir, is_file
 from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.options import ModelOptions
@@ -53,10 +53,10 @@ def local_pipeline(
     for what is not there or not safe.
     """
     path = Path(model)
-    is_file = isfile(path) or path.suffix in CHECKPOINTS
-    on_hub = not is_file and not exists(path) and _HUB_ID.fullmatch(model) is not None
-    _refuse_idle_options(options, on_hub, is_file)
-    if is_file:
+    is_checkpoint = is_file(path) or path.suffix in CHECKPOINTS
+    on_hub = not is_checkpoint and not exists(path) and _HUB_ID.fullmatch(model) is not None
+    _refuse_idle_options(options, on_hub, is_checkpoint)
+    if is_checkpoint:
         return _from_checkpoint(path, options, option, known)
     folder = _index_on_hub(model, options, option).parent if on_hub else path
     index = read_index(folder, option, known)
@@ -72,7 +72,7 @@ def local_pipeline(
 
 def commit_of(model: str | None, path: Path) -> str | None:
     """The commit of which the hub id `model` gave the snapshot `path`; none for what is named by its place here."""
-    return path.name if is_snapshot(path) and model is not None and not Path(model).exists() else None
+    return path.name if is_snapshot(path) and model is not None and not exists(model) else None
 
 
 def is_snapshot(path: Path) -> bool:
@@ -87,7 +87,7 @@ def hub_id(path: Path) -> str | None:
 
 def read_index(path: Path, option: str, known: Families) -> dict[str, Any]:
     """The `model_index.json` in `path`. Raises `UserError` if it is not there, damaged, or of no family `known`."""
-    if not isfile(path / INDEX):
+    if not is_file(path / INDEX):
         why = f"it has no {INDEX}" if exists(path) else f"it is not there; embedded pipelines are {', '.join(WORLDS)}"
         raise UserError(f"{option} {path} is not a diffusers pipeline directory: {why}")
     try:
@@ -97,7 +97,9 @@ def read_index(path: Path, option: str, known: Families) -> dict[str, Any]:
         pairs = all(len(part) == 2 and {*map(type, part)} in ({str}, {type(None)}) for part in parts)
         if not (pairs and isinstance(name, str)):
             raise UnreadableError("a part is [library, class] or [null, null], and the pipeline's class a name")
-    except (UnreadableError, KeyError, TypeError, AttributeError):
+    except UnreadableError as error:
+        raise UserError(f"{option} {path}: {INDEX} is damaged ({error}); restore it") from None
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{option} {path}: {INDEX} is damaged; restore it") from None
     if name not in known:
         raise UserError(f"{option} {path} is a {name}; the families known here are {', '.join(known)}")
@@ -133,12 +135,12 @@ def check_links(path: Path, index: dict[str, Any], option: str) -> None:
                 raise UserError(f"{option} {path}: {file.relative_to(path)} links out of the directory; put the file there")
 
 
-def _refuse_idle_options(options: ModelOptions, on_hub: bool, is_file: bool) -> None:
+def _refuse_idle_options(options: ModelOptions, on_hub: bool, is_checkpoint: bool) -> None:
     if options.revision and not on_hub:
         raise UserError("--revision works with a hub id only; leave it out")
-    if options.variant and is_file:
+    if options.variant and is_checkpoint:
         raise UserError("--variant names files of a directory or a hub repository; leave it out with a single file")
-    if options.checkpoint_config and not is_file:
+    if options.checkpoint_config and not is_checkpoint:
         raise UserError("--checkpoint-config works with a single-file checkpoint only; leave it out")
 
 
@@ -195,7 +197,7 @@ def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option:
 
 def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Families) -> tuple[Path, dict[str, Any]]:
     """A single-file checkpoint as a directory, through diffusers' own converter."""
-    if not isfile(path):
+    if not is_file(path):
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
     if path.suffix != ".safetensors" and not options.allow_pickle:
         raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")
@@ -207,7 +209,7 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
         raise UserError(f"{option} {path} is not a whole checkpoint: it has no model.diffusion_model layers")
     config = options.checkpoint_config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
     folder = Path(config)
-    if not folder.is_dir():
+    if not is_dir(folder):
         at_default = ModelOptions()
         said = "--checkpoint-config" if options.checkpoint_config else f"{option} {path} needs --checkpoint-config DIR:"
         folder = Path(_from_hub(lambda: snapshot_download(config, allow_patterns=CONFIGS), config, at_default, said))
@@ -225,7 +227,7 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
         pipeline = family.from_single_file(str(path), config=str(folder), dtype=dtype, **none)
         return marked(pipeline, tensors)
 
-    configs = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model") and isfile(file))
+    configs = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model") and is_file(file))
     converted = _converted([path, *configs], path.stem, make, option)
     return converted, read_index(converted, option, known)
 
@@ -289,7 +291,7 @@ def _without_pickles(folder: Path, index: dict[str, Any], options: ModelOptions)
         family = getattr(diffusers, index["_class_name"])
         return family.from_pretrained(folder, variant=options.variant, local_files_only=True, **_NO_CODE)
 
-    files = [file for file in sorted(folder.rglob("*")) if isfile(file)]
+    files = [file for file in sorted(folder.rglob("*")) if is_file(file)]
     return _converted(files, folder.name, make, "--allow-pickle", str(options.variant))
 
 
@@ -299,9 +301,9 @@ def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: 
     versions = (diffusers.__version__, transformers.__version__, _CONVERSION)
     key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
     target = Path(constants.HF_HOME) / "esd_peft" / key / name
-    if not (target / INDEX).is_file():
+    if not is_file(target / INDEX):
         with hold(target, "HF_HOME", wait=True):  # all processes of a run want it at once
-            if not (target / INDEX).is_file():
+            if not is_file(target / INDEX):
                 _convert(make, sources[0], target, option)
     return target
 

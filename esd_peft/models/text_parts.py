@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from esd_peft.io.paths import exists
 from esd_peft.io.tensors import rename_tensors
 from esd_peft.io.text import UnreadableError, read_json
 
@@ -72,7 +73,7 @@ def _write_slow_files(tokenizer: Path) -> None:
     folder = tokenizer.parent
     kind = str(_map(folder / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
     model = _map(tokenizer).get("model", {})
-    if kind != "CLIPTokenizer" or model.get("type") != "BPE" or (folder / "vocab.json").exists():
+    if kind != "CLIPTokenizer" or model.get("type") != "BPE" or exists(folder / "vocab.json"):
         return
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
