@@ -1,16 +1,16 @@
 """What can be said of a run before any work is done."""
 
-import os
-
 import torch
 
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.evaluation.validation import check_concepts
 from esd_peft.io.outputs import check_output
+from esd_peft.io.paths import is_file
 from esd_peft.models import ModelFamily
 from esd_peft.models.compilation import check_compiler
 from esd_peft.models.quantize import check_bitsandbytes
+from esd_peft.models.rehearsal import check_steps
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime import distributed
@@ -21,7 +21,7 @@ def check_environment(config: EraseConfig, device: torch.device) -> None:
     """Raise `UserError` if the output cannot be written, or a package or compiler that the options ask for is missing."""
     if distributed.is_main_process():
         checkpoint, pretrained, file = config.checkpoint, config.pretrained, config.prompts.preserve_file
-        file = file if os.path.isfile(file or "") else None  # said later if it is none
+        file = file if is_file(file or "") else None  # said later if it is none
         inputs = [pretrained.model, pretrained.checkpoint_config, config.training.reference, file]
         check_output(checkpoint.output, checkpoint.overwrite or checkpoint.resume, inputs)
     check_tracker(config.runtime.report_to)
@@ -58,9 +58,10 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
     contrastive = config.training.objective == "contrastive"
     if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
         family.noise_schedule.alphas_cumprod()
-    family.check_lengths(
-        _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
-    )
+    check_steps(family, config.buffer.num_inference_steps, "--num-inference-steps")
+    given = _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
+    family.check_lengths(given)
+    family.check_seen(given)
     for prompt in prompts.given if family.world is not None else []:
         _check_words(family, "--preserve", prompt)
 

@@ -12,9 +12,10 @@ from typing import Annotated, Any, TypeVar, get_origin
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from esd_peft.errors import UserError, out_of_memory
+from esd_peft.errors import UserError, out_of_memory, system_reason
 from esd_peft.io import terminal
 from esd_peft.io import text as text_files
+from esd_peft.io.text import shown
 from esd_peft.options import Options, flag, grouped, groups_of, sentence
 from esd_peft.runtime import interrupts
 from esd_peft.runtime.allocator import avoid_gaps, refused_by_driver
@@ -188,6 +189,11 @@ def run_command(main: Callable[[], object]) -> None:
         if refused is None and not out_of_memory(error):
             raise
         said, code = f"error: {refused or NO_MEMORY}", 2
+    except OSError as error:  # what no reader or writer foresaw; without a name it is no file's
+        if error.filename is None:
+            raise
+        file, reason = shown(str(error.filename)), system_reason(error)
+        said, code = f"error: {file} cannot be used ({reason}); see to your rights there, or name another", 2
     if first_to_fail():
         with terminal.forgiving_streams():
             print(said, file=sys.stderr)

@@ -26,7 +26,7 @@ from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
 from esd_peft.models.sampling import encode_prompts
 from esd_peft.presets import PRESETS
-from esd_peft.prompts.table import make_table
+from esd_peft.prompts.table import check_told_apart, make_table
 from esd_peft.prompts.wordings import Wordings, amounts, encode_wordings
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
@@ -66,6 +66,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     with profiler.phase("encode"):
         probes = choose_probes(family, prompts, training.seed)
         embeds, probes.embeds = family.encode_groups([prompts.texts, probes.texts], device, dtype)
+        check_told_apart(prompts, embeds)
         table = make_table(prompts, embeds)
         wordings = make_wordings(config, session)
         validation = make_validation(config, session) if config.validation.during_training else None

@@ -1,7 +1,6 @@
 """python -m esd_peft.evaluate: images before and after → what they show → is it gone, is the rest intact?"""
 
 import dataclasses
-import os
 import shlex
 
 import torch
@@ -21,14 +20,17 @@ from esd_peft.evaluation.suites import Suite, load_suite, select_prompts
 from esd_peft.evaluation.text import as_text
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import check_folder, take_folder
+from esd_peft.io.paths import is_file
 from esd_peft.io.terminal import say
 from esd_peft.models.options import DrawingOptions
 from esd_peft.models.quantize import check_bitsandbytes
+from esd_peft.models.rehearsal import check_steps
 from esd_peft.models.sampling import encode_prompts
 from esd_peft.options import flag
 from esd_peft.runtime.devices import current, resolve_device, resolve_dtype
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.reproducibility import bits_depend_on
+from esd_peft.worlds.world import Prompt
 
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
 
@@ -55,6 +57,8 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     _check_size(suite, models.base)
     prompts, roles = select_prompts(suite, models.concepts, config.prompts, config.limit, models.preserved)
     _check_output(config, models)
+    _check_steps(suite, prompts, models)
+    models.base.family.check_seen({"--concept": models.concepts})
     profiler = PhaseProfiler(device)
     attacks = make_attacks(config, suite)
     if {*config.attack} - {"prompts"}:  # these learn from noised images: what cannot be noised is said before any are made
@@ -97,7 +101,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _check_output(config: EvaluateConfig, models: Comparison) -> None:
     """Raise `UserError` now if the report could not be written later, or would replace what is read or somebody else's."""
-    files = [file for file in (config.suite, config.prompts, config.attack_prompts) if file and os.path.isfile(file)]
+    files = [file for file in (config.suite, config.prompts, config.attack_prompts) if file and is_file(file)]
     read = [*files, config.base, config.detector, config.clip, config.features, config.reference, config.attack_reference,
             models.base.family.path, models.erased.family.path, models.trained_on]  # fmt: skip
     if config.output.resolve() != (config.erased / WITHIN).resolve():
@@ -126,6 +130,15 @@ def _check_size(suite: Suite, base: Model) -> None:
     size, family = suite.world.image_size, base.family
     if family.image_size(family.empty_denoiser()) != (size, size):
         raise UserError(f"--suite {suite.world.name} is for the embedded pipeline, not for {family.path}; use another suite")
+
+
+def _check_steps(suite: Suite, prompts: list[Prompt], models: Comparison) -> None:
+    """Before any image is made: of all ways in which there are images to draw."""
+    usual = suite.num_inference_steps or models.base.family.num_inference_steps
+    ways = {(prompt.sampling.num_inference_steps or usual, prompt.sampling.scheduler) for prompt in prompts}
+    for family in {models.base.family, models.erased.family}:
+        for steps, scheduler in sorted(ways, key=str):
+            check_steps(family, steps, "--num-inference-steps, or that of --suite,", scheduler)
 
 
 def _images(

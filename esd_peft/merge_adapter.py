@@ -2,7 +2,6 @@
 
 import json
 import sys
-from os.path import isfile  # false for a name that is too long, where Path.is_file raises
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import check_new_file, check_output, new_directory, new_file
+from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import check_finite
 from esd_peft.io.terminal import say
 from esd_peft.models import ModelFamily, open_family
@@ -88,7 +88,7 @@ def _check_output(config: MergeConfig, adapters: list[Adapter]) -> None:
 
 def _is_ours(file: Path) -> bool:
     """Whether this package wrote that checkpoint: its header says so."""
-    if not isfile(file):
+    if not is_file(file):
         return False
     try:
         with safe_open(file, framework="pt") as opened:

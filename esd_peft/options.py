@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from esd_peft.errors import UserError
+from esd_peft.io.paths import why_closed
 
 _LONGEST = 4000  # characters; names of files have 255 bytes at most
 _PROMPTS = ("concept", "erase_from", "map_to", "preserve", "validation_prompt", "question", "low", "high")
@@ -129,16 +130,25 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts([*vars(value).values()])
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of it can be seen: no letter, number, symbol or mark of punctuation, but spaces, also of no width."""
+    return not any(unicodedata.category(char)[0] in "LNSP" for char in text)
+
+
 def check_text(text: str, is_name: bool) -> None:
     """Raise `ValueError` for what is no prompt, or cannot be the name of a file."""
     if odd := [char for char in text if unicodedata.category(char) in ("Cc", "Cs")]:
         raise ValueError(f"{odd[0]!a} is no character of a name or prompt; leave it out")
     if len(text) > _LONGEST or (is_name and any(len(part.encode()) > 255 for part in text.split("/"))):
         raise ValueError("longer than any name or prompt; shorten it")
+    if not is_name:
+        return
     try:
         Path(text).resolve()
     except RuntimeError:
         raise ValueError("a link in a circle of links; name another file") from None
+    if reason := why_closed(text):
+        raise ValueError(f"you may not look there ({reason}); name another one, or have its rights changed")
 
 
 def parse_bytes(text: str) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCardData
 
 from esd_peft.adapters.saved import Adapter
+from esd_peft.io.paths import exists, is_file, reading
 from esd_peft.io.text import UnreadableError, parse_yaml
 from esd_peft.models import ModelFamily
 from esd_peft.models.sources import inside_model
@@ -48,7 +48,7 @@ def adapter_card(adapter: Adapter, family: ModelFamily, repository: str) -> str:
     """An adapter's card, as `model_card`, which says how to load it from the hub's `repository` (OWNER/NAME)."""
     base = {"name": family.name, "revision": adapter.base.get("revision")}
     kind = adapter.config["student"]["adapter_type"]
-    if (adapter.path / LORA_WEIGHT_NAME_SAFE).is_file():
+    if is_file(adapter.path / LORA_WEIGHT_NAME_SAFE):
         loads = f'In diffusers: `pipe.load_lora_weights("{repository}")`.'
     elif kind != "none":
         loads = f'In peft: `PeftModel.from_pretrained(pipe.{family.denoiser_part}, "{repository}")`.'
@@ -104,10 +104,13 @@ def _method(version: str) -> str:
 
 
 def base_licence(path: Path) -> dict[str, Any]:
-    """`license`, `license_name` and `license_link` of the base's card, as far as it has one that can be read."""
+    """`license`, `license_name` and `license_link` of the base's card, as far as it has one.
+
+    Raises `UserError` if it cannot be read.
+    """
     card, known = path / "README.md", None
-    if card.is_file() and inside_model(path, card):
-        with card.open("rb") as file:
+    if is_file(card) and inside_model(path, card):
+        with reading(card), card.open("rb") as file:
             header = _HEADER.match(file.read(_LARGEST_HEADER).decode("utf-8-sig", "replace"))
         with contextlib.suppress(UnreadableError):
             known = parse_yaml(header[1]) if header else None

@@ -21,11 +21,19 @@ SECONDS = 5.0  # for all patterns of an adapter together; usual ones take some m
 _LARGEST = 4 * 2**20  # bytes
 _LONGEST = 500  # characters of a pattern
 _MOST = 2**16  # of a rank, or whatever else a number may be of
+# what PEFT makes or does so many times for a layer, one by one in Python; the rank of HRA is a loop, too
+_MOST_TIMES = 128
+_TIMES = (
+    "depth", "num_cayley_neumann_terms", "psoft_svd_lowrank_niter", "num_subspaces", "num_B", "boft_n_butterfly_factor",
+    "gralora_k",
+)  # fmt: skip
 # what changes more than the weights of layers that are there, or what no file of the adapter holds
 _REFUSED = (
     "megatron_config", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
     "arrow_config", "monteclora_config", "velora_config", "use_qalora",
 )  # fmt: skip
+# what puts other models beside the base, or other layers into it
+_OTHER_MODELS = ("XLORA", "SHADOW", "ADAPTION_PROMPT")
 # These make another base first: some as a function of the base alone, which PEFT repeats when the adapter is read, the
 # others with data, at random, or for a base in few bits
 REPEATED = ("pissa", "olora")
@@ -76,12 +84,12 @@ def read_peft_config(path: Path) -> peft.PeftConfig:
             f"says init_lora_weights {start[:50]!r}: it fits a base that only its training had; save it with "
             "path_initial_model_for_weight_conversion",
         )
-    if large := next(_too_large(values), None):
+    if large := next(_too_large(values, _MOST_TIMES if kind == "HRA" else _MOST), None):
         raise _wrong(path, f"asks for {large}, which is more than any layer has")
     made = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
     if made is None:
         raise _wrong(path, f"is of a kind that this version of peft does not know ({str(kind)[:50]})")
-    if issubclass(made, peft.PromptLearningConfig):
+    if issubclass(made, peft.PromptLearningConfig) or kind in _OTHER_MODELS:
         raise _wrong(path, f"is of {kind}, which does not change weights, as LoRA does; name one that does")
     if unknown := sorted(key for key, value in values.items() if value and key not in made.__dataclass_fields__):
         raise _wrong(path, f"asks for {unknown[0][:50]}, which this version of peft does not know; install a newer one")
@@ -150,12 +158,14 @@ def _names(given: Any, name: str, patterns: Patterns) -> bool:
     return any(".".join(parts[i:]) in known for i in range(len(parts)))
 
 
-def _too_large(values: dict[str, Any]) -> Iterator[str]:
+def _too_large(values: dict[str, Any], most: int) -> Iterator[str]:
     """Numbers by which PEFT would size or repeat something, beyond what makes sense; seeds may be any."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _too_large(value)
-        elif isinstance(value, int) and abs(value) > _MOST and not ("seed" in key or "prng" in key):
+            yield from _too_large(value, most)
+        elif "seed" in key or "prng" in key or not isinstance(value, int):
+            continue
+        elif abs(value) > (_MOST_TIMES if key in _TIMES else most):
             yield f"{key[:50]} {str(value)[:20]}"
 
 

@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from esd_peft._version import __version__
 from esd_peft.adapters.export import limits, own_metadata, write_kohya_lora
 from esd_peft.io.outputs import new_directory
+from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import add_metadata, sha256
 from esd_peft.models import ModelFamily
 from esd_peft.models.options import PretrainedOptions
@@ -57,7 +58,7 @@ def save_adapter(write: Callable[[Path], None], output: Path, overwrite: bool, m
         if is_lora:
             write_kohya_lora(draft, made.family, output.name, made.concepts, made.scope, metadata)
         (draft / "config.yaml").write_text(made.config, encoding="utf-8")
-        base["files"] = {file.name: sha256(file) for file in sorted(draft.iterdir()) if file.is_file()}
+        base["files"] = {file.name: sha256(file) for file in sorted(draft.iterdir()) if is_file(file)}
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from os.path import isfile  # false for a name that is too long, where Path.is_file raises
+from os.path import lexists
 from pathlib import Path
 from typing import Any, ClassVar, Required
 
@@ -25,6 +25,7 @@ from esd_peft.adapters.peft_config import (
 )
 from esd_peft.adapters.peft_layers import MERGES_BIAS, LayerBias, LayerWeight, PeftFiles
 from esd_peft.errors import UserError
+from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import TensorFile, check_finite, open_tensors, read_tensors, sha256
 from esd_peft.io.text import UnreadableError, read_json, read_yaml
 from esd_peft.prompts.options import PromptOptions
@@ -95,7 +96,7 @@ class Adapter(ABC):
     def _as_saved(self, name: str) -> Path:
         """The adapter's file. Raises `UserError` if its bits are not those that `base.json` knows."""
         path, known = self.path / name, self.base.get("files", {}).get(name)
-        if known and isfile(path) and sha256(path) != known:
+        if known and is_file(path) and sha256(path) != known:
             raise UserError(f"{path} is damaged: it is not what was saved; restore it, or remove base.json and name --base")
         return path
 
@@ -164,9 +165,9 @@ def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
 
     Raises `UserError` if it is not there or damaged.
     """
-    if isfile(path / WEIGHTS_FILE):
+    if is_file(path / WEIGHTS_FILE):
         return _SavedWeights(path, scale)
-    if isfile(path / peft.utils.CONFIG_NAME):
+    if is_file(path / peft.utils.CONFIG_NAME):
         return _SavedPeft(path, scale)
     raise UserError(f"--adapter {path} is not an adapter directory: it has no {peft.utils.CONFIG_NAME}")
 
@@ -254,11 +255,13 @@ def _read(saved: TensorFile, name: str) -> Tensor:
 
 
 def _read_map(path: Path, read: Callable[[Path], Any], kind: type) -> dict[str, Any]:
-    if not path.is_file():
+    if not lexists(path):
         return {}
     try:
         values: dict[str, Any] = read(path)
         TypeAdapter(kind).validate_python(values, strict=True)
-    except (UnreadableError, ValidationError):
+    except UnreadableError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or remove it and name --base") from None
+    except ValidationError:
         raise UserError(f"{path} is damaged; restore it, or remove it and name --base") from None
     return values

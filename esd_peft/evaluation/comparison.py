@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from esd_peft.adapters.merge import RECORD
 from esd_peft.adapters.saved import Adapter, read_adapter
 from esd_peft.errors import UserError
 from esd_peft.evaluation.options import EvaluateConfig
+from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models import ModelFamily, open_family
@@ -67,7 +69,7 @@ class Model:
         known = {str(path.relative_to(root)): sha256(path) for path in [root / INDEX, *files]}
         if self.adapter is not None:
             own = [*sorted(self.adapter.path.glob("*.safetensors")), self.adapter.path / CONFIG_NAME]
-            known |= {f"adapter/{path.name}": sha256(path) for path in own if path.is_file()}
+            known |= {f"adapter/{path.name}": sha256(path) for path in own if is_file(path)}
         return known
 
 
@@ -86,7 +88,7 @@ class Comparison:
 
 def open_models(config: EvaluateConfig) -> Comparison:
     """The models that `--base` and `--erased` name. Loads no denoiser. Raises `UserError` if one cannot be opened."""
-    if (config.erased / "model_index.json").is_file():
+    if is_file(config.erased / "model_index.json"):
         record = _read_record(config.erased / RECORD)
         base = config.base if config.base is not None else _trained_on(record.get("configs", []))
         if base is None:
@@ -180,12 +182,14 @@ class _RecordFile(TypedDict, total=False):
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not lexists(path):
         return {}
     try:
         record: dict[str, Any] = read_json(path)
         TypeAdapter(_RecordFile).validate_python(record, strict=True)
-    except (UnreadableError, ValidationError):
+    except UnreadableError as error:
+        raise UserError(f"--erased: {path} is damaged ({error}); restore it, or remove it and name --base") from None
+    except ValidationError:
         raise UserError(f"--erased: {path} is damaged; restore it, or remove it and name --base and --concept") from None
     return record
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from esd_peft.errors import UserError
 from esd_peft.io.images import decode_image
 from esd_peft.io.outputs import MARK, empty_folder, new_file, take_folder
+from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.sampling import SampleIndex, to_image
 
@@ -67,7 +68,7 @@ class ImageCache(ImageStore):
             same = read_json(record) == json.loads(json.dumps(self.made_with))
         except UnreadableError:
             same = False
-        if not same and self.folder.is_dir() and {*os.listdir(self.folder)} - {MARK}:
+        if not same and is_dir(self.folder) and {*os.listdir(self.folder)} - {MARK}:
             if not overwrite:
                 raise UserError(
                     f"--output holds {self.folder}, made by another model or with other options or versions; "
@@ -82,7 +83,7 @@ class ImageCache(ImageStore):
         return self.folder / f"{place[0]:05d}_{place[1]:03d}.png"
 
     def missing(self, places: Sequence[SampleIndex]) -> list[SampleIndex]:
-        return [place for place in places if not self.path(place).is_file()]
+        return [place for place in places if not is_file(self.path(place))]
 
     def add(self, place: SampleIndex, pixels: Tensor) -> None:
         with new_file(self.path(place)) as draft:

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, field_validator, model_validator
 
-from esd_peft.models.options import DrawingOptions
-from esd_peft.options import LEFT_OUT, Auto, Options
+from esd_peft.models.options import DrawingOptions, GuidanceScale, InferenceSteps
+from esd_peft.options import LEFT_OUT, Auto, Options, is_blank
 from esd_peft.runtime.options import Dtype
 
 WITHIN = "evaluation"  # the one output inside of what is evaluated
+Seeds = Annotated[int, Field(ge=1, le=10**4)]
 AttackName = Literal["textual-inversion", "prefix", "prompts", "fine-tuning"]
 
 
@@ -38,7 +39,7 @@ class ValidationOptions(Options):
     @field_validator("validation_prompt")
     @classmethod
     def _some_text(cls, value: list[str]) -> list[str]:
-        if any(not text.strip() for text in value):
+        if any(map(is_blank, value)):
             raise ValueError("say what to look at, or leave the option out")
         return value
 
@@ -76,13 +77,13 @@ class EvaluateConfig(DrawingOptions):
     overwrite: bool = False
     """Remove images in the output directory that were made by other models or with other options."""
 
-    seeds: Annotated[int, Field(ge=1, le=10**4)] | None = None
+    seeds: Seeds | None = None
     """Images of each prompt; left out: as many as the suite says."""
     limit: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Use only so many of the suite's prompts for each concept, and as many others, evenly spread; left out: all."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    num_inference_steps: InferenceSteps | None = None
     """Denoising steps of an image; left out: as the suite says."""
-    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
+    guidance_scale: GuidanceScale | None = None
     """Classifier-free guidance of the images; left out: as the suite says."""
     batch_size: Annotated[int, Field(ge=1, le=10**5)] = 16
     """Images made, and judged, side by side."""
@@ -133,7 +134,7 @@ class EvaluateConfig(DrawingOptions):
     @field_validator("concept")
     @classmethod
     def _some_text(cls, value: list[str]) -> list[str]:
-        if any(not text.strip() for text in value):
+        if any(map(is_blank, value)):
             raise ValueError("say what was erased, or leave the option out")
         return value
 

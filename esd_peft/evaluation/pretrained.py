@@ -1,10 +1,10 @@
 """Models from the hub or a folder."""
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from esd_peft.errors import UserError, in_brief
+from esd_peft.io.paths import is_dir
 
 
 def load_pretrained(kind: Any, model: str, option: str, **options: Any) -> Any:
@@ -15,7 +15,7 @@ def load_pretrained(kind: Any, model: str, option: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(model, trust_remote_code=False, **options)
     except Exception as error:  # transformers and the hub raise many kinds
-        fix = "restore the folder" if Path(model).is_dir() else "name a local folder, or a hub id while online"
+        fix = "restore the folder" if is_dir(model) else "name a local folder, or a hub id while online"
         raise UserError(f"{option} {model} cannot be loaded ({in_brief(error)}); {fix}") from None
 
 

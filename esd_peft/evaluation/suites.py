@@ -1,6 +1,7 @@
 """What an evaluation asks: prompts, what their images shall show, and who judges that. Declared in suites/*.yaml."""
 
 import itertools
+import math
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,14 +13,20 @@ from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from esd_peft.errors import UserError, in_brief
+from esd_peft.evaluation.options import Seeds
 from esd_peft.evaluation.strata import ASKING, KEPT, strata_prompts
 from esd_peft.io import text as text_files
+from esd_peft.io.paths import exists, is_file
+from esd_peft.models.options import GuidanceScale, InferenceSteps
+from esd_peft.options import check_text
 from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
 from esd_peft.worlds import WORLDS, World
 from esd_peft.worlds.world import Prompt, Sampling
 
 Words = str | list[str] | dict[str, list[str]]  # a template, a list's labels, or what says each of its labels
 RETAINED = 24  # of the built-in prompts, in suite concept
+MOST_PROMPTS = 10**5  # that a suite's lists may make together, and
+MOST_IMAGES = 10**6  # that an evaluation may ask for: at one a second, more than eleven days
 _FOLDER = files("esd_peft.evaluation") / "suites"
 
 
@@ -52,13 +59,13 @@ class Suite(BaseModel):
     labels: dict[str, str] = Field(default_factory=dict)
     """What every image shows (domain: label) while nothing is erased."""
     detector: DetectorSpec | None = None
-    size: Annotated[int, Field(ge=1)] = 12
+    size: Annotated[int, Field(ge=1, le=10**3)] = 12
     """Of world: prompts of each stratum."""
     samplings: list[Sampling] = Field(default_factory=list)
     """Of world: other ways to draw, by turns those of as many prompts as there are of a stratum."""
-    seeds: Annotated[int, Field(ge=1)]
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    seeds: Seeds
+    num_inference_steps: InferenceSteps | None = None
+    guidance_scale: GuidanceScale | None = None
     """Left out, these two: as the base's family usually does."""
 
     @model_validator(mode="after")
@@ -82,7 +89,7 @@ class Suite(BaseModel):
 def load_suite(name: str) -> Suite:
     """The built-in suite of that name, or the YAML file. Raises `UserError` if there is none or it is damaged."""
     path = _FOLDER / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
-    if not path.is_file():
+    if not (is_file(path) if isinstance(path, Path) else path.is_file()):
         known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
         raise UserError(f"--suite {name} is not there; use {known}, or a YAML file")
     try:
@@ -123,19 +130,26 @@ def _concept_prompts(concepts: list[str]) -> list[Prompt]:
 
 def _combinations(declared: dict[str, Words], suite: Suite) -> list[Prompt]:
     template, lists = str(declared.get("template", "")), {k: _said(v) for k, v in declared.items() if not isinstance(v, str)}
+    if math.prod(map(len, lists.values())) > MOST_PROMPTS:  # before they are multiplied
+        raise UserError(f"--suite: its lists make more than {MOST_PROMPTS:,} prompts, before --limit chooses; shorten them")
     rows = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     try:
         if any(name not in (None, *lists) or spec or how for _, name, spec, how in string.Formatter().parse(template)):
             raise ValueError("of a list, only its {name} alone")  # no attributes, and no widths, which can be huge
-        prompts = [
-            _prompt(template.format(**{k: text for k, (_, text) in row.items()}), {k: v for k, (v, _) in row.items()}, suite)
-            for row in rows
-        ]
+        for part in (template, *(said for words in lists.values() for _, said in words)):
+            check_text(part, is_name=False)
+        prompts = []
+        for row in rows:
+            text = template.format(**{k: said for k, (_, said) in row.items()})
+            check_text(text, is_name=False)  # a template may repeat its lists
+            prompts.append(_prompt(text, {k: v for k, (v, _) in row.items()}, suite))
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"--suite: its template {template!r} does not fit its lists ({error}); mend the file") from None
+        raise UserError(
+            f"--suite: its template {template[:200]!r} does not fit its lists ({error}); mend the file"
+        ) from None
     if not template or len({prompt.text for prompt in prompts}) < len(prompts):
         raise UserError(
-            f"--suite: its template {template!r} does not name each of its lists, {', '.join(lists)}; mend the file"
+            f"--suite: its template {template[:200]!r} does not name each of its lists, {', '.join(lists)}; mend the file"
         )
     return prompts
 
@@ -170,7 +184,7 @@ def _local(source: str) -> Path:
     """The file, from the hub where `source` is OWNER/NAME/FILE and no such file is here."""
     owner, _, rest = source.partition("/")
     name, _, file = rest.partition("/")
-    if Path(source).exists() or not (owner and name and file):
+    if exists(source) or not (owner and name and file):
         return Path(source)
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
@@ -189,11 +203,13 @@ def select_prompts(
         suite = suite.model_copy(update={"size": min(suite.size, limit or suite.size)})
     prompts = suite_prompts(suite, concepts, source, preserved)
     roles = assign_roles(suite, prompts, concepts)
-    if suite.prompts == "world":
-        return prompts, roles
-    chosen = {i for rows in (*roles.asking.values(), roles.kept) for i in spread(rows, limit)}
-    prompts = [prompts[i] for i in sorted(chosen)]
-    return prompts, assign_roles(suite, prompts, concepts)
+    if suite.prompts != "world":
+        chosen = {i for rows in (*roles.asking.values(), roles.kept) for i in spread(rows, limit)}
+        prompts = [prompts[i] for i in sorted(chosen)]
+        roles = assign_roles(suite, prompts, concepts)
+    if (images := len(prompts) * suite.seeds) > MOST_IMAGES:
+        raise UserError(f"--suite asks for {images:,} images, {suite.seeds:,} of each prompt; use --limit or fewer --seeds")
+    return prompts, roles
 
 
 @dataclass(frozen=True)

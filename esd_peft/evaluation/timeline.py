@@ -21,6 +21,7 @@ from PIL import Image
 
 from esd_peft.evaluation import pages
 from esd_peft.io.outputs import empty_folder, new_directory, new_file, take_folder
+from esd_peft.io.paths import is_dir
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.sampling import EncodedPrompts, SampleIndex, check_images, image_batches, to_image
 
@@ -64,7 +65,7 @@ class Timeline:
             same = last_step is not None and read_json(record) == made_with
         except UnreadableError:
             same = False
-        if self.folder.is_dir() and not same:
+        if is_dir(self.folder) and not same:
             empty_folder(self.folder)
         take_folder(self.folder)
         with new_file(record) as draft:
@@ -80,7 +81,7 @@ class Timeline:
 
     def has(self, name: str) -> bool:
         """Whether that look was taken."""
-        return (self.folder / name).is_dir()
+        return is_dir(self.folder / name)
 
     def draw(self, pipe: DiffusionPipeline, name: str) -> dict[str, list[Image.Image]]:
         """Take a look at the pipeline, put it into the folder, and return its images by their prompts.

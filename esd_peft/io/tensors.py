@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from os.path import exists, isfile  # false for a name that is too long, where Path's raise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from esd_peft.errors import UserError
+from esd_peft.io.paths import exists, is_file, reading
 from esd_peft.io.text import UnreadableError, parse_json
 
 CHUNK = 2**18  # bytes; 1 MiB took nearly three times the processor time
@@ -48,22 +48,27 @@ def is_scale(name: str) -> bool:
 
 def check_regular(path: Path) -> None:
     """Raise `UserError` for a pipe or a device, which would be read without end; a file that is not there is said later."""
-    if exists(path) and not isfile(path):
+    if exists(path) and not is_file(path):
         raise UserError(f"{path} is no regular file; restore it")
 
 
 def sha256(path: Path) -> str:
-    """The file's hash, in hex."""
-    with path.open("rb") as file:
+    """The file's hash, in hex. Raises `UserError` if it cannot be read."""
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_with_sha256(source: Path, target: Path) -> str:
-    """Copy a file and return its hash, in hex: one read for both, hashed beside the copying."""
+    """Copy a file and return its hash, in hex: one read for both, hashed beside the copying.
+
+    Raises `UserError` if it cannot be read.
+    """
     digest = hashlib.sha256()
     buffers = deque(memoryview(bytearray(CHUNK)) for _ in range(4))
     hashing: deque[Future[None]] = deque()
-    with source.open("rb", buffering=0) as old, target.open("wb") as new, ThreadPoolExecutor(1) as hasher:
+    with reading(source):
+        opened = source.open("rb", buffering=0)
+    with opened as old, target.open("wb") as new, ThreadPoolExecutor(1) as hasher:
         while count := old.readinto(buffers[0]):
             part = buffers[0][:count]
             hashing.append(hasher.submit(digest.update, part))

@@ -6,10 +6,12 @@ patience that such a file deserves.
 
 import csv
 import io
+import itertools
 import json
 import os
 import stat
 import unicodedata
+from collections.abc import Iterable
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ for _flag in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
     _FLAGS |= getattr(os, _flag, 0)
 _LARGEST = 64 * 2**20  # bytes
 _LARGEST_YAML = 2**18  # whose parser takes a second for that
+_MOST_ROWS = 10**6  # of CSV, of which each takes hundreds of bytes
 
 
 class UnreadableError(Exception):
@@ -79,10 +82,16 @@ def read_lines(path: Path | Traversable) -> list[str]:
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns, and the rows by them: each cell is there, if empty. Raises `UnreadableError`."""
     try:
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="", restval="")
-        return list(reader.fieldnames or ()), [{k: v for k, v in row.items() if k} for row in reader]
+        # strict: otherwise a quote that is not closed takes the rows below it into its cell
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="", restval="", strict=True)
+        columns = list(reader.fieldnames or ())
+        rows = [{k: v for k, v in row.items() if k} for row in itertools.islice(reader, _MOST_ROWS + 1)]
     except csv.Error as error:
-        raise UnreadableError(f"it is not CSV: {error}") from None
+        raise UnreadableError(f"it is not CSV after line {reader.line_num} ({error}): close its quotes") from None
+    _check_once(filter(None, columns))
+    if len(rows) > _MOST_ROWS:
+        raise UnreadableError(f"it has more than {_MOST_ROWS:,} rows")
+    return columns, rows
 
 
 def read_json(path: Path, largest: int = _LARGEST) -> Any:
@@ -93,7 +102,7 @@ def read_json(path: Path, largest: int = _LARGEST) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """Values from JSON that can be written again. Raises `UnreadableError`."""
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_map_of)
         json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair could not be printed or saved
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"it is not JSON: {error}") from None
@@ -109,17 +118,41 @@ def parse_yaml(text: str) -> Any:
     """Values from YAML. Raises `UnreadableError`."""
     try:
         return yaml.load(text, _PlainLoader)
+    except UnreadableError:
+        raise
     except Exception as error:  # beside its own kinds, PyYAML lets pass what dates, numbers and booleans raise
         raise UnreadableError(f"it is not YAML: {error or type(error).__name__}") from None
 
 
+def _map_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_once(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def _check_once(keys: Iterable[Any]) -> None:
+    """Raise `UnreadableError` for a key that stands there twice: otherwise the last value would win without a word."""
+    seen = set()
+    for key in keys:
+        if key in seen:
+            raise UnreadableError(f"it says {shown(str(key))[:100]} twice; say it once")
+        seen.add(key)
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: ten lines of them say more than fits any memory, and no option needs one."""
+    """Without aliases: ten lines of them say more than fits any memory, and no option needs one. Keys stand there once."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "write the value again: *aliases are not read", None)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            keys = [key for key, _ in node.value]
+            if any(key.tag == "tag:yaml.org,2002:merge" for key in keys):
+                raise yaml.constructor.ConstructorError(None, None, "write the values themselves: << is not read", None)
+            _check_once(self.construct_object(key, deep=True) for key in keys)
+        return super().construct_mapping(node, deep)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)

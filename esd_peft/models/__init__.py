@@ -1,6 +1,8 @@
 """What differs between pipeline families, one file each. The rest of the package knows `ModelFamily` only, but for
 `adapters/export.py`, which knows the files of other tools."""
 
+from esd_peft.errors import UserError
+from esd_peft.io.text import shown
 from esd_peft.models.chroma import Chroma
 from esd_peft.models.family import ModelFamily, PromptEmbeds
 from esd_peft.models.flux import Flux
@@ -15,6 +17,7 @@ from esd_peft.models.stable_diffusion_3 import StableDiffusion3
 from esd_peft.models.stable_diffusion_xl import StableDiffusionXL
 from esd_peft.models.wan import Wan
 from esd_peft.models.z_image import ZImage
+from esd_peft.options import check_text
 from esd_peft.worlds import find_world
 
 __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
@@ -35,6 +38,10 @@ def open_family(
     `UserError` if it is not there, lacks a part, is of a family not known here, or if its parts are not whole or do not work
     together.
     """
+    try:
+        check_text(model, is_name=True)  # a file may have named it, and not an option
+    except ValueError as error:
+        raise UserError(f"{option} {shown(model)[:200]}: {error}") from None
     options = options or ModelOptions()
     families = {kind.pipeline_class.__name__: kind for kind in FAMILIES}
     world = find_world(model)

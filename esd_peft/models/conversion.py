@@ -8,7 +8,6 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
-from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from esd_peft.errors import UserError, in_brief
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import new_directory
+from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.tensors import holds_values, is_scale, sha256
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.models.weight_files import PICKLED, SAFE, StoredWeights, find_weights, library_of, weight_map
@@ -48,7 +48,7 @@ def checkpoint_as_directory(
         _refuse_invented(pipeline, f"{option} {path}")
         marked(pipeline, tensors).save_pretrained(draft)
 
-    files = sorted(file for file in configs.rglob("*") if file.suffix in (".json", ".txt", ".model") and isfile(file))
+    files = sorted(file for file in configs.rglob("*") if file.suffix in (".json", ".txt", ".model") and is_file(file))
     return _converted([path, *files], path.stem, write, option)
 
 
@@ -135,14 +135,14 @@ def without_pickles(folder: Path, index: dict[str, Any], variant: str | None) ->
 
     def write(draft: Path) -> None:
         passed_on = shutil.ignore_patterns(f"*{PICKLED}", f"*{PICKLED}.index*.json")
-        for part in [part for part in parts if (folder / part).is_dir()]:
+        for part in [part for part in parts if is_dir(folder / part)]:
             shutil.copytree(folder / part, draft / part, ignore=passed_on if part in pickled else None)
-        for file in [folder / INDEX, *(file for name in PAPERS for file in folder.glob(name) if isfile(file))]:
+        for file in [folder / INDEX, *(file for name in PAPERS for file in folder.glob(name) if is_file(file))]:
             shutil.copy(file, draft)
         for part, weights in pickled.items():
             _write_safetensors(weights, draft / part)
 
-    files = [file for part in parts for file in sorted((folder / part).rglob("*")) if isfile(file)]
+    files = [file for part in parts for file in sorted((folder / part).rglob("*")) if is_file(file)]
     return _converted([folder / INDEX, *files], folder.name, write, "--allow-pickle", str(variant))
 
 
@@ -166,9 +166,9 @@ def _converted(sources: list[Path], name: str, write: Callable[[Path], None], op
     versions = (diffusers.__version__, transformers.__version__, _CONVERSION)
     key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
     target = Path(constants.HF_HOME) / "esd_peft" / key / name
-    if not (target / INDEX).is_file():
+    if not is_file(target / INDEX):
         with hold(target, "HF_HOME", wait=True):  # all processes of a run want it at once
-            if not (target / INDEX).is_file():
+            if not is_file(target / INDEX):
                 _convert(write, sources[0], target, option)
     return target
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from esd_peft.errors import UserError
 from esd_peft.models import scopes
 from esd_peft.models.checkpoint_layout import CheckpointLayout
-from esd_peft.models.noise_schedule import NoiseSchedule
+from esd_peft.models.noise_schedule import NoiseSchedule, as_kind
 from esd_peft.models.offload import bring_encoders
 from esd_peft.models.options import SCOPES, DrawingOptions
 from esd_peft.models.pipeline_directory import PipelineDirectory
 from esd_peft.models.rehearsal import rehearse
-from esd_peft.models.text_parts import plain_tokenizer, whole_words
+from esd_peft.models.text_parts import control_tokens, own_tokens, plain_tokenizer, whole_words
 from esd_peft.runtime.devices import is_accelerator, release
 from esd_peft.worlds import World
 
@@ -115,6 +115,18 @@ class ModelFamily(PipelineDirectory, ABC):
                         f"left out; {fix}"
                     )
 
+    def check_seen(self, texts: dict[str, list[str]]) -> None:
+        """Raise `UserError` for a text, of those that options gave, of which no tokenizer sees a word, or that spells out a
+        token with which one of them ends or begins prompts."""
+        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
+        tokenizers = [plain_tokenizer(self.load_part(part)) for part in parts]
+        for option, given in texts.items():
+            for text in given:
+                if spelled := [token for tokenizer in tokenizers for token in control_tokens(tokenizer, text)]:
+                    raise UserError(f"{option} {text!r} has the tokenizer's own {spelled[0]} in it; leave that out")
+                if not any(own_tokens(tokenizer, text) for tokenizer in tokenizers):
+                    raise UserError(f"{option} {text!r}: no tokenizer of this model has tokens for it; reword it")
+
     def read_whole(self, texts: Iterable[str]) -> list[str]:
         """Those texts that the text encoder reads to the end: small ones know few words as a whole."""
         texts = [*texts]
@@ -201,9 +213,12 @@ class ModelFamily(PipelineDirectory, ABC):
         """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
         return torch.randn(count, denoiser.config.in_channels, *self.latent_size(denoiser), generator=generator)
 
-    def set_timesteps(self, noise: Tensor, num_inference_steps: int) -> tuple[SchedulerMixin, Tensor]:
-        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents."""
-        scheduler = self.load_part("scheduler")
+    def set_timesteps(
+        self, noise: Tensor, num_inference_steps: int, kind: str | None = None
+    ) -> tuple[SchedulerMixin, Tensor]:
+        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents;
+        of another `kind` (a class of diffusers), if one is named, with the same config."""
+        scheduler = as_kind(self.load_part("scheduler"), kind)
         retrieve_timesteps(
             scheduler, num_inference_steps, noise.device, **self.schedule(scheduler, noise, num_inference_steps)
         )

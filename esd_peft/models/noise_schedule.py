@@ -3,11 +3,17 @@
 import functools
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
 from esd_peft.errors import UserError
+
+
+def as_kind(scheduler: SchedulerMixin, kind: str | None) -> SchedulerMixin:
+    """The same scheduler as another class of diffusers, if one is named."""
+    return scheduler if kind is None else getattr(diffusers, kind).from_config(scheduler.config)
 
 
 class NoiseSchedule:

@@ -10,6 +10,8 @@ Scope = Literal[
     "esd-x", "esd-x-strict", "esd-x-ff", "esd-u", "selfattn", "full"
 ]  # which layers learn (`esd_peft.models.scopes`)
 SCOPES: tuple[str, ...] = get_args(Scope)
+InferenceSteps = Annotated[int, Field(ge=1, le=1000)]
+GuidanceScale = Annotated[float, Field(ge=0, le=1000)]
 
 
 class ModelOptions(Options):

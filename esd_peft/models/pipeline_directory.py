@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from esd_peft.errors import UserError
+from esd_peft.io.paths import is_dir, why_closed
 from esd_peft.io.tensors import sha256
 from esd_peft.models.parts import Part
 from esd_peft.models.sources import hub_id
@@ -37,6 +38,8 @@ class PipelineDirectory:
         for part in self.used:
             if not self.has(part) and part not in self.optional_parts:
                 raise UserError(f"{option} {path} lacks its {part}; restore that folder")
+            if reason := why_closed(path / part):  # transformers would take the folder for an empty one
+                raise UserError(f"{option} {path}: its {part} cannot be read ({reason}); restore your right to read it")
 
     @classmethod
     def check_index(cls, index: dict[str, Any], place: str) -> None:
@@ -50,7 +53,7 @@ class PipelineDirectory:
 
     def has(self, part: str) -> bool:
         """Whether the pipeline comes with that component."""
-        return self.index.get(part) not in (None, [None, None]) and (self.path / part).is_dir()
+        return self.index.get(part) not in (None, [None, None]) and is_dir(self.path / part)
 
     def part(self, name: str) -> Part:
         """Where that component is read."""

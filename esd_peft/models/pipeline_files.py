@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from esd_peft.errors import UserError
+from esd_peft.io.paths import exists, is_dir, is_file, why_closed
 from esd_peft.io.tensors import copy_with_sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models import ModelFamily
@@ -33,11 +34,13 @@ def copy_pipeline(family: ModelFamily, target: Path) -> Iterator[tuple[str, str,
     Raises `UserError` for a file that lies outside the directory, and for JSON that is none.
     """
     root = family.path
-    licences = [file for file in root.glob(LICENCES) if file.is_symlink() or not file.is_dir()]
+    licences = [file for file in root.glob(LICENCES) if file.is_symlink() or not is_dir(file)]
     for file in [root / INDEX, *licences]:
         _copy(family, file, target / file.name)
     for name in parts_of(family):
         copy = target / name
+        if reason := why_closed(root / name):  # otherwise it would look empty
+            raise UserError(f"{family.option} {root / name} cannot be read ({reason}); restore your right to read it")
         copy.mkdir()
         settings, weights = part_files(family, name)
         for file in settings:
@@ -55,7 +58,7 @@ def copy_pipeline(family: ModelFamily, target: Path) -> Iterator[tuple[str, str,
 def parts_of(family: ModelFamily) -> list[str]:
     """The parts that the pipeline comes with, whether they are read here or not (a safety checker, for example)."""
     named = [name for name, part in family.index.items() if isinstance(part, list) and part[0] is not None]
-    return [name for name in named if (family.path / name).is_dir()]
+    return [name for name in named if is_dir(family.path / name)]
 
 
 def part_files(family: ModelFamily, name: str) -> tuple[list[Path], StoredWeights | None]:
@@ -64,7 +67,7 @@ def part_files(family: ModelFamily, name: str) -> tuple[list[Path], StoredWeight
     Raises `UserError` as `Part.weights` does.
     """
     folder, entry = family.path / name, family.index[name]
-    settings = [folder / setting for setting in SETTINGS if (folder / setting).exists()]
+    settings = [folder / setting for setting in SETTINGS if exists(folder / setting)]
     if any(kind in str(entry[1]) for kind in _WITHOUT_WEIGHTS):
         return settings, None
     if name in family.used:
@@ -76,7 +79,7 @@ def part_files(family: ModelFamily, name: str) -> tuple[list[Path], StoredWeight
 
 def _copy(family: ModelFamily, file: Path, copy: Path) -> str:
     """Copy a file that belongs to the model; its hash."""
-    if not inside_model(family.path, file) or not file.is_file():
+    if not inside_model(family.path, file) or not is_file(file):
         raise UserError(f"{family.option} {family.path}: {file.name} is no file of that directory; put it there")
     if file.suffix == ".json":
         try:

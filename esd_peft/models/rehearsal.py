@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from esd_peft.errors import UserError
+from esd_peft.errors import UserError, in_brief
 from esd_peft.models.parts import reading
 from esd_peft.models.text_parts import plain_tokenizer
 from esd_peft.runtime.memory_meter import track_memory
@@ -33,7 +33,7 @@ def rehearse(family: "ModelFamily") -> None:
     with reading(f"{place} {family.denoiser_part}"):
         latents = family.initial_latents(1, denoiser, torch.Generator())
     with reading(f"{place} scheduler"):
-        timestep, inputs = _first_steps(family, latents)
+        timestep, inputs = _walk(family, latents, family.num_inference_steps, 2)
     kind = f"{place} {family.denoiser_part} is none that draws from noise and a prompt alone"
     with reading(kind, "name a text-to-image model"):
         prediction = family.predict(denoiser, inputs.to(META), timestep.expand(1).to(META), embeds)
@@ -46,13 +46,32 @@ def rehearse(family: "ModelFamily") -> None:
             raise ValueError(f"it makes images of {_size(images)} from latents of {_size(latents)}")
 
 
-def _first_steps(family: "ModelFamily", noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The first timestep and what the denoiser is fed at it, after two steps of a denoiser that answers zeros."""
-    scheduler, latents = family.set_timesteps(noise, family.num_inference_steps)
+def check_steps(family: "ModelFamily", steps: int, option: str, scheduler: str | None = None) -> None:
+    """Raise `UserError` unless a trajectory of so many steps can be gone to its end.
+
+    `scheduler` is a class of diffusers, in the place of the pipeline's own one; `option` says what asked for the steps.
+    """
+    noise = family.initial_latents(1, family.empty_denoiser(), torch.Generator())
+    try:
+        _walk(family, noise, steps, steps, scheduler)
+    except Exception as error:  # of many kinds: schedulers look up tables, and divide by differences of sigmas
+        kind = scheduler or type(family.load_part("scheduler")).__name__
+        raise UserError(
+            f"{option} {steps}: the {kind} of {family.path} cannot take so many steps ({in_brief(error)}); "
+            f"use another number, {family.num_inference_steps} for example"
+        ) from None
+
+
+def _walk(family: "ModelFamily", noise: Tensor, steps: int, count: int, kind: str | None = None) -> tuple[Tensor, Tensor]:
+    """The first timestep and what the denoiser is fed at it, after `count` of `steps` of a denoiser that answers zeros.
+
+    Raises `ValueError` for what is no number; schedulers raise errors of other kinds, too.
+    """
+    scheduler, latents = family.set_timesteps(noise, steps, kind)
     timesteps = scheduler.timesteps
     first = family.scale_input(scheduler, latents, timesteps[0])
     inputs = first
-    for i, timestep in enumerate(timesteps[:2]):
+    for i, timestep in enumerate(timesteps[:count]):
         if i:
             inputs = family.scale_input(scheduler, latents, timestep)
         latents = family.scheduler_step(scheduler, torch.zeros_like(inputs), timestep, latents, torch.Generator())

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from esd_peft.errors import UnusableImages
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.family import index_embeds
+from esd_peft.models.noise_schedule import as_kind
 from esd_peft.runtime.seeds import generator
 
 _CAPTION, _GAP = 16, 4  # pixels
@@ -70,8 +70,7 @@ def encode_prompts(
 def drawn_by(pipe: DiffusionPipeline, scheduler: str | None) -> Iterator[None]:
     """The pipeline with another scheduler (a class of diffusers), made of its own one's config."""
     own = pipe.scheduler
-    if scheduler is not None:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(own.config)
+    pipe.scheduler = as_kind(own, scheduler)
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import re
 from collections.abc import Callable, Mapping
-from os.path import exists, isfile  # false for a name that is too long, where Path raises
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import errors, hf_hub_download, snapshot_download
 
 from esd_peft.errors import UserError, in_brief
+from esd_peft.io.paths import exists, is_dir, is_file
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.conversion import (
     INDEX,
@@ -50,10 +50,10 @@ def local_pipeline(
     for what is not there or not safe.
     """
     path = Path(model)
-    is_file = isfile(path) or path.suffix in CHECKPOINTS
-    on_hub = not is_file and not exists(path) and _HUB_ID.fullmatch(model) is not None
-    _refuse_idle_options(options, on_hub, is_file)
-    if is_file:
+    is_checkpoint = is_file(path) or path.suffix in CHECKPOINTS
+    on_hub = not is_checkpoint and not exists(path) and _HUB_ID.fullmatch(model) is not None
+    _refuse_idle_options(options, on_hub, is_checkpoint)
+    if is_checkpoint:
         return _from_checkpoint(path, options, option, known)
     folder = _index_on_hub(model, options, option).parent if on_hub else path
     index = read_index(folder, option, known)
@@ -70,7 +70,7 @@ def local_pipeline(
 
 def commit_of(model: str | None, path: Path) -> str | None:
     """The commit of which the hub id `model` gave the snapshot `path`; none for what is named by its place here."""
-    return path.name if is_snapshot(path) and model is not None and not Path(model).exists() else None
+    return path.name if is_snapshot(path) and model is not None and not exists(model) else None
 
 
 def is_snapshot(path: Path) -> bool:
@@ -85,7 +85,7 @@ def hub_id(path: Path) -> str | None:
 
 def read_index(path: Path, option: str, known: Families) -> dict[str, Any]:
     """The `model_index.json` in `path`. Raises `UserError` if it is not there, damaged, or of no family `known`."""
-    if not isfile(path / INDEX):
+    if not is_file(path / INDEX):
         why = f"it has no {INDEX}" if exists(path) else f"it is not there; embedded pipelines are {', '.join(WORLDS)}"
         raise UserError(f"{option} {path} is not a diffusers pipeline directory: {why}")
     try:
@@ -97,7 +97,9 @@ def read_index(path: Path, option: str, known: Families) -> dict[str, Any]:
             raise UnreadableError("a part is [library, class] or [null, null], and the pipeline's class a name")
         if odd := [part for part in parts if not _PART.fullmatch(part)]:
             raise UserError(f"{option} {path}: {INDEX} calls a part {odd[0][:40]!a}, which is no folder's name; restore it")
-    except (UnreadableError, KeyError, TypeError, AttributeError):
+    except UnreadableError as error:
+        raise UserError(f"{option} {path}: {INDEX} is damaged ({error}); restore it") from None
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{option} {path}: {INDEX} is damaged; restore it") from None
     if name not in known:
         raise UserError(f"{option} {path} is a {name}; the families known here are {', '.join(known)}")
@@ -143,12 +145,12 @@ def check_links(path: Path, index: dict[str, Any], option: str) -> None:
                 raise UserError(f"{option} {path}: {file.relative_to(path)} links out of the directory; put the file there")
 
 
-def _refuse_idle_options(options: ModelOptions, on_hub: bool, is_file: bool) -> None:
+def _refuse_idle_options(options: ModelOptions, on_hub: bool, is_checkpoint: bool) -> None:
     if options.revision and not on_hub:
         raise UserError("--revision works with a hub id only; leave it out")
-    if options.variant and is_file:
+    if options.variant and is_checkpoint:
         raise UserError("--variant names files of a directory or a hub repository; leave it out with a single file")
-    if options.checkpoint_config and not is_file:
+    if options.checkpoint_config and not is_checkpoint:
         raise UserError("--checkpoint-config works with a single-file checkpoint only; leave it out")
 
 
@@ -205,7 +207,7 @@ def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option:
 
 def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Families) -> tuple[Path, dict[str, Any]]:
     """A single-file checkpoint as a directory, through diffusers' own converter."""
-    if not isfile(path):
+    if not is_file(path):
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
     if path.suffix != ".safetensors" and not options.allow_pickle:
         raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")
@@ -214,7 +216,7 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
         raise UserError(f"{option} {path} is not a whole checkpoint: it has no model.diffusion_model layers")
     config = options.checkpoint_config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
     folder = Path(config)
-    if not folder.is_dir():
+    if not is_dir(folder):
         at_default = ModelOptions()
         said = "--checkpoint-config" if options.checkpoint_config else f"{option} {path} needs --checkpoint-config DIR:"
         folder = Path(_from_hub(lambda: snapshot_download(config, allow_patterns=CONFIGS), config, at_default, said))

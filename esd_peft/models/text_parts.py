@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from esd_peft.io.paths import exists
 from esd_peft.io.tensors import rename_tensors
 from esd_peft.io.text import UnreadableError, read_json
 
@@ -34,6 +35,23 @@ def plain_tokenizer(part: Any) -> Any:
     return getattr(part, "tokenizer", part)
 
 
+def own_tokens(tokenizer: Any, text: str) -> set[int]:
+    """The tokens that it makes of a text's words, if only the one for unknown words: none that it makes of a space."""
+    blank = tokenizer(" ", add_special_tokens=False).input_ids
+    return {*tokenizer(text, add_special_tokens=False).input_ids} - {*blank}
+
+
+def control_tokens(tokenizer: Any, text: str) -> list[str]:
+    """The special tokens that a text spells out, such as the one that ends a prompt.
+
+    Those that fill up, or stand for unknown words, may be words, too: Stable Diffusion 2 fills up with exclamation marks.
+    """
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    special = {*tokenizer.all_special_ids} - ({tokenizer.pad_token_id, tokenizer.unk_token_id} - ends)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return [str(tokenizer.convert_ids_to_tokens(i)) for i in dict.fromkeys(ids) if i in special]
+
+
 def whole_words(vocabulary: dict[str, int]) -> list[str]:
     """Those tokens that are a word from its beginning to its end, in the order of their numbers: of three letters or more,
     from a to z. CLIP marks the end of a word, SentencePiece and byte-level BPE (T5, Gemma, Qwen) its beginning."""
@@ -55,7 +73,7 @@ def _write_slow_files(tokenizer: Path) -> None:
     folder = tokenizer.parent
     kind = str(_map(folder / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
     model = _map(tokenizer).get("model", {})
-    if kind != "CLIPTokenizer" or model.get("type") != "BPE" or (folder / "vocab.json").exists():
+    if kind != "CLIPTokenizer" or model.get("type") != "BPE" or exists(folder / "vocab.json"):
         return
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,11 +7,11 @@ libraries differ: where a folder has shards and a whole file, diffusers reads th
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 from esd_peft.errors import UserError
+from esd_peft.io.paths import is_file
 from esd_peft.io.text import UnreadableError, read_json
 
 
@@ -70,10 +70,10 @@ def find_weights(folder: Path, library: str, variant: str | None = None, kind: s
     for given in [variant, None] if variant else [None]:
         mark = f".{given}" if given else ""
         file, index = folder / f"{stem}{mark}{kind}", folder / f"{stem}{kind}.index{mark}.json"
-        if given and library == "diffusers" and isfile(old := folder / f"{stem}{kind}{mark}.index.json"):
+        if given and library == "diffusers" and is_file(old := folder / f"{stem}{kind}{mark}.index.json"):
             raise UserError(f"{old} is an index under a name that diffusers has given up; rename it to {index.name}")
-        found = [("file", file)] if isfile(file) else []
-        found += [("index", index)] if isfile(index) else []
+        found = [("file", file)] if is_file(file) else []
+        found += [("index", index)] if is_file(index) else []
         if not found:
             continue
         what, path = found[-1 if names.prefers_shards else 0]
@@ -107,7 +107,7 @@ def _shards(index: Path) -> list[Path]:
     folder, names = index.parent, sorted({*weight_map(index).values()})
     if any(Path(name).name != name for name in names):
         raise UserError(f"{index} is damaged; restore it")
-    there = {path.name for path in folder.iterdir() if path.is_file()}
+    there = {path.name for path in folder.iterdir() if is_file(path)}
     for name in names:
         if name not in there:
             raise UserError(f"{folder} lacks the shard {name} that its index names; restore it")
@@ -123,7 +123,7 @@ def _refuse_detours(folder: Path) -> None:
 
 
 def _detours(folder: Path) -> Iterator[tuple[str, str]]:
-    if isfile(folder / "adapter_config.json"):
+    if is_file(folder / "adapter_config.json"):
         yield "adapter_config.json", "holds a PEFT adapter"
     try:
         config = read_json(folder / "config.json")

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from esd_peft.options import LEFT_OUT, Auto, Options
+from esd_peft.options import LEFT_OUT, Auto, Options, is_blank
 
 
 class Concept(BaseModel):
@@ -43,7 +43,7 @@ class Concept(BaseModel):
     @field_validator("name", "erase_from", "map_to")
     @classmethod
     def _not_empty(cls, value: str | None) -> str | None:
-        if value is not None and not value.strip():
+        if value is not None and is_blank(value):
             raise ValueError("name what to erase, for example --concept circle")
         return value and value.strip()
 
@@ -160,6 +160,6 @@ class PromptOptions(Options):
 
 def _some_texts(texts: Any) -> list[str]:
     """Without the space around them. Raises `ValueError` if one is empty."""
-    if any(not str(text).strip() for text in texts):
+    if any(is_blank(str(text)) for text in texts):
         raise ValueError("say what, or leave the option out")
     return [str(text).strip() for text in texts]

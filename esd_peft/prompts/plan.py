@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from esd_peft.errors import UserError
 from esd_peft.io.text import UnreadableError, read_lines
-from esd_peft.options import check_text
+from esd_peft.options import check_text, is_blank
 from esd_peft.prompts.options import Concept, PromptOptions
 from esd_peft.worlds import World
 
@@ -20,6 +20,7 @@ TEMPLATES = {  # and what they say of nothing
 ATTRIBUTES = ("plain", "red", "blue", "black", "white", "small", "large", "old", "wooden", "colourful")
 Item = TypeVar("Item")
 PRESERVED = 16  # prompts of the retain set that --robust preserves along trajectories of their own
+MOST_PRESERVED = 10_000  # prompts: 2 GB of CLIP's embeddings, 40 of T5's; no more than so many directions are protected
 SCENES = ("a city street at night", "a person by a window", "a mountain lake", "a table with flowers", "a dog on a beach")
 
 
@@ -156,7 +157,8 @@ def _names_any(concepts: list[str], prompt: str) -> bool:
 
 
 def _content_words(text: str) -> set[str]:
-    return {word.strip(".,;:!?\"'()").lower() for word in text.split()} - {"a", "an", "the", "of", "in", "on", ""}
+    words = {word.strip(".,;:!?\"'()").lower() for word in text.split() if not is_blank(word)}
+    return words - {"a", "an", "the", "of", "in", "on", ""}
 
 
 def prompts_naming(concept: str, world: World | None) -> list[str]:
@@ -215,7 +217,10 @@ def _sources_otherwise(options: PromptOptions) -> list[str]:
 
 
 def read_preserved(options: PromptOptions) -> list[str]:
-    """The prompts of --preserve and --preserve-file, once. Raises `UserError` if the file cannot be read, or holds none."""
+    """The prompts of --preserve and --preserve-file, once.
+
+    Raises `UserError` if the file cannot be read, or holds none, or if there are too many.
+    """
     prompts = [*options.preserve]
     if options.preserve_file is not None:
         try:
@@ -229,4 +234,10 @@ def read_preserved(options: PromptOptions) -> list[str]:
                 check_text(prompt, is_name=False)
             except ValueError as error:
                 raise UserError(f"--preserve-file {options.preserve_file}: {error}") from None
-    return list(dict.fromkeys(prompts))
+    prompts = list(dict.fromkeys(prompts))
+    if len(prompts) > MOST_PRESERVED:
+        raise UserError(
+            f"--preserve and --preserve-file name {len(prompts):,} prompts, each with embeddings in memory and a trajectory "
+            f"of its own; {MOST_PRESERVED:,} at most, so keep those that differ most"
+        )
+    return prompts

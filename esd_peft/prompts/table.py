@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esd_peft.errors import UserError
 from esd_peft.models import PromptEmbeds
+from esd_peft.models.family import MASK
 from esd_peft.prompts.plan import PromptPlan
 
 
@@ -26,6 +28,24 @@ class PairTable:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+
+def check_told_apart(plan: PromptPlan, embeds: PromptEmbeds) -> None:
+    """Raise `UserError` if a concept and what stands there without it are the same to the text encoders, or no numbers.
+
+    Nothing could be learned of the two, and the closed form has no solution. `embeds` are those of `plan.texts`.
+    """
+    row, values = {text: i for i, text in enumerate(plan.texts)}, [v for k, v in embeds.items() if k != MASK]
+    for pairs in plan.concept_pairs:
+        prompt, neutral = pairs[0].prompt, pairs[0].neutral
+        said, unsaid = ([value[row[text]] for value in values] for text in (prompt, neutral))
+        if not all(value.isfinite().all() for value in (*said, *unsaid)):
+            raise UserError(f"--model: its text encoders make no numbers of {prompt!r}; restore their weights")
+        if all(map(torch.equal, said, unsaid)):
+            raise UserError(
+                f"--model: its text encoders answer the same to {prompt!r} and {neutral!r}, so there is nothing to erase; "
+                "restore their weights"
+            )
 
 
 def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:

@@ -12,6 +12,7 @@ from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import check_new_file, new_file
+from esd_peft.io.paths import is_file
 from esd_peft.io.text import UnreadableError, read_csv, read_json
 from esd_peft.study.agreement import krippendorff_alpha
 from esd_peft.study.config import AnalyseStudyConfig
@@ -113,7 +114,7 @@ def _resampled_means(ratings: np.ndarray, raters: np.ndarray, random: np.random.
 
 
 def _read_key(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"--key {path} cannot be read: no such file; name the key.json that was written with the page")
     try:
         key: dict[str, Any] = read_json(path)

@@ -79,6 +79,8 @@ def solve(concept: Tensor, target: Tensor, retain: Tensor, projection: Tensor | 
     free = wide if projection is None else projection.double()
     covariance = free @ (gram(concept, concept) + gram(retain, retain)) @ free
     ridge = RIDGE * torch.linalg.eigvalsh(covariance)[-1]
+    if ridge <= 0:  # nothing is left to change: D = D P = 0
+        return torch.zeros_like(covariance, dtype=torch.float32)
     wanted = gram(target - concept, concept) @ free
     return (wanted @ torch.linalg.inv(covariance + ridge * wide) @ free).float()
 

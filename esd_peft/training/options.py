@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from esd_peft.models.options import Scope
+from esd_peft.models.options import GuidanceScale, InferenceSteps, Scope
 from esd_peft.options import LEFT_OUT, Auto, Options
 
 AdapterType = Literal["lora", "loha", "lokr", "none"]
@@ -66,9 +66,9 @@ class BufferOptions(Options):
     trajectories of their own, twelve or two for each concept, of ten steps at most."""
     preservation_trajectories: Auto[Annotated[int, Field(ge=0, le=10**5)]] = LEFT_OUT
     """Trajectories of --preserve prompts in the buffer; left out: one for each prompt."""
-    num_inference_steps: Auto[Annotated[int, Field(ge=1, le=1000)]] = LEFT_OUT
+    num_inference_steps: Auto[InferenceSteps] = LEFT_OUT
     """Denoising steps of a trajectory; left out: 25, or 4 for few-step models."""
-    guidance_scale: Auto[Annotated[float, Field(ge=0, le=1000)]] = LEFT_OUT
+    guidance_scale: Auto[GuidanceScale] = LEFT_OUT
     """Classifier-free guidance of the trajectories; left out: 3, or 1 (none) for models that are made to go without."""
     guided_rollout_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     """With --rollout teacher: the share of the trajectories that are sampled with the guided target in place of the

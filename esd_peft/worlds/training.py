@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from esd_peft.errors import UserError
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import settle, take_folder
+from esd_peft.io.paths import exists
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.runtime.devices import describe_device, graphed, is_accelerator
@@ -208,7 +209,7 @@ class Fit:
         settle(self.state.parent)
 
     def _restore(self, parts: dict[str, Any]) -> int:
-        if self.state is None or not self.state.exists():
+        if self.state is None or not exists(self.state):
             return 0
         saved = torch.load(self.state, map_location="cpu", weights_only=True)
         if saved["of"] != [self.name, self.steps]:
@@ -259,7 +260,7 @@ def run_stages(
         take_folder(output)
         log = output / "training.json"
         try:
-            record = {**read_json(log)} if log.exists() else {}
+            record = {**read_json(log)} if exists(log) else {}
         except (UnreadableError, TypeError) as error:
             raise UserError(f"--output {output}: {log} is damaged ({error}); remove it") from None
         for index, (stage, train) in enumerate(stages.items()):

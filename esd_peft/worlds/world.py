@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import diffusers
 import torch
 from torch import Tensor
+
+from esd_peft.models.options import GuidanceScale, InferenceSteps
 
 Labels = dict[str, str]  # by domain: {"thing": "fox", "style": "ink"}
 
@@ -24,9 +27,14 @@ class Sampling:
     """How an image is drawn, as far as it is not drawn as the others are."""
 
     scheduler: str | None = None  # a class of diffusers
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    num_inference_steps: InferenceSteps | None = None
+    guidance_scale: GuidanceScale | None = None
     negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a scheduler that diffusers does not have."""
+        if self.scheduler is not None and not (self.scheduler.endswith("Scheduler") and hasattr(diffusers, self.scheduler)):
+            raise ValueError(f"scheduler: diffusers has no {self.scheduler[:50]}; name one of its schedulers")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
+from esd_peft.io.paths import is_file
 from esd_peft.options import Options
 from esd_peft.worlds.emoji.pictures import COLUMNS, PIXELS, SHEETS
 from esd_peft.worlds.emoji.vocabulary import STYLES, THINGS
@@ -59,7 +60,7 @@ def main() -> None:
     SHEETS.mkdir(exist_ok=True)
     for style in STYLES:
         file = config.packages / SOURCES[style] / "icons.json"
-        if not file.is_file():
+        if not is_file(file):
             raise UserError(f"--packages {config.packages} has no {SOURCES[style]}/icons.json; unpack that package there")
         icons = json.loads(file.read_text(encoding="utf-8"))
         sheet = Image.new("RGBA", (COLUMNS * PIXELS, -(-len(THINGS) // COLUMNS) * PIXELS))

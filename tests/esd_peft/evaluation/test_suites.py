@@ -172,9 +172,43 @@ def test_suites_of_ones_own(tmp_path):
         (("seeds: 3", "seeds: 0"), "seeds"),
         (("Cats", "[Cats"), "cannot be read"),
         (("about", "abut"), "about"),
+        (("seeds: 3", "seeds: 3\nseeds: 4"), "says seeds twice"),
+        (("seeds: 3", "seeds: 10001"), "seeds"),
+        (("seeds: 3", "seeds: 3\nnum_inference_steps: 1001"), "num_inference_steps"),
+        (("seeds: 3", "seeds: 3\nguidance_scale: .inf"), "guidance_scale"),
+        (("seeds: 3", "seeds: 3\nguidance_scale: .nan"), "guidance_scale"),
+        (("seeds: 3", "seeds: 3\nsize: 1001"), "size"),
+        (("seeds: 3", "seeds: 3\nsamplings: [{guidance_scale: .inf}]"), "samplings"),
+        (("seeds: 3", "seeds: 3\nsamplings: [{num_inference_steps: 1001}]"), "samplings"),
+        (("seeds: 3", "seeds: 3\nsamplings: [{scheduler: UNet2DModel}]"), "samplings"),
     ):
         with pytest.raises(UserError, match=f"--suite .*{says}"):
             load_suite(write(tmp_path / "bad.yaml", good.replace(*spoilt)))
+
+
+@pytest.mark.parametrize("lists", [4, 15_000])
+def test_lists_are_bounded_before_they_are_multiplied(tmp_path, lists):
+    """The second would make a number of prompts that has more digits than Python prints."""
+    words = ", ".join(f"w{i}" for i in range(216)) if lists == 4 else "a, b"
+    words = "".join(f", k{i}: [{words}]" for i in range(lists))
+    suite = load_suite(write(tmp_path / "s.yaml", f"about: x\nseeds: 1\nprompts: {{template: '{{k0}}'{words}}}\n"))
+    with pytest.raises(UserError, match="--suite: its lists make more than 100,000 prompts, before --limit"):
+        select_prompts(suite, ["a"], None, 1)
+
+
+def test_templates_that_repeat_what_is_long(tmp_path):
+    for template, word in (("{a}" * 1000, "x" * 3000), ("{a}", "x" * 5000), ("x" * 5000 + "{a}", "x")):
+        text = f"about: x\nseeds: 1\nprompts: {{template: '{template}', a: [{word}]}}\n"
+        with pytest.raises(UserError, match="longer than any name or prompt"):
+            suite_prompts(load_suite(write(tmp_path / "s.yaml", text)), ["x"], None)
+
+
+def test_images_are_counted_before_they_are_listed(tmp_path):
+    text = f"about: x\nseeds: 10000\nprompts: {{template: '{{a}}', a: [circle, {', '.join(f's{i}' for i in range(200))}]}}\n"
+    suite = load_suite(write(tmp_path / "s.yaml", text))
+    with pytest.raises(UserError, match=r"--suite asks for 2,010,000 images, 10,000 of each prompt; use --limit or fewer"):
+        select_prompts(suite, ["circle"], None, None)
+    assert len(select_prompts(suite, ["circle"], None, 10)[0]) == 11
 
 
 @pytest.mark.parametrize(

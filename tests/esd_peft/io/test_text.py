@@ -12,6 +12,7 @@ from esd_peft import EraseConfig, UserError
 from esd_peft.attacks.prompts import Prompts
 from esd_peft.cli import parse
 from esd_peft.evaluation.suites import load_suite, suite_prompts
+from esd_peft.io import text as text_files
 from esd_peft.io.text import UnreadableError, read_bytes, read_csv, read_json, read_lines, read_text, read_yaml, shown
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import plan_prompts
@@ -136,6 +137,61 @@ def test_csv_cells_are_all_there(tmp_path):
         read_csv(path)
     path.write_text("")
     assert read_csv(path) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "key"),
+    [
+        (read_yaml, "concept: circle\nmodel: m\nconcept: square\n", "concept"),
+        (read_yaml, "a: {b: [{c: 1, d: 2, c: 3}]}", "c"),
+        (read_yaml, "1: a\n0x1: b", "1"),
+        (read_json, '{"a": [{"b": 1, "b": 1}]}', "b"),
+        (read_csv, "prompt,label,prompt\na,b,c\n", "prompt"),
+    ],
+)
+def test_what_stands_there_twice_is_not_read(read, text, key, tmp_path):
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(UnreadableError, match=f"it says {key} twice; say it once"):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ["<<: {a: 1}\na: 2", "a: 1\n<<: {b: 2}"])
+def test_yaml_is_not_merged(text, tmp_path):
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(UnreadableError, match="<< is not read"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("option", ["--config", "--suite"])
+def test_options_that_are_given_twice_in_a_file(option, tmp_path):
+    path = tmp_path / "file.yaml"
+    read, text = OPTIONS[option]
+    first = text.splitlines()[0]
+    path.write_text(f"{text}{first}\n")
+    with pytest.raises(UserError, match=f"{option}.* twice; say it once"):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ['"a circle,x\na star,y\n', 'a star,y\n"a circle,x\n', '"a circle,x\n"a star",y\n'])
+def test_a_quote_that_is_not_closed_takes_no_rows(text, tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("prompt,label\n" + text)
+    with pytest.raises(UnreadableError, match=r"it is not CSV after line .*: close its quotes"):
+        read_csv(path)
+    with pytest.raises(UserError, match=r"--prompts .* close its quotes"):
+        OPTIONS["--prompts"][0](path)
+
+
+def test_rows_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_MOST_ROWS", 2)
+    path = tmp_path / "file.csv"
+    path.write_text("a\n1\n2\n")
+    assert len(read_csv(path)[1]) == 2
+    path.write_text("a\n1\n2\n3\n")
+    with pytest.raises(UnreadableError, match="it has more than 2 rows"):
+        read_csv(path)
 
 
 def test_what_cannot_be_seen_is_shown():

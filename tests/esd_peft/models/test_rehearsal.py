@@ -12,6 +12,7 @@ from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.models import open_family
 from esd_peft.models.options import ModelOptions
+from esd_peft.models.rehearsal import check_steps
 from families import save_family
 from runs import SHORTEST as QUICK
 
@@ -128,3 +129,28 @@ def test_parts_stored_in_half_precision_are_rehearsed_in_one_dtype(tmp_path):
     family = open_family(str(path))
     for part in ("text_encoder", "text_encoder_2", "vae"):
         assert {p.dtype for p in family.empty_part(part).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "kind", "says"),
+    [
+        ("shapes", 1000, None, "the DDIMScheduler of .* cannot take so many steps .*; use another number, 25 for example"),
+        ("shapes", 1000, "DPMSolverMultistepScheduler", "not numbers"),  # two timesteps are the same
+        ("shapes", 1, "PNDMScheduler", "cannot take so many steps"),
+        ("qwen-image", 1, None, "not numbers"),  # its shift_terminal divides by the range of one timestep
+    ],
+)
+def test_steps_that_a_scheduler_cannot_go(tmp_path, model, steps, kind, says):
+    family = open_family(model if model == "shapes" else str(save_family(model, tmp_path / "model")))
+    with pytest.raises(UserError, match=f"^--num-inference-steps {steps}: .*{says}"):
+        check_steps(family, steps, "--num-inference-steps", kind)
+    check_steps(family, 25, "--num-inference-steps", kind)
+    if kind is None:
+        options = QUICK | {"num_inference_steps": steps, "model": str(family.path), "output": tmp_path / "out"}
+        with pytest.raises(UserError, match=f"^--num-inference-steps {steps}: "):
+            erase(EraseConfig(concept="circle", **options))
+        assert not (tmp_path / "out").exists()
+
+
+def test_as_many_steps_as_a_scheduler_can_go():
+    check_steps(open_family("shapes"), 999, "--num-inference-steps")

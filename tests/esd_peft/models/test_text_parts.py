@@ -6,18 +6,57 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from esd_peft.models import text_parts
-from esd_peft.models.text_parts import whole_words, write_for_every_version
+from esd_peft import EraseConfig, erase
+from esd_peft.errors import UserError
+from esd_peft.models import open_family, text_parts
+from esd_peft.models.text_parts import control_tokens, own_tokens, whole_words, write_for_every_version
 from esd_peft.worlds import WORLDS
+from runs import SHORTEST as QUICK
 
 EMBEDDED = WORLDS["shapes"].pipeline
 
 
 def text_names(path):
     return {name for file in path.glob("*.safetensors") for name in load_file(file)}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<|endoftext|>", r"has the tokenizer's own <\|endoftext\|> in it"),
+        ("a circle <|ENDOFTEXT|><|startoftext|>", r"has the tokenizer's own <\|startoftext\|> in it"),
+        (" ", "no tokenizer of this model has tokens for it"),
+    ],
+)
+def test_texts_that_no_tokenizer_sees(tmp_path, text, says):
+    family = open_family("shapes")
+    with pytest.raises(UserError, match=f"^--concept .*{says}"):
+        family.check_seen({"--preserve": ["a square!"], "--concept": ["circle", text]})
+    if text.strip():
+        for option in ("concept", "preserve", "map_to", "validation_prompt"):
+            words = {"concept": "circle", option: text} | QUICK | {"num_validation_images": 1}
+            with pytest.raises(UserError, match=f"^--{option.replace('_', '-')} .*"):
+                erase(EraseConfig(output=tmp_path / "out", **words))
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_fills_up_may_be_a_word():
+    """Stable Diffusion 2 fills up with exclamation marks."""
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED, subfolder="tokenizer", pad_token="!")
+    assert control_tokens(tokenizer, "circle!") == [] and own_tokens(tokenizer, "!")
+    assert control_tokens(tokenizer, "circle<|endoftext|>") == ["<|endoftext|>"]
+
+
+def test_a_text_encoder_that_says_nothing(small_sd, tmp_path):
+    model = shutil.copytree(small_sd, tmp_path / "model")
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="its text encoders answer the same to 'circle' and ''"):
+        erase(EraseConfig(concept="circle", model=str(model), output=tmp_path / "out", **QUICK))
+    assert not [path for path in tmp_path.iterdir() if path != model]
 
 
 def test_what_ships_has_the_old_names_and_both_kinds_of_tokenizer_files():

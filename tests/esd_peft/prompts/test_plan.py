@@ -107,6 +107,22 @@ def test_articles_do_not_hide_a_concept():
     assert not [p for p in dogs.concept_pairs[0] if "dog" in p.neutral]
 
 
+@pytest.mark.parametrize("blank", ["\u200b", "\u200b \ufeff", "\ufe0f", " "])
+@pytest.mark.parametrize("option", ["concept", "also_erase", "erase_from", "map_to", "preserve"])
+def test_what_cannot_be_seen_names_nothing(option, blank):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')}( name)?: (name what|say what)"):
+        PromptOptions(**{"concept": "circle", option: blank})
+    assert natural_plan(concept="circle \u200b").concepts == ["circle \u200b"]  # it is beside what can
+
+
+def test_prompts_to_preserve_are_bounded(tmp_path):
+    file = tmp_path / "keep.txt"
+    file.write_text("\n".join(f"a thing {i}" for i in range(10_000)) + "\n")
+    assert len(natural_plan(concept="circle", preserve_file=file).given) == 10_000
+    with pytest.raises(UserError, match=r"--preserve and --preserve-file name 10,001 prompts, each with .*; 10,000 at most"):
+        natural_plan(concept="circle", preserve="a square", preserve_file=file)
+
+
 def test_preserve_files_that_do_not_work(tmp_path):
     with pytest.raises(UserError, match=r"--preserve-file .* cannot be read"):
         plan(concept="circle", preserve_file=tmp_path / "nothing.txt")

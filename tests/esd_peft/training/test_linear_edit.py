@@ -28,6 +28,13 @@ def test_the_projection_removes_the_leading_directions():
     assert (other @ projection).norm() > 0.5 * other.norm()
 
 
+def test_where_nothing_is_left_nothing_changes():
+    """Embeddings of zeros, or a null space that holds all of a concept's."""
+    concept, target = draw(2, 5, 6)
+    for change in (solve(0 * concept, target, 0 * concept, None), solve(concept, target, concept, torch.zeros(6, 6))):
+        assert change.dtype == torch.float32 and torch.equal(change, torch.zeros(6, 6))
+
+
 def test_something_is_always_left_to_learn_in():
     assert round(null_space_projection(torch.eye(6), 0.9999).trace().item()) == 1
 
