@@ -307,7 +307,9 @@ def _converted(sources: list[Path], name: str, make: Callable[[], Any], option: 
 
 
 def _convert(make: Callable[[], Any], source: Path, target: Path, option: str) -> None:
-    with new_directory(target, overwrite=True, option="HF_HOME", private_as=[source.parent]) as draft:
+    with new_directory(
+        target, "a converted pipeline", overwrite=True, option="HF_HOME", private_as=[source.parent]
+    ) as draft:
         try:
             pipeline = make()
             _refuse_invented(pipeline, f"{option} {source}")

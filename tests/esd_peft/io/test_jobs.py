@@ -119,10 +119,10 @@ def test_somebody_elses_file_is_no_lock(tmp_path):
 
 
 def test_what_is_being_written_inside_is_not_replaced(tmp_path):
-    take_folder(tmp_path / "out")
+    take_folder(tmp_path / "out", "a thing")
     with hold(tmp_path / "out" / "evaluation"), pytest.raises(UserError, match="another run is writing there"):
-        check_output(tmp_path / "out", overwrite=True)
-    check_output(tmp_path / "out", overwrite=True)
+        check_output(tmp_path / "out", "a thing", overwrite=True)
+    check_output(tmp_path / "out", "a thing", overwrite=True)
 
 
 def test_whoever_waits_is_next(tmp_path):
