@@ -115,6 +115,7 @@ def test_folders_that_are_named_like_drafts_are_left_alone(tmp_path):
     (tmp_path / "aside").mkdir()
     (tmp_path / "aside" / "a").write_text("precious")
     (tmp_path / ".out.draft-abcdefgh").symlink_to(tmp_path / "aside")
+    (tmp_path / ".out.draft-ijklmnop").mkdir()  # empty
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     check_output(tmp_path / "out", THING, overwrite=True)
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
