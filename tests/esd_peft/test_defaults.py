@@ -75,6 +75,7 @@ def test_a_resolved_config_has_all_values_and_is_read_again_as_it_is(name, shape
     assert {*left_out(resolved)} == unread | (set() if "validation_prompt" in options else {"validation_steps"})
     assert resolve(resolved, shapes) == (resolved, prompts)
     assert EraseConfig(**yaml.safe_load(resolved.to_yaml())) == resolved
+    assert EraseConfig(**yaml.safe_load(resolved.to_yaml())).to_yaml() == resolved.to_yaml(), "8.0 for 8, too"
     file = tmp_path / "config.yaml"
     file.write_text(resolved.to_yaml(), encoding="utf-8")
     assert parse(EraseConfig, "erase", ["--config", str(file)]) == resolved
