@@ -2,6 +2,7 @@
 
 import torch
 
+from esd_peft.adapters.save import ADAPTER
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
 from esd_peft.evaluation.validation import check_concepts
@@ -23,7 +24,7 @@ def check_environment(config: EraseConfig, device: torch.device) -> None:
         checkpoint, pretrained, file = config.checkpoint, config.pretrained, config.prompts.preserve_file
         file = file if is_file(file or "") else None  # said later if it is none
         inputs = [pretrained.model, pretrained.checkpoint_config, config.training.reference, file]
-        check_output(checkpoint.output, checkpoint.overwrite or checkpoint.resume, inputs)
+        check_output(checkpoint.output, ADAPTER, checkpoint.overwrite or checkpoint.resume, inputs)
     check_tracker(config.runtime.report_to)
     check_bitsandbytes(device, config.memory.quantize, config.training.optimizer)
     check_compiler(config.runtime.compile, device)

@@ -69,6 +69,10 @@ class EraseConfig(Options):
             self._has_no_trajectories()
         return self
 
+    def of_result(self) -> "EraseConfig":
+        """What stands beside a result: the same whether the run took one go or was resumed, and whatever it replaced."""
+        return self.replace(resume=False, overwrite=False)
+
     def _has_no_trajectories(self) -> None:
         given = [
             name

@@ -151,7 +151,7 @@ def _resolve_student(
         scope=scope,
         attention_steps=attention_steps,
         rank=rank,
-        alpha=rank if given.alpha is None else given.alpha,
+        alpha=float(rank) if given.alpha is None and rank is not None else given.alpha,  # as config.yaml reads it
         null_space=null_space if reads_prompt else 0.0,
         closed_form=closed_form and reads_prompt and training.objective == "esd",
     )

@@ -70,7 +70,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         table = make_table(prompts, embeds)
         wordings = make_wordings(config, session)
         validation = make_validation(config, session) if config.validation.during_training else None
-        timeline = make_timeline(config, session) if config.validation.validation_prompt else None
+        timeline = make_timeline(config, session)
 
     # the student, whose teacher is itself with the adapter disabled; it may start from a closed form
     with profiler.phase("load"):
@@ -148,11 +148,13 @@ def make_validation(config: EraseConfig, session: Session) -> ValidationSampler:
     return ValidationSampler(session.family, prompts.concepts, images, side_by_side, seed, device, dtype, prompts.given)
 
 
-def make_timeline(config: EraseConfig, session: Session) -> Timeline:
+def make_timeline(config: EraseConfig, session: Session) -> Timeline | None:
     """What `--validation-prompt` asks to look at, its prompts encoded; a run that is resumed goes on with its looks."""
     checkpoints, prompts, seed = session.checkpoints, config.validation.validation_prompt, config.training.seed
-    assert checkpoints is not None, "only the main process has such prompts"
-    encoded = encode_prompts(session.family, prompts, config.runtime.torch_device, config.runtime.torch_dtype)
+    if checkpoints is None or not (prompts or (config.checkpoint.resume and (checkpoints.folder / FOLDER).is_dir())):
+        return None
+    device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
+    encoded = encode_prompts(session.family, prompts, device, dtype) if prompts else None
     images, side_by_side = config.validation.num_validation_images, config.buffer.rollout_batch_size
     title = f"Erasing {', '.join(session.prompts.concepts)}"
     timeline = Timeline(checkpoints.folder / FOLDER, prompts, images, seed, side_by_side, encoded, title)
@@ -165,7 +167,7 @@ def make_timeline(config: EraseConfig, session: Session) -> Timeline:
 def save(config: EraseConfig, session: Session, student: Student) -> None:
     """The adapter, for PEFT, diffusers and kohya; with the config that makes it again, and which base it fits."""
     family, scope, is_lora = session.family, config.student.scope, config.student.adapter_type == "lora"
-    concepts, yaml = session.prompts.concepts, config.to_yaml()
+    concepts, yaml = session.prompts.concepts, config.of_result().to_yaml()
     made = Provenance(family, config.pretrained, session.denoiser_sha256, concepts, scope, yaml)
     overwrite = config.checkpoint.overwrite or config.checkpoint.resume
     save_adapter(student.save, config.checkpoint.output, overwrite, made, is_lora)
@@ -185,8 +187,8 @@ def main() -> None:
         say(erase_result.table(result))
         output = str(config.checkpoint.output)
         merge = shlex.join(["python", "-m", "esd_peft.merge_adapter", "--adapter", output, "--output", "MERGED"])
-        if config.validation.validation_prompt:
-            say(f"\nWhat --validation-prompt shows, step by step: {config.checkpoint.output / FOLDER / PAGE}")
+        if (page := config.checkpoint.output / FOLDER / PAGE).is_file():
+            say(f"\nWhat --validation-prompt shows, step by step: {page}")
         say(f"\nThe adapter, its images and result.json are in {output}. To make it permanent:\n  {merge}")
 
 

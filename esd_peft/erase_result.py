@@ -59,7 +59,7 @@ def make_result(
         "trained_parameters": sum(p.numel() for p in trainer.student.parameters),
         "seconds": {name: round(value, 3) for name, value in profiler.seconds.items()},
         "peak_memory_bytes": profiler.peak_memory_bytes,
-        "config": config.model_dump(mode="json"),
+        "config": config.of_result().model_dump(mode="json"),
         "version": __version__,
     }
 

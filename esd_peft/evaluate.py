@@ -32,6 +32,7 @@ from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.reproducibility import bits_depend_on
 from esd_peft.worlds.world import Prompt
 
+EVALUATION = "an evaluation"  # what the directory is
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
 
 
@@ -104,9 +105,14 @@ def _check_output(config: EvaluateConfig, models: Comparison) -> None:
     files = [file for file in (config.suite, config.prompts, config.attack_prompts) if file and is_file(file)]
     read = [*files, config.base, config.detector, config.clip, config.features, config.reference, config.attack_reference,
             models.base.family.path, models.erased.family.path, models.trained_on]  # fmt: skip
-    if config.output.resolve() != (config.erased / WITHIN).resolve():
+    if not _within(config):
         read.append(config.erased)
-    check_folder(config.output, read, REPORT)
+    check_folder(config.output, EVALUATION, read, REPORT)
+
+
+def _within(config: EvaluateConfig) -> bool:
+    """Whether the report becomes a part of what is evaluated."""
+    return config.output.resolve() == (config.erased / WITHIN).resolve()
 
 
 def _configured(suite: Suite, config: EvaluateConfig) -> Suite:
@@ -156,8 +162,8 @@ def _images(
     ways = [dataclasses.asdict(prompt.sampling) for prompt in evaluator.prompts]
     made_with = {"weights": model.fingerprint(), "prompts": texts, "sampling": ways, "seed": config.seed}
     made_with |= {**precision, **settings, **drawing.drawing()}
-    take_folder(config.output)
-    cache = ImageCache(config.output / "images" / label, made_with)
+    take_folder(config.output, EVALUATION, part_of=config.erased if _within(config) else None)
+    cache = ImageCache(config.output / "images" / label, made_with, part_of=config.output)
     cache.open(config.overwrite)
     for first in range(0, len(texts), PROMPTS_AT_A_TIME):
         rows = range(first, min(first + PROMPTS_AT_A_TIME, len(texts)))

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from esd_peft._version import __version__
 from esd_peft.adapters.export import (
     check_single_file,
@@ -23,9 +21,9 @@ from esd_peft.adapters.saved import Adapter, read_adapter
 from esd_peft.adapters.verify import Verification
 from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
+from esd_peft.io import marks
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import check_new_file, check_output, new_directory, new_file
-from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import check_finite
 from esd_peft.io.terminal import say
 from esd_peft.models import ModelFamily, open_family
@@ -33,6 +31,8 @@ from esd_peft.models.options import ModelOptions
 from esd_peft.models.pipeline_files import copy_pipeline
 from esd_peft.models.sources import is_snapshot
 from esd_peft.models.text_parts import write_for_every_version
+
+MERGED = "a merged model"  # what the output is
 
 
 def merge_adapter(config: MergeConfig) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     verification = Verification() if config.verify else None
     if config.single_file:
         return _merge_into_file(config, family, adapters, changes, verification)
-    with new_directory(config.output, config.overwrite, private_as=_private(family)) as draft:
+    with new_directory(config.output, MERGED, config.overwrite, private_as=_private(family)) as draft:
         hashes = {}
         for file, digest, copy in copy_pipeline(family, draft):
             merge_in_place(copy, changes, verification)  # while the page cache still has it
@@ -81,20 +81,9 @@ def _check_output(config: MergeConfig, adapters: list[Adapter]) -> None:
     named = [adapter.base.get(name) for adapter in adapters for name in ("model", "checkpoint_config")]
     inputs = [*config.adapter, config.base, config.checkpoint_config, *named]
     if config.single_file:
-        check_new_file(config.output, config.overwrite, inputs, own=_is_ours(config.output))
+        check_new_file(config.output, MERGED, config.overwrite, inputs)
     else:
-        check_output(config.output, config.overwrite, inputs)
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether this package wrote that checkpoint: its header says so."""
-    if not is_file(file):
-        return False
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return "esd_peft.version" in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+        check_output(config.output, MERGED, config.overwrite, inputs)
 
 
 def _private(family: ModelFamily) -> list[Path]:
@@ -112,8 +101,9 @@ def _merge_into_file(
     scopes = [adapter.scope for adapter in adapters]
     metadata = modelspec(family, layout, config.output.stem, record["concept"], lora=False) if layout else {}
     metadata |= own_metadata(record["concept"], scopes, record["base"], [adapter.config_sha256 for adapter in adapters])
+    metadata[marks.KEY] = MERGED
     licence = base_licence(family.path).get("license")
-    with new_file(config.output, _private(family)) as draft:
+    with new_file(config.output, _private(family), alone=True) as draft:
         write_checkpoint(
             draft,
             family,

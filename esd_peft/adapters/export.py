@@ -75,7 +75,7 @@ def write_kohya_lora(
     described = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings.r),
-        "ss_network_alpha": str(settings.lora_alpha),
+        "ss_network_alpha": f"{settings.lora_alpha:g}",
         "ss_network_args": json.dumps(convolutions if any(t.dim() == 4 for t in tensors.values()) else {}),
         "ss_v2": str(layout.version.startswith("sd_v2")),
         "ss_base_model_version": layout.version,

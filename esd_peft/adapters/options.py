@@ -43,7 +43,7 @@ class MergeConfig(ModelOptions, HubOptions):
     scale: Annotated[list[Annotated[float, Field(gt=0, le=10)]], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """How much of the adapter is merged; left out: all of it, 1. Once for all adapters, or once for each."""
     overwrite: bool = False
-    """Replace what is at the output, if it is all this package's (docs/formats.md)."""
+    """Replace the merged model that is at the output, if nothing else lies there (docs/formats.md)."""
     verify: bool = True
     """Compare each merged layer, as it is on disk, with base + adapter."""
     unmerge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = Field(default=False, exclude=True)

@@ -19,6 +19,8 @@ from esd_peft.models import ModelFamily
 from esd_peft.models.options import PretrainedOptions
 from esd_peft.models.sources import commit_of
 
+ADAPTER = "an adapter"  # what the directory is
+
 
 @dataclass
 class Provenance:
@@ -51,7 +53,7 @@ def save_adapter(write: Callable[[Path], None], output: Path, overwrite: bool, m
     base = made.to_dict()
     digest = hashlib.sha256(made.config.encode()).hexdigest()
     metadata = own_metadata(made.concepts, [made.scope], base, [digest])
-    with new_directory(output, overwrite) as draft:
+    with new_directory(output, ADAPTER, overwrite) as draft:
         write(draft)
         for file in draft.glob("*.safetensors"):
             add_metadata(file, metadata)

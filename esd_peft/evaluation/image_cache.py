@@ -13,10 +13,13 @@ from torch import Tensor
 
 from esd_peft.errors import UserError
 from esd_peft.io.images import decode_image
-from esd_peft.io.outputs import MARK, empty_folder, new_file, take_folder
+from esd_peft.io.marks import MARK
+from esd_peft.io.outputs import empty_folder, new_file, take_folder
 from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.sampling import SampleIndex, to_image
+
+_IMAGES = "images of an evaluation"  # what the folder is
 
 
 class ImageStore(ABC):
@@ -60,6 +63,7 @@ class ImageCache(ImageStore):
 
     folder: Path
     made_with: dict[str, Any]
+    part_of: Path | None = None  # the folder of the evaluation
 
     def open(self, overwrite: bool) -> None:
         """Start, or go on. Raises `UserError` if the folder holds other images and `overwrite` is not given."""
@@ -74,8 +78,8 @@ class ImageCache(ImageStore):
                     f"--output holds {self.folder}, made by another model or with other options or versions; "
                     "name another directory or add --overwrite"
                 )
-            empty_folder(self.folder)
-        take_folder(self.folder)
+            empty_folder(self.folder, _IMAGES)
+        take_folder(self.folder, _IMAGES, self.part_of)
         with new_file(record) as draft:
             draft.write_text(json.dumps(self.made_with, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -22,7 +22,7 @@ class ValidationOptions(Options):
     """Images of each prompt, before and after; on the embedded pipeline they are judged. 0: none."""
     validation_prompt: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """A prompt to look at while it trains: --num-validation-images images of it, from the same noise each time, on the
-    dashboard of --report-to and in OUTPUT.checkpoint/validation, which becomes OUTPUT/validation; report.html there shows
+    dashboard of --report-to and in OUTPUT.checkpoint/validation, at the end in OUTPUT/validation; report.html there shows
     them all, and at the end the adapter at other strengths; repeat for several."""
     validation_steps: Auto[Annotated[int, Field(ge=1, le=10**9)]] = LEFT_OUT
     """Steps between two looks at --validation-prompt, those of --attention-steps included; the base and the last step are

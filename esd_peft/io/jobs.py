@@ -11,7 +11,7 @@ from pathlib import Path
 from esd_peft.errors import UserError, system_reason
 from esd_peft.io import locks
 
-_CONTENT = b"esd_peft\n"  # of a lock file: nobody else's file is taken for one, and removed
+_CONTENT = b"esd_peft\n"  # of a lock file: nobody else's file is taken for one, and removed; an empty one serves, and stays
 _job = threading.RLock()  # a job may run another one inside, as erase runs evaluate
 
 
@@ -53,7 +53,8 @@ def hold(path: Path, option: str = "--output", wait: bool = False) -> Iterator[N
         finally:
             if os.getpid() == process:  # in a fork of this process the lock is the parent's
                 with contextlib.suppress(OSError):  # Windows removes no file that is open
-                    file.unlink()
+                    if _content(file) == _CONTENT:
+                        file.unlink()
 
 
 @contextlib.contextmanager
@@ -64,7 +65,7 @@ def _held(file: Path, wait: bool) -> Iterator[None]:
             with contextlib.suppress(FileExistsError), file.open("xb") as made:
                 made.write(_CONTENT)
             with contextlib.suppress(FileNotFoundError):  # whoever held it has removed it meanwhile: once more
-                if not _is_ours(file):
+                if _content(file) not in (_CONTENT, b""):
                     raise OSError(None, f"{file} is in the way")
                 try:
                     if not stack.enter_context(locks.hold(file)):
@@ -79,22 +80,23 @@ def _held(file: Path, wait: bool) -> Iterator[None]:
 
 def is_lock(file: Path) -> bool:
     """Whether it is a lock file of this module. Raises `BlockingIOError` if somebody holds it."""
-    if not file.name.endswith(".lock") or not _is_ours(file):
+    if not file.name.endswith(".lock") or _content(file) != _CONTENT:
         return False
     with locks.hold(file):
         return True
 
 
-def _is_ours(file: Path) -> bool:
+def _content(file: Path) -> bytes | None:
+    """The first bytes of a file; none of what is no file, or may not be read."""
     if file.is_symlink() or (file.exists() and not file.is_file()):
-        return False
+        return None
     try:
         with file.open("rb") as opened:
-            return opened.read(len(_CONTENT) + 1) in (b"", _CONTENT)
+            return opened.read(len(_CONTENT) + 1)
     except PermissionError as error:
         if os.name == "nt":  # where nobody reads what somebody holds
             raise BlockingIOError(*error.args) from None
-        return False
+        return None
 
 
 def _forget() -> None:

@@ -1,37 +1,31 @@
 """Where files go: they appear whole or not at all, never in the place of an input or of what somebody else made.
 
 Everything is written in a temporary sibling folder, then renamed. Such a draft is locked as long as its process lives; the
-next run removes those that a killed one has left. A directory that this package made holds a list of the files that it
-wrote there (`MARK`), and only these are ever replaced or removed. Links are followed: what they name is the output.
+next run removes those that a killed one has left. Whatever is replaced or removed is what this very output made before, as
+`esd_peft.io.marks` tells; callers say what they make ("an adapter"). Links are followed: what they name is the output.
 """
 
 import contextlib
 import glob
-import json
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from esd_peft.errors import UserError, system_reason
-from esd_peft.io import locks
-from esd_peft.io.jobs import is_lock
-
-MARK = ".esd_peft"  # a name a line, in JSON
-_EVERYTHING = "*"  # in the mark of a folder that is made to be filled and emptied
-
+from esd_peft.io import locks, marks
+from esd_peft.io.marks import MARK, filled
 
 Inputs = Iterable[str | Path | None]  # what is read: files, folders, hub ids (which are neither), and nothing
 
 
-def check_output(path: Path, overwrite: bool, inputs: Inputs = (), option: str = "--output") -> None:
+def check_output(path: Path, made: str, overwrite: bool, inputs: Inputs = (), option: str = "--output") -> None:
     """Raise `UserError` now, before any work, if `path` could not be written as a new directory later.
 
-    Nor may it be, hold or lie in one of `inputs`, be the working directory or a mount point: it is replaced as a whole.
+    It is `made` ("an adapter"), and replaces nothing else. Nor may it be, hold or lie in one of `inputs`, be the working
+    directory or a mount point: it is replaced as a whole.
     """
     with _said(path, option):
         real = path.resolve()
@@ -40,24 +34,24 @@ def check_output(path: Path, overwrite: bool, inputs: Inputs = (), option: str =
             raise UserError(f"{option} {path} is a mount point and cannot be replaced; name a directory in it")
         if os.path.lexists(real) and not real.is_dir():
             raise UserError(f"{option} {path} is a file; name a directory")
-        if _filled(real):
-            if not overwrite:
+        if filled(real):
+            if not overwrite and marks.made_as(real) in (None, made):
                 raise UserError(f"{option} {path} is not empty; name another directory or add --overwrite")
-            _check_own(path, option)
+            _check_own(path, made, option)
         _check_writable(real)
 
 
-def check_new_file(path: Path, overwrite: bool, inputs: Inputs = (), own: bool = True) -> None:
+def check_new_file(path: Path, made: str, overwrite: bool, inputs: Inputs = ()) -> None:
     """Raise `UserError` now, before any work, if `path` could not be written as a new file later, or is or lies in an input.
 
-    `own` says whether this package wrote what is there: nothing else is replaced.
+    It is `made` ("a merged model"), says so in its header (`marks.KEY`), and replaces nothing else.
     """
     with _said(path):
         if path.is_dir():
             raise UserError(f"--output {path} is a directory; name a file in it")
         keep_apart(path, inputs)
         if os.path.lexists(path.resolve()):
-            if not own:
+            if marks.made_as(path) != made:
                 raise UserError(f"--output {path} is there and was not written by this command; name another file")
             if not overwrite:
                 raise UserError(f"--output {path} is already there; name another file or add --overwrite")
@@ -85,91 +79,76 @@ def _within(inner: Path, outer: Path) -> bool:
     return outer.exists() and any(p.exists() and outer.samefile(p) for p in (inner, *inner.parents))
 
 
-def check_folder(path: Path, inputs: Inputs = (), writes: Iterable[str] = (), option: str = "--output") -> None:
-    """Raise `UserError` now, before any work, if `path` could not be a folder that is added to: new, empty or our own.
+def check_folder(path: Path, made: str, inputs: Inputs = (), writes: Iterable[str] = (), option: str = "--output") -> None:
+    """Raise `UserError` now, before any work, if `path` could not be a folder that is added to: new, empty or `made` before.
 
-    Nor may it be, hold or lie in one of `inputs`, or hold a file that the caller `writes` and this package did not write.
+    Nor may it be, hold or lie in one of `inputs`, or hold a file that the caller `writes` and that did not come with it.
     """
     with _said(path, option):
         real = path.resolve()
         keep_apart(path, inputs, option)
         if os.path.lexists(real) and not real.is_dir():
             raise UserError(f"{option} {path} is a file; name a directory")
-        listed = _listed(real)
-        if listed is None and _filled(real, but=".lock"):  # which `esd_peft.io.jobs` may have just put there
-            raise UserError(f"{option} {path} holds files that esd_peft did not write; name another directory")
+        if filled(real, but=".lock"):  # which `esd_peft.io.jobs` may have just put there
+            _check_made(path, made, option)
+        listed = marks.listed(real) or ()
         for name in writes:
-            if os.path.lexists(real / name) and name not in (listed or ()):
+            if os.path.lexists(real / name) and name not in listed:
                 raise UserError(f"{option} {path} holds {name}, which esd_peft did not write; name another directory")
         _try_draft(real / "draft" if real.is_dir() else real)
 
 
-def take_folder(path: Path, option: str = "--output") -> None:
-    """Make the folder, or go on with our own. Raises `UserError` as `check_folder` does."""
-    check_folder(path, option=option)
+def take_folder(path: Path, made: str, part_of: Path | None = None, option: str = "--output") -> None:
+    """Make the folder, or go on with the one that was `made` before; it goes with the directory that it is `part_of`.
+
+    Raises `UserError` as `check_folder` does.
+    """
+    check_folder(path, made, option=option)
     with _said(path, option):
         path.resolve().mkdir(parents=True, exist_ok=True)
-        _mark(path.resolve())
+        _add_to(part_of, path)
+        marks.begin(path.resolve(), made)
 
 
-def empty_folder(path: Path, option: str = "--output") -> None:
-    """Remove what `take_folder` took. Raises `UserError`, and removes nothing, if it holds files of somebody else."""
-    _check_own(path, option)
+def empty_folder(path: Path, made: str, option: str = "--output") -> None:
+    """Remove what `take_folder` took. Raises `UserError`, and removes nothing, if anything else lies in it."""
+    _check_own(path, made, option)
     _remove(path.resolve())
 
 
-def _filled(folder: Path, but: str = "") -> bool:
-    return folder.is_dir() and any(entry.name != but for entry in folder.iterdir())
+def _add_to(outer: Path | None, path: Path) -> None:
+    """The directory `path` goes with the one that it lies in, if that is ours."""
+    if outer is not None and marks.listed(outer.resolve()) is not None:
+        marks.add(outer.resolve(), [f"{path.resolve().relative_to(outer.resolve()).as_posix()}/"])
 
 
-def _check_own(path: Path, option: str) -> None:
+def _check_made(path: Path, made: str, option: str) -> None:
+    found = marks.made_as(path.resolve())
+    if found != made:
+        what = f"{found}, not {made}" if found else "files that esd_peft did not write"
+        raise UserError(f"{option} {path} holds {what}; name another directory")
+
+
+def _check_own(path: Path, made: str, option: str) -> None:
+    """All that lies there is `made`, or came with it."""
+    real = path.resolve()
     try:
-        other = _foreign(path.resolve(), set(), path.resolve())
+        other = marks.foreign(real)
     except BlockingIOError:
         raise UserError(f"{option} {path}: another run is writing there; wait for it, or name another directory") from None
+    if marks.listed(real) is not None:
+        _check_made(path, made, option)
     if other:
-        name = other.relative_to(path.resolve())
         raise UserError(
-            f"{option} {path} holds {name}, which esd_peft did not write and --overwrite does not replace; name another "
-            "directory"
+            f"{option} {path} holds {other.relative_to(real)}, which esd_peft did not write as a part of it and does not "
+            "replace; name another directory"
         )
-
-
-def _foreign(folder: Path, listed: set[str], root: Path) -> Path | None:
-    """A file in `folder` that this package did not write, if there is one. Raises `BlockingIOError` if a run is at work."""
-    if (own := _listed(folder)) is not None:
-        listed, root = own, folder
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            if found := _foreign(entry, listed, root):
-                return found
-        elif entry.name != MARK and not {_EVERYTHING, str(entry.relative_to(root))} & listed and not is_lock(entry):
-            return entry
-    return None
-
-
-def _listed(folder: Path) -> set[str] | None:
-    """What the folder's mark lists; none without one."""
-    mark = folder / MARK
-    if mark.is_symlink() or not mark.is_file():
-        return None
-    names: set[str] = set()
-    for line in mark.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):  # a line that a full disk cut off
-            names.add(str(json.loads(line)))
-    return names
-
-
-def _mark(folder: Path, names: Iterable[str] = ()) -> None:
-    """Add `names` to the list of what this package wrote in `folder`."""
-    with (folder / MARK).open("a", encoding="ascii") as file:
-        file.writelines(f"{json.dumps(name)}\n" for name in names)
 
 
 def _check_writable(real: Path) -> None:
     """Try what is to happen to `real` later. Raises `OSError`."""
     _try_draft(real)
-    if real.is_file() or _filled(real):
+    if real.is_file() or filled(real):
         with _working(real, "old") as old:
             real.rename(old / real.name)  # and back
 
@@ -182,41 +161,59 @@ def _try_draft(real: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, overwrite: bool, option: str = "--output", private_as: Iterable[Path] = ()) -> Iterator[Path]:
+def new_directory(
+    path: Path,
+    made: str,
+    overwrite: bool,
+    part_of: Path | None = None,
+    option: str = "--output",
+    private_as: Iterable[Path] = (),
+) -> Iterator[Path]:
     """A directory to fill; it takes the name `path` when the block ends well and vanishes when it does not.
 
-    Files get the modes that the umask gives; who may not read one of `private_as` may not read them either.
-    Raises `UserError` as `check_output` does, and for a full or failing disk.
+    It is `made`, and goes with the directory that it is `part_of`, if any. Files get the modes that the umask gives; who may
+    not read one of `private_as` may not read them either. Raises `UserError` as `check_output` does, and for a full or
+    failing disk.
     """
-    check_output(path, overwrite, option=option)
+    check_output(path, made, overwrite, option=option)
     real = path.resolve()
     try:
         with _working(real, "draft") as draft:
-            made = draft / real.name
-            made.mkdir()
-            yield made
-            settle(made, private_as)
-            if _filled(real):
-                _check_own(path, option)
+            new = draft / real.name
+            new.mkdir()
+            yield new
+            marks.begin(new, made)
+            settle(new, private_as)
+            _add_to(part_of, path)
+            if filled(real):
+                _check_own(path, made, option)
                 with _working(real, "old") as old:
                     real.rename(old / real.name)
-                    made.rename(real)
+                    new.rename(real)
             else:
-                made.rename(real)  # an empty directory may be renamed onto
+                (real / MARK).unlink(missing_ok=True)  # an empty directory may be renamed onto
+                new.rename(real)
     except (OSError, SafetensorError) as error:
         raise _unwritable(error, real, path, option) from None
 
 
 @contextlib.contextmanager
-def new_file(path: Path, private_as: Iterable[Path] = ()) -> Iterator[Path]:
-    """A file of that name to write to; it becomes `path` when the block ends well."""
+def new_file(path: Path, private_as: Iterable[Path] = (), alone: bool = False) -> Iterator[Path]:
+    """A file of that name to write to; it becomes `path` when the block ends well.
+
+    It goes with the directory of ours that it lies in, unless it is an output by itself (`alone`). Raises `UserError` if
+    something else has that name there, and for a full or failing disk.
+    """
     real = path.resolve()
     try:
+        names = None if alone else marks.listed(real.parent)
+        if names is not None and real.name not in names and os.path.lexists(real):
+            raise UserError(f"--output: {path} is there and esd_peft did not write it; move it away")
         with _working(real, "draft") as draft:
             yield draft / real.name
-            _open_up(draft / real.name, _mode(draft / MARK, private_as))
-            if _listed(real.parent) is not None:
-                _mark(real.parent, [real.name])
+            _open_up([draft / real.name], _mode(draft / MARK, private_as))
+            if names is not None and real.name not in names:
+                marks.add(real.parent, [real.name])
             (draft / real.name).replace(real)
     except (OSError, SafetensorError) as error:
         raise _unwritable(error, real, path) from None
@@ -229,25 +226,23 @@ def remove_left(path: Path) -> None:
     """
     for kind in ("old", "draft"):
         for folder in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
-            if folder.is_symlink() or not folder.is_dir() or not re.fullmatch(r"[a-z0-9_]{8}", folder.name[-8:]):
-                continue
-            with contextlib.suppress(OSError), locks.hold(folder) as sure:
-                if not sure:
-                    continue  # without locks nobody knows whose it is
-                if not _filled(folder):  # it was killed before the mark was there
-                    folder.rmdir()
-                elif _EVERYTHING in (_listed(folder) or ()):
-                    _clear(folder, path)
+            with contextlib.suppress(OSError):
+                if not marks.is_working(folder, path.name):
+                    continue
+                with locks.hold(folder) as sure:
+                    if sure:  # without locks nobody knows whether a run is at it
+                        _clear(folder, path)
 
 
 @contextlib.contextmanager
 def _working(real: Path, kind: str) -> Iterator[Path]:
     """A folder beside `real`, cleared at the end; its lock goes with the process, however that ends."""
     process = os.getpid()
-    folder = Path(tempfile.mkdtemp(prefix=f".{real.name}.{kind}-", dir=real.parent))
+    folder = real.with_name(marks.working_name(real.name, kind))
+    folder.mkdir(0o700)
     try:
         with locks.hold(folder):
-            _mark(folder, [_EVERYTHING])
+            marks.begin_working(folder)
             yield folder
     finally:
         if os.getpid() == process:  # in a fork of this process it is the parent's
@@ -273,10 +268,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def settle(folder: Path, private_as: Iterable[Path] = ()) -> None:
-    """All files in the folder are ours: listed, and with their modes."""
-    _mark(folder, [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if not file.is_dir()])
-    _open_up(folder, _mode(folder / MARK, private_as))
+def settle(folder: Path, private_as: Iterable[Path] = (), but: Collection[Path] = ()) -> None:
+    """All files in the folder, which has a mark, are ours `but` these: listed, and with their modes."""
+    files = [path for path in sorted(folder.rglob("*")) if path not in but]
+    names = [path.relative_to(folder).as_posix() for path in files if not path.is_dir() and path.name != MARK]
+    marks.add(folder, sorted({*names} - (marks.listed(folder) or set())))
+    _open_up([folder, *files], _mode(folder / MARK, private_as))
 
 
 def _mode(mark: Path, private_as: Iterable[Path]) -> int:
@@ -288,9 +285,9 @@ def _mode(mark: Path, private_as: Iterable[Path]) -> int:
     return mode
 
 
-def _open_up(made: Path, mode: int) -> None:
+def _open_up(paths: Iterable[Path], mode: int) -> None:
     """Give files their mode, whatever library wrote them, and directories the same with the right to enter them."""
-    for path in (made, *made.rglob("*")) if made.is_dir() else (made,):
+    for path in paths:
         if not path.is_symlink():
             path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 

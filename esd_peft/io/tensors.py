@@ -178,12 +178,15 @@ def write_tensors(path: Path, tensors: list[NewTensor], metadata: dict[str, str]
 
 
 def add_metadata(path: Path, metadata: dict[str, str]) -> None:
-    """Add to the header of a small safetensors file; its tensors stay as they are."""
+    """Add to the header of a small safetensors file; its tensors stay as they are.
+
+    In a fixed order: safetensors has another one each time, and the same run makes the same bytes.
+    """
     tensors = open_tensors(path)
     with safe_open(path, framework="pt") as file:
         known = file.metadata() or {}
     data = path.read_bytes()[tensors.start :]
-    path.write_bytes(_header({"__metadata__": {**known, **metadata}, **tensors.entries}) + data)
+    path.write_bytes(_header({"__metadata__": dict(sorted((known | metadata).items())), **tensors.entries}) + data)
 
 
 def rename_tensors(path: Path, rename: Callable[[str], str]) -> None:

@@ -174,7 +174,9 @@ def _converted(sources: list[Path], name: str, write: Callable[[Path], None], op
 
 
 def _convert(write: Callable[[Path], None], source: Path, target: Path, option: str) -> None:
-    with new_directory(target, overwrite=True, option="HF_HOME", private_as=[source.parent]) as draft:
+    with new_directory(
+        target, "a converted pipeline", overwrite=True, option="HF_HOME", private_as=[source.parent]
+    ) as draft:
         try:
             write(draft)
         except UserError:

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
+from esd_peft.io import marks
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import check_new_file, new_file
 from esd_peft.io.paths import is_file
@@ -44,19 +45,13 @@ def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
     if config.output is None:
         return _analyse(config)
     with hold(config.output):
-        check_new_file(config.output, True, [config.key, *config.answers], own=_is_ours(config.output))
+        made = f"the analysis of study {_read_key(config.key)['study']}"
+        check_new_file(config.output, made, overwrite=True, inputs=[config.key, *config.answers])
         result = _analyse(config)
-        with new_file(config.output) as draft:
-            draft.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with new_file(config.output, alone=True) as draft:
+            signed = marks.signed(result, made)
+            draft.write_text(json.dumps(signed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether an earlier analysis wrote it."""
-    try:
-        return "krippendorff_alpha" in read_json(file)
-    except (UnreadableError, TypeError):
-        return False
 
 
 def _analyse(config: AnalyseStudyConfig) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class MakeStudyConfig(Options):
     output: Path = Path("study")
     """Where study.html and key.json go."""
     overwrite: bool = False
-    """Replace what is in the output directory, if it is all this package's (docs/formats.md)."""
+    """Replace the study in the output directory, if nothing else lies there (docs/formats.md)."""
 
     @field_validator("condition")
     @classmethod
@@ -65,7 +65,8 @@ class AnalyseStudyConfig(Options):
     key: Path = Path("study/key.json")
     """The key that was written with the page."""
     output: Path | None = None
-    """A JSON file for the figures; left out: they are only printed."""
+    """A JSON file for the figures; left out: they are only printed. An earlier analysis of the same study is replaced,
+    unless somebody has changed it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the bootstrap."""
 

@@ -18,6 +18,7 @@ from esd_peft.io.text import shown
 from esd_peft.study.config import MakeStudyConfig, condition_name
 
 PAGE, KEY = "study.html", "key.json"
+_STUDY = "a study"  # what the directory is
 _REFERENCE_SIZE = 384  # pixels
 _QUALITY = 90
 
@@ -31,7 +32,7 @@ def make_study(config: MakeStudyConfig) -> dict[str, Any]:
     Returns what the key holds. Raises `UserError` for folders without images and for files that are none.
     """
     with hold(config.output):
-        check_output(config.output, config.overwrite, [*config.condition, config.reference])
+        check_output(config.output, _STUDY, config.overwrite, [*config.condition, config.reference])
         return _make(config)
 
 
@@ -57,7 +58,7 @@ def _make(config: MakeStudyConfig) -> dict[str, Any]:
     }
     conditions = [*map(condition_name, config.condition)]
     record = {"study": study, "question": config.question, "conditions": conditions, "items": key}
-    with new_directory(config.output, config.overwrite) as draft:
+    with new_directory(config.output, _STUDY, config.overwrite) as draft:
         (draft / PAGE).write_text(_render(page), encoding="utf-8")
         (draft / KEY).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return record

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esd_peft.errors import UserError, in_brief, system_reason
+from esd_peft.io import marks
 from esd_peft.io.outputs import empty_folder, new_file, remove_left, take_folder
 from esd_peft.io.text import UnreadableError, parse_json
 from esd_peft.runtime import interrupts
 from esd_peft.training.options import CheckpointOptions
 
+_STEP = re.compile(r"step-\d{8,}\.safetensors")
 _BUFFER = re.compile(r"buffer-[0-9a-f]{16}\.safetensors")
 _IN_BUFFER = {"inputs", "timesteps", "teacher", "pairs"}
 # what may differ between a run and its resumption: it changes nothing in the adapter
@@ -67,7 +70,8 @@ class Checkpoints:
         self.made_with = {**(made_with or {}), "threads": str(torch.get_num_threads())}
         self.folder = options.output.with_name(f"{options.output.name}.checkpoint")
         self.every = options.checkpointing_steps
-        take_folder(self.folder)
+        self.made, option = f"the checkpoint of {options.output.name}", f"--output {options.output}:"  # in errors
+        take_folder(self.folder, self.made, option=option)
         try:
             self._claim(options)
         except UserError:
@@ -77,6 +81,11 @@ class Checkpoints:
     def _claim(self, options: CheckpointOptions) -> None:
         for draft in self.folder.glob(".*.draft-*"):  # of a run that was killed
             remove_left(self.folder / draft.name[1:].partition(".draft-")[0])
+        for path in self.folder.iterdir():
+            if (_STEP.fullmatch(path.name) or _BUFFER.fullmatch(path.name)) and path not in self._own():
+                raise UserError(
+                    f"--output {options.output}: {self.folder} holds {path.name}, which this run did not write; move it away"
+                )
         if not options.resume and options.overwrite:
             self._remove(keep=())
         elif not options.resume and self._steps():
@@ -185,15 +194,21 @@ class Checkpoints:
         if kind is None or not self._steps():
             self._remove(keep=())
             with contextlib.suppress(UserError, OSError):  # somebody put something else there
-                empty_folder(self.folder)
+                empty_folder(self.folder, self.made)
+
+    def _own(self) -> list[Path]:
+        """What this very run has written: whatever else lies there is somebody's."""
+        names = marks.listed(self.folder) or ()
+        return [self.folder / name for name in names if isfile(self.folder / name)]
 
     def _steps(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*.safetensors") if path.is_file()]
+        return [path for path in self._own() if _STEP.fullmatch(path.name)]
 
     def _remove(self, keep: tuple[str | None, ...]) -> None:
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in keep and path.is_file():
-                path.unlink(missing_ok=True)
+        gone = [path for path in self._own() if path.name not in keep]
+        for path in gone:
+            path.unlink(missing_ok=True)
+        marks.drop(self.folder, [path.name for path in gone])
 
     def _write(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -201,6 +216,7 @@ class Checkpoints:
             text = json.dumps(values)
             save_file(tensors, draft, {"values": text, "sha256": _digest(tensors, text)})
             _sync(draft)
+        _sync(self.folder / marks.MARK)
         _sync(self.folder)  # so that the new name is on the disk before the old file goes
 
 

@@ -43,8 +43,8 @@ class Monitor:
                     print(f"note: {error}", file=sys.stderr)
 
     def finish(self, step: int, folder: Path) -> None:
-        """What the finished student makes, and how that depends on how much of it counts. All looks go to `folder`, also if
-        something ends the last ones. Raises `UnusableImages` if one shows nothing."""
+        """What the finished student makes, and how that depends on how much of it counts. All looks are copied to `folder`,
+        a part of the output, also if something ends the last ones. Raises `UnusableImages` if one shows nothing."""
         if self.timeline is None:
             return
         try:
@@ -53,12 +53,12 @@ class Monitor:
                 with self.student.scaled(strength):
                     self._look(strength_name(strength))
         finally:
-            self.timeline.move(folder)
+            self.timeline.copy_to(folder, part_of=folder.parent)
 
     def _look(self, name: str, step: int | None = None) -> None:
         """Draw what is not there yet: a run that is resumed has the rest from before. Strengths have no step to log at."""
         timeline, student = self.timeline, self.student
-        if timeline is None or timeline.has(name):
+        if timeline is None or not timeline.missing(name):
             return
         with student.autocast():
             images = timeline.draw(student.family.pipeline(student.denoiser, student.device, student.dtype), name)

@@ -160,7 +160,7 @@ class CheckpointOptions(Options):
     output: Path = Path("erased")
     """The directory for the adapter, the images and result.json."""
     overwrite: bool = False
-    """Replace what is in the output directory, if it is all this package's (docs/formats.md)."""
+    """Replace the adapter in the output directory, if nothing else lies there (docs/formats.md)."""
     checkpointing_steps: Annotated[int, Field(ge=1, le=10**9)] = 25
     """Optimizer steps between checkpoints in OUTPUT.checkpoint, which go when the run is done; one is also written on
     Ctrl-C. Of --attention-steps an eighth lies between two."""

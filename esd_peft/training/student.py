@@ -212,9 +212,12 @@ class _AdapterStudent(Student):
         That file acts as trained at strength 1 in whatever reads it: α/r is in its weights, because ComfyUI, Invoke and
         diffusers before 0.35 know nothing of the metadata in which α would be.
         """
+        config = self.peft.peft_config["default"]
+        for name, value in vars(config).items():
+            if isinstance(value, set):  # which has another order in each process: the same run makes the same files
+                setattr(config, name, sorted(value))
         self.peft.save_pretrained(directory, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's card, which is empty
-        config = self.peft.peft_config["default"]
         if config.peft_type == peft.PeftType.LORA:
             layers = peft.get_peft_model_state_dict(self.peft, save_embedding_layers=False)
             scale = config.lora_alpha / config.r

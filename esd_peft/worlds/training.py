@@ -17,14 +17,16 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from esd_peft.errors import UserError
+from esd_peft.io import marks
 from esd_peft.io.jobs import hold
-from esd_peft.io.outputs import settle, take_folder
+from esd_peft.io.outputs import check_folder, new_file, settle, take_folder
 from esd_peft.io.paths import exists
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.runtime.devices import describe_device, graphed, is_accelerator
 
 STATE = "state.pt"  # of a stage that is under way
+_WORLD = "a trained world"  # what the output is
 SampleImages = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # labels `[B, domains]`, pixels in [0, 1]
 Stage = Callable[[torch.Generator], float | None]  # trains, saves, and returns its last loss
 
@@ -202,11 +204,9 @@ class Fit:
 
     def _save(self, parts: dict[str, Any], step: int) -> None:
         assert self.state is not None
-        draft = self.state.with_suffix(".part")
         saved = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(saved | {"step": step, "of": [self.name, self.steps], "generator": self.generator.get_state()}, draft)
-        draft.replace(self.state)
-        settle(self.state.parent)
+        with new_file(self.state) as draft:
+            torch.save(saved | {"step": step, "of": [self.name, self.steps], "generator": self.generator.get_state()}, draft)
 
     def _restore(self, parts: dict[str, Any]) -> int:
         if self.state is None or not exists(self.state):
@@ -257,8 +257,11 @@ def run_stages(
     Raises `UserError` for a directory that this command did not make, or that another process writes.
     """
     with hold(output):
-        take_folder(output)
         log = output / "training.json"
+        check_folder(output, _WORLD, writes=[log.name, STATE])
+        take_folder(output, _WORLD)
+        known = marks.listed(output) or set()
+        others = {path for path in output.rglob("*") if path.is_file() and path.relative_to(output).as_posix() not in known}
         try:
             record = {**read_json(log)} if exists(log) else {}
         except (UnreadableError, TypeError) as error:
@@ -273,5 +276,6 @@ def run_stages(
             where = describe_device(device)
             record[stage] = {"steps": steps.get(stage), "loss": loss, "seconds": seconds, "device": where}
             record["seed"] = seed
-            log.write_text(json.dumps(record, indent=2) + "\n")
-            settle(output)
+            with new_file(log) as draft:
+                draft.write_text(json.dumps(record, indent=2) + "\n")
+            settle(output, but=others)

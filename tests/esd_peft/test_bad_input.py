@@ -14,9 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
+from esd_peft.adapters.save import ADAPTER
 from esd_peft.errors import UserError
+from esd_peft.evaluate import EVALUATION
+from esd_peft.io import marks
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import settle
+from esd_peft.merge_adapter import MERGED
 from esd_peft.study.analyse import analyse_study
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
@@ -171,8 +175,10 @@ def mine(adapter, small_sd, tmp_path):
     del known["files"]  # their hashes, of which one has changed
     (copy / "base.json").write_text(json.dumps(known))
     (tmp_path / "link").symlink_to(base)
-    for folder in (base, tmp_path / "models", copy):
+    for folder, made in ((base, MERGED), (tmp_path / "models", MERGED), (copy, ADAPTER)):
+        marks.begin(folder, made)
         settle(folder)  # all of it as if this package had written it
+    marks.add(tmp_path / "models", ["base/"])
     return tmp_path
 
 
@@ -209,7 +215,7 @@ def test_a_merge_replaces_nothing_of_somebody_else(mine, small_sd):
 def test_an_evaluation_replaces_nothing_that_it_reads(mine, output):
     (mine / "out" / "real").mkdir(parents=True)
     Image.new("RGB", (16, 16)).save(mine / "out" / "real" / "a.png")
-    (mine / "out" / ".esd_peft").write_text("")
+    marks.begin(mine / "out", EVALUATION)
     before = contents(mine)
     options = {"attack": ["textual-inversion"], "attack_reference": mine / "out" / "real", "device": "cpu"}
     with pytest.raises(UserError, match=r"--output .* (is or holds|lies in) "):
@@ -222,7 +228,7 @@ def test_an_evaluation_replaces_nothing_of_somebody_else(mine):
     (mine / "out" / "report.html").write_text("precious")
     with pytest.raises(UserError, match="holds files that esd_peft did not write"):
         evaluate(EvaluateConfig(erased=mine / "erased", output=mine / "out", overwrite=True, device="cpu"))
-    (mine / "out" / ".esd_peft").write_text("")
+    marks.begin(mine / "out", EVALUATION)
     with pytest.raises(UserError, match=r"holds report.html, which esd_peft did not write"):
         evaluate(EvaluateConfig(erased=mine / "erased", output=mine / "out", overwrite=True, device="cpu"))
     assert (mine / "out" / "report.html").read_text() == "precious"

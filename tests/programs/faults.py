@@ -1,15 +1,19 @@
-"""Kill the commands, fill the disk, damage the files: nothing is lost, and every message is one sentence.
+"""Kill and interrupt the commands, fill the disk: nothing is lost, and every message is one sentence.
 
-    python tests/programs/faults.py --kills 110 --kills-at-files 1 --full-disk 12 --output benchmarks/results/faults.json
+    python tests/programs/faults.py --kills 110 --kills-at-files 1 --signals 60 --full-disk 18 \\
+        --output benchmarks/results/faults.json
 
 Kills are SIGKILLs at moments drawn evenly over the length of an uninterrupted erase and merge, or at each file that these
-open, make, rename or remove. After each, the command runs again (with --resume where there is a checkpoint, otherwise
-with --overwrite) until it is done; then the adapter and the merged weights must be those of the uninterrupted run, bit for
-bit. The imports are shared: every run is a fork of this process. `--full-disk` needs to be allowed to mount a tmpfs.
+open, make, rename or remove; signals are SIGINT, SIGTERM and SIGHUP at such moments. After each, the command runs again
+(with --resume where there is a checkpoint, otherwise with --overwrite) until it is done; then all files of the adapter and
+of the merged model must be those of the uninterrupted run, bit for bit, but for seconds and memory. The imports are shared:
+every run is a fork of this process. `--full-disk` needs to be allowed to mount a tmpfs: where one is not root, `unshare -rm`
+before the command allows it on most Linux systems.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import mmap
 import os
@@ -31,6 +35,7 @@ import yaml
 from safetensors.torch import load_file
 
 from esd_peft import cli, erase, merge_adapter  # noqa: F401 (imported once, before the forks)
+from esd_peft.io.marks import MARK
 from esd_peft.runtime import profiling
 from esd_peft.training import checkpoint
 
@@ -51,8 +56,10 @@ QUICK = [
     *("--rollout", "student", "--buffer-refresh-interval", "4", "--max-train-steps", "8", "--train-batch-size", "4"),
     *("--checkpointing-steps", "2"),
 ]
+TAKEN = ("seconds", "peak_memory_bytes")  # in result.json
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 HALF = (".draft-", ".old-")  # what is being written, or replaced
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Runs:
@@ -60,22 +67,16 @@ class Runs:
 
     def __init__(self, folder: Path, options: list[str] | None = None) -> None:
         self.folder = folder
+        (folder / "said").touch()
         self.options = QUICK if options is None else options
         self.note = mmap.mmap(-1, 64)  # what the child is at: the phase's name, then file events so far
 
     def arguments(self, command: str) -> list[str]:
         """The command line with which a user would start it, or go on."""
         if command == "merge":
-            return [
-                "--adapter",
-                f"{self.folder / 'erased'}",
-                "--output",
-                f"{self.folder / 'merged'}",
-                "--no-verify",
-                "--overwrite",
-            ]
+            return ["--adapter", "erased", "--output", "merged", "--no-verify", "--overwrite"]
         again = "--resume" if [*self.folder.glob("erased.checkpoint/step-*")] else "--overwrite"
-        return [*self.options, "--output", f"{self.folder / 'erased'}", again]
+        return [*self.options, "--output", "erased", again]
 
     def start(self, command: str, before: Callable[[], None] = lambda: None) -> int:
         """Fork; returns the process id."""
@@ -88,6 +89,7 @@ class Runs:
             with (self.folder / "said").open("a") as said:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
+            os.chdir(self.folder)
             sys.argv = [command, *arguments]
             self._watch(command)
             before()
@@ -128,7 +130,9 @@ class Runs:
 
             def hook(name: str, values: tuple) -> None:
                 nonlocal seen
-                if name not in EVENTS or not str(values[0]).startswith(f"{self.folder}/"):
+                if name not in EVENTS or not isinstance(values[0], str | Path):
+                    return
+                if not os.path.abspath(values[0]).startswith(f"{self.folder}/"):
                     return
                 if name == "open" and not values[2] & (os.O_WRONLY | os.O_RDWR):
                     return
@@ -164,9 +168,16 @@ class Runs:
         return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
 
     def bits(self) -> dict[str, str]:
-        """The hashes of what was learned and merged: of the tensors, as safetensors writes metadata in any order."""
-        files = sorted([*self.folder.glob("erased/*.safetensors"), *self.folder.glob("merged/unet/*.safetensors")])
-        return {f"{f.relative_to(self.folder)}": checkpoint._digest(load_file(f)) for f in files}
+        """The hashes of all that was made, but for the seconds and the memory that it took."""
+        found = {}
+        for path in sorted([*self.folder.glob("erased/**/*"), *self.folder.glob("merged/**/*")]):
+            if path.is_file() and path.name != MARK:
+                content = path.read_bytes()
+                if path.name == "result.json":
+                    result = json.loads(content)
+                    content = json.dumps({k: v for k, v in result.items() if k not in TAKEN}).encode()
+                found[f"{path.relative_to(self.folder)}"] = hashlib.sha256(content).hexdigest()
+        return found
 
 
 def check_whole(folder: Path) -> None:
@@ -204,6 +215,11 @@ class Uninterrupted:
         self.bits = runs.bits()
         assert len(self.bits) >= 3
 
+    def differs(self, runs: Runs) -> list[str]:
+        """The files of `runs` that are others, are missing or should not be there."""
+        found = runs.bits()
+        return [name for name in sorted({*found, *self.bits}) if found.get(name) != self.bits.get(name)]
+
 
 def kill_and_resume(whole: Uninterrupted, folder: Path, kill: Callable[[Runs], str]) -> str:
     """One trial in an empty `folder`; returns the phase in which the kill struck."""
@@ -213,7 +229,7 @@ def kill_and_resume(whole: Uninterrupted, folder: Path, kill: Callable[[Runs], s
     runs.finish()
     check_whole(folder)
     check_clean(folder)
-    assert runs.bits() == whole.bits, f"other bits after a kill in {phase}"
+    assert not (other := whole.differs(runs)), f"other bits after {phase}: {other}"
     return phase
 
 
@@ -234,6 +250,28 @@ def at_moment(whole: Uninterrupted, moment: float) -> Callable[[Runs], str]:
         raise AssertionError
 
     return kill
+
+
+def interrupted(whole: Uninterrupted, moment: float, number: int) -> Callable[[Runs], str]:
+    """The signal so many seconds after the start of erase, or of the merge that follows: exit code 130 and one sentence."""
+
+    def interrupt(runs: Runs) -> str:
+        command, wait = "erase", moment
+        if wait > whole.seconds["erase"]:
+            assert runs.wait(runs.start("erase")) == 0, runs.said()
+            command, wait = "merge", wait - whole.seconds["erase"]
+        before = len(runs.said())
+        pid = runs.start(command)
+        time.sleep(max(wait, 0.1))  # the handlers are there
+        phase = runs.phase
+        os.kill(pid, number)
+        code = runs.wait(pid)
+        said = runs.said()[before:]
+        assert "Traceback" not in said and code in (0, 130), f"{code}: {said}"
+        assert code == 0 or said.strip().splitlines()[-1].startswith("interrupted"), said
+        return phase if code else "after the end"
+
+    return interrupt
 
 
 def at_event(command: str, event: int) -> Callable[[Runs], str]:
@@ -261,6 +299,17 @@ def kills_at_files(every: int) -> dict:
     )
 
 
+def signals(count: int, seed: int = 0) -> dict:
+    """`count` signals, of each kind in turn, at random moments of erase and merge."""
+    draws = random.Random(seed)
+
+    def plan(whole: Uninterrupted) -> list[Callable[[Runs], str]]:
+        moments = [draws.uniform(0, sum(whole.seconds.values())) for _ in range(count)]
+        return [interrupted(whole, moment, SIGNALS[n % len(SIGNALS)]) for n, moment in enumerate(moments)]
+
+    return _kills(plan)
+
+
 def _kills(plan: Callable[[Uninterrupted], list[Callable[[Runs], str]]]) -> dict:
     """Raises `AssertionError` at the first that is not made good."""
     struck: Counter[str] = Counter()
@@ -271,10 +320,10 @@ def _kills(plan: Callable[[Uninterrupted], list[Callable[[Runs], str]]]) -> dict
             trial = _made(Path(folder) / f"{number}")
             struck[kill_and_resume(whole, trial, kill)] += 1
             shutil.rmtree(trial)
-            print(f"kill {number + 1} of {len(trials)}", flush=True)
+            print(f"trial {number + 1} of {len(trials)}", flush=True)
     seconds = {command: round(value, 2) for command, value in whole.seconds.items()}
     return {
-        "kills": len(trials),
+        "trials": len(trials),
         "resumed_bit_identical": len(trials),
         "struck_in": struck,
         "uninterrupted_seconds": seconds,
@@ -322,7 +371,7 @@ def _fill(runs: Runs, whole: Uninterrupted) -> str:
     subprocess.run(["mount", "-o", "remount,size=256m", str(runs.folder)], check=True)
     runs.finish()
     check_clean(runs.folder)
-    assert runs.bits() == whole.bits
+    assert not (other := whole.differs(runs)), other
     return outcome
 
 
@@ -336,6 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="at random moments")
     parser.add_argument("--kills-at-files", type=int, default=0, metavar="N", help="at every N-th file that is touched")
+    parser.add_argument("--signals", type=int, default=0, help="at random moments")
     parser.add_argument("--full-disk", type=int, default=0, metavar="N", help="disks of N sizes")
     parser.add_argument("--output", type=Path, help="a JSON file; what it holds of other kinds of faults stays")
     given = parser.parse_args()
@@ -344,6 +394,7 @@ def main() -> None:
     jobs = {
         "kills": (kills_at_moments, given.kills),
         "kills_at_files": (kills_at_files, given.kills_at_files),
+        "signals": (signals, given.signals),
         "full_disk": (full_disks, given.full_disk),
     }
     for name, (job, count) in jobs.items():

@@ -1,4 +1,4 @@
-"""A few kills and full disks of `faults.py`, which has hundreds."""
+"""A few kills, signals and full disks of `faults.py`, which has hundreds."""
 
 import json
 import subprocess
@@ -16,6 +16,8 @@ def test_kills_are_made_good(tmp_path):
         "2",
         "--kills-at-files",
         "33",
+        "--signals",
+        "3",
         "--output",
         str(tmp_path / "faults.json"),
     ]
@@ -23,4 +25,5 @@ def test_kills_are_made_good(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "faults.json").read_text())
     assert found["kills"]["resumed_bit_identical"] == 2
-    assert found["kills_at_files"]["kills"] == found["kills_at_files"]["resumed_bit_identical"] >= 2
+    assert found["kills_at_files"]["trials"] == found["kills_at_files"]["resumed_bit_identical"] >= 2
+    assert found["signals"]["trials"] == found["signals"]["resumed_bit_identical"] == 3

@@ -46,6 +46,7 @@ def test_a_folder_that_is_not_a_cache_is_left_alone(tmp_path):
 
 def test_a_damaged_image(tmp_path):
     cache = opened(tmp_path / "before")
+    cache.add((0, 0), torch.zeros(3, 2, 2))
     cache.path((0, 0)).write_text("no image")
     with pytest.raises(UserError, match=r"which cannot be read .*remove it"):
         cache.read((0, 0))

@@ -10,7 +10,7 @@ import pytest
 from esd_peft.errors import UserError
 from esd_peft.io import locks
 from esd_peft.io.jobs import hold, only_job
-from esd_peft.io.outputs import check_output, take_folder
+from esd_peft.io.outputs import check_output, new_directory, take_folder
 
 
 def in_a_thread(job):
@@ -118,11 +118,23 @@ def test_somebody_elses_file_is_no_lock(tmp_path):
     assert (tmp_path / ".out.lock").read_text() == "precious"
 
 
+def test_an_empty_file_of_somebody_serves_as_lock_and_stays(tmp_path):
+    (tmp_path / ".out.lock").write_text("")
+    with hold(tmp_path / "out"), pytest.raises(UserError, match="another run is writing there"):
+        try_hold(tmp_path / "out")
+    assert (tmp_path / ".out.lock").read_bytes() == b""
+    with new_directory(tmp_path / "deep", "a thing", overwrite=False):
+        pass
+    (tmp_path / "deep" / ".out.lock").write_text("")
+    with pytest.raises(UserError, match=r"holds .out.lock, which esd_peft did not write"):
+        check_output(tmp_path / "deep", "a thing", overwrite=True)
+
+
 def test_what_is_being_written_inside_is_not_replaced(tmp_path):
-    take_folder(tmp_path / "out")
+    take_folder(tmp_path / "out", "a thing")
     with hold(tmp_path / "out" / "evaluation"), pytest.raises(UserError, match="another run is writing there"):
-        check_output(tmp_path / "out", overwrite=True)
-    check_output(tmp_path / "out", overwrite=True)
+        check_output(tmp_path / "out", "a thing", overwrite=True)
+    check_output(tmp_path / "out", "a thing", overwrite=True)
 
 
 def test_whoever_waits_is_next(tmp_path):

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 import commands
 from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
+from esd_peft.io import marks
 from esd_peft.study.analyse import _resampled_means, analyse_study, study_table
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
@@ -154,7 +155,10 @@ def read(path):
 def test_means_intervals_and_agreement(answered, tmp_path):
     key, paths = answered
     result = analyse_study(AnalyseStudyConfig(answers=paths, key=key, output=tmp_path / "result.json"))
-    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert {name: value for name, value in written.items() if not name.startswith("esd_peft.")} == json.loads(
+        json.dumps(result)
+    )
     of = json.loads(key.read_text())["items"]
     rows = [row for path in paths for row in read(path)]
     for name in CONDITIONS:
@@ -238,8 +242,16 @@ def test_an_analysis_replaces_nothing_but_an_earlier_one(answered, tmp_path):
         with pytest.raises(UserError, match=r"--output .* (is or holds|was not written by this command)"):
             analyse_study(AnalyseStudyConfig(answers=paths, key=key, output=output))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    result = key.parent / "result.json"
     for _ in range(2):
-        analyse_study(AnalyseStudyConfig(answers=paths, key=key, output=key.parent / "result.json"))
+        analyse_study(AnalyseStudyConfig(answers=paths, key=key, output=result))
+    made = json.loads(result.read_text())
+    other = marks.signed({"krippendorff_alpha": 0.7}, "the analysis of study of somebody else")
+    for values in ({**made, "mine": 1}, other, [*made], "krippendorff_alpha", {"krippendorff_alpha": 0.7}):
+        result.write_text(json.dumps(values))
+        with pytest.raises(UserError, match="was not written by this command"):
+            analyse_study(AnalyseStudyConfig(answers=paths, key=key, output=result))
+        assert json.loads(result.read_text()) == values
 
 
 @pytest.mark.parametrize("changes", [{"question": 3}, {"question": ""}, {"study": None}, {"study": ["s"]}, {"items": []},

@@ -1,18 +1,22 @@
 """A run that is interrupted, anywhere and in any way, ends with the same adapter when it is resumed."""
 
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import commands
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
+from esd_peft.io.marks import MARK
+from esd_peft.io.outputs import new_directory
 from esd_peft.prompts import wordings
 from esd_peft.training import adversarial as robust
 from esd_peft.training import contrastive
@@ -72,11 +76,16 @@ def adapter(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(small_sd, tmp_path_factory):
-    """The adapter and the result of the default run, not interrupted."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    result = erase(config(small_sd, output))
-    return adapter(output), result
+def whole_output(tmp_path_factory):
+    """Where the default run writes, not interrupted."""
+    return tmp_path_factory.mktemp("whole") / "out"
+
+
+@pytest.fixture(scope="module")
+def whole(small_sd, whole_output):
+    """The adapter and the result of that run."""
+    result = erase(config(small_sd, whole_output))
+    return adapter(whole_output), result
 
 
 def same(one, other):
@@ -218,6 +227,76 @@ def test_a_checkpoint_folder_of_somebody_else(small_sd, tmp_path):
         with pytest.raises(UserError, match=r"out.checkpoint holds files that esd_peft did not write"):
             erase(config(small_sd, tmp_path / "out", **options))
     assert (folder / "step-1.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize("made", ["an adapter", "a merged model", "the checkpoint of e"])
+def test_a_checkpoint_folder_that_is_another_output(small_sd, tmp_path, made):
+    with new_directory(tmp_path / "out.checkpoint", made, overwrite=False) as draft:
+        (draft / "step-00000001.safetensors").write_text("precious")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match=rf"--output .*out: .*out.checkpoint holds {made}, not the checkpoint of out"):
+            erase(config(small_sd, tmp_path / "out", **options))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "step-1.safetensors", "step-copy.safetensors", "buffer.safetensors"])
+def test_what_somebody_puts_into_the_folder_stays(small_sd, tmp_path, stopped_at, whole, name):
+    stopped_at(5, config(small_sd, tmp_path / "out"))
+    folder = tmp_path / "out.checkpoint"
+    (step,) = folder.glob("step-*")
+    content = shutil.copyfile(step, folder / name).read_bytes()
+    erase(config(small_sd, tmp_path / "out", resume=True))
+    assert same(adapter(tmp_path / "out"), whole[0]) and (folder / name).read_bytes() == content
+    assert {path.name for path in folder.iterdir()} == {MARK, name}
+    erase(config(small_sd, tmp_path / "out", overwrite=True))
+    assert (folder / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["step-00000008.safetensors", f"buffer-{'0' * 16}.safetensors"])
+def test_what_somebody_named_as_the_run_would(small_sd, tmp_path, stopped_at, name):
+    stopped_at(5, config(small_sd, tmp_path / "out"))
+    (tmp_path / "out.checkpoint" / name).write_text("precious")
+    for options in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match=f"out.checkpoint holds {name}, which this run did not write; move it away"):
+            erase(config(small_sd, tmp_path / "out", **options))
+    assert (tmp_path / "out.checkpoint" / name).read_text() == "precious"
+
+
+def test_what_is_written_does_not_tell_how_the_run_got_there(small_sd, tmp_path, stopped_at):
+    """All files but for seconds and memory; and the config makes the same again."""
+    output, files = tmp_path / "out", {}
+    erase(config(small_sd, output))
+    files["at once"] = written(output)
+    erase(config(small_sd, output, overwrite=True))
+    files["anew"] = written(output)
+    shutil.rmtree(output)
+    stopped_at(5, config(small_sd, output))
+    erase(config(small_sd, output, resume=True))
+    files["resumed"] = written(output)
+    assert files["at once"] == files["anew"] == files["resumed"]
+    shutil.rmtree(output)
+    again = yaml.safe_load(files["resumed"]["config.yaml"])
+    assert again["checkpoint"]["resume"] is again["checkpoint"]["overwrite"] is False
+    erase(EraseConfig(**again))
+    assert written(output) == files["at once"]
+
+
+def written(folder):
+    """The bytes of each file; without what a run took."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
+    result = json.loads((folder / "result.json").read_text())
+    return files | {"result": {key: value for key, value in result.items() if key not in ("seconds", "peak_memory_bytes")}}
+
+
+def test_a_set_of_names_is_written_in_the_same_order_by_every_process(whole, whole_output):
+    """Its own order depends on a seed of Python's, which is another one in each."""
+    modules = json.loads((whole_output / "adapter_config.json").read_text())["target_modules"]
+    assert len(modules) > 7 and modules == sorted(modules)
+    content = (whole_output / "pytorch_lora_weights.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    assert json.loads(header["lora_adapter_metadata"])["unet.target_modules"] == modules
+    assert [*header] == sorted(header)
 
 
 def changed(state, **values):

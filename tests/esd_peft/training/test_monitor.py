@@ -1,7 +1,11 @@
 """Looks at the student while it trains: the same noise each time, nothing lost or doubled, the same adapter as without."""
 
+import errno
 import itertools
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esd_peft import EraseConfig, UserError, erase
+from esd_peft.io import marks
 from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.training.trainer import Trainer
 
@@ -120,11 +125,85 @@ def test_a_resumed_run_goes_on_with_its_looks(stopped, looked_at, small_sd, tmp_
     assert made == whole and not (tmp_path / "out.checkpoint").exists()
 
 
-def test_other_prompts_start_anew(stopped, small_sd, tmp_path):
-    run(small_sd, tmp_path / "out", resume=True, validation_prompt=[*reversed(PROMPTS)])
-    assert sorted(looks(tmp_path / "out" / "validation")) == LOOKS, (
-        "the step from which it goes on is drawn, and the base is known at any time"
-    )
+def test_other_prompts_join_those_before(stopped, small_sd, tmp_path):
+    before = looks(stopped)
+    run(small_sd, tmp_path / "out", resume=True, validation_prompt=["a moon", PROMPTS[1]])
+    folder = tmp_path / "out" / "validation"
+    there = {look.name: {path.name for path in look.glob("*.png")} for look in folder.iterdir() if look.is_dir()}
+    assert {name: [(folder / name / image).read_bytes() for image in IMAGES] for name in before} == before
+    later, all_three = {IMAGES[1], "prompt_2_image_0.png"}, {*IMAGES, "prompt_2_image_0.png"}
+    assert there == dict.fromkeys(LOOKS[2:], later) | dict.fromkeys(LOOKS[:2], all_three), "the model is there for these two"
+    assert json.loads((folder / "prompts.json").read_text())["prompts"] == [*PROMPTS, "a moon"]
+    page = (folder / "report.html").read_text()
+    assert all(f'src="{name}/{image}"' in page for name in there for image in there[name])
+    assert 'src="step_000004/prompt_0_image_0.png"' not in page, "which nobody has drawn"
+
+
+def test_looks_outlive_a_resumed_run_that_takes_none(stopped, small_sd, tmp_path):
+    before = looks(stopped)
+    none = {"num_validation_images": 0, "validation_prompt": [], "validation_steps": None}
+    run(small_sd, tmp_path / "out", resume=True, **none)
+    folder = tmp_path / "out" / "validation"
+    assert looks(folder) == before and not (tmp_path / "out.checkpoint").exists()
+    page = (folder / "report.html").read_text()
+    assert all(f'src="{name}/{image}"' in page for name in before for image in IMAGES)
+
+
+def test_a_look_from_after_the_checkpoint_is_taken_again_where_that_is_due(stopped, looked_at, small_sd, tmp_path):
+    for name in ("step_000003", "step_000004"):
+        shutil.copytree(stopped / "step_000002", stopped / name)
+        marks.add(stopped, [f"{name}/"])
+    run(small_sd, tmp_path / "out", resume=True)
+    made, whole = looks(tmp_path / "out" / "validation"), looks(looked_at / "validation")
+    assert made.pop("step_000003") == whole["step_000002"] and made == whole
+
+
+def test_a_folder_of_somebody_is_no_look(stopped, small_sd, tmp_path):
+    (stopped / "step_000004").mkdir()
+    (stopped / "step_000004" / "mine.png").write_text("precious")
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"holds .*mine.png, which esd_peft did not write"):
+            run(small_sd, tmp_path / "out", **options)
+    assert (stopped / "step_000004" / "mine.png").read_text() == "precious"
+
+
+def test_looks_of_a_run_that_ended_over_its_last_ones_are_in_the_resumed_one(looked_at, small_sd, tmp_path, monkeypatch):
+    draw = StableDiffusion.pipeline
+
+    def none_of_the_last(family, *given):
+        if (tmp_path / "out").exists():
+            raise KeyboardInterrupt
+        return draw(family, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StableDiffusion, "pipeline", none_of_the_last)
+        run(small_sd, tmp_path / "out")
+    run(small_sd, tmp_path / "out", resume=True)
+    made = tmp_path / "out" / "validation"
+    assert looks(made) == looks(looked_at / "validation")
+    assert (made / "report.html").read_bytes() == (looked_at / "validation" / "report.html").read_bytes()
+    assert not (tmp_path / "out.checkpoint").exists()
+
+
+def test_an_output_on_another_disk(looked_at, small_sd, tmp_path, monkeypatch):
+    """By a link: its checkpoints lie beside that, and nothing is renamed from there to here."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "real")
+
+    def across(job):
+        def checked(one, other, *more):
+            if Path(one).resolve().is_relative_to(disk) != Path(other).absolute().is_relative_to(disk):
+                raise OSError(errno.EXDEV, "Invalid cross-device link", str(one), None, str(other))
+            return job(one, other, *more)
+
+        return checked
+
+    for place, name in ((os, "rename"), (os, "replace"), (Path, "rename"), (Path, "replace")):
+        monkeypatch.setattr(place, name, across(getattr(place, name)))
+    run(small_sd, tmp_path / "out")
+    assert looks(disk / "real" / "validation") == looks(looked_at / "validation")
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out"]
 
 
 def test_a_look_that_shows_nothing_is_left_out_and_ends_no_training(small_sd, tmp_path, monkeypatch, capsys):

@@ -81,7 +81,11 @@ def test_training_goes_into_a_directory_of_its_own(tmp_path):
     steps = {"vae": 1, "classifier": 1, "denoiser": 1}
     train(tmp_path / "new", ["tokenizer", "classifier"], steps, seed=0)
     train(tmp_path / "new", ["tokenizer"], steps, seed=0)
-    check_output(tmp_path / "new", overwrite=True)  # it knows all files as its own
+    check_output(tmp_path / "new", "a trained world", overwrite=True)  # it knows all files as its own
+    (tmp_path / "new" / "notes.txt").write_text("precious")
+    train(tmp_path / "new", ["tokenizer"], steps, seed=0)
+    with pytest.raises(UserError, match=r"holds notes.txt, which esd_peft did not write"):
+        check_output(tmp_path / "new", "a trained world", overwrite=True)
     (tmp_path / "mine" / "pipeline" / "tokenizer").mkdir(parents=True)
     (tmp_path / "mine" / "pipeline" / "tokenizer" / "vocab.json").write_text("precious")
     with pytest.raises(UserError, match="holds files that esd_peft did not write"):
