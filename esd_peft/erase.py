@@ -20,6 +20,7 @@ from esd_peft.config import EraseConfig
 from esd_peft.defaults import resolve
 from esd_peft.evaluation.timeline import FOLDER, PAGE, Timeline
 from esd_peft.evaluation.validation import ValidationSampler
+from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.terminal import say
 from esd_peft.memory.planner import make_plan, plan_table
 from esd_peft.models import open_family
@@ -151,7 +152,7 @@ def make_validation(config: EraseConfig, session: Session) -> ValidationSampler:
 def make_timeline(config: EraseConfig, session: Session) -> Timeline | None:
     """What `--validation-prompt` asks to look at, its prompts encoded; a run that is resumed goes on with its looks."""
     checkpoints, prompts, seed = session.checkpoints, config.validation.validation_prompt, config.training.seed
-    if checkpoints is None or not (prompts or (config.checkpoint.resume and (checkpoints.folder / FOLDER).is_dir())):
+    if checkpoints is None or not (prompts or (config.checkpoint.resume and is_dir(checkpoints.folder / FOLDER))):
         return None
     device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
     encoded = encode_prompts(session.family, prompts, device, dtype) if prompts else None
@@ -187,7 +188,7 @@ def main() -> None:
         say(erase_result.table(result))
         output = str(config.checkpoint.output)
         merge = shlex.join(["python", "-m", "esd_peft.merge_adapter", "--adapter", output, "--output", "MERGED"])
-        if (page := config.checkpoint.output / FOLDER / PAGE).is_file():
+        if is_file(page := config.checkpoint.output / FOLDER / PAGE):
             say(f"\nWhat --validation-prompt shows, step by step: {page}")
         say(f"\nThe adapter, its images and result.json are in {output}. To make it permanent:\n  {merge}")
 

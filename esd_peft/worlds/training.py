@@ -20,7 +20,7 @@ from esd_peft.errors import UserError
 from esd_peft.io import marks
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import check_folder, new_file, settle, take_folder
-from esd_peft.io.paths import exists
+from esd_peft.io.paths import exists, is_file
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.runtime.devices import describe_device, graphed, is_accelerator
@@ -261,7 +261,7 @@ def run_stages(
         check_folder(output, _WORLD, writes=[log.name, STATE])
         take_folder(output, _WORLD)
         known = marks.listed(output) or set()
-        others = {path for path in output.rglob("*") if path.is_file() and path.relative_to(output).as_posix() not in known}
+        others = {path for path in output.rglob("*") if is_file(path) and path.relative_to(output).as_posix() not in known}
         try:
             record = {**read_json(log)} if exists(log) else {}
         except (UnreadableError, TypeError) as error:

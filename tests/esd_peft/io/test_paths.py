@@ -28,7 +28,8 @@ from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, evaluate, merge_a
 from esd_peft.errors import UserError
 from esd_peft.evaluation.comparison import _read_record
 from esd_peft.evaluation.suites import load_suite, read_prompts
-from esd_peft.io.tensors import copy_with_sha256, find_weights, read_tensors, sha256
+from esd_peft.io.tensors import copy_with_sha256, read_tensors, sha256
+from esd_peft.models.weight_files import needed_weights
 from esd_peft.models import open_family
 from esd_peft.models.pipeline_files import copy_pipeline
 
@@ -42,7 +43,7 @@ trials = [
     lambda: open_family(str(model)),
     lambda: load_suite(str(closed / "x.yaml")),
     lambda: read_prompts(str(closed / "x.csv"), None),
-    lambda: find_weights(closed),
+    lambda: needed_weights(closed, "diffusers"),
     lambda: read_tensors(closed / "x"),
     lambda: sha256(adapter / "adapter_model.safetensors"),
     lambda: copy_with_sha256(adapter / "adapter_model.safetensors", adapter / "copy"),
