@@ -20,9 +20,8 @@ from esd_peft.worlds import WORLDS
 
 METHODS: dict[str, dict] = {
     "default": {},
-    "--augment-prompts True": {"augment_prompts": True},
-    "--augment-prompts True --max-train-steps 70": {"augment_prompts": True, "max_train_steps": 70},
-    "--robust 3": {"robust": 3},
+    "--method denoiser": {"method": "denoiser"},
+    "--method denoiser --max-train-steps 70": {"method": "denoiser", "max_train_steps": 70},
 }
 
 

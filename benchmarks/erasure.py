@@ -46,6 +46,7 @@ def run(
     torch.set_num_threads(1)  # workers share the cores
     from esd_peft.evaluation.strata import STRATA
     from esd_peft.evaluation.validation import ValidationSampler
+    from esd_peft.models.text_encoding import TextEncoder
 
     method, options, concept, seed = job
     own = {name: value for name, value in options.items() if name not in ("withheld", "trained")}
@@ -58,9 +59,10 @@ def run(
         started = sum(os.times()[:4])  # of this process and of those that it waited for
         made = _erased(family, own, concept, seed, Path(folder), checkouts)
         made["seconds"] = sum(os.times()[:4]) - started
-        cpu, preserved = torch.device("cpu"), made.pop("preserved", [])
+        preserved = made.pop("preserved", [])
         # the same noise for all; what a row preserves by name counts as listed
-        sampler = ValidationSampler(family, made["concepts"], images, 48, 0, cpu, torch.float32, preserved)
+        with TextEncoder(family, torch.device("cpu"), torch.float32) as encoder:
+            sampler = ValidationSampler(encoder, made["concepts"], images, 48, 0, preserved)
         sampler.stores["before"] = _before(sampler)
         if "asked_without" in own:
             _ask_without(sampler, concept)

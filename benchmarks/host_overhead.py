@@ -1,62 +1,127 @@
-"""How long the host is busy with `guided_mse` and its gradient, launching apart: the kernels are replaced by nothing.
+"""How long the host is busy with `guided_mse` and its gradient: everything but the driver's share of a launch.
 
     python benchmarks/host_overhead.py --output benchmarks/results/host_overhead.json
+    python benchmarks/host_overhead.py --output benchmarks/results/host_overhead.json --against COMMIT
 
 Needs no GPU. At the sizes of SD's latents a GPU is done before the host is, so this is what a training step waits for.
-The tensors are tiny, so that what PyTorch's CPU operations compute takes no time either.
+The kernels are compiled for compute capability 9.0 and go through Triton's own launch up to the call of the driver, which
+does nothing. PyTorch's operations run on the CPU, on tensors so tiny that computing takes no time. What is counted is the
+thread's own time on the processor, and the ways take turns. `--against` adds the kernel as it was at a commit.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
-from esd_kernels import fused_guided_mse, guided_mse_reference
+from esd_kernels import fused_guided_mse, guided_mse, guided_mse_reference, unit_gradient
 
-CALLS, ROUNDS = 500, 20
-
-
-class Nothing:
-    """A kernel whose launch does nothing."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: None
+CALLS, ROUNDS = 200, 50
+public = sys.modules[guided_mse.__module__]
+KERNEL = Path(fused_guided_mse.__file__)
 
 
-def microseconds(loss: Callable[[], Tensor], student: Tensor) -> float:
-    """Of one loss and its gradient: the least of the rounds' means, since other processes only ever add to it."""
-    means = []
+class NoDevice:
+    """A driver whose launches do nothing."""
+
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (None, None, 0, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 2**17}
+    )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def launcher_cls(self, *_: object) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def as_it_was(commit: str, directory: Path) -> ModuleType:
+    """`fused_guided_mse` at `commit`, beside the one that is imported."""
+    words = ["git", "-C", KERNEL.parent, "show", f"{commit}:./{KERNEL.name}"]
+    code = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    file = directory / "as_it_was.py"
+    file.write_text(code.replace('"esd_kernels::', '"as_it_was::'))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def microseconds(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Of one call of each: the least of the rounds' means, since other processes, by way of the caches, only add to it."""
+    means: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            torch.autograd.grad(loss(), student)
-        means.append((time.perf_counter() - start) / CALLS)
-    return round(min(means) * 1e6, 1)
+        for name, way in ways.items():
+            start = time.thread_time()
+            for _ in range(CALLS):
+                way()
+            means[name].append((time.thread_time() - start) / CALLS)
+    return {name: round(min(rounds) * 1e6, 1) for name, rounds in means.items()}
+
+
+def ways_to_the_gradient(before: ModuleType | None) -> dict[str, Callable[[], object]]:
+    """Loss and gradient, each in another way."""
+    student, teacher = torch.randn(4, 4, 2, 2, requires_grad=True), torch.randn(8, 4, 2, 2)
+    eta, weight = torch.ones(4), torch.ones(4)
+    inputs = (student, teacher, eta, None, weight)
+
+    def kernel(module: ModuleType = fused_guided_mse) -> Tensor:
+        public.fused = module
+        return guided_mse(*inputs)
+
+    def custom_op() -> Tensor:
+        return torch.ops.esd_kernels.guided_mse(student, teacher, 0.0, *inputs[2:])[0]
+
+    def known(loss: Callable[[], Tensor]) -> object:
+        found = loss()
+        return torch.autograd.grad(found, student, unit_gradient(found))
+
+    ways = {
+        "kernel, unit_gradient": lambda: known(kernel),
+        "kernel": lambda: torch.autograd.grad(kernel(), student),
+        "custom op": lambda: torch.autograd.grad(custom_op(), student),
+        "eager formula": lambda: torch.autograd.grad(guided_mse_reference(*inputs), student),
+        "eager formula, unit_gradient": lambda: known(lambda: guided_mse_reference(*inputs)),
+    }
+    return ways | ({"kernel as it was": lambda: torch.autograd.grad(kernel(before), student)} if before else {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--against", metavar="COMMIT", help="measure the kernel of this commit too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    fused_guided_mse._guided_mse_kernel = fused_guided_mse._scale_kernel = Nothing()
-    student, teacher = torch.randn(4, 4, 2, 2, requires_grad=True), torch.randn(8, 4, 2, 2)
-    eta, weight = torch.ones(4), torch.ones(4)
-    inputs = (student, teacher, 0.0, eta, None, weight)
-    ways = {
-        "autograd function": lambda: fused_guided_mse.FusedGuidedMSE.apply(*inputs),
-        "custom op": lambda: torch.ops.esd_kernels.guided_mse(*inputs)[0],
-        "eager formula": lambda: guided_mse_reference(student, teacher, eta, None, weight),
-    }
-    found = {name: microseconds(loss, student) for name, loss in ways.items()}
-    args.output.write_text(json.dumps({"microseconds": found, "torch": torch.__version__}, indent=1) + "\n")
+    driver.set_active(NoDevice())
+    public._fuses = lambda _: True
+    with tempfile.TemporaryDirectory() as directory:
+        before = as_it_was(args.against, Path(directory)) if args.against else None
+        found = microseconds(ways_to_the_gradient(before))
+    said = {"microseconds": found, "torch": torch.__version__} | ({"as it was": args.against} if args.against else {})
+    args.output.write_text(json.dumps(said, indent=1) + "\n")
     print(json.dumps(found))
 
 

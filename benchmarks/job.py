@@ -3,11 +3,14 @@
 from esd_peft import EraseConfig
 from esd_peft.defaults import resolve
 from esd_peft.models import open_family
+from esd_peft.models.text_encoding import TextEncoder
+from esd_peft.prompts.augmentation import amounts, augment_prompts
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.loop import TrainingLoop
+from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor
-from esd_peft.training.objective import make_objective
+from esd_peft.training.options import BY_PROMPTS
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import load_student
 from esd_peft.training.trainer import Trainer
@@ -19,20 +22,24 @@ class Job:
     def __init__(self, path: str, options: dict) -> None:
         given = EraseConfig(concept="circle", model=path, **options)
         family = open_family(path)
-        self.config, self.prompts = resolve(given, family)
+        self.config, self.plan = resolve(given, family)
+        student, memory, training = self.config.student, self.config.memory, self.config.training
         device, dtype = self.config.runtime.torch_device, self.config.runtime.torch_dtype
-        embeds = family.encode(self.prompts.texts, device, dtype)
-        self.table = make_table(self.prompts, embeds)
-        student, memory, seed = self.config.student, self.config.memory, self.config.training.seed
-        self.student = load_student(family, student, memory, self.prompts, embeds, device, dtype, seed)
+        self.prompts = None
+        with TextEncoder(family, device, dtype) as encoder:
+            embeds = {name: value.to(device) for name, value in encoder.encode(self.plan.texts).items()}
+            if training.method in BY_PROMPTS:
+                self.prompts = augment_prompts(encoder, self.plan, training.seed, amounts(training.method))
+        self.pairs = make_table(self.plan, embeds)
+        self.student = load_student(family, student, memory, self.plan, embeds, device, dtype, training.seed)
         self.rollout = Rollout(self.student, PhaseProfiler(device))
 
     def run(self) -> list[float]:
         """All training steps; returns the losses that were read."""
-        buffer, training = self.config.buffer, self.config.training
-        sampler, loss, decay = make_objective(self.rollout, self.table, self.prompts, buffer, training)
-        trainer = Trainer(self.student, training, self.config.memory, decay, self.rollout.profiler)
-        loop = TrainingLoop(trainer, sampler, None, Monitor(self.student, self.rollout.profiler), None)
+        buffer, training, profiler = self.config.buffer, self.config.training, self.rollout.profiler
+        method = make_method(Materials(self.rollout, self.pairs, self.prompts, self.plan.concepts, buffer, training))
+        trainer = Trainer(method, training, self.config.memory, profiler)
+        loop = TrainingLoop(trainer, method.source, None, Monitor(self.student, profiler), None)
         for batch in loop.batches():
-            trainer.step(batch, loss)
+            trainer.step(batch)
         return trainer.losses

@@ -27,6 +27,7 @@ def recipe(name: str) -> dict:
 # the peers' procedures, for as many steps as the authors' scripts take
 _PAPER, _AUTHORS, _LECO = (recipe(name) | {"max_train_steps": 200} for name in ("paper", "authors", "leco"))
 _SPM = {
+    "method": "trajectories",
     "scope": "full",
     "rank": 1,
     "alpha": 1.0,
@@ -62,9 +63,9 @@ OURS: dict[str, dict] = {
     "ours": {},
     # the words of what is measured as kept are not in the vocabulary that it sees: so none of them is held by name
     "ours, their words withheld": {"withheld": True},
-    "ours, the denoiser as a whole": {"augment_prompts": True},
-    "ours, the denoiser as a whole, their words withheld": {"augment_prompts": True, "withheld": True},
-    "ours, closed form": {"attention_steps": 0},
+    "ours, the denoiser as a whole": {"method": "denoiser"},
+    "ours, the denoiser as a whole, their words withheld": {"method": "denoiser", "withheld": True},
+    "ours, closed form": {"method": "trajectories"},
 }
 # what the guided target aims at, at η 0: the model as it is, given the same prompts without the concept's name
 ASKED_WITHOUT: dict[str, dict] = {"the model, asked without it": {"asked_without": True}}
@@ -87,30 +88,29 @@ UNNAMED: dict[str, dict] = {
     "default": {},
     "unprompted guidance 1": {"unprompted_guidance": 1},
     "unprompted guidance 3": {"unprompted_guidance": 3},
-    "unprompted guidance 3, along trajectories": {"unprompted_guidance": 3, "attention_steps": 0},
+    "unprompted guidance 3, along trajectories": {"unprompted_guidance": 3, "method": "trajectories"},
 }
 SWEEP: dict[str, dict] = {
     "default": {},
     "cross-attention alone": {"scope": "esd-x"},
-    "keys and values": {"scope": "esd-x-strict", "attention_steps": 800},
-    "closed form, null space": {"attention_steps": 0},
-    "400 steps": {"attention_steps": 400},
-    "1,600 steps": {"attention_steps": 1600},
+    "keys and values": {"scope": "esd-x-strict"},
+    "closed form, null space": {"method": "trajectories"},
+    "400 steps": {"max_train_steps": 400},
+    "1,600 steps": {"max_train_steps": 1600},
     "rank 4": {"rank": 4},
     "rank 32": {"rank": 32},
     "the weights themselves": {"adapter_type": "none"},
     "eta 0": {"negative_guidance": 0},
     "eta 0.5": {"negative_guidance": 0.5},
     "eta 2": {"negative_guidance": 2},
-    "40 training steps after": {"max_train_steps": 40, "learning_rate": 1e-4},
     "bare prompt": {"prompt_templates": "bare"},
 }
 SHAPES = ("triangle", "heart", "blue", "dotted")  # concepts of the small pipelines of suite families
 FAMILIES: dict[str, dict] = {
-    "words": {"augment_prompts": True},
-    "words, theirs withheld": {"augment_prompts": True, "withheld": True},
+    "words": {"method": "denoiser"},
+    "words, theirs withheld": {"method": "denoiser", "withheld": True},
     "default": {},
-    "layers": {"attention_steps": 800},  # of the UNets
+    "layers": {"method": "layers"},  # of the UNets
 }
 
 
@@ -122,7 +122,7 @@ def families(folder: Path) -> dict[str, dict]:
         trained = json.loads(path.with_suffix(".json").read_text())
         told = {"model": str(path), "trained": trained["denoiser_sha256"]} | trained["drawing"]
         for name, options in FAMILIES.items():
-            if "attention_steps" in options and not (path / "unet").is_dir():
+            if options.get("method") == "layers" and not (path / "unet").is_dir():
                 continue
             rows[kind if name == "default" else f"{kind}, {name}"] = told | options
     return rows

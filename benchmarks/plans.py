@@ -17,12 +17,13 @@ from esd_peft.defaults import resolve
 from esd_peft.memory.planner import WHEN, MemoryEstimator, Plan, amount, describe, fit, imagined
 from esd_peft.models import open_family
 from esd_peft.options import parse_bytes
+from esd_peft.prompts.augmentation import MANY_WORDS
 
 ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "quickstarts.md"
 CONCEPT = "Van Gogh"
 CARDS = {"4 GB": "3GiB"} | doctor.CARDS
-PHASES = [phase for phase in WHEN if phase != "attack"]  # which the defaults have not
+PHASES = [*WHEN]
 # what --model takes
 SOURCES = {
     "SD 1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16",
@@ -74,9 +75,8 @@ def entries(name: str) -> dict[str, Entry]:
     with tempfile.TemporaryDirectory() as folder:
         path = make_model(name, Path(folder) / "model", weights=False)
         family = open_family(str(path), weights=False)
-        # the real tokenizers know thousands of words, which do not ship
-        augments = None if family.has_cross_attention else True
-        given = EraseConfig(concept=CONCEPT, model=str(path), augment_prompts=augments)
+        family.whole_words = lambda: ["word"] * MANY_WORDS  # the real tokenizers know thousands, and do not ship
+        given = EraseConfig(concept=CONCEPT, model=str(path))
         resolved, prompts = resolve(given, family)
         resolved = imagined(given.runtime, resolved)
         estimator = MemoryEstimator(resolved, prompts, family)

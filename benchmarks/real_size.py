@@ -31,7 +31,7 @@ def main() -> None:
             concept="circle",
             model=str(model),
             output=Path(folder) / "erased",
-            attention_steps=0,
+            method="trajectories",
             num_inference_steps=2,
             trajectories=1,
             train_batch_size=1,

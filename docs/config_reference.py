@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from esd_peft.options import Options, groups_of
+from esd_peft.options import Options, groups_of, readers
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "config.md"
@@ -23,6 +23,7 @@ is empty, the explanation says what happens if the option is left out.
 
 The options of `erase` come in groups. In YAML they are nested in these (`training: {learning_rate: 0.001}`), as
 `--print-config` and the `config.yaml` beside an adapter have them; on the command line, and in Python, they need no group.
+An option that some values of `--method` do not read says which ones read it, and is refused with the others.
 """
 
 
@@ -47,8 +48,18 @@ def page() -> str:
         if schema["properties"]:
             parts.append(_table(schema))
         for name, group in groups.items():
-            parts += _section(f"`{name}`", group.model_json_schema())
+            parts += _section(f"`{name}`", _with_methods(group))
     return "\n".join(parts)
+
+
+def _with_methods(group: type[Options]) -> dict[str, Any]:
+    """The schema of a group, whose options say which methods read them where not all do."""
+    schema = group.model_json_schema()
+    for name, field in group.model_fields.items():
+        if known := readers(field):
+            methods = f"Read by {', '.join(f'`{method}`' for method in known)}."
+            schema["properties"][name]["description"] = f"{field.description} {methods}"
+    return schema
 
 
 def _section(title: str, schema: dict[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ from esd_peft.prompts.options import PromptOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime import distributed
 from esd_peft.runtime.tracking import check_tracker
+from esd_peft.training.rollout import check_timesteps
+from esd_peft.training.work import LAST_TIMESTEP, probe_rollout
 
 
 def check_environment(config: EraseConfig, device: torch.device) -> None:
@@ -46,20 +48,20 @@ def check_words(options: PromptOptions, validation_prompts: list[str], family: M
 
 
 def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> None:
-    """Raise `UserError` for prompts that the model does not read to their end, and for objectives that do not fit it."""
-    if config.student.attention_steps and not family.has_cross_attention:
-        raise UserError("--attention-steps needs cross-attention that nothing masks, which this model lacks; leave it out")
-    if (config.student.attention_steps or config.training.augment_prompts) and not family.whole_words():
-        option = "--attention-steps" if config.student.attention_steps else "--augment-prompts"
-        raise UserError(f"{option} needs words to hold the rest with, and the tokenizer knows none as a whole; leave it out")
+    """Raise `UserError` for prompts that the model does not read to their end, and for a method that does not fit it."""
     if (config.buffer.guidance_scale or 0) > 1 and not family.takes_guidance:
         raise UserError(
             "--guidance-scale: this model is distilled to draw without classifier-free guidance; leave it out or use 1"
         )
-    contrastive = config.training.objective == "contrastive"
+    contrastive = config.training.method == "contrastive"
     if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
         family.noise_schedule.alphas_cumprod()
-    check_steps(family, config.buffer.num_inference_steps, "--num-inference-steps")
+    if config.buffer.num_inference_steps is not None:
+        check_steps(family, config.buffer.num_inference_steps, "--num-inference-steps")
+    if config.buffer.min_timestep or (config.buffer.max_timestep or LAST_TIMESTEP) < LAST_TIMESTEP:
+        by_probe = config.training.method == "denoiser"
+        steps = probe_rollout(config.buffer).num_inference_steps if by_probe else config.buffer.num_inference_steps
+        check_timesteps(family, config.buffer.replace(num_inference_steps=steps))
     given = _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
     family.check_lengths(given)
     family.check_seen(given)

@@ -5,6 +5,7 @@ import difflib
 import io
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
@@ -22,6 +23,7 @@ from esd_peft.runtime.allocator import avoid_gaps, refused_by_driver
 from esd_peft.runtime.failures import first_to_fail
 
 Config = TypeVar("Config", bound=Options)
+WIDTH = 110  # columns of a short help
 
 
 def parse(
@@ -32,9 +34,13 @@ def parse(
 
     Raises:
         UserError: an option or a value that does not fit, in one sentence.
-        SystemExit: after `--help` or `--print-config`.
+        SystemExit: after `--help`, `--help-all` or `--print-config`.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
+    if config.usual and not {"-h", "--help"}.isdisjoint(argv):
+        print(_short_help(config, command, presets or {}))
+        raise SystemExit(0)
+    argv = ["--help" if arg == "--help-all" else arg for arg in argv]
     values = _defaults(config, argv, presets or {})
     show = "--print-config" in argv
     argv = [arg for arg in argv if arg != "--print-config"]
@@ -60,6 +66,19 @@ def parse(
         print(parsed.to_yaml(), end="")
         raise SystemExit(0)
     return parsed
+
+
+def _short_help(config: type[Options], command: str, presets: Mapping[str, Path]) -> str:
+    """The options that most people need, with the first sentence of what each does."""
+    fields = {name: field for kind in (config, *groups_of(config).values()) for name, field in kind.model_fields.items()}
+    lines = [f"usage: python -m esd_peft.{command} [OPTIONS]", "", *textwrap.wrap(_description(config, presets), WIDTH), ""]
+    for name in config.usual:
+        said = " ".join((fields[name].description or "").split())
+        first = re.split(r"(?<=[a-z)])[.;:] ", said, maxsplit=1)[0].removesuffix(".")
+        default = fields[name].get_default(call_default_factory=True)
+        first += f" (default: {default})" if isinstance(default, str | int | Path) and default is not False else ""
+        lines += textwrap.wrap(first, WIDTH, initial_indent=f"  {flag(name):<25}", subsequent_indent=" " * 27)
+    return "\n".join([*lines, "", "--help-all shows all options."])
 
 
 def _description(config: type[Options], presets: Mapping[str, Path]) -> str:
@@ -92,7 +111,7 @@ def read_yaml(path: Path, config: type[Options]) -> dict[str, Any]:
         raise UserError(f"--config {path} must be a YAML map of options, as --print-config prints it")
     groups = groups_of(config)
     known = {*config.model_fields, *(name for group in groups.values() for name in group.model_fields)}
-    _check_names(path, values, known)
+    _check_names(path, values, known, config.gone)
     try:
         values = grouped(config, values)
     except UserError as error:
@@ -103,16 +122,18 @@ def read_yaml(path: Path, config: type[Options]) -> dict[str, Any]:
             continue
         if not isinstance(value, dict):
             raise UserError(f"--config {path}: {name} is a group of options; write them below it")
-        _check_names(path, value, groups[name].model_fields)
+        _check_names(path, value, groups[name].model_fields, config.gone)
         values[name] = {option: _typed(path, groups[name], option, given) for option, given in value.items()}
     return values
 
 
-def _check_names(path: Path, values: dict[Any, Any], known: Collection[str]) -> None:
+def _check_names(path: Path, values: dict[Any, Any], known: Collection[str], gone: Mapping[str, str]) -> None:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--print-config lists the options"
+            if key in gone:
+                hint = f"it was of an earlier version, and is now part of {gone[key]}; write the config anew"
             raise UserError(f"--config {path} has the unknown option {key}; {hint}")
 
 

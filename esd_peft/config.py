@@ -1,27 +1,28 @@
 """The config of `python -m esd_peft.erase`: the groups of options of its rooms, and which of them do not go together."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
 from pydantic import Field, model_validator
 
 from esd_peft.adapters.options import HubOptions
 from esd_peft.evaluation.options import ValidationOptions
 from esd_peft.memory.options import MemoryOptions
 from esd_peft.models.options import PretrainedOptions
-from esd_peft.options import Options, flag
+from esd_peft.options import Options, readers
 from esd_peft.prompts.options import Concept, PromptOptions
+from esd_peft.renamed import OLD, renamed
 from esd_peft.runtime.options import RuntimeOptions
 from esd_peft.training.options import BufferOptions, CheckpointOptions, StudentOptions, TrainingOptions
-
-# what --objective contrastive has no use for
-_OF_TRAJECTORIES = (
-    "negative_guidance", "map_to", "trajectories", "preservation_trajectories", "num_inference_steps", "guidance_scale",
-    "guided_rollout_ratio", "buffer_refresh_interval", "min_timestep", "max_timestep", "rollout", "preservation_ratio",
-    "snr_gamma", "stop_at", "unprompted_guidance",
-)  # fmt: skip
 
 
 class EraseConfig(Options):
     """Erase concepts from a text-to-image diffusion model."""
 
+    gone: ClassVar[Mapping[str, str]] = dict.fromkeys(OLD, "--method")
+    usual: ClassVar[tuple[str, ...]] = (
+        "concept", "model", "output", "preserve", "also_erase", "method", "memory_budget", "plan", "resume",
+    )  # fmt: skip
     prompts: PromptOptions = Field(default_factory=PromptOptions.model_construct)
     pretrained: PretrainedOptions = Field(default_factory=PretrainedOptions)
     student: StudentOptions = Field(default_factory=StudentOptions)
@@ -32,6 +33,9 @@ class EraseConfig(Options):
     checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
     validation: ValidationOptions = Field(default_factory=ValidationOptions)
     hub: HubOptions = Field(default_factory=HubOptions)
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**renamed(values))
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EraseConfig":
@@ -44,19 +48,9 @@ class EraseConfig(Options):
             raise ValueError(f"--quantize {memory.quantize} works with --adapter-type lora only, not {student.adapter_type}")
         if memory.offload and (student.adapter_type == "none" or self.runtime.compile == "on"):
             raise ValueError("--offload does not work with --adapter-type none or --compile on; leave one of them out")
-        if training.max_train_steps == 0 and student.attention_steps == 0 and student.closed_form is False:
-            raise ValueError("--max-train-steps 0 needs --attention-steps or --closed-form True; train for 1 or more")
-        if student.attention_steps and (training.objective != "esd" or student.scope in ("esd-u", "selfattn")):
-            raise ValueError("--attention-steps works with --objective esd and where cross-attention learns; leave it out")
-        if training.augment_prompts and (student.attention_steps or training.max_train_steps == 0):
-            raise ValueError("--augment-prompts True learns in --max-train-steps, not in --attention-steps; leave these out")
-        if training.augment_prompts and (training.objective != "esd" or training.robust or buffer.rollout == "student"):
-            raise ValueError(
-                "--augment-prompts does not work with --objective contrastive, --robust or --rollout student; leave one out"
-            )
         if buffer.trajectories is not None and buffer.trajectories < len(prompts.concept):
             raise ValueError(f"--trajectories must be at least the number of concepts, {len(prompts.concept)}")
-        preserves = prompts.preserve or prompts.preserve_file or prompts.sources or training.robust
+        preserves = prompts.preserve or prompts.preserve_file or prompts.sources
         if buffer.preservation_trajectories and not preserves:
             raise ValueError("--preservation-trajectories needs something to preserve; add --preserve or leave it out")
         if training.stop_at is not None and any(map(prompts.goal_of, prompts.concept)):
@@ -65,23 +59,20 @@ class EraseConfig(Options):
             raise ValueError("--stop-at must be above -η (--negative-guidance), which is where a finished student stands")
         if training.reference is not None and len(prompts.concept) > 1:
             raise ValueError("--reference shows one concept; name one --concept, or leave it out")
-        if training.objective == "contrastive":
-            self._has_no_trajectories()
         return self
 
     def of_result(self) -> "EraseConfig":
         """What stands beside a result: the same whether the run took one go or was resumed, and whatever it replaced."""
         return self.replace(resume=False, overwrite=False)
 
-    def _has_no_trajectories(self) -> None:
-        given = [
-            name
-            for group in (self.prompts, self.buffer, self.training)
-            for name, field in type(group).model_fields.items()
-            if name in _OF_TRAJECTORIES and getattr(group, name) != field.default
-        ]
-        of_concepts = ("negative_guidance", "map_to", "weight")
-        fields = Concept.model_fields
-        given += [n for n in of_concepts for c in self.prompts.concept if getattr(c, n) != fields[n].default]
-        if given:
-            raise ValueError(f"{flag(given[0])} works with --objective esd only; leave it out")
+    def unread(self, method: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The options that have a value though `method` does not read them, and the methods that do."""
+        for group in vars(self).values():
+            for name, field in type(group).model_fields.items() if isinstance(group, Options) else ():
+                if (known := readers(field)) and method not in known and getattr(group, name) is not None:
+                    yield name, known
+        if method == "contrastive":  # a concept's own fields have no methods: of these only its name is read
+            fields = Concept.model_fields
+            for name in ("negative_guidance", "map_to", "weight"):
+                if any(getattr(concept, name) != fields[name].default for concept in self.prompts.concept):
+                    yield name, ("layers", "denoiser", "trajectories")

@@ -20,7 +20,7 @@ from esd_peft.models.options import DrawingOptions, ModelOptions
 from esd_peft.options import parse_bytes
 from esd_peft.runtime.devices import describe_device, has_triton, is_accelerator, memory_info, resolve_device, resolve_dtype
 from esd_peft.runtime.reproducibility import installed
-from esd_peft.training.options import StudentOptions, TrainingOptions
+from esd_peft.training.options import BY_PROMPTS, StudentOptions, TrainingOptions
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 CARDS = {"8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}  # and what driver and desktop leave
@@ -81,16 +81,9 @@ def _model(family: ModelFamily) -> Iterator[str]:
 
 
 def _method(student: StudentOptions, training: TrainingOptions) -> str:
-    steps = training.max_train_steps
-    if student.attention_steps:
-        how = f"layer by layer: --attention-steps {student.attention_steps}, --scope {student.scope} (docs/attention.md)"
-    elif training.augment_prompts:
-        how = (
-            f"with many wordings: --augment-prompts, --max-train-steps {steps}, --scope {student.scope} (docs/attention.md)"
-        )
-    else:
-        how = f"along trajectories: --max-train-steps {steps}, --scope {student.scope} (docs/scopes.md)"
-    return f"method      {how}"
+    page = "attention" if training.method in BY_PROMPTS else "scopes"
+    chosen = f"--method {training.method} --max-train-steps {training.max_train_steps} --scope {student.scope}"
+    return f"method      {chosen} (docs/{page}.md)"
 
 
 def main() -> None:

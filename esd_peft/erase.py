@@ -11,6 +11,8 @@ the method (checks, defaults, memory, processes, checkpoints) is in `session.py`
 
 import contextlib
 import shlex
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from esd_peft import erase_result
@@ -23,25 +25,27 @@ from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.terminal import say
 from esd_peft.memory.planner import make_plan, plan_table
-from esd_peft.models import open_family
+from esd_peft.models import PromptEmbeds, open_family
 from esd_peft.models.compilation import compiled
-from esd_peft.models.sampling import encode_prompts
+from esd_peft.models.sampling import encode_with
+from esd_peft.models.text_encoding import TextEncoder
 from esd_peft.presets import PRESETS
-from esd_peft.prompts.table import check_told_apart, make_table
-from esd_peft.prompts.wordings import Wordings, amounts, encode_wordings
+from esd_peft.prompts.augmentation import PromptTable, amounts, augment_prompts
+from esd_peft.prompts.table import PairTable, check_told_apart, make_table
+from esd_peft.renamed import rename_arguments
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.session import Session, in_session
-from esd_peft.training.attention import AttentionTraining
 from esd_peft.training.checkpoint import Left
-from esd_peft.training.diagnosis import choose_probes, diagnose
+from esd_peft.training.diagnosis import Probes, choose_probes, diagnose
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
+from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor
-from esd_peft.training.names import near
-from esd_peft.training.objective import make_objective
+from esd_peft.training.options import BY_PROMPTS
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, load_student
+from esd_peft.training.synonyms import neighbours
 from esd_peft.training.trainer import Trainer
 from esd_peft.training.work import count_denoiser_calls
 
@@ -57,110 +61,103 @@ def erase(config: EraseConfig) -> dict[str, Any]:
 
 def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     """The method, for a resolved config."""
-    family, prompts, checkpoints = session.family, session.prompts, session.checkpoints
+    family, plan, checkpoints = session.family, session.prompts, session.checkpoints
     device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
     training, profiler = config.training, PhaseProfiler(device)
     # what a run that was stopped had come to, for --resume
     left = distributed.broadcast(checkpoints and checkpoints.load()) if config.checkpoint.resume else Left()
+    if distributed.is_main_process():
+        print(f"method: {training.method}, {training.max_train_steps} steps", file=sys.stderr)
 
-    # prompts with the concept, without it, and to preserve; text encoders are gone before the denoiser comes
-    with profiler.phase("encode"):
-        probes = choose_probes(family, prompts, training.seed)
-        embeds, probes.embeds = family.encode_groups([prompts.texts, probes.texts], device, dtype)
-        check_told_apart(prompts, embeds)
-        table = make_table(prompts, embeds)
-        wordings = make_wordings(config, session)
-        validation = make_validation(config, session) if config.validation.during_training else None
-        timeline = make_timeline(config, session)
+    # every prompt of the run, encoded; text encoders are gone before the denoiser comes
+    with profiler.phase("encode"), TextEncoder(family, device, dtype) as encoder:
+        prompts = encode_prompts(config, session, encoder)
 
-    # the student, whose teacher is itself with the adapter disabled; it may start from a closed form
+    # the student, whose teacher is itself with the adapter disabled
     with profiler.phase("load"):
-        student = load_student(family, config.student, config.memory, prompts, embeds, device, dtype, training.seed)
-        del embeds  # the table has those that the denoiser is given
+        student = load_student(family, config.student, config.memory, plan, prompts.plan, device, dtype, training.seed)
+        prompts.plan.clear()  # the table of pairs has those that the denoiser is given
 
-    # trajectories of the teacher fill a buffer with (x_t, t, e_null, e_concept), of which batches are made;
-    # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖², ê being the student's prediction at x_t
+    # what learns, and batches of samples and prompts with the teacher's answers to them, as the method says;
+    # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖² / ‖e_concept − e_null‖², ê being its answer
     rollout = Rollout(student, profiler)
-    monitor = Monitor(student, profiler, session.dashboard, timeline, config.validation.validation_steps)
+    monitor = Monitor(student, profiler, session.dashboard, prompts.timeline, config.validation.validation_steps)
     with erase_result.before_training():
         monitor.look_at_base()
-        if validation is not None:
+        if prompts.validation is not None:
             with profiler.phase("evaluate"), student.teacher(), student.autocast():
-                validation.make(student.denoiser, "before")
-    attention: AttentionTraining | None = None
-    steps, pushed = config.student.attention_steps, training.unprompted_guidance
-    if steps and wordings is not None:  # each cross-attention layer learns the target by itself
-        with profiler.phase("attention"):
-            attention = AttentionTraining(rollout, wordings, config.buffer, steps, training.seed, monitor, pushed)
-            attention.run(checkpoints, left.attention)
-    sampler, loss, weight_decay = make_objective(rollout, table, prompts, config.buffer, training, wordings)
+                prompts.validation.make(student.denoiser, "before")
+    method = make_method(Materials(rollout, prompts.pairs, prompts.table, plan.concepts, config.buffer, training))
 
     calls = count_denoiser_calls(config.buffer, training)
     with profiler.phase("train"), compiled(student.denoiser, config.runtime.compile, calls, device):
-        stopping = make_early_stopping(rollout, table, config.buffer, training)
-        trainer = Trainer(student, training, config.memory, weight_decay, profiler)
-        loop = TrainingLoop(trainer, sampler, stopping, monitor, checkpoints, attention, left.training, left.buffer)
+        stopping = make_early_stopping(rollout, prompts.pairs, config.buffer, training)
+        trainer = Trainer(method, training, config.memory, profiler)
+        loop = TrainingLoop(trainer, method.source, stopping, monitor, checkpoints, left.training, left.buffer)
         del left  # it may be large
         with contextlib.closing(loop.batches()) as batches:
             for batch in batches:
-                # prediction, loss, gradients (of so many samples at a time), clipping, AdamW, projection to the null space
-                trainer.step(batch, loss)
-    verdicts = attention.verdicts if attention else sampler.verdicts  # which words are other names
+                trainer.step(batch)
 
     if checkpoints is not None:
         with profiler.phase("save"):
             save(config, session, student)
     with profiler.phase("evaluate"), erase_result.finished(config):
-        monitor.finish(loop.steps_before + trainer.taken, config.checkpoint.output / FOLDER)
-        if validation is not None:
+        monitor.finish(trainer.taken, config.checkpoint.output / FOLDER)
+        if prompts.validation is not None:
             with student.autocast():
-                validation.make(student.denoiser, "after")
-        if wordings is not None:
-            probes.add_near(found := near(verdicts), wordings.encoded(found))
-        counted = "--max-train-steps" if training.max_train_steps else "--attention-steps"
-        diagnosis = diagnose(rollout, table, probes, config.buffer, training.seed, counted)
-    losses = [*(attention.losses if attention else ()), *trainer.losses]
+                prompts.validation.make(student.denoiser, "after")
+        if prompts.table is not None:
+            prompts.probes.add_near(found := neighbours(method.source.matches), prompts.table.encoded(found))
+        diagnosis = diagnose(rollout, prompts.pairs, prompts.probes, config.buffer, training.seed)
     result = erase_result.make_result(
-        config, profiler, trainer, stopping, validation, prompts.concepts, verdicts, losses, diagnosis
+        config, profiler, trainer, stopping, prompts.validation, plan.concepts, method.source.matches, diagnosis
     )
     if checkpoints is not None:
         erase_result.write(config.checkpoint.output, result)
     return result
 
 
-def make_wordings(config: EraseConfig, session: Session) -> Wordings | None:
-    """Many prompts with the concepts and without, encoded, where something learns from them."""
-    training, runtime, prompts = config.training, config.runtime, session.prompts
-    augments = bool(training.augment_prompts)
-    if not augments and not config.student.attention_steps:
-        return None
-    device, dtype = runtime.torch_device, runtime.torch_dtype
-    return encode_wordings(session.family, prompts, training.seed, device, dtype, amounts(augments))
+@dataclass
+class EncodedRun:
+    """Every prompt of a run, encoded."""
+
+    plan: PromptEmbeds  # of the plan's texts, on the device
+    pairs: PairTable
+    table: PromptTable | None  # many prompts, for the methods that learn from them
+    probes: Probes
+    validation: ValidationSampler | None
+    timeline: Timeline | None
 
 
-def make_validation(config: EraseConfig, session: Session) -> ValidationSampler:
-    """What makes the images before and after, with their prompts encoded."""
-    prompts, images, side_by_side = (
-        session.prompts,
-        config.validation.num_validation_images,
-        config.buffer.rollout_batch_size,
-    )
-    device, dtype, seed = config.runtime.torch_device, config.runtime.torch_dtype, config.training.seed
-    return ValidationSampler(session.family, prompts.concepts, images, side_by_side, seed, device, dtype, prompts.given)
+def encode_prompts(config: EraseConfig, session: Session, encoder: TextEncoder) -> EncodedRun:
+    """Make the run's prompts and encode them, by text encoders that are loaded once."""
+    plan, training, validation = session.prompts, config.training, config.validation
+    probes = choose_probes(session.family, plan, training.seed)
+    probes.embeds = encoder.encode(probes.texts)
+    embeds = {name: value.to(encoder.device) for name, value in encoder.encode(plan.texts).items()}
+    check_told_apart(plan, embeds)
+    table = None
+    if training.method in BY_PROMPTS:
+        table = augment_prompts(encoder, plan, training.seed, amounts(training.method))
+    images, side_by_side = validation.num_validation_images, config.buffer.rollout_batch_size
+    sampler = None
+    if validation.during_training:
+        sampler = ValidationSampler(encoder, plan.concepts, images, side_by_side, training.seed, plan.given)
+    timeline = make_timeline(config, session, encoder)
+    return EncodedRun(embeds, make_table(plan, embeds), table, probes, sampler, timeline)
 
 
-def make_timeline(config: EraseConfig, session: Session) -> Timeline | None:
-    """What `--validation-prompt` asks to look at, its prompts encoded; a run that is resumed goes on with its looks."""
+def make_timeline(config: EraseConfig, session: Session, encoder: TextEncoder) -> Timeline | None:
+    """The images of `--validation-prompt`, its prompts encoded; a run that is resumed goes on with those it has."""
     checkpoints, prompts, seed = session.checkpoints, config.validation.validation_prompt, config.training.seed
     if checkpoints is None or not (prompts or (config.checkpoint.resume and is_dir(checkpoints.folder / FOLDER))):
         return None
-    device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
-    encoded = encode_prompts(session.family, prompts, device, dtype) if prompts else None
     images, side_by_side = config.validation.num_validation_images, config.buffer.rollout_batch_size
     title = f"Erasing {', '.join(session.prompts.concepts)}"
+    encoded = encode_with(encoder, prompts) if prompts else None
     timeline = Timeline(checkpoints.folder / FOLDER, prompts, images, seed, side_by_side, encoded, title)
-    left = checkpoints.step if config.checkpoint.resume else None
-    timeline.open(left)
+    timeline.open(checkpoints.step if config.checkpoint.resume else None)
     say(f"images of --validation-prompt as it trains: {timeline.page}")
     return timeline
 
@@ -178,7 +175,7 @@ def save(config: EraseConfig, session: Session, student: Student) -> None:
 
 def main() -> None:
     """The command line."""
-    config = parse(EraseConfig, "erase", presets=PRESETS)
+    config = parse(EraseConfig, "erase", rename_arguments(sys.argv[1:]), PRESETS)
     if config.memory.plan:
         family = open_family(config.pretrained.model, options=config.pretrained, weights=False)
         say(plan_table(make_plan(config, *resolve(config, family), family)))

@@ -23,7 +23,7 @@ from esd_peft.models import open_family
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.diagnosis import Diagnosis
 from esd_peft.training.early_stopping import EarlyStopping
-from esd_peft.training.names import Verdict
+from esd_peft.training.synonyms import SynonymMatch
 from esd_peft.training.trainer import Trainer
 
 
@@ -34,8 +34,7 @@ def make_result(
     stopping: EarlyStopping | None,
     validation: ValidationSampler | None,
     concepts: list[str],
-    verdicts: Sequence[Verdict],
-    losses: list[float],
+    matches: Sequence[SynonymMatch],
     diagnosis: Diagnosis,
 ) -> dict[str, Any]:
     """What `result.json` holds; writes the images that were made into the output."""
@@ -47,11 +46,11 @@ def make_result(
                 validation.grid().save(draft)
     return {
         **recognised(found),
-        "other_names": {
-            concept: {"erased": [c.text for c in verdict.same], "kept": [c.text for c in verdict.others]}
-            for concept, verdict in zip(concepts, verdicts, strict=False)
+        "synonyms": {
+            concept: {"erased": [c.text for c in match.synonyms], "preserved": [c.text for c in match.others]}
+            for concept, match in zip(concepts, matches, strict=False)
         },
-        "loss": {"first": losses[0], "last": losses[-1]} if losses else {},
+        "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]} if trainer.losses else {},
         "direction_left": stopping.curve if stopping else [],
         "diagnosis": diagnosis.to_dict(),
         "nfe": profiler.nfe,
@@ -172,13 +171,12 @@ def table(result: dict[str, Any]) -> str:
         "",
         (f"loss {result['loss']['first']:.5f} → {result['loss']['last']:.5f}, " if result["loss"] else "")
         + f"{result['trained_parameters']:,} parameters trained",
-        f"{nfe:,} denoiser evaluations (NFE)"
-        + (f" for {samples:,} training samples: {nfe / samples:.2f} each" if samples else ""),
+        f"{nfe:,} denoiser evaluations (NFE)" + (f" for {samples:,} training samples" if samples else ""),
     ]
-    for concept, found in result["other_names"].items():
-        for verdict, says in (("erased", "other names for {}, as the teacher sees it, erased with it"), ("kept", "kept")):
-            if found[verdict]:
-                lines.append(f"{says.format(concept)}: {_some(found[verdict])}")
+    for concept, found in result["synonyms"].items():
+        for side, says in (("erased", "synonyms of {}, as the teacher sees it, erased with it"), ("preserved", "preserved")):
+            if found[side]:
+                lines.append(f"{says.format(concept)}: {_some(found[side])}")
     if result["direction_left"]:
         curve = ", ".join(f"{fraction:.2f} ({step})" for step, fraction in result["direction_left"])
         lines.append(f"left of the concept's direction on held-out samples (at step): {curve}")
@@ -196,7 +194,8 @@ def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
     ):
         if figures := diagnosis[kind]:
             worst = max(figures, key=figures.__getitem__)
-            yield f"{mean(figures.values()):>6.0%} {says} (most: {worst!r}, {figures[worst]:.0%})"
+            average, most = (max(0.0, share) for share in (mean(figures.values()), figures[worst]))
+            yield f"{average:>6.0%} {says} (most: {worst!r}, {most:.0%})"
     yield from (f"→ {advice}" for advice in diagnosis["advice"])
 
 
@@ -211,21 +210,22 @@ def _rates(name: str, rates: dict[str, float], width: int) -> str:
 
 
 def _strata_lines(strata: dict[str, Any]) -> list[str]:
-    """What is left of concepts and lost of the rest; of both first what the erasure has not seen, then what it has."""
+    """Images that show what they are asked for: the erased concepts first, then what is preserved; of both
+    first prompts that training has not seen."""
     lines = []
     for title, erased, seen in (
-        ("left of what is erased, in prompts that the erasure has not seen", True, False),
-        ("and in such as it was trained on", True, True),
-        ("lost of the rest, none of which it has seen", False, False),
-        ("and of what was on its list", False, True),
+        ("erased: images that still show it, in prompts held out from training", True, False),
+        ("in prompts like those of training", True, True),
+        ("preserved: images that show what is asked, in no list and not trained on", False, False),
+        ("on the list of preservation prompts", False, True),
     ):
         rows = [s for s in strata.values() if (s["erased"], s["seen"]) == (erased, seen)]
         if rows:
-            lines.append(f"{title:<66}{'before':>7}{'after':>8}  95 %")
+            lines.append(f"{title:<82}  95 %")
         for s in rows:
             low, high = s["after"]["interval"]
-            figures = f"{s['before']['share']:>7.1%}{s['after']['share']:>8.1%}  {low:.1%} to {high:.1%}"
-            lines.append(f"  {s['title']:<64}{figures}")
+            before, after = (f"{s[half]['hits']} of {s[half]['count']}" for half in ("before", "after"))
+            lines.append(f"  {s['title']:<60}{f'{before} → {after}':>20}  {low:.0%} to {high:.0%}")
             if not erased and s["worst_lost"] > 0:
                 lines.append(f"    most of {s['worst']}: {100 * s['worst_lost']:.0f} points")
     return lines

@@ -7,13 +7,23 @@ command line their fields are flat, and in Python either will do.
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
+from pydantic.fields import FieldInfo
 
 from esd_peft.errors import UserError
 from esd_peft.io.paths import why_closed
@@ -36,10 +46,27 @@ else:
             return Annotated[kind | None, cls, tyro.conf.arg(help_behavior_hint="(default: automatic)")]
 
 
+@dataclass(frozen=True)
+class ReadBy:
+    """Which values of `--method` read an option; every method reads one that does not say so."""
+
+    methods: tuple[str, ...]
+
+    def __init__(self, *methods: str) -> None:
+        object.__setattr__(self, "methods", methods)
+
+
+def readers(field: FieldInfo) -> tuple[str, ...]:
+    """The methods that read an option; none: all of them."""
+    return next((note.methods for note in field.metadata if isinstance(note, ReadBy)), ())
+
+
 class Options(BaseModel):
     """A group of options, or a command's config. Raises `UserError` for a value that does not fit its field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    gone: ClassVar[Mapping[str, str]] = {}  # options of earlier versions, and which one has their part now
+    usual: ClassVar[tuple[str, ...]] = ()  # the options that `--help` shows; left empty: all
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -64,8 +91,15 @@ class Options(BaseModel):
         return self.model_copy(update=nested)
 
     def to_yaml(self) -> str:
-        """The fields as YAML that `--config` reads."""
+        """The fields as YAML that `--config` reads, without those that the method does not read."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @model_serializer(mode="wrap")
+    def _without_unread(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out options for some methods only that have no value: this method does not read them."""
+        fields = type(self).model_fields
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or not readers(fields[name])}
 
     def flat(self) -> dict[str, Any]:
         """All options by their names, without the groups, as JSON values."""
@@ -132,7 +166,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 def is_blank(text: str) -> bool:
     """Whether nothing of it can be seen: no letter, number, symbol or mark of punctuation, but spaces, also of no width."""
-    return not any(unicodedata.category(char)[0] in "LNSP" for char in text)
+    kinds = [unicodedata.category(char) for char in text]
+    return not any(kind[0] in "LNSP" or kind == "Cs" for kind in kinds)  # half a character is seen, as a mistake
 
 
 def check_text(text: str, is_name: bool) -> None:

@@ -71,7 +71,7 @@ def write_kohya_lora(
         name = "lora_unet_" + module.replace(".", "_")
         tensors[f"{name}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value
         tensors[f"{name}.alpha"] = torch.tensor(float(settings.lora_alpha))
-    convolutions = {"conv_dim": str(settings.r), "conv_alpha": str(settings.lora_alpha)}
+    convolutions = {"conv_dim": str(settings.r), "conv_alpha": f"{settings.lora_alpha:g}"}
     described = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings.r),

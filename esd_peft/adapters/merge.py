@@ -67,6 +67,7 @@ def merge_weight(weight: Tensor, changes: list[WeightDelta], inputs: Tensor | No
 def _check_acts(family: ModelFamily, adapter: Adapter, changes: dict[str, WeightDelta]) -> None:
     """Raise `UserError` unless a weight is another one after the merge, as it is stored; reads up to the first that is."""
     for name, base in base_weights(family, {name: [change] for name, change in changes.items()}):
+        check_finite(f"--base: {name}", base)
         if not torch.equal(changes[name].on(base).merge().to(base.dtype), base):
             return
     raise UserError(

@@ -8,7 +8,7 @@ from esd_peft.evaluation.image_cache import ImageStore
 from esd_peft.evaluation.metrics import Findings, Metrics, score
 from esd_peft.evaluation.rates import Accuracies, accuracies
 from esd_peft.evaluation.suites import Roles, Suite
-from esd_peft.models.sampling import EncodedPrompts, SampleIndex, check_images, drawn_by, image_batches
+from esd_peft.models.sampling import EncodedPrompts, SampleIndex, check_images, drawn_by, image_bar, image_batches
 from esd_peft.worlds.world import Prompt, Sampling
 
 
@@ -45,13 +45,14 @@ class Evaluator:
         ways: dict[Sampling, list[SampleIndex]] = {}
         for place in missing:
             ways.setdefault(self.prompts[place[0]].sampling, []).append(place)
-        for way, places in ways.items():
-            settings = {"negative": way.negative_prompt, **self.suite.image_settings, **way.settings}
-            with drawn_by(pipe, way.scheduler):
-                made = image_batches(pipe, encoded, places, self.batch_size, self.seed, label, first, **settings)
-                for batch, images in made:
-                    for place, image in zip(batch, images, strict=True):
-                        store.add(place, image)
+        with image_bar(len(missing), label) as bar:
+            for way, places in ways.items():
+                settings = {"negative": way.negative_prompt, "bar": bar, **self.suite.image_settings, **way.settings}
+                with drawn_by(pipe, way.scheduler):
+                    made = image_batches(pipe, encoded, places, self.batch_size, self.seed, label, first, **settings)
+                    for batch, images in made:
+                        for place, image in zip(batch, images, strict=True):
+                            store.add(place, image)
 
     def check(self, store: ImageStore, label: str) -> None:
         """Raise `UnusableImages` if all images show nothing, whichever run made them."""

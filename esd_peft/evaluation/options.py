@@ -25,8 +25,8 @@ class ValidationOptions(Options):
     dashboard of --report-to and in OUTPUT.checkpoint/validation, at the end in OUTPUT/validation; report.html there shows
     them all, and at the end the adapter at other strengths; repeat for several."""
     validation_steps: Auto[Annotated[int, Field(ge=1, le=10**9)]] = LEFT_OUT
-    """Steps between two looks at --validation-prompt, those of --attention-steps included; the base and the last step are
-    looked at anyway; left out: a fifth of all steps."""
+    """Steps between two looks at --validation-prompt; the base and the last step are looked at anyway; left out: a fifth of
+    all steps."""
     evaluate: bool = False
     """Make and judge the images by python -m esd_peft.evaluate once the adapter is there; its report goes to evaluation/ in
     the output directory (docs/evaluation.md)."""

@@ -1,8 +1,7 @@
 """The images that the erase command makes before and after, and what they show."""
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
-import torch
 from diffusers import ModelMixin
 from PIL import Image
 
@@ -12,8 +11,8 @@ from esd_peft.evaluation.image_cache import ImageMemory
 from esd_peft.evaluation.metrics import Metrics
 from esd_peft.evaluation.rates import Accuracies
 from esd_peft.evaluation.suites import assign_roles, load_suite, suite_prompts
-from esd_peft.models import ModelFamily
-from esd_peft.models.sampling import before_after_grid, encode_prompts
+from esd_peft.models.sampling import before_after_grid, encode_with
+from esd_peft.models.text_encoding import TextEncoder
 from esd_peft.worlds import World
 from esd_peft.worlds.world import Prompt
 
@@ -32,23 +31,22 @@ def check_concepts(world: World, concepts: list[str]) -> None:
 
 @dataclass
 class ValidationSampler:
-    """Makes the same images of a denoiser each time. Prompts are encoded when it is made.
+    """Makes the same images of a denoiser each time. Prompts are encoded, by `encoder`, when it is made.
 
     On an embedded pipeline they are of its world's prompts by strata, and its classifier looks at them; otherwise they are
     of the concepts and a few unrelated prompts.
     """
 
-    family: ModelFamily
+    encoder: InitVar[TextEncoder]
     concepts: list[str]
     seeds: int  # images of a prompt
     batch_size: int
     seed: int
-    device: torch.device
-    dtype: torch.dtype
     preserved: list[str] = field(default_factory=list)  # what the options ask to preserve
     stores: dict[str, ImageMemory] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, encoder: TextEncoder) -> None:
+        self.family, self.device, self.dtype = encoder.family, encoder.device, encoder.dtype
         world = self.family.world
         suite = load_suite(world.name if world else "concept").model_copy(update={"seeds": self.seeds})
         plain = [Prompt(text) for text in (*self.concepts, *UNRELATED)]
@@ -57,7 +55,7 @@ class ValidationSampler:
         metrics = Metrics.of_suite(suite, prompts)
         self.evaluator = Evaluator(suite, prompts, roles, metrics, self.seed, SMALL_BATCH if world else self.batch_size)
         texts = [prompt.text for prompt in prompts]
-        self.encoded = encode_prompts(self.family, texts, self.device, self.dtype, self.evaluator.negatives)
+        self.encoded = encode_with(encoder, texts, self.evaluator.negatives)
 
     def make(self, denoiser: ModelMixin, label: str) -> None:
         """The images `label`, of `denoiser` as it is. Raises `UnusableImages` if they show nothing."""

@@ -17,22 +17,13 @@ from esd_peft.models.family import ENCODE_BATCH, TOKENS
 from esd_peft.models.offload import encoder_bytes
 from esd_peft.options import parse_bytes
 from esd_peft.prompts.plan import PromptPlan
-from esd_peft.prompts.wordings import amounts
 from esd_peft.runtime.devices import IMAGINED, is_accelerator, usable_memory
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
 from esd_peft.runtime.options import RuntimeOptions
-from esd_peft.training.layers import ERASE, HOLD, POSITIONS, AttentionLayer
-from esd_peft.training.options import BufferOptions
+from esd_peft.training.learners import POSITIONS, AttentionLayer
+from esd_peft.training.options import BY_PROMPTS, BufferOptions
 from esd_peft.training.student import make_student
-from esd_peft.training.work import (
-    SEARCH_BATCH_SIZE,
-    SURVEY_STEPS,
-    buffer_shape,
-    count_augmented_nfe,
-    count_nfe,
-    count_survey_nfe,
-    survey_trajectories,
-)
+from esd_peft.training.work import PROBE_STEPS, buffer_shape, count_nfe, probe_trajectories
 
 META = torch.device("meta")
 GIB = 2**30
@@ -40,10 +31,8 @@ HEADROOM = 0.92  # of a budget is planned for: allocators round up and leave gap
 WHEN = {  # the phases, in words
     "encode": "while prompts are encoded",
     "load": "while the denoiser is loaded",
-    "attention": "while cross-attention learns",
     "rollout": "in the rollout",
     "train": "in training",
-    "attack": "while adversarial prompts are searched",
     "evaluate": "while validation images are made",
 }
 Settings = dict[str, object]  # options by name
@@ -77,8 +66,8 @@ def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, fa
 
     With `--device auto` on a machine without a GPU the plan is for one of 12 GiB. Raises `UserError` if nothing fits.
     """
-    if resolved.training.objective != "esd":
-        raise UserError("--plan and --memory-budget work with --objective esd only; leave them out")
+    if resolved.training.method == "contrastive":
+        raise UserError("--plan and --memory-budget do not work with --method contrastive; leave them out")
     device, on_this_machine = resolved.runtime.torch_device, resolved
     resolved = imagined(given.runtime, resolved)
     budget = parse_bytes(resolved.memory.memory_budget) if resolved.memory.memory_budget != "auto" else None
@@ -110,7 +99,7 @@ def given_settings(given: EraseConfig) -> set[str]:
 def within_budget(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> EraseConfig:
     """`resolved` with the settings that fit its budget; says which, where they are not those it came with."""
     on_gpu = is_accelerator(resolved.runtime.torch_device)
-    if resolved.memory.memory_budget == "auto" and (not on_gpu or resolved.training.objective != "esd"):
+    if resolved.memory.memory_budget == "auto" and (not on_gpu or resolved.training.method == "contrastive"):
         return resolved
     planned = make_plan(given.replace(device=resolved.runtime.device), resolved, prompts, family).config
     if planned != resolved:
@@ -124,7 +113,7 @@ class MemoryEstimator:
     def __init__(self, config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> None:
         self.family, self.prompts = family, prompts
         self.dtype = config.runtime.torch_dtype
-        self.encoders, self.attacking, embeds = self._encoding()
+        self.encoders, embeds = self._encoding()
         self.embeds = sum(value.numel() * value.element_size() for value in embeds.values()) * len(self.prompts.texts)
         self.width = max(value.shape[-1] for value in embeds.values())
         denoiser = family.empty_denoiser().to(torch.float32 if config.student.adapter_type == "none" else self.dtype)
@@ -150,20 +139,20 @@ class MemoryEstimator:
         return [self._work(count, learns=True, checkpointing=checkpointing) for count in (1, 2)]
 
     @functools.cache  # noqa: B019
-    def attending(self) -> int:
-        """Bytes that a step of cross-attention by itself needs besides weights."""
-        return self._attend()
+    def attending(self) -> list[int]:
+        """Bytes that a training step of cross-attention needs besides weights, for one sample and for two."""
+        return [self._attend(count) for count in (1, 2)]
 
-    def _encoding(self) -> tuple[int, int, PromptEmbeds]:
-        """Bytes of the text encoders and what they need at work, layer by layer where they are large, and as a whole; the
-        embeddings of one prompt."""
+    def _encoding(self) -> tuple[int, PromptEmbeds]:
+        """Bytes of the text encoders and what they need at work, layer by layer where they are large; the embeddings of one
+        prompt."""
         pipe = self.family.assemble(self.family.text_parts, self.dtype, empty=True)
         encoders = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         with track_memory(*encoders) as meter, torch.no_grad():
             embeds = self.family.encode_prompts(pipe, ["a picture"] * min(ENCODE_BATCH, len(self.prompts.texts)), META)
-        there, whole = encoder_bytes(pipe)
+        there = encoder_bytes(pipe)
         one = {name: value[:1].clone() for name, value in embeds.items()}
-        return there + meter.peak, whole + meter.peak, one
+        return there + meter.peak, one
 
     def _decoding(self, latents: Tensor) -> int:
         """Bytes of the VAE and what it needs to draw one image."""
@@ -175,56 +164,45 @@ class MemoryEstimator:
 
     def plan(self, config: EraseConfig) -> Plan:
         """For a resolved config that differs in settings only."""
-        predictions = self.prompts.predictions
+        predictions, method = self.prompts.predictions, config.training.method
         buffer, training, memory = config.buffer, config.training, config.memory
-        if training.objective != "esd":  # no buffer is filled
-            buffer = buffer.replace(trajectories=0, preservation_trajectories=0, num_inference_steps=0)
-        shape, seeds = buffer_shape(buffer, training), config.validation.num_validation_images
+        seeds, steps = config.validation.num_validation_images, buffer.num_inference_steps
         weights = self.block if memory.offload else self.bases[memory.quantize]
         working = weights + self.learning + self.embeds
-        attention = config.student.attention_steps if training.objective == "esd" else 0
-        together = predictions * min(buffer.rollout_batch_size, shape.trajectories)
-        looked = survey_trajectories(len(self.prompts.concepts))
-        # candidates for other names are judged twice as many at a time
-        seen = max(predictions * min(buffer.rollout_batch_size, looked), 2 * buffer.rollout_batch_size)
+        if method in BY_PROMPTS:
+            trajectories, keep = probe_trajectories(len(self.prompts.concepts)), PROBE_STEPS
+            # candidates for synonyms are probed twice as many at a time
+            together = max(predictions * min(buffer.rollout_batch_size, trajectories), 2 * buffer.rollout_batch_size)
+        elif method == "contrastive":  # which has no trajectories
+            trajectories = keep = together = steps = 0
+        else:
+            shape = buffer_shape(buffer, training)
+            trajectories, keep = shape.trajectories, shape.keep or steps
+            together = predictions * min(buffer.rollout_batch_size, trajectories)
         phases = {
             "encode": self.encoders,
             # null space and closed form: copies of the embeddings, and squares of their width in fp64
             "load": weights + 3 * self.embeds + 6 * 8 * self.width**2,
         }
-        if attention:
-            phases["attention"] = working + max(_line(self.running, seen), self.attending())
         if training.max_train_steps:
-            phases["rollout"] = working + _line(self.running, seen if training.augment_prompts else together)
-            step = _line(self.training(memory.gradient_checkpointing), memory.per_device_batch_size)
-            # between steps the teacher is asked, as many at a time as in a rollout at most
-            asked = _line(self.running, min(2 * buffer.rollout_batch_size, predictions * training.train_batch_size))
-            phases["train"] = working + (max(step, asked) if training.augment_prompts else step)
+            phases["rollout"] = working + _line(self.running, together)
+            stepping = self.attending() if method == "layers" else self.training(memory.gradient_checkpointing)
+            step = _line(stepping, memory.per_device_batch_size)
+            if method == "denoiser":  # between steps the teacher is asked, as many at a time as in a rollout at most
+                asked = min(2 * buffer.rollout_batch_size, predictions * training.train_batch_size)
+                step = max(step, _line(self.running, asked))
+            phases["train"] = working + step
         if seeds:
             looked_at = max(len(self.prompts.concepts) + 3, len(config.validation.validation_prompt))
             images = min(buffer.rollout_batch_size, seeds * looked_at)
             phases["evaluate"] = working + max(self.drawing, _line(self.running, 2 * images))
-        if training.robust:
-            stepping = self.training(memory.gradient_checkpointing)
-            phases["attack"] = working + self.attacking + _line(stepping, SEARCH_BATCH_SIZE)
-        steps = buffer.num_inference_steps
-        samples = shape.trajectories * min(steps, shape.keep or steps) if training.max_train_steps else 0
-        if training.augment_prompts:
-            samples = looked * min(steps, SURVEY_STEPS)
-        return Plan(
-            config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, self._nfe(config, buffer)
-        )
+        samples = trajectories * min(steps, keep) if training.max_train_steps else 0
+        return Plan(config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, self._nfe(config))
 
-    def _nfe(self, config: EraseConfig, buffer: BufferOptions) -> int:
+    def _nfe(self, config: EraseConfig) -> int:
         """Of the run as a whole."""
-        training, checkpointing = config.training, config.memory.gradient_checkpointing
-        predictions, concepts = self.prompts.predictions, len(self.prompts.concepts)
-        augments = bool(training.augment_prompts)
-        looks = config.student.attention_steps > 0 or augments
-        seen = count_survey_nfe(buffer, predictions, concepts, amounts(augments)) if looks else 0
-        if augments:
-            return seen + count_augmented_nfe(training, checkpointing, predictions)
-        return seen + count_nfe(buffer, training, checkpointing, predictions, concepts)
+        checkpointing, concepts = config.memory.gradient_checkpointing, len(self.prompts.concepts)
+        return count_nfe(config.buffer, config.training, checkpointing, self.prompts.predictions, concepts)
 
 
 def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, budget: int) -> Plan:
@@ -362,14 +340,14 @@ def _activations(
     return meter.peak
 
 
-def _attention_activations(family: ModelFamily, denoiser: ModelMixin, embeds: PromptEmbeds) -> int:
-    """Bytes that a step of cross-attention by itself needs: its layers' activations, all at once."""
-    tokens = embeds[TOKENS].expand(ERASE + HOLD, *embeds[TOKENS].shape[1:]).to(denoiser.dtype)
+def _attention_activations(family: ModelFamily, denoiser: ModelMixin, embeds: PromptEmbeds, count: int) -> int:
+    """Bytes that a step of the cross-attention layers needs for `count` samples: their activations, all at once."""
+    tokens = embeds[TOKENS].expand(count, *embeds[TOKENS].shape[1:]).to(denoiser.dtype)
     with track_memory(denoiser) as meter:
         total = torch.zeros((), device=META)
         for name in family.cross_attention(denoiser):
             layer = AttentionLayer(denoiser.get_submodule(name))
-            states = torch.empty(ERASE + HOLD, POSITIONS, layer.width, device=META, dtype=denoiser.dtype)
+            states = torch.empty(count, POSITIONS, layer.width, device=META, dtype=denoiser.dtype)
             total = total + layer(states, tokens).float().square().mean()
         if total.requires_grad:
             total.backward()

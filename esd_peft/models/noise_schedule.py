@@ -101,7 +101,7 @@ class NoiseSchedule:
         """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
         if self.is_flow_matching or not hasattr(self.scheduler, "alphas_cumprod"):
             raise UserError(
-                "--snr-gamma, --objective contrastive and attacks that learn need a diffusion model's noise schedule, "
+                "--snr-gamma, --method contrastive and attacks that learn need a diffusion model's noise schedule, "
                 f"which {self.path} with its {type(self.scheduler).__name__} has not; leave them out"
             )
         return self.scheduler.alphas_cumprod.float()

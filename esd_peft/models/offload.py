@@ -46,12 +46,10 @@ def bring_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
                 part.to(device)
 
 
-def encoder_bytes(pipe: DiffusionPipeline) -> tuple[int, int]:
-    """Of all text encoders: on a GPU while prompts are encoded (`bring_encoders`), and as a whole."""
+def encoder_bytes(pipe: DiffusionPipeline) -> int:
+    """Bytes of all text encoders on a GPU while prompts are encoded (`bring_encoders`)."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    sizes = [*map(_bytes, parts)]
-    there = [streamed_bytes(part) if size > LARGE else size for part, size in zip(parts, sizes, strict=True)]
-    return sum(there), sum(sizes)
+    return sum(streamed_bytes(part) if _bytes(part) > LARGE else _bytes(part) for part in parts)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -14,6 +14,7 @@ from esd_peft.errors import UnusableImages
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.family import index_embeds
 from esd_peft.models.noise_schedule import as_kind
+from esd_peft.models.text_encoding import TextEncoder
 from esd_peft.runtime.seeds import generator
 
 _CAPTION, _GAP = 16, 4  # pixels
@@ -62,8 +63,15 @@ class EncodedPrompts:
 def encode_prompts(
     family: ModelFamily, prompts: Sequence[str], device: torch.device, dtype: torch.dtype, negatives: Sequence[str] = ()
 ) -> EncodedPrompts:
+    """The prompts, and those that are negative prompts of some, by text encoders that are loaded for them alone."""
+    with TextEncoder(family, device, dtype) as encoder:
+        return encode_with(encoder, prompts, negatives)
+
+
+def encode_with(encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] = ()) -> EncodedPrompts:
     """The prompts, and those that are negative prompts of some, encoded once."""
-    return EncodedPrompts(family, family.encode([*prompts, *negatives, ""], device, dtype), device, None, negatives)
+    embeds = encoder.encode([*prompts, *negatives, ""])
+    return EncodedPrompts(encoder.family, embeds, encoder.device, None, negatives)
 
 
 @contextlib.contextmanager
@@ -80,26 +88,34 @@ def drawn_by(pipe: DiffusionPipeline, scheduler: str | None) -> Iterator[None]:
 @torch.no_grad()
 def image_batches(
     pipe: DiffusionPipeline, prompts: EncodedPrompts, places: Sequence[SampleIndex], batch_size: int, seed: int = 0,
-    label: str = "images", first: int = 0, negative: str = "", **settings: Any,
+    label: str = "images", first: int = 0, negative: str = "", bar: "tqdm[Any] | None" = None, **settings: Any,
 ) -> Iterator[tuple[Sequence[SampleIndex], Tensor]]:  # fmt: skip
     """Batches of places and their images `[B, 3, H, W]` fp32 in [0, 1] on the CPU.
 
     Image k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
     the same noise. `prompts` are those from number `first` on; `settings` replace what the family calls its pipeline with.
+    Each batch moves `bar` on by its images, or a bar of its own.
 
     Raises `UnusableImages` for NaN, which a file would hold as black; `check_images` looks at all of a model's images.
     """
     family = prompts.family
     if "guidance_scale" in settings:
         settings |= family.pipeline_guidance(settings.pop("guidance_scale"))
-    for start in tqdm(range(0, len(places), batch_size), desc=label, leave=False):
-        batch = places[start : start + batch_size]
-        noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
-        arguments = prompts.arguments([i - first for i, _ in batch], negative) | settings
-        images = family.draw(pipe, **arguments, generator=noise).float().cpu()
-        if not images.isfinite().all():
-            raise UnusableImages(f"images ({label}) are NaN and no numbers, {_FIX}")
-        yield batch, images
+    with contextlib.nullcontext(bar) if bar is not None else image_bar(len(places), label) as shown:
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            noise = [generator(seed, f"picture/{i}/{k}") for i, k in batch]
+            arguments = prompts.arguments([i - first for i, _ in batch], negative) | settings
+            images = family.draw(pipe, **arguments, generator=noise).float().cpu()
+            if not images.isfinite().all():
+                raise UnusableImages(f"images ({label}) are NaN and no numbers, {_FIX}")
+            shown.update(len(batch))
+            yield batch, images
+
+
+def image_bar(count: int, label: str) -> "tqdm[Any]":
+    """A progress bar over so many images."""
+    return tqdm(total=count, desc=f"images {label}", unit="image", leave=False)
 
 
 def check_images(images: Iterable[Image.Image], label: str) -> None:

@@ -18,7 +18,7 @@ class StableDiffusion(ModelFamily):
     """Scopes are those of the paper (`scopes.cross_attention`).
 
     The buffer, the target and the loss are the same for ε- and v-prediction: the guided target is linear in the
-    predictions (see `esd_peft.training.esd`), and the pipeline's scheduler knows which of the two it steps with.
+    predictions (see `esd_peft.training.target`), and the pipeline's scheduler knows which of the two it steps with.
 
     Latent consistency models are distilled: trajectories have 4 steps and no classifier-free guidance. If the UNet is told a
     guidance scale (`time_cond_proj_dim`), it is told the pipeline's default, always, as FLUX.1 dev is.

@@ -14,7 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from esd_peft.options import LEFT_OUT, Auto, Options, is_blank
+from esd_peft.options import LEFT_OUT, Auto, Options, ReadBy, is_blank
+
+_GUIDED = ReadBy("layers", "denoiser", "trajectories")  # the methods with a guided target
 
 
 class Concept(BaseModel):
@@ -79,15 +81,14 @@ class PromptOptions(Options):
     and its own negative_guidance, weight, erase_from and map_to."""
     erase_from: str | None = None
     """Erase the concept from this only: with --concept striped --erase-from shirt, stripes stay elsewhere."""
-    map_to: str | None = None
+    map_to: Annotated[str | None, _GUIDED] = None
     """What the concept becomes; left out: what the model draws without naming it."""
     also_erase: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """Another name or a description of the concept, which goes with it ("sly red hunter"); repeat for several. Of several
     concepts each has its own, in YAML."""
-    negative_guidance: Auto[Annotated[float, Field(ge=0, le=100)]] = LEFT_OUT
+    negative_guidance: Annotated[Auto[Annotated[float, Field(ge=0, le=100)]], _GUIDED] = LEFT_OUT
     """η of the guided target e_null − η (e_concept − e_null), the paper's negative guidance (its 1 is 2 in the authors'
-    current scripts); left out: 1, or for what is mapped to something 0, with --attention-steps or
-    --augment-prompts 0.5."""
+    current scripts); left out: 1, or for what is mapped to something 0, with the methods layers and denoiser 0.5."""
     prompt_templates: Literal["auto", "bare"] = "auto"
     """auto: train on the concept in several templates and beside other things; bare: only as given (the paper)."""
     preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)

@@ -19,7 +19,6 @@ TEMPLATES = {  # and what they say of nothing
 }  # fmt: skip
 ATTRIBUTES = ("plain", "red", "blue", "black", "white", "small", "large", "old", "wooden", "colourful")
 Item = TypeVar("Item")
-PRESERVED = 16  # prompts of the retain set that --robust preserves along trajectories of their own
 MOST_PRESERVED = 10_000  # prompts: 2 GB of CLIP's embeddings, 40 of T5's; no more than so many directions are protected
 SCENES = ("a city street at night", "a person by a window", "a mountain lake", "a table with flowers", "a dog on a beach")
 
@@ -36,12 +35,6 @@ class Pair:
     anchor: str | None = None  # what it shall become
     eta: float = 1.0
     weight: float = 1.0
-    adversarial: str | None = None  # brings the concept back (`training.adversarial`): the student is given it instead
-
-    @property
-    def student_prompt(self) -> str:
-        """What the student is given."""
-        return self.prompt if self.adversarial is None else self.adversarial
 
     @property
     def goal(self) -> str:
@@ -84,7 +77,7 @@ class PromptPlan:
     @property
     def paired_texts(self) -> list[str]:
         """Every prompt that the denoiser is given, once."""
-        texts = (t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor, p.adversarial) if t is not None)
+        texts = (t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor) if t is not None)
         return list(dict.fromkeys(texts))
 
     @property
@@ -104,7 +97,7 @@ class PromptPlan:
         return dataclasses.replace(self, concept_pairs=pairs, retain=[text for text in self.retain if text in whole])
 
 
-def plan_prompts(options: PromptOptions, world: World | None, robust: bool) -> PromptPlan:
+def plan_prompts(options: PromptOptions, world: World | None) -> PromptPlan:
     """From what the options name to prompts; in `world`, if that is what the model draws.
 
     The concept beside other things is paired with the other things alone ("a red circle" with "a red shape"): what
@@ -120,9 +113,7 @@ def plan_prompts(options: PromptOptions, world: World | None, robust: bool) -> P
         raise UserError(f"--map-to {clash[0]!r} names what is to be erased; map it to something that stays")
     erasing = [_pairs_of(concept, options, world) for concept in options.concept]
     retain = _retain_set(options, given, world)
-    # layers that no null space protects learn with --robust: these are held to some of what is to stay
-    some = spread(retain[1:], PRESERVED) if robust else []
-    preserved = dict.fromkeys([*given, *_sources_otherwise(options), *some])
+    preserved = dict.fromkeys([*given, *_sources_otherwise(options)])
     other_names = [options.names_of(concept)[1:] for concept in options.concept]
     preserve = [Pair(prompt, "") for prompt in preserved]
     return PromptPlan(options.concept_names, erasing, preserve, retain, given, other_names)

@@ -10,6 +10,7 @@ from esd_peft.errors import UserError
 from esd_peft.models import PromptEmbeds
 from esd_peft.models.family import MASK
 from esd_peft.prompts.plan import PromptPlan
+from esd_peft.runtime.devices import send
 
 
 @dataclass
@@ -18,7 +19,6 @@ class PairTable:
 
     embeds: PromptEmbeds
     prompts: Tensor  # [P] int64, the row that names the concept
-    student_prompts: Tensor  # [P] int64, the row that the student is given in its place: mostly the same
     neutrals: Tensor  # [P] int64
     anchors: Tensor | None  # [P] int64, where some pair has an anchor; pairs without one name their neutral row
     etas: Tensor  # [P] fp32
@@ -54,15 +54,14 @@ def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
     device = next(iter(embeds.values())).device
     numbers = iter(range(len(pairs)))
     concepts = [[*itertools.islice(numbers, len(group))] for group in plan.concept_pairs]
-    anchors = [row[p.goal] for p in pairs]
+    anchors = torch.tensor([row[p.goal] for p in pairs])
     return PairTable(
         {name: value[: len(plan.paired_texts)].clone() for name, value in embeds.items()},
-        torch.tensor([row[p.prompt] for p in pairs], device=device),
-        torch.tensor([row[p.student_prompt] for p in pairs], device=device),
-        torch.tensor([row[p.neutral] for p in pairs], device=device),
-        torch.tensor(anchors, device=device) if any(p.anchor is not None for p in pairs) else None,
-        torch.tensor([p.eta for p in pairs], device=device),
-        torch.tensor([p.weight for p in pairs], device=device),
+        send(torch.tensor([row[p.prompt] for p in pairs]), device),
+        send(torch.tensor([row[p.neutral] for p in pairs]), device),
+        send(anchors, device) if any(p.anchor is not None for p in pairs) else None,
+        send(torch.tensor([p.eta for p in pairs]), device),
+        send(torch.tensor([p.weight for p in pairs]), device),
         concepts,
         sum(map(len, concepts)),
     )

@@ -1,7 +1,7 @@
 """What a run has so far, on disk, so that `--resume` goes on from there, bit for bit.
 
-Should a resumed run differ, compare what it is made of: the `state_dict` of `AttentionTraining`, of `Trainer` and of the
-sampler (`batches.py`), the buffer, and what else the bits depend on (`esd_peft.runtime.reproducibility`).
+Should a resumed run differ, compare what it is made of: the `state_dict` of `Trainer` and of the method's source of batches
+(`batch.Source`), the buffer, and what else the bits depend on (`esd_peft.runtime.reproducibility`).
 
 Beside the output `DIR` lies `DIR.checkpoint/`: `step-N.safetensors` with what has been learned and where everything stands,
 and `buffer-HASH.safetensors` with the samples it trains on. Each file appears whole (temporary file, fsync, rename), and the
@@ -48,8 +48,7 @@ _FREE = {
 class Left:
     """What a run that was stopped has left."""
 
-    attention: dict[str, Any] | None = None  # of `AttentionTraining`
-    training: dict[str, Any] | None = None  # of `TrainingLoop`; none yet while cross-attention learns
+    training: dict[str, Any] | None = None  # of `TrainingLoop`
     buffer: dict[str, Tensor] | None = None  # none, too, where it is damaged: it is then made anew
 
 
@@ -118,26 +117,25 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        attention: dict[str, Any] | None,
-        training: dict[str, Any] | None = None,
+        training: dict[str, Any],
         buffer: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write the states (dicts and lists of tensors and JSON values) as they are after `step` of all, and the buffer if
-        it is new.
+        """Write the state (dicts and lists of tensors and JSON values) as it is after `step` steps, and the buffer if it is
+        new.
 
         The checkpoint before is removed when this one is there. Raises `UserError` if the disk is full.
         """
-        state, buffer_name = {"attention": attention, "training": training}, None
-        if training is not None and buffer is not None:
-            digest = hashlib.sha256(training["sampler"]["before"].numpy().tobytes()).hexdigest()
+        buffer_name = None
+        if buffer is not None:
+            digest = hashlib.sha256(training["source"]["before"].numpy().tobytes()).hexdigest()
             buffer_name = f"buffer-{digest[:16]}.safetensors"
             if not (self.folder / buffer_name).is_file():
                 self._write(buffer_name, buffer, {})
-        tensors: dict[str, Tensor] = {}
-        values = {"state": _taken_apart(state, tensors), "config": self.config, "base": self.base, "buffer": buffer_name}
+        tensors: dict[int, tuple[str, Tensor]] = {}
+        values = {"state": _taken_apart(training, tensors), "config": self.config, "base": self.base, "buffer": buffer_name}
         values["made_with"] = self.made_with
         name = f"step-{step:08d}.safetensors"
-        self._write(name, tensors, values)
+        self._write(name, dict(tensors.values()), values)
         self._remove(keep=(name, buffer_name))
 
     def load(self) -> Left:
@@ -158,11 +156,13 @@ class Checkpoints:
             config, base, buffer_name, made_with = (values[key] for key in ("config", "base", "buffer", "made_with"))
             state = _put_together(values["state"], tensors)
             maps = all(isinstance(value, dict) for value in (config, state, made_with))
-            if not maps or state.keys() != {"attention", "training"} or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
+            if not maps or "source" not in state or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
                 raise of_another_version
         except (KeyError, TypeError, ValueError, RecursionError):
             raise of_another_version from None
-        changed = [key for key, value in self._claimed.items() if config.get(key) != value]
+        # an option without a value is left out of either
+        every = dict.fromkeys([*self._claimed, *config])
+        changed = [key for key in every if config.get(key) != self._claimed.get(key)]
         if changed:
             said = ", ".join(f"{key.replace('_', '-')} was {config.get(key)}" for key in changed)
             raise UserError(f"--resume: the config has changed: {said}; use that, or --overwrite to start anew")
@@ -170,7 +170,7 @@ class Checkpoints:
             raise UserError("--resume: the model's files have changed since; restore them, or --overwrite to start anew")
         self._compare(made_with)
         buffer = _read(self.folder / buffer_name)[0] if buffer_name else {}
-        return Left(state["attention"], state["training"], buffer if buffer.keys() == _IN_BUFFER else None)
+        return Left(state, buffer if buffer.keys() == _IN_BUFFER else None)
 
     def _compare(self, before: dict[str, Any]) -> None:
         """With what the checkpoint was made with."""
@@ -257,11 +257,13 @@ def _digest(tensors: dict[str, Tensor], values: str = "") -> str:
     return digest.hexdigest()
 
 
-def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON in which tensors are `{"tensor": name}`, and dicts lists of pairs, since their keys may be numbers."""
+def _taken_apart(value: Any, tensors: dict[int, tuple[str, Tensor]]) -> Any:
+    """JSON in which tensors are `{"tensor": name}`, and dicts lists of pairs, since their keys may be numbers.
+
+    Tensors are kept once by identity: parameters share the code tables of 8-bit optimizers.
+    """
     if isinstance(value, Tensor):
-        name = f"{len(tensors):05d}"
-        tensors[name] = value
+        name, _ = tensors.setdefault(id(value), (f"{len(tensors):05d}", value))
         return {"tensor": name}
     if isinstance(value, dict):
         return {"pairs": [[key, _taken_apart(item, tensors)] for key, item in value.items()]}

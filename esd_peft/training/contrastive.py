@@ -14,7 +14,8 @@ from esd_peft.models.sampling import encode_prompts, make_images
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
 from esd_peft.runtime.seeds import generator as named_generator
-from esd_peft.training.batches import Batch, Sampler
+from esd_peft.training.batch import Batch, Source
+from esd_peft.training.learners import PREDICTION, Outputs
 from esd_peft.training.options import TrainingOptions
 from esd_peft.training.rollout import Rollout
 
@@ -23,13 +24,13 @@ WEIGHT_DECAY = 1e-4
 IMAGES = 64  # of a concept, where the teacher makes them
 
 
-def contrastive_loss(prediction: Tensor, batch: Batch) -> Tensor:
+def contrastive_loss(made: Outputs, batch: Batch) -> Tensor:
     """−log(e^{p/τ} / (e^{p/τ} + w·e^{n/τ})), p = cos(output, noise), n = cos(output, reference), τ = 0.07, w = 0.5.
 
     The output is the student's prediction for a noised reference image and the concept's prompt.
     """
-    noise, reference = batch.teacher.float().flatten(1).chunk(2)
-    output = prediction.float().flatten(1)
+    noise, reference = batch.teacher[PREDICTION].float().flatten(1).chunk(2)
+    output = made[PREDICTION].float().flatten(1)
     positive = nn.functional.cosine_similarity(output, noise) / TEMPERATURE
     negative = nn.functional.cosine_similarity(output, reference) / TEMPERATURE + math.log(NEGATIVE_WEIGHT)
     return (batch.weight * (torch.logaddexp(positive, negative) - positive)).mean()
@@ -44,7 +45,7 @@ def epochs_of_references(training: TrainingOptions, concepts: int) -> int:
     return math.ceil(concepts * images * EPOCHS / training.train_batch_size)
 
 
-class ReferenceSampler(Sampler):
+class ReferenceSamples(Source):
     """Batches of noised reference images, in random order, epoch after epoch."""
 
     def __init__(
@@ -71,14 +72,15 @@ class ReferenceSampler(Sampler):
         sides = send(torch.cat([noise, latents]), self.device)
         embeds = index_embeds(self.embeds, self.rows[send(chosen, self.device)])
         ones = torch.ones(len(chosen), device=self.device)
-        return Batch(noised, send(timesteps, self.device), embeds, sides, ones, ones, num_concept_samples=len(chosen))
+        samples = {"inputs": noised, "timesteps": send(timesteps, self.device)}
+        return Batch(samples, embeds, {PREDICTION: sides}, ones, ones, num_concept_samples=len(chosen))
 
     def state_dict(self) -> dict[str, Any]:
-        """See `batches.Sampler`."""
+        """See `Source`."""
         return {"generator": self.generator.get_state(), "order": self.order, "buffer": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `batches.Sampler`."""
+        """See `Source`."""
         self.generator.set_state(state["generator"])
         self.order = state["order"]
         if not set(self.order.tolist()) <= set(range(len(self.references))):
@@ -92,7 +94,7 @@ def make_references(rollout: Rollout, concepts: list[str], training: TrainingOpt
     """
     student, family = rollout.student, rollout.student.family
     if not family.noise_schedule.predicts_noise:
-        raise UserError("--objective contrastive compares with noise, which a v-prediction model does not predict; use esd")
+        raise UserError("--method contrastive compares with noise, which this model does not predict; use another --method")
     generator = named_generator(training.seed, "references")
     with rollout.profiler.phase("references"):
         if training.reference is not None:

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from esd_peft.models import ModelFamily, PromptEmbeds
+from esd_peft.prompts.augmentation import MANY_WORDS
 from esd_peft.prompts.plan import Pair, PromptPlan, names, spread
 from esd_peft.prompts.table import PairTable
-from esd_peft.prompts.wordings import MANY_WORDS
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.seeds import generator, seed_for
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
-from esd_peft.training.work import sampled, survey_rollout
+from esd_peft.training.work import probe_rollout, sampled
 
 EACH = 6  # prompts of a kind
 CONCEPTS = 4  # that are looked at, where there are more
@@ -69,33 +69,29 @@ class Diagnosis:
     listed: dict[str, float] = field(default_factory=dict)  # how far these have moved,
     near: dict[str, float] = field(default_factory=dict)  # what is like the concept and on no list,
     unlisted: dict[str, float] = field(default_factory=dict)  # and random words together
-    steps: str = "--max-train-steps"  # the option that says how long it learned
 
     def to_dict(self) -> dict[str, Any]:
         """For `result.json`: the figures, and what follows from them."""
-        figures = {name: value for name, value in asdict(self).items() if name != "steps"}
-        return figures | {"advice": [*self.advice()]}
+        return asdict(self) | {"advice": [*self.advice()]}
 
     def advice(self) -> Iterator[str]:
         """What to turn, in plain words; one sentence says so where nothing has to be."""
         fine = True
-        layers = self.steps == "--attention-steps"  # these have a learning rate of their own
-        longer = f"train longer ({self.steps})" + ("" if layers else ", at a higher --learning-rate,")
-        less = f"fewer {self.steps}" + ("" if layers else ", a lower --learning-rate")
+        less = "fewer --max-train-steps, a lower --learning-rate or a narrower --scope move it less"
         if self.left and mean(self.left.values()) > MUCH_LEFT:
             fine = False
             yield (
-                f"{mean(self.left.values()):.0%} of the concept's direction is left: {longer} or past the null prompt "
-                "(--negative-guidance)"
+                f"{mean(self.left.values()):.0%} of the concept's direction is left: train longer (--max-train-steps), at a "
+                "higher --learning-rate, or past the null prompt (--negative-guidance)"
             )
         for moved, who, remedy in (
-            (self.listed, "on the list", f"{less} or a narrower --scope move it less"),
+            (self.listed, "on the list", less),
             (
                 self.near,
                 "like the concept",
                 "name what must stay with --preserve, and what is the concept with --also-erase",
             ),
-            (self.unlisted, "on no list", f"{less} or a narrower --scope move it less"),
+            (self.unlisted, "on no list", less),
         ):
             far = {text: share for text, share in moved.items() if share > FAR}
             if far:
@@ -129,11 +125,11 @@ def _beside(plain: Pair, text: str) -> Pair:
 
 
 @torch.no_grad()
-def diagnose(rollout: Rollout, table: PairTable, probes: Probes, options: BufferOptions, seed: int, steps: str) -> Diagnosis:
-    """Look at the student as it is, of which option `steps` says how long it learned. What that costs is not counted."""
+def diagnose(rollout: Rollout, table: PairTable, probes: Probes, options: BufferOptions, seed: int) -> Diagnosis:
+    """Look at the student as it is. What that costs is not counted."""
     device, draws = rollout.student.device, generator(seed, "diagnosis")
     # contrastive training has no trajectories, and says nothing about them
-    options = survey_rollout(sampled(options, rollout.student.family))
+    options = probe_rollout(sampled(options, rollout.student.family))
     alone = replace(rollout, profiler=PhaseProfiler(device), shared=False)
     left: dict[str, list[float]] = defaultdict(list)
     moved: dict[str, list[float]] = defaultdict(list)
@@ -151,7 +147,7 @@ def diagnose(rollout: Rollout, table: PairTable, probes: Probes, options: Buffer
     listed, near, unlisted = (
         {text: mean(moved[text]) for text in texts} for texts in (probes.listed, probes.near, probes.unlisted)
     )
-    return Diagnosis({text: mean(shares) for text, shares in left.items()}, listed, near, unlisted, steps)
+    return Diagnosis({text: mean(shares) for text, shares in left.items()}, listed, near, unlisted)
 
 
 Predicted = dict[str, Tensor]  # of each prompt, flat and in fp32

@@ -9,8 +9,9 @@ from esd_peft.runtime.seeds import generator
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
+from esd_peft.training.work import held_out_rollout
 
-EVERY = 5  # optimizer steps between measurements
+EVERY, MOST = 5, 40  # optimizer steps between two measurements, at least; measurements of a run, at most
 SAMPLES = 16  # a measurement costs as many NFE, or one for each concept where there are more
 
 
@@ -22,12 +23,19 @@ class EarlyStopping:
     """
 
     def __init__(
-        self, rollout: Rollout, table: PairTable, options: BufferOptions, stop_at: float, generator: torch.Generator
+        self,
+        rollout: Rollout,
+        table: PairTable,
+        options: BufferOptions,
+        stop_at: float,
+        steps: int,
+        generator: torch.Generator,
     ) -> None:
         self.rollout, self.table, self.stop_at = rollout, table, stop_at
+        self.every = max(EVERY, steps // MOST)
         pairs = torch.tensor([pairs[-1] for pairs in table.concepts])  # not the plain prompt, if there are others
         # all of the trajectories show the concept, however many there are, and whatever the student has learned by now
-        options = options.replace(rollout="teacher", guided_rollout_ratio=0)
+        options = held_out_rollout(options)
         with rollout.profiler.phase("rollout"):
             held_out = rollout.collect(table, pairs, options, generator, progress=False)
         each = max(1, SAMPLES // len(pairs))
@@ -59,7 +67,9 @@ def make_early_stopping(
     """None where all steps are taken."""
     if training.stop_at is None:
         return None
-    return EarlyStopping(rollout, table, buffer, training.stop_at, generator(training.seed, "probe"))
+    return EarlyStopping(
+        rollout, table, buffer, training.stop_at, training.max_train_steps, generator(training.seed, "probe")
+    )
 
 
 def _evenly_spaced(items: Tensor, count: int) -> Tensor:

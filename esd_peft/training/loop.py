@@ -12,12 +12,11 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from esd_peft.errors import UserError
 from esd_peft.runtime import distributed, interrupts
-from esd_peft.training.attention import AttentionTraining
-from esd_peft.training.batches import Batch, Sampler
+from esd_peft.training.batch import Batch, Source
 from esd_peft.training.checkpoint import Checkpoints, fitting
-from esd_peft.training.early_stopping import EVERY, EarlyStopping
+from esd_peft.training.early_stopping import EarlyStopping
 from esd_peft.training.monitor import Monitor
-from esd_peft.training.names import to_texts
+from esd_peft.training.synonyms import to_texts
 from esd_peft.training.trainer import Trainer
 
 LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the device
@@ -32,18 +31,12 @@ class TrainingLoop:
     """
 
     trainer: Trainer
-    sampler: Sampler
+    source: Source
     early_stopping: EarlyStopping | None
     monitor: Monitor
     checkpoints: Checkpoints | None
-    before: AttentionTraining | None = None  # the stage before this one, done
-    left: dict[str, Any] | None = None  # by a run that was stopped; none: this stage begins
-    buffer: dict[str, Tensor] | None = None  # what that run's sampler had, if it is not damaged
-
-    @property
-    def steps_before(self) -> int:
-        """Of the stage before this one."""
-        return self.before.steps if self.before else 0
+    left: dict[str, Any] | None = None  # by a run that was stopped
+    buffer: dict[str, Tensor] | None = None  # what that run's source had, if it is not damaged
 
     def batches(self) -> Generator[Batch, None, None]:
         """Each is to be trained on before the next is asked for.
@@ -58,16 +51,18 @@ class TrainingLoop:
         elif self.early_stopping is not None:
             self.early_stopping.measure(0)
         self.begun, shown = trainer.taken, distributed.is_main_process()
-        self.monitor.look(self.steps_before + trainer.taken)  # it is due yet if the run was interrupted after that step
+        self.monitor.look(trainer.taken)  # it is due yet if the run was interrupted after that step
         with (
             tqdm(total=trainer.steps, initial=trainer.taken, desc="train", disable=not shown) as bar,
             interrupts.noted() as signals,
         ):
             done = trainer.taken == trainer.steps
             while not done:
+                spent = trainer.profiler.nfe
                 try:
-                    batch = next(self.sampler)
+                    batch = next(self.source)
                 except interrupts.InterruptedBetweenSteps:  # while the buffer was filled or prompts were sought
+                    trainer.profiler.nfe = spent  # the run that goes on does that from its beginning
                     self._save(interrupted=True)
                     self._stop()
                 yield batch
@@ -88,36 +83,34 @@ class TrainingLoop:
     def _look(self, signalled: bool, bar: "tqdm[Any]") -> tuple[bool, bool]:
         """Whether the run was interrupted, and whether it is done, after a step."""
         trainer, stopping = self.trainer, self.early_stopping
-        due = stopping is not None and trainer.taken % EVERY == 0
+        due = stopping is not None and trainer.taken % stopping.every == 0
         enough = due and distributed.any_process(stopping is not None and stopping.enough(trainer.taken))
         interrupted = distributed.any_process(signalled)
         done = enough or trainer.taken == trainer.steps
         if trainer.taken % LOSS_EVERY == 0 or done:
-            self.monitor.log(trainer.read_loss(), self.steps_before + trainer.taken)
+            self.monitor.log(trainer.read_loss(), trainer.taken)
             bar.set_postfix(loss=f"{trainer.losses[-1]:.5f}", refresh=False)
         if not interrupted:
-            self.monitor.look(self.steps_before + trainer.taken)
+            self.monitor.look(trainer.taken)
         return interrupted, done
 
     def _save(self, interrupted: bool) -> None:
         step = self.trainer.taken
         if self.checkpoints is not None and step > self.begun and (interrupted or step % self.checkpoints.every == 0):
             state = self._state()
-            self._write(self.checkpoints, state, state["sampler"].pop("buffer"))
+            self._write(self.checkpoints, state, state["source"].pop("buffer"))
 
     def _write(self, checkpoints: Checkpoints, state: dict[str, Any], buffer: dict[str, Tensor] | None) -> None:
-        before = self.before.state_dict() if self.before else None
-        checkpoints.save(self.steps_before + self.trainer.taken, before, state, buffer)
+        checkpoints.save(self.trainer.taken, state, buffer)
 
     def _stop(self) -> NoReturn:
         distributed.any_process(True)  # nobody leaves before the checkpoint is there: the launcher then ends the others
-        kept = self.trainer.taken > 0 or self.before is not None
-        raise interrupts.ended(f"step {self.trainer.taken} of {self.trainer.steps}", kept)
+        raise interrupts.ended(f"step {self.trainer.taken} of {self.trainer.steps}", kept=self.trainer.taken > 0)
 
     def _state(self, done: bool = False) -> dict[str, Any]:
         curve = self.early_stopping.curve if self.early_stopping else []
-        sampler = {"verdicts": to_texts(self.sampler.verdicts)} if done else self.sampler.state_dict()
-        return self.trainer.state_dict(done) | {"curve": curve, "sampler": sampler}
+        source = {"matches": to_texts(self.source.matches)} if done else self.source.state_dict()
+        return self.trainer.state_dict(done) | {"curve": curve, "source": source}
 
     def _restore(self, left: dict[str, Any]) -> None:
         state = cast(dict[str, Any], _STATE.validate_python(left))
@@ -125,9 +118,9 @@ class TrainingLoop:
         if self.early_stopping is not None:
             self.early_stopping.curve = [(step, fraction) for step, fraction in state["curve"]]
         if state["done"]:
-            self.sampler.load_verdicts(state["sampler"]["verdicts"])
+            self.source.load_matches(state["source"]["matches"])
         else:
-            self.sampler.load_state_dict(state["sampler"] | {"buffer": self.buffer})
+            self.source.load_state_dict(state["source"] | {"buffer": self.buffer})
 
 
 @with_config(ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
@@ -141,8 +134,8 @@ class _State(TypedDict):
     schedule: dict[str, Any]
     scaler: dict[str, Any]
     losses: list[float]
-    unread: list[tuple[Tensor, Tensor]]
-    sampler: dict[str, Any]
+    unread: list[tuple[Tensor, Tensor | None]]
+    source: dict[str, Any]
     curve: list[tuple[int, float]]
     nfe: int
     training_samples: int

@@ -13,10 +13,7 @@ from esd_peft.training.student import Student
 
 @dataclass
 class Monitor:
-    """Logs, and looks at the student every so many steps, if there is a `timeline`: the main process alone has one.
-
-    Steps count through both stages: cross-attention layer by layer, then the student as a whole.
-    """
+    """Logs, and looks at the student every so many steps, if there is a `timeline`: the main process alone has one."""
 
     student: Student
     profiler: PhaseProfiler

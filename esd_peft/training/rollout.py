@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from esd_peft.errors import UserError
-from esd_peft.models.family import index_embeds
+from esd_peft.models.family import ModelFamily, index_embeds
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import fetch, finish, send
@@ -79,7 +79,7 @@ class Rollout:
         by_teacher = options.rollout == "teacher"
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = family.set_timesteps(noise, options.num_inference_steps)
-        kept = _choose(len(pairs), self.inside(scheduler.timesteps, options), keep, generator)
+        kept = _choose(len(pairs), inside(self.student.family, scheduler.timesteps, options), keep, generator)
         latents, guided, pairs = (send(x, device) for x in (latents, guided, pairs))
         timesteps = send(scheduler.timesteps, device)
         buffers = []
@@ -104,20 +104,6 @@ class Rollout:
             latents = family.scheduler_step(scheduler, driving, timestep, latents, generator)
         finish(device)  # what was fetched is there now
         return concatenate(buffers)
-
-    def check_timesteps(self, options: BufferOptions) -> None:
-        """Raise `UserError` if no step of a trajectory lies within the timesteps of `options`."""
-        noise = self.student.family.initial_latents(1, self.student.denoiser, torch.Generator())
-        self.inside(self.student.family.set_timesteps(noise, options.num_inference_steps)[0].timesteps, options)
-
-    def inside(self, timesteps: Tensor, options: BufferOptions) -> Tensor:
-        """Which of a scheduler's `timesteps` lie within those of `options`, bool. Raises `UserError` if none does."""
-        places = self.student.family.noise_schedule.training_timesteps(timesteps)
-        inside = (places >= options.min_timestep) & (places <= options.max_timestep)
-        if not inside.any():
-            there = ", ".join(str(int(t)) for t in places)
-            raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
-        return inside
 
     def _predict(self, table: PairTable, inputs: Tensor, timestep: Tensor, pairs: Tensor, teacher: bool) -> Tensor:
         """e_null, e_concept and, by the teacher where a pair has one, e_anchor, as one batch: `[2 or 3, M, ...]`."""
@@ -160,3 +146,19 @@ def _choose(trajectories: int, inside: Tensor, keep: int | None, generator: torc
         return inside.expand(trajectories, -1)
     draws = torch.rand(trajectories, len(inside), generator=generator).masked_fill(~inside, 2.0)
     return draws.argsort(dim=1).argsort(dim=1) < keep
+
+
+def check_timesteps(family: ModelFamily, options: BufferOptions) -> None:
+    """Raise `UserError` if no step of a trajectory lies within the timesteps of `options`."""
+    noise = family.initial_latents(1, family.empty_denoiser(), torch.Generator())
+    inside(family, family.set_timesteps(noise, options.num_inference_steps)[0].timesteps, options)
+
+
+def inside(family: ModelFamily, timesteps: Tensor, options: BufferOptions) -> Tensor:
+    """Which of a scheduler's `timesteps` lie within those of `options`, bool. Raises `UserError` if none does."""
+    places = family.noise_schedule.training_timesteps(timesteps)
+    chosen = (places >= options.min_timestep) & (places <= options.max_timestep)
+    if not chosen.any():
+        there = ", ".join(str(int(t)) for t in places)
+        raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
+    return chosen

@@ -27,7 +27,7 @@ from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.devices import exact, place
 from esd_peft.runtime.seeds import seed_for
 from esd_peft.training.buffer import Buffer
-from esd_peft.training.linear_edit import PromptMaps, factors, prompt_maps
+from esd_peft.training.closed_form import PromptMaps, factors, prompt_maps
 from esd_peft.training.options import StudentOptions
 
 
@@ -82,7 +82,7 @@ class Student(ABC):
 
     @abstractmethod
     def start_from(self, changes: PromptMaps) -> None:
-        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`linear_edit`).
+        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`closed_form`).
 
         To be called, with an empty dict if there is none, once weights and projections are where they are trained: it
         projects what was drawn at random too.
@@ -135,7 +135,7 @@ def make_student(
 ) -> Student:
     """Make the scope of `denoiser` trainable, in place. Raises `UserError` if the scope selects nothing.
 
-    `projections` keep layers that read the prompt off the retain set's embeddings (`linear_edit`): their change is ΔW P. A
+    `projections` keep layers that read the prompt off the retain set's embeddings (`closed_form`): their change is ΔW P. A
     LoRA's ΔW = B A takes it into A; LoHa and LoKr have no such factor and go without.
     """
     if options.adapter_type == "none":

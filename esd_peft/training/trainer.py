@@ -1,6 +1,5 @@
 """One optimizer step, and everything that changes from step to step."""
 
-import bisect
 import math
 import warnings
 from collections.abc import Mapping
@@ -11,17 +10,17 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from esd_kernels import unit_gradient
 from esd_peft.errors import UserError
 from esd_peft.memory.options import MemoryOptions
 from esd_peft.models.quantize import bitsandbytes
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import is_accelerator
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training.batches import Batch
-from esd_peft.training.esd import Loss
+from esd_peft.training.batch import Batch
+from esd_peft.training.method import Method
 from esd_peft.training.options import TrainingOptions
-from esd_peft.training.student import Student
-from esd_peft.training.work import nfe_per_sample, stage_ends, stages
+from esd_peft.training.work import nfe_per_sample
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -41,53 +40,40 @@ def restore(optimizer: torch.optim.Optimizer, schedule: LRScheduler, state: Mapp
 
 
 class Trainer:
-    """Trains `student` in place, through the stages of `training` (`work.stages`), each with an optimizer of its own."""
+    """Trains what the `method` names, in place: the same optimizer step for every learner."""
 
-    def __init__(
-        self,
-        student: Student,
-        training: TrainingOptions,
-        memory: MemoryOptions,
-        weight_decay: float,
-        profiler: PhaseProfiler,
-    ) -> None:
-        self.student, self.options, self.weight_decay, self.profiler = student, training, weight_decay, profiler
-        self.per_device_batch_size = memory.per_device_batch_size
-        self.stages = stages(training)
-        self.ends = stage_ends(training)
-        self.steps = self.ends[-1]
-        self._start_stage(self.stages[0])
+    def __init__(self, method: Method, training: TrainingOptions, memory: MemoryOptions, profiler: PhaseProfiler) -> None:
+        self.learner, self.loss, self.profiler = method.learner, method.loss, profiler
+        self.student = student = method.learner.student
+        self.per_device_batch_size, self.max_grad_norm = memory.per_device_batch_size, training.max_grad_norm
+        self.steps = training.max_train_steps
+        self.optimizer = make_optimizer(
+            training.optimizer, self.learner.parameters, training.learning_rate, method.weight_decay
+        )
+        courses = {"num_warmup_steps": training.lr_warmup_steps, "num_training_steps": self.steps}
+        self.schedule = get_scheduler(training.lr_scheduler, self.optimizer, **courses)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
-        self.nfe_per_sample = nfe_per_sample(memory.gradient_checkpointing)
+        self.nfe_per_sample = self.learner.evaluations * nfe_per_sample(memory.gradient_checkpointing)
         if memory.gradient_checkpointing:
             student.denoiser.enable_gradient_checkpointing()
         self.taken = 0  # optimizer steps
         self.losses: list[float] = []  # the mean of the steps between two readings
-        self.unread: list[tuple[Tensor, Tensor]] = []  # each step's loss and timesteps since the last reading
+        self.unread: list[tuple[Tensor, Tensor | None]] = []  # each step's loss and timesteps since the last reading
 
-    def _start_stage(self, steps: int) -> None:
-        """A new optimizer, and its learning rate's course over so many steps."""
-        options = self.options
-        self.optimizer = make_optimizer(options.optimizer, self.student.parameters, options.learning_rate, self.weight_decay)
-        courses = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": steps}
-        self.schedule = get_scheduler(options.lr_scheduler, self.optimizer, **courses)
-
-    def step(self, batch: Batch, loss_fn: Loss) -> None:
+    def step(self, batch: Batch) -> None:
         """One optimizer step on the batch, of which `per_device_batch_size` samples are on the device at a time.
 
         The loss stays on the device until `read_loss`.
         """
-        if self.taken in self.ends:
-            self._start_stage(self.stages[self.ends.index(self.taken) + 1])
         total = torch.zeros((), device=self.student.device)
         for part in batch.split(self.per_device_batch_size, distributed.share(len(batch))):
-            prediction = self.student.predict(part.inputs, part.timesteps, part.embeds)
-            loss = loss_fn(prediction, part)
-            self.scaler.scale(loss).backward()
+            loss = self.loss(self.learner.predict(part.samples, part.embeds), part)
+            loss.backward(self.scaler.scale(unit_gradient(loss)))  # the kernel knows this one, and launches nothing for it
             total += loss.detach()
         self._sum_over_processes(total)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.student.parameters, self.options.max_grad_norm)
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.learner.parameters, self.max_grad_norm)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # a skipped fp16 step is no mistake
             self.scaler.step(self.optimizer)
@@ -95,7 +81,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.student.project()
         self.schedule.step()
-        self.unread.append((total, batch.timesteps))
+        self.unread.append((total / batch.weight.mean(), batch.samples.get("timesteps")))
         self.profiler.nfe += self.nfe_per_sample * len(batch)
         self.profiler.training_samples += batch.num_concept_samples
         self.taken += 1
@@ -104,10 +90,10 @@ class Trainer:
         """Each process's share of a batch is weighted by its size already: what is left is to sum."""
         if distributed.world_size() == 1:
             return
-        for parameter in self.student.parameters:
+        for parameter in self.learner.parameters:
             if parameter.grad is None:  # its share is empty
                 parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce([loss, *(p.grad for p in self.student.parameters if p.grad is not None)])
+        distributed.all_reduce([loss, *(p.grad for p in self.learner.parameters if p.grad is not None)])
 
     def read_loss(self) -> dict[str, float]:
         """The mean since the last reading, added to `losses`. Raises `UserError` if one is not a number."""
@@ -115,9 +101,10 @@ class Trainer:
         mean = losses.mean().item()
         if not math.isfinite(mean):
             first = next(i for i, value in enumerate(losses.tolist()) if not math.isfinite(value))
-            timesteps = ", ".join(f"{t:g}" for t in self.unread[first][1].tolist())
+            timesteps = self.unread[first][1]
+            where = "" if timesteps is None else f" (timesteps {', '.join(f'{t:g}' for t in timesteps.tolist())})"
             raise UserError(
-                f"the loss is no longer a number at step {self.taken - len(losses) + first + 1} (timesteps {timesteps}); "
+                f"the loss is no longer a number at step {self.taken - len(losses) + first + 1}{where}; "
                 "lower --learning-rate or --max-grad-norm, or use --dtype float32"
             )
         self.losses.append(mean)
@@ -144,7 +131,6 @@ class Trainer:
         if not 0 < state["step"] <= self.steps:
             raise ValueError(f"step {state['step']} of {self.steps}")
         self.student.take(state["parameters"])
-        self._start_stage(self.stages[bisect.bisect_left(self.ends, state["step"])])
         if state["done"]:
             self.steps = state["step"]
         else:

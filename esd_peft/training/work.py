@@ -4,21 +4,18 @@ NFE, the number of function evaluations, counts samples that go through the deno
 All functions but `sampled` take options that `esd_peft.defaults.resolve` has filled in.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
 from esd_peft.models import ModelFamily
-from esd_peft.prompts.wordings import NEAR_WORDS, Amounts, phrases
+from esd_peft.prompts.augmentation import NEAR_WORDS, Amounts, amounts, phrases
 from esd_peft.training.options import BufferOptions, TrainingOptions
 
-SEARCH_STEPS = 60  # of an adversarial round, in which its prompts are learned side by side
-SEARCH_BATCH_SIZE = 8
-LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is another name
-SURVEY_TRAJECTORIES = 12  # of the teacher, along which it is seen at work, and the steps of each
+LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is a synonym
+PROBE_TRAJECTORIES = 12  # of the teacher probe, and the steps of each
 OWN_TRAJECTORIES = 3  # of each concept, where concepts are few
-SURVEY_STEPS = 10
-SEARCH_TRAJECTORIES = 4  # of the teacher, for each concept, along which they are learned
+PROBE_STEPS = 10
+LAST_TIMESTEP = 1000  # the default of --max-timestep
 
 
 @dataclass(frozen=True)
@@ -56,24 +53,6 @@ def buffer_shape(buffer: BufferOptions, training: TrainingOptions) -> BufferShap
     )
 
 
-def stages(training: TrainingOptions) -> list[int]:
-    """Optimizer steps before the first adversarial round and after each one (of the latter twice as many), or all steps.
-
-    Each stage has an optimizer of its own: Adam remembers the large gradients of the start for longer than a round, in which
-    it would hardly move.
-    """
-    steps, rounds = training.max_train_steps, training.robust
-    first = steps // (1 + 2 * rounds)
-    parts = [first] + [2 * first] * rounds
-    parts[-1] += steps - sum(parts)
-    return parts
-
-
-def stage_ends(training: TrainingOptions) -> list[int]:
-    """The steps after which each stage ends."""
-    return [*itertools.accumulate(stages(training))]
-
-
 def nfe_per_sample(gradient_checkpointing: bool) -> int:
     """NFE of a sample in an optimizer step: forward, backward (counted as two), and a second forward."""
     return 4 if gradient_checkpointing else 3
@@ -87,54 +66,66 @@ def sampled(buffer: BufferOptions, family: ModelFamily) -> BufferOptions:
     )
 
 
-def survey_trajectories(concepts: int) -> int:
-    """All of them."""
+def probe_trajectories(concepts: int) -> int:
+    """All of the teacher probe."""
     return concepts * own_trajectories(concepts) + other_trajectories(concepts)
 
 
-def survey_rollout(buffer: BufferOptions) -> BufferOptions:
-    """The trajectories along which the teacher is seen at work."""
-    steps = min(SURVEY_STEPS, buffer.num_inference_steps)
-    everything = {"min_timestep": 0, "max_timestep": BufferOptions.model_fields["max_timestep"].default}
-    return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, num_inference_steps=steps, **everything)
+def held_out_rollout(buffer: BufferOptions) -> BufferOptions:
+    """Trajectories that the teacher drives and that show the concept, from the first timestep to the last."""
+    return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, min_timestep=0, max_timestep=LAST_TIMESTEP)
+
+
+def probe_rollout(buffer: BufferOptions) -> BufferOptions:
+    """The teacher probe's trajectories."""
+    return held_out_rollout(buffer).replace(num_inference_steps=min(PROBE_STEPS, buffer.num_inference_steps))
 
 
 def own_trajectories(concepts: int) -> int:
-    """Of each of so many concepts: along one alone some neighbours look like other names for it."""
-    return max(2, min(OWN_TRAJECTORIES, SURVEY_TRAJECTORIES // concepts))
+    """The probe's trajectories of each of so many concepts: along one alone some neighbours look like synonyms."""
+    return max(2, min(OWN_TRAJECTORIES, PROBE_TRAJECTORIES // concepts))
 
 
 def other_trajectories(concepts: int) -> int:
-    """Of the trajectories along which the teacher is seen at work, those of other prompts than the concepts'."""
-    return max(2, SURVEY_TRAJECTORIES - concepts * own_trajectories(concepts))
+    """The probe's trajectories of other prompts than the concepts'."""
+    return max(2, PROBE_TRAJECTORIES - concepts * own_trajectories(concepts))
 
 
-def count_survey_nfe(buffer: BufferOptions, predictions: int, concepts: int, size: Amounts) -> int:
-    """NFE of `esd_peft.training.survey`, at most: where candidates are few it takes less."""
-    steps, own = survey_rollout(buffer).num_inference_steps, concepts * own_trajectories(concepts)
+def count_probe_nfe(buffer: BufferOptions, predictions: int, concepts: int, size: Amounts) -> int:
+    """NFE of the teacher probe, at most: where candidates are few it takes less."""
+    steps, own = probe_rollout(buffer).num_inference_steps, concepts * own_trajectories(concepts)
     rollouts = steps * (predictions * own + 2 * other_trajectories(concepts))
     return rollouts + own * len(LOOKED_AT) * (NEAR_WORDS + phrases(size, concepts))
 
 
-def count_augmented_nfe(training: TrainingOptions, gradient_checkpointing: bool, predictions: int) -> int:
-    """NFE of all steps with --augment-prompts: the teacher is asked in each, of what erases `predictions` times."""
-    holding = preservation_samples(training)
-    asked = predictions * (training.train_batch_size - holding) + holding
-    return training.max_train_steps * (asked + training.train_batch_size * nfe_per_sample(gradient_checkpointing))
-
-
 def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
-    """How often the buffer is filled in all."""
-    return sum(math.ceil(steps / (buffer.buffer_refresh_interval or steps)) for steps in stages(training) if steps)
+    """How often the buffer of the method `trajectories` is filled."""
+    steps = training.max_train_steps
+    return math.ceil(steps / (buffer.buffer_refresh_interval or steps)) if steps else 0
 
 
 def count_nfe(
     buffer: BufferOptions, training: TrainingOptions, gradient_checkpointing: bool, predictions: int, concepts: int
 ) -> int:
-    """NFE of a run with --objective esd, without early stopping and images; about, where steps are kept at random.
+    """NFE of a run, without early stopping and images; about, where steps are kept at random.
 
     `predictions` are the teacher's at each step of a trajectory: two, or three where a concept is mapped to something.
     """
+    sample, samples = nfe_per_sample(gradient_checkpointing), training.max_train_steps * training.train_batch_size
+    if training.method == "contrastive":
+        return samples * sample
+    if training.method == "trajectories":
+        return _count_rollout_nfe(buffer, training, predictions) + samples * sample
+    probe = count_probe_nfe(buffer, predictions, concepts, amounts(training.method))
+    if training.method == "layers":
+        return probe
+    preserving = preservation_samples(training)  # of what erases the teacher is asked `predictions` times
+    asked = predictions * (training.train_batch_size - preserving) + preserving
+    return probe + training.max_train_steps * asked + samples * sample
+
+
+def _count_rollout_nfe(buffer: BufferOptions, training: TrainingOptions, predictions: int) -> int:
+    """NFE of filling the buffer of the method `trajectories`, as often as that is done."""
     shape, steps = buffer_shape(buffer, training), buffer.num_inference_steps
     keep = min(shape.keep or steps, steps)
     # trajectories that lie side by side end with the last step that is kept of one of them, which is drawn at random
@@ -142,20 +133,16 @@ def count_nfe(
     last = steps if keep == steps else together * (steps + 1) / (together + 1)
     # a student's own two predictions up to there, and the teacher's at what is kept
     trajectory = last * predictions if buffer.rollout == "teacher" else 2 * (last - 1) + keep * predictions
-    rollouts = round(buffer_fills(buffer, training) * shape.trajectories * trajectory)
-    sample = nfe_per_sample(gradient_checkpointing)
-    searching = SEARCH_TRAJECTORIES * steps * predictions + SEARCH_STEPS * sample * SEARCH_BATCH_SIZE
-    optimizing = training.max_train_steps * training.train_batch_size * sample
-    return rollouts + optimizing + training.robust * concepts * searching
+    return round(buffer_fills(buffer, training) * shape.trajectories * trajectory)
 
 
 def count_denoiser_calls(buffer: BufferOptions, training: TrainingOptions) -> int:
     """About how often the denoiser is run, forward or forward and backward, in whatever batches."""
     steps = training.max_train_steps
-    if training.objective == "contrastive":
+    if training.method == "contrastive":
         return steps
-    if training.augment_prompts:  # and in each step the teacher
-        return 2 * steps + 2 * survey_rollout(buffer).num_inference_steps
+    if training.method != "trajectories":  # the denoiser and in each step the teacher; or the probe alone
+        return 2 * probe_rollout(buffer).num_inference_steps + (2 * steps if training.method == "denoiser" else 0)
     batches = math.ceil(buffer_shape(buffer, training).concept_trajectories / buffer.rollout_batch_size)
     of_a_step = 1 if buffer.rollout == "teacher" else 2
     return steps + buffer_fills(buffer, training) * batches * buffer.num_inference_steps * of_a_step

@@ -5,9 +5,23 @@
     d loss / d student = 2 · weight · (student − target) / (B · n)
 
 Bytes moved for a sample of n elements: student, both teacher halves and the anchor are read once, the
-gradient is written once. The eager formula writes and reads the target and the difference besides. The backward pass
-scales the gradient in place, and touches it only if there is something to scale by: that is decided on the device.
-Launches: two forward (the kernel, the sum of the programs' shares) and one backward.
+gradient is written once, in the student's dtype. The eager formula writes and reads the target and the difference besides.
+Launches: one forward, in which the last program to finish adds up the shares of all. Backward none where the incoming
+gradient is known to be one (`unit_gradient`), and otherwise one, which scales the stored gradient in place and touches it
+only if the factor is not one: that is decided on the device.
+
+Why the last program sees what the others wrote, in the terms of the memory models of PTX and of HSA. A program stores its
+share and then adds one to a counter, with acquire-release semantics at the scope of the device. One thread does both,
+because a store and an addition of a single number are its first thread's, so the addition releases the share. All
+additions to the counter form one chain, so the one that finds the counter at the number of the other programs
+synchronises with each of theirs and acquires every share. The threads that then load the shares did not add themselves:
+the result of the addition reaches them through shared memory and a barrier, which carries the order on to them. Which
+program is the last differs from run to run, but each would add the shares in the order of their numbers, so the sum has
+the same bits every run. `tests/esd_kernels/test_ahead_of_time.py` looks for all of this in the compiled code.
+
+The last program sets the counter back to zero. Nobody else reads it by then, and the next launch on the same stream begins
+after this one has ended, so it finds a zero without a launch that clears it. Launches on two streams may overlap,
+so each stream has a counter of its own (`_counter`).
 """
 
 import contextlib
@@ -18,6 +32,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
+
+from esd_kernels.unit_gradient import capturing, is_unit_gradient
 
 BLOCK = 1024  # elements a program
 # 128 threads on NVIDIA's GPUs and on AMD's, whose warps are twice as wide: a thread then has 8 elements, which are one
@@ -27,29 +44,28 @@ WARPS = 2 if torch.version.hip else 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
-# The sizes of a batch are not specialised: a batch of 1 (which would be compiled as the constant 1) and one of 16 run
-# the code of any other, instead of being compiled anew when the last batch of a run comes.
-@triton.jit(do_not_specialize=["batch", "blocks"])
+# The batch is told by the number of programs, so one of 1 or 16 runs the code of any other, instead of being compiled anew
+# when the last batch of a run comes.
+@triton.jit
 def _guided_mse_kernel(  # type: ignore[no-untyped-def]
     student_ptr,  # [B, n], prediction of the model that learns
     teacher_ptr,  # [2B, n], the null half first
-    anchor_ptr,  # [B, n], read only if HAS_ANCHOR
-    eta_ptr,  # [B] fp32, read only if HAS_ETA
-    weight_ptr,  # [B] fp32, read only if HAS_WEIGHT
-    slope_ptr,  # [B, n], d loss / d student, divided by `unit`
+    anchor_ptr,  # [B, n], or none: e_null is the anchor
+    etas_ptr,  # [B] fp32, or none: `eta` holds for the whole batch
+    weight_ptr,  # [B] fp32, or none: one for every sample
+    slope_ptr,  # [B, n], d loss / d student, divided by `_unit`
     partial_ptr,  # [B * blocks] fp32, each program's share of the loss
-    eta,  # fp32, for the whole batch unless HAS_ETA
+    loss_ptr,  # [] fp32
+    counter_ptr,  # [] int32, programs that have stored their share; zero before and after
+    eta,
     scale,  # 1 / (B * n)
-    unit,  # 1, or scale where the gradient's dtype could not hold it
-    batch,
+    slope_scale,  # 2 / (B * n), divided by `_unit`
     n,
-    blocks,
-    HAS_ANCHOR: tl.constexpr,
-    HAS_ETA: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    blocks = tl.cdiv(n, BLOCK)
+    batch = programs // blocks
     row = (program // blocks).to(tl.int64)
     column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < n
@@ -59,16 +75,27 @@ def _guided_mse_kernel(  # type: ignore[no-untyped-def]
     null = tl.load(teacher_ptr + here, mask=mask, other=0.0).to(tl.float32)
     concept = tl.load(teacher_ptr + (row + batch) * n + column, mask=mask, other=0.0).to(tl.float32)
     anchor = null
-    if HAS_ANCHOR:
+    if anchor_ptr is not None:
         anchor = tl.load(anchor_ptr + here, mask=mask, other=0.0).to(tl.float32)
-    if HAS_ETA:
-        eta = tl.load(eta_ptr + row)
+    if etas_ptr is not None:
+        eta = tl.load(etas_ptr + row)
     error = student - (anchor - eta * (concept - null))
     weighted = error
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         weighted = error * tl.load(weight_ptr + row)
-    tl.store(slope_ptr + here, (2.0 * scale / unit * weighted).to(slope_ptr.dtype.element_ty), mask=mask)
+    tl.store(slope_ptr + here, (slope_scale * weighted).to(slope_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + program, scale * tl.sum(weighted * error, axis=0))
+    # the last program adds up the shares; the module's docstring says why it sees them all
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        shares: tl.constexpr = BLOCK // 8  # at a time, in registers that the rest has taken: more at a time would take more
+        total = tl.zeros([shares], dtype=tl.float32)
+        first = 0
+        while first < programs:  # the interpreter of Triton 3.5 has no range over a number of the device's
+            share = first + tl.arange(0, shares)
+            total += tl.load(partial_ptr + share, mask=share < programs, other=0.0)
+            first += shares
+        tl.store(loss_ptr, tl.sum(total, axis=0))
+        tl.store(counter_ptr, 0)
 
 
 @triton.jit
@@ -85,38 +112,57 @@ def launch(
     student: Tensor, teacher: Tensor, eta: float, etas: Tensor | None, anchor: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Loss `[]` fp32, and its gradient divided by `_unit`; every input dense, with the batch outermost."""
-    batch, n = len(student), student[0].numel()
-    blocks = triton.cdiv(n, BLOCK)
+    batch, n = len(student), student.numel() // len(student)
+    programs = batch * -(-n // BLOCK)
     slope = torch.empty_like(student)
-    partial = torch.empty(batch * blocks, dtype=torch.float32, device=student.device)
-    with _on(student.device):
-        _guided_mse_kernel[(batch * blocks,)](
-            student,
-            teacher,
-            student if anchor is None else anchor,
-            partial if etas is None else etas,
-            partial if weight is None else weight,
-            slope,
-            partial,
-            eta,
-            1.0 / (batch * n),
-            _unit(student),
-            batch,
-            n,
-            blocks,
-            HAS_ANCHOR=anchor is not None,
-            HAS_ETA=etas is not None,
-            HAS_WEIGHT=weight is not None,
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )
-    return partial.sum(), slope  # a tree sum over a fixed order, no atomics: the same bits every run
+    partial = student.new_empty(programs, dtype=torch.float32)
+    loss = student.new_empty((), dtype=torch.float32)
+    try:
+        with _on(student.device):
+            _guided_mse_kernel[(programs,)](
+                student,
+                teacher,
+                anchor,
+                etas,
+                weight,
+                slope,
+                partial,
+                loss,
+                _counter(student.device),
+                eta,
+                1.0 / student.numel(),
+                2.0 / student.numel() / _unit(student),
+                n,
+                BLOCK=BLOCK,
+                **OPTIONS,
+            )
+    except BaseException:
+        _counters.clear()  # interpreted programs may have been stopped midway
+        raise
+    return loss, slope
 
 
 def launch_scaling(slope: Tensor, factor: Tensor, unit: float) -> None:
     """Multiply `slope` in place by `factor` `[]` fp32 and `unit`."""
     with _on(slope.device):
-        _scale_kernel[(triton.cdiv(slope.numel(), BLOCK),)](slope, factor, unit, slope.numel(), BLOCK=BLOCK, **OPTIONS)
+        _scale_kernel[(-(-slope.numel() // BLOCK),)](slope, factor, unit, slope.numel(), BLOCK=BLOCK, **OPTIONS)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counter(device: torch.device) -> Tensor:
+    """A zero, `[]` int32, that no other launch uses while this one does: of each stream its own, whose launches wait for
+    each other, and which the kernel leaves at zero.
+
+    A graph that is being captured may be replayed on any stream, so it gets counters of its own, cleared by each replay."""
+    if capturing(device):
+        return torch.zeros((), dtype=torch.int32, device=device)
+    # the interpreter runs a launch to its end before it returns, on CPU tensors or on those that a test says are elsewhere
+    key = device, 0 if triton.knobs.runtime.interpret else driver.active.get_current_stream(device.index)
+    if key not in _counters:
+        _counters[key] = torch.zeros((), dtype=torch.int32, device=device)
+    return _counters[key]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -146,8 +192,10 @@ class FusedGuidedMSE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
         (slope,) = ctx.saved_tensors
-        launch_scaling(slope, grad_loss, ctx.unit)
-        torch.autograd.graph.increment_version(slope)  # a second backward pass must not scale it again: it is refused
+        if ctx.unit != 1.0 or not is_unit_gradient(grad_loss):
+            launch_scaling(slope, grad_loss, ctx.unit)
+        # the gradient is now the caller's, who may keep it: a second backward pass, which may scale it, is refused
+        torch.autograd.graph.increment_version(slope)
         return slope, None, None, None, None, None
 
 

@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 
 HELPER = Path(__file__).parents[1] / "helpers/ahead_of_time.py"
+# The last program adds up what the others stored: the addition that counts a program releases its share, which the same
+# thread has stored, and acquires the others'. On AMD the caches are written back before it and emptied after it.
+ORDER = {
+    "cuda": ["st.global.b32 by the same", "atom.global.gpu.acq_rel.add.u32", "bar.sync"],
+    "hip": ["buffer_wbl2 sc1", "s_waitcnt vmcnt(0)", "global_atomic_add", "s_waitcnt vmcnt(0)", "buffer_inv sc1"],
+}
 LAUNCHES = 3 * 9 * 9  # dtypes, shapes, and eight combinations of options or the scaling
 # What neighbouring architectures make of a launch is alike: they share the launches among them, unless ALL_LAUNCHES=1 is
 # in the environment.
@@ -23,7 +29,7 @@ TARGETS = [
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: "-".join(map(str, target)))
-def test_compiles_into_wide_loads_without_spills_or_atomics(target, tmp_path):
+def test_compiles_into_wide_loads_without_spills_and_one_ordered_atomic(target, tmp_path):
     backend, arch, first, step = target if "ALL_LAUNCHES" not in os.environ else (*target[:2], 0, 1)
     words = [sys.executable, HELPER, backend, arch, str(first), str(step)]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
@@ -36,7 +42,8 @@ def test_compiles_into_wide_loads_without_spills_or_atomics(target, tmp_path):
     # with more than 64 of them a multiprocessor could not keep its threads full, and the kernel waits for memory
     assert max(registers) <= 64
     for row in rows:
-        assert not row["spilled"] and not row["atomics"], row
+        assert not row["spilled"], row
+        assert row["atomics"] == (ORDER[target[0]] if row["kernel"] == "guided_mse" else []), row
         halves = 1 if row["dtype"] != "fp32" else 2  # of a thread's eight elements
         tensors = 1 if row["kernel"] == "scale" else 4 if "anchor" in row["flags"] else 3
         if row["n"] % 16 == 0:

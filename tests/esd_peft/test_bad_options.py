@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 import commands
 from esd_peft.adapters.options import MergeConfig
-from esd_peft.cli import run_command
+from esd_peft.cli import read_yaml, run_command
 from esd_peft.config import EraseConfig
+from esd_peft.errors import UserError
 from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.options import groups_of
 from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
@@ -94,38 +95,66 @@ def homes(config):
     return own | {name: group for group, kind in groups.items() for name in kind.model_fields}
 
 
+def wrong(field):
+    """Values that a field of a JSON schema does not take, by its bounds, its choices or its type."""
+    kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+    if len(kinds) > 1 or not {"enum", "minimum", "exclusiveMinimum", "type"} & {*kinds[0]}:
+        return []
+    (kind,) = kinds
+    found = [str(kind["minimum"] - 1)] if "minimum" in kind else []
+    found += [str(kind["exclusiveMinimum"])] if "exclusiveMinimum" in kind else []
+    found += [str(kind["maximum"] + 1)] if "maximum" in kind else []
+    found += [str(kind["exclusiveMaximum"])] if "exclusiveMaximum" in kind else []
+    of_types = {"integer": ["few", "2.5", "nan"], "number": ["few", "nan", "inf"], "boolean": ["perhaps"]}
+    return found + ["neither"] * ("enum" in kind) + of_types.get(kind.get("type"), [])
+
+
+def out_of_bounds(config):
+    """The options that say which values they take, each with some that it does not."""
+    fields = {}
+    for kind in (config, *groups_of(config).values()):
+        fields |= kind.model_json_schema()["properties"]
+    return {name: values for name in homes(config) if (values := wrong(fields[name]))}
+
+
+REQUIRED = {
+    "erase": {"concept": "circle"},
+    "merge_adapter": {"adapter": "nowhere", "output": "out"},
+    "evaluate": {"erased": "nowhere"},
+    "study make": {"condition": ["nowhere"], "question": "Round?"},
+    "study analyse": {"answers": ["nowhere"], "key": "nowhere"},
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_tables_leave_no_option_out(command):
+def test_values_that_an_option_does_not_take(command):
+    """Here by their sentences alone; the tables have one of each kind as a command line."""
+    for name, values in out_of_bounds(COMMANDS[command]).items():
+        for value in values:
+            with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: .*{re.escape(value)}") as error:
+                COMMANDS[command](**REQUIRED[command] | {name: value})
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_is_left_out(command):
     tried = {word.partition("=")[0] for line, _ in TABLES[command] for word in line.split()}
+    tried |= {"--" + name.replace("_", "-") for name in out_of_bounds(COMMANDS[command])}
     options = {"--" + name.replace("_", "-") for name in homes(COMMANDS[command])}
     assert options <= tried, options - tried
 
 
-YAML = [
-    (command, name, group)
-    for command, config in COMMANDS.items()
-    for name, home in homes(config).items()
-    for group in dict.fromkeys([None, home])
-]
-
-
-@pytest.mark.parametrize(("command", "name", "group"), YAML)
-@pytest.mark.parametrize("value", [{"a": ["map"]}, [[1, None]]], ids=["map", "list"])
-def test_every_field_of_the_yaml(command, name, group, value, tmp_path, monkeypatch, capsys):
-    """Alone and, where it is in one, in its group."""
-    required = {
-        "erase": {"concept": "circle"},
-        "merge_adapter": {"adapter": "nowhere", "output": "out"},
-        "evaluate": {"erased": "nowhere"},
-        "study make": {"condition": "nowhere", "question": "Round?"},
-        "study analyse": {"answers": "nowhere"},
-    }
-    values = {key: known for key, known in required[command].items() if key != name}
-    values |= {name: value} if group is None else {group: {name: value}}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.chdir(tmp_path)
-    sentence = refused(command, ["--config", "job.yaml"], tmp_path, monkeypatch, capsys)
-    assert f"job.yaml: --{name.replace('_', '-')}" in sentence
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_field_of_the_yaml(command, tmp_path):
+    """Given a map, and a list in a list; alone and, where it is in one, in its group."""
+    path, config = tmp_path / "job.yaml", COMMANDS[command]
+    for name, home in homes(config).items():
+        for value in ({"a": ["map"]}, [[1, None]]):
+            for values in ({name: value}, {home: {name: value}} if home else {name: value}):
+                path.write_text(yaml.safe_dump(values))
+                with pytest.raises(UserError, match=f"job.yaml: --{name.replace('_', '-')}") as error:
+                    read_yaml(path, config)
+                assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

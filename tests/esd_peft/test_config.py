@@ -6,7 +6,7 @@ from esd_peft.adapters.options import MergeConfig
 from esd_peft.cli import parse
 from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
-from esd_peft.options import groups_of
+from esd_peft.options import groups_of, readers
 from esd_peft.prompts.options import Concept
 
 
@@ -71,9 +71,12 @@ def test_an_option_given_alone_and_in_its_group_is_refused(tmp_path, twice):
 def test_flat_has_every_option_by_its_name():
     config = EraseConfig(concept=["circle", {"name": "red", "weight": 2}], rank=4, output="somewhere")
     flat = config.flat()
-    assert set(flat) == {name for group in groups_of(EraseConfig).values() for name in group.model_fields}
+    fields = {name: field for group in groups_of(EraseConfig).values() for name, field in group.model_fields.items()}
+    assert set(flat) == {name for name, field in fields.items() if not readers(field)}
     assert flat["concept"] == ["circle", {"name": "red", "weight": 2.0}]
     assert (flat["rank"], flat["output"], flat["learning_rate"], flat["seed"]) == (4, "somewhere", None, 0)
+    with_eta = EraseConfig(concept="circle", negative_guidance=2.0).flat()
+    assert with_eta.keys() - flat.keys() == {"negative_guidance"}, "what some methods do not read is there if it is given"
     assert EraseConfig(**flat) == config
 
 
@@ -89,9 +92,19 @@ def test_replace_changes_options_wherever_they_are():
     assert config.student.replace(rank=4) == changed.student
 
 
-def test_help_shows_the_groups(capsys):
+def test_help_shows_what_most_people_need(capsys):
     with pytest.raises(SystemExit) as stop:
-        erase("--help")
+        erase("--help", "--concept", "circle")
+    shown = capsys.readouterr().out
+    assert not stop.value.code and "--help-all shows all options" in shown
+    flags = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
+    assert flags == ["--" + name.replace("_", "-") for name in EraseConfig.usual] and len(flags) < 10
+    assert "How the target is learned (layers, denoiser, trajectories or contrastive)" in " ".join(shown.split())
+
+
+def test_help_all_shows_the_groups(capsys):
+    with pytest.raises(SystemExit) as stop:
+        erase("--help-all")
     assert not stop.value.code
     shown: dict[str, list[str]] = {"": []}  # by heading
     for line in capsys.readouterr().out.splitlines():
@@ -140,16 +153,11 @@ def test_print_config_prints_what_config_reads(tmp_path, capsys):
         (["--concept", "circle", "--preservation-trajectories", "3"], "--preservation-trajectories needs"),
         (["--concept", "circle", "--preservation-ratio", "0.5", "--train-batch-size", "1"], "--preservation-ratio needs"),
         (["--concept", "circle", "--lr-scheduler", "constant", "--lr-warmup-steps", "3"], "--lr-warmup-steps needs"),
-        (["--concept", "circle", "--concept", "red", "--objective", "contrastive", "--reference", "x"], "--reference"),
         (
-            ["--concept", "circle", "--objective", "contrastive", "--negative-guidance", "1"],
-            "--negative-guidance works with --objective esd only",
+            ["--concept", "circle", "--concept", "red", "--method", "contrastive", "--reference", "x"],
+            "--reference shows one",
         ),
-        (
-            ["--concept", "circle", "--objective", "contrastive", "--preservation-ratio", "0.5"],
-            "--preservation-ratio works with",
-        ),
-        (["--concept", "circle", "--reference", "here"], "--reference works with --objective contrastive only"),
+        (["--concept", "circle", "--method", "distil"], "--method"),
         (["--concept", "circle", "--learning-rate", "0"], "--learning-rate"),
         (["--concept", "circle", "--optimizer", "SGD"], "--optimizer"),
         (["--concept", "circle", "--dtype", "float8"], "--dtype"),
@@ -178,7 +186,6 @@ def test_bad_options_name_the_option_in_one_sentence(argv, names):
         ("concept: [{name: circle, eta: 2}]\n", "--concept eta is not an option"),
         ("concept: [{negative_guidance: 2}]\n", "--concept name is missing"),
         ("concept: [{name: circle, weight: -1}]\n", "--concept weight"),
-        ("concept: [{name: circle, weight: 2}]\nobjective: contrastive\n", "--weight works with --objective esd only"),
         ("concept: circle\nstudent: {rnak: 3}\n", "did you mean rank"),
         ("concept: circle\nstudent: {seed: 3}\n", "unknown option seed"),
         ("concept: circle\nstudnet: {rank: 3}\n", "unknown option studnet; did you mean student"),

@@ -15,12 +15,12 @@ def said(model):
     return "\n".join(examine(DoctorConfig(model=str(model))))
 
 
-def test_an_embedded_pipeline_is_erased_from_layer_by_layer_or_along_trajectories():
+def test_the_method_is_the_one_that_suits_the_pipeline():
     text = said("emoji")
     assert f"torch {torch.__version__}" in text and "bitsandbytes" in text
     assert "the embedded emoji pipeline: StableDiffusion" in text and "of 6.9 M parameters" in text
-    assert "layer by layer: --attention-steps 800, --scope esd-x-ff" in text
-    assert "along trajectories: --max-train-steps 40, --scope esd-x-strict" in said("shapes")
+    assert "--method layers --max-train-steps 800 --scope esd-x-ff" in text
+    assert "--method trajectories --max-train-steps 40 --scope esd-x-strict" in said("shapes")
 
 
 def test_what_fits_which_card_and_what_does_not(tmp_path, monkeypatch):

@@ -235,7 +235,7 @@ def test_prompts_csv(folder, suite, content):
 def test_prompt_file(folder, content):
     path = folder / "prompts.txt"
     path.write_bytes(content)
-    read(folder, lambda: plan_prompts(PromptOptions(concept="circle", preserve_file=path), WORLDS["shapes"], robust=False))
+    read(folder, lambda: plan_prompts(PromptOptions(concept="circle", preserve_file=path), WORLDS["shapes"]))
 
 
 LORA = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["to_k"]}
@@ -369,7 +369,7 @@ def checkpoint(folder):
     """A checkpoint as a run leaves it: its config, and its state's bytes."""
     config = EraseConfig(concept="circle", output=folder / "out", overwrite=True)
     checkpoints = Checkpoints(config.checkpoint, config.flat(), {"unet": "0"})
-    state = {"weights": {1: torch.ones(2)}, "seed": 4, "sampler": {"before": torch.ones(2)}}
+    state = {"weights": {1: torch.ones(2)}, "seed": 4, "source": {"before": torch.ones(2)}}
     checkpoints.save(3, state, {"inputs": torch.ones(2)})
     return config.replace(overwrite=False, resume=True), (checkpoints.folder / "step-00000003.safetensors")
 
@@ -393,7 +393,7 @@ def test_checkpoint(folder, checkpoint, data):
         "base": {"unet": "0"},
         "buffer": None,
         "made_with": {},
-        "state": {"pairs": [[1, {"tensor": "00000"}]]},
+        "state": {"pairs": [["source", {"tensor": "00000"}]]},
     }
     values = maps("config", "base", "buffer", "made_with", "state", "pairs", "tensor").map(good.__or__) | VALUES
     whole = sealed(folder / "sealed.safetensors", good)

@@ -13,7 +13,7 @@ LAYERS = [
     {"io"},
     {"options"},  # every room's options.py too
     {"runtime"},
-    {"cli"},
+    {"cli", "renamed"},
     {"worlds", "presets"},
     {"models"},
     {"prompts"},

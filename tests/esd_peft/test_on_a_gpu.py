@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from esd_peft import EraseConfig, erase
@@ -19,8 +18,6 @@ import json, sys
 from emulated_cuda import emulated_cuda  # before PyTorch
 answers, sys.stdout = sys.stdout, sys.stderr
 from esd_peft import EraseConfig, erase
-from esd_peft.training import adversarial
-adversarial.SEARCH_STEPS = adversarial.WORDS = adversarial.SEARCH_TRAJECTORIES = 1  # enough for every kind of operation
 with emulated_cuda():
     for line in sys.stdin:
         print(json.dumps(erase(EraseConfig(**json.loads(line)))["loss"]), file=answers, flush=True)
@@ -71,25 +68,25 @@ def test_as_on_the_cpu(small_sd, tmp_path, erase_there, options):
     first, second = (load_file(tmp_path / place / f"{name}.safetensors") for place in ("cpu", "gpu"))
     assert first.keys() == second.keys()
     for key, value in first.items() if exact else ():  # in few bits the singular vectors they start from are others
-        # Adam's two steps are as large as the learning rate, whichever way rounding turns them
-        torch.testing.assert_close(second[key], value, rtol=0, atol=5 * QUICK["learning_rate"])
-
-
-def test_robust(tmp_path, erase_there):
-    assert erase_there({"robust": 1, "max_train_steps": 3, "dtype": "bfloat16"}, tmp_path / "gpu")["last"] > 0
+        # rounding turns these a little, and Adam's steps for values without a gradient: a few hundredths of a tensor
+        assert (second[key] - value).norm() < 0.1 * value.norm(), key
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": "float16", "offload": True, "gradient_checkpointing": True},
-        {"dtype": "bfloat16", "adapter_type": "none", "map_to": "square"},
+        {"method": "layers", "dtype": "float16", "offload": True, "gradient_checkpointing": True},
+        {"method": "layers", "dtype": "bfloat16", "adapter_type": "none", "map_to": "square"},
+        {"method": "layers", "dtype": "float32", "per_device_batch_size": 1, "unprompted_guidance": 1.0},
+        {"method": "denoiser", "dtype": "float16", "per_device_batch_size": 2, "snr_gamma": 5.0},
+        {"method": "denoiser", "dtype": "bfloat16", "map_to": "square", "stop_at": None},
+        {"method": "contrastive", "dtype": "bfloat16", "num_inference_steps": None},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
-def test_cross_attention(tmp_path, erase_there, options):
-    given = options | {"attention_steps": 1, "max_train_steps": 1, "scope": "esd-x-ff"}
-    assert 0 < erase_there(given, tmp_path / "gpu")["first"] < 10
+def test_other_methods(tmp_path, erase_there, options):
+    given = {"trajectories": None, "max_train_steps": 1, "model": "shapes"} | options
+    assert 0 < erase_there(given, tmp_path / "gpu")["first"] < 100
 
 
 def test_images(tmp_path, erase_there):

@@ -90,7 +90,7 @@ def launches(first: int, step: int):
 
 
 def measure(kernel) -> dict:
-    """Registers, spills, and the kinds of memory access of a compiled kernel."""
+    """Registers, spills, the kinds of memory access of a compiled kernel, and what its atomics order (`atomics`)."""
     return _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel.asm["amdgcn"])
 
 
@@ -105,11 +105,23 @@ def _nvidia(kernel) -> dict:
     return {
         "registers": int(registers),
         "spilled": int(stack) + int(local) + sum(c for op, c in found.items() if op.startswith(("LDL", "STL"))),
-        "atomics": sum(c for op, c in found.items() if op.startswith(("RED", "ATOM"))),
+        "atomics": _nvidia_atomics(kernel.asm["ptx"]),
         "wide": sum(c for op, c in found.items() if op.startswith("LDG") and ".128" in op),
         "loads": sum(c for op, c in found.items() if op.startswith("LDG")),
         "wide_stores": sum(c for op, c in found.items() if op.startswith("STG") and ".128" in op),
     }
+
+
+def _nvidia_atomics(code: str) -> list[str]:
+    """Each atomic in the PTX between the store before it and what comes after it, those that the same threads execute marked
+    alike; and loads that a cache may answer without asking what others have written."""
+    access = re.findall(r"(?:(@%p\d+) )?\b((?:st\.global|ld\.global|atom|red|bar\.sync)[\w.]*)", code)
+    found = [op for _, op in access if op.startswith("ld.global.nc")]
+    for i, (threads, op) in enumerate(access):
+        if op.startswith(("atom", "red")):
+            store = next(before for before in reversed(access[:i]) if before[1].startswith("st.global"))
+            found += [f"{store[1]} by {'the same' if store[0] == threads else 'others'}", op, access[i + 1][1]]
+    return found
 
 
 def _amd(code: str) -> dict:
@@ -118,11 +130,13 @@ def _amd(code: str) -> dict:
     def count(*parts: str) -> int:
         return sum(c for op, c in found.items() if all(part in op for part in parts))
 
+    waiting = re.escape("s_waitcnt vmcnt(0)")
     spills = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", code)
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", code).group(1)),
         "spilled": sum(map(int, spills)) + count("scratch"),
-        "atomics": count("atomic"),
+        # with what writes the caches back before them, is waited for, and empties the caches after them
+        "atomics": re.findall(rf"\w+_atomic_\w+|buffer_(?:wbl2|inv) \w+|{waiting}(?=\s+(?:\w+_atomic|buffer_inv))", code),
         "wide": count("load", "x4"),
         "loads": count("load"),
         "wide_stores": count("store", "x4"),

@@ -8,10 +8,15 @@ import torch
 from esd_peft import EraseConfig
 from esd_peft.defaults import resolve
 from esd_peft.models import ModelFamily, open_family
+from esd_peft.models.text_encoding import TextEncoder
+from esd_peft.prompts import augmentation
+from esd_peft.prompts.augmentation import PromptTable
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.prompts.table import PairTable, make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.buffer import Buffer
+from esd_peft.training.method import Materials, Method, make_method
+from esd_peft.training.options import BY_PROMPTS
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, make_student
 
@@ -19,17 +24,34 @@ CPU = torch.device("cpu")
 # an erasure that takes a moment, and erases nothing
 SHORTEST = {"num_inference_steps": 2, "trajectories": 1, "max_train_steps": 1, "rank": 2, "device": "cpu",
             "num_validation_images": 0}  # fmt: skip
-# nothing is trained but cross-attention, layer by layer, which has no trajectories to choose
-OF_LAYERS = {name: value for name, value in SHORTEST.items() if name != "trajectories"} | {"max_train_steps": 0}
+METHODS = ("layers", "denoiser", "trajectories", "contrastive")
+_UNREAD = {"trajectories": (), "contrastive": ("trajectories", "num_inference_steps")}
+
+
+def read_by(method: str, options: dict[str, object]) -> dict[str, object]:
+    """Those of the options that the method reads, and the method."""
+    unread = _UNREAD.get(method, ("trajectories",))
+    return {name: value for name, value in options.items() if name not in unread} | {"method": method}
+
+
+def shortest(method: str, **options: object) -> dict[str, object]:
+    """The options of an erasure by that method which takes a moment."""
+    return read_by(method, SHORTEST) | options
 
 
 @dataclass
-class Run:
-    """On the CPU, in fp32. The student's adapter is as it is drawn: it changes nothing yet."""
+class Unloaded:
+    """A run before any weights are read."""
 
     config: EraseConfig  # resolved
     prompts: PromptPlan
     family: ModelFamily
+
+
+@dataclass
+class Run(Unloaded):
+    """On the CPU, in fp32. The student's adapter is as it is drawn: it changes nothing yet."""
+
     table: PairTable
     student: Student
     rollout: Rollout
@@ -40,13 +62,34 @@ class Run:
         return self.rollout.collect(self.table, rows, self.config.buffer, generator, keep, progress=False)
 
 
-def prepare(model: Path, **options: object) -> Run:
+def prepare(model: Path | str, **options: object) -> Run:
     """The run of these options, which are named as on the command line."""
     family = open_family(str(model))
     config, prompts = resolve(EraseConfig(model=str(model), device="cpu", **options), family)
     table = make_table(prompts, family.encode(prompts.texts, CPU, torch.float32))
     student = make_student(family, family.load_denoiser(torch.float32), config.student, CPU, torch.float32)
     return Run(config, prompts, family, table, student, Rollout(student, PhaseProfiler(CPU)))
+
+
+_TABLES: dict[str, PromptTable] = {}
+
+
+def prompt_table(run: Unloaded) -> PromptTable:
+    """The many prompts of a run, encoded once for all runs that ask for the same; nobody changes them."""
+    size = augmentation.amounts(run.config.training.method)
+    asked = (size, augmentation.WORDS, augmentation.NEAR_WORDS, augmentation._nearest)
+    key = f"{run.family.path} {run.prompts} {asked}"
+    if key not in _TABLES:
+        with TextEncoder(run.family, CPU, torch.float32) as encoder:
+            _TABLES[key] = augmentation.augment_prompts(encoder, run.prompts, run.config.training.seed, size)
+    return _TABLES[key]
+
+
+def method_of(run: Run) -> Method:
+    """What learns in a run, and from what."""
+    table = prompt_table(run) if run.config.training.method in BY_PROMPTS else None
+    config, concepts = run.config, run.prompts.concepts
+    return make_method(Materials(run.rollout, run.table, table, concepts, config.buffer, config.training))
 
 
 STEPS, GUIDANCE, ETA = 6, 3.0, 1.5

@@ -33,7 +33,7 @@ def test_benchmarks_compare_with_the_recipes(monkeypatch):
             differs = {option for option in options | recipe if options.get(option) != recipe.get(option)}
             assert differs <= {"learning_rate", "max_train_steps"}
     attacks = importlib.import_module("attacks")
-    assert attacks.METHODS["--augment-prompts True"] == methods.recipe("robust")
+    assert attacks.METHODS["--method denoiser"] == methods.recipe("robust")
 
 
 def test_what_the_peers_take_a_step():

@@ -5,13 +5,15 @@ import torch
 from esd_peft.evaluation.image_cache import ImageMemory
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.models import open_family
+from esd_peft.models.text_encoding import TextEncoder
 from esd_peft.prompts.options import PromptOptions
 from esd_peft.worlds.shapes import world
 
 
 def sampler(*concepts, seeds=1):
     named = PromptOptions(concept=[*concepts]).concept_names
-    return ValidationSampler(open_family("shapes"), named, seeds, 12, 0, torch.device("cpu"), torch.float32)
+    with TextEncoder(open_family("shapes"), torch.device("cpu"), torch.float32) as encoder:
+        return ValidationSampler(encoder, named, seeds, 12, 0)
 
 
 def test_rates_count_what_is_prompted():

@@ -38,7 +38,7 @@ def key(path):
 OPTIONS = {
     "--config": (lambda path: parse(EraseConfig, "erase", ["--config", str(path)]), "concept: circle\n"),
     "--preserve-file": (
-        lambda path: plan_prompts(PromptOptions(concept="circle", preserve_file=path), None, robust=False),
+        lambda path: plan_prompts(PromptOptions(concept="circle", preserve_file=path), None),
         "# mine\na red square\na star\n",
     ),
     "--attack-prompts": (lambda path: Prompts(path).templates, "# mine\na {}\n"),

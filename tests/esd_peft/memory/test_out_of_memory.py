@@ -155,7 +155,7 @@ def way_down(model, phase, **options):
 
 ALONE = [(1, 12, True, base) for base in ("none", "nf4", "offload")]
 LIGHT = [(False, "nf4"), (True, "offload")]
-CONTRASTIVE = {"objective": "contrastive", "num_inference_steps": None, "trajectories": None, "train_batch_size": None}
+CONTRASTIVE = {"method": "contrastive", "num_inference_steps": None, "trajectories": None, "train_batch_size": None}
 
 
 @pytest.mark.parametrize(

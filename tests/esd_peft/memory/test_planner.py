@@ -11,6 +11,7 @@ from esd_peft.memory.planner import MemoryEstimator, fit, make_plan
 from esd_peft.models import open_family
 from esd_peft.options import parse_bytes
 from esd_peft.runtime.devices import usable_memory
+from esd_peft.training.learners import POSITIONS, CrossAttention
 from esd_peft.training.student import make_student
 from families import draw_small, save_family
 from pipelines import small_stable_diffusion
@@ -100,21 +101,66 @@ def test_a_budget_leaves_what_the_config_sets_itself(small_sd):
         planned(EraseConfig(concept="circle", model=str(small_sd), device="cpu", **options))
 
 
-@pytest.mark.parametrize("options", [{}, {"robust": 1, "max_train_steps": 3}])
-def test_nfe_and_buffer_are_those_of_the_run(small_sd, tmp_path, options):
-    config = EraseConfig(
-        concept="circle",
-        model=str(small_sd),
-        output=tmp_path / "out",
-        device="cpu",
-        num_validation_images=0,
-        num_inference_steps=3,
-        trajectories=5,
-        preserve="a square",
-        **{"max_train_steps": 2} | options,
-    )
-    result = erase(config)
-    assert planned(config).nfe == result["nfe"]
+def of_a_run(model, output, **options):
+    """A short run's config."""
+    short = {"num_validation_images": 0, "num_inference_steps": 3, "max_train_steps": 2, "preserve": "a square"}
+    return EraseConfig(concept="circle", model=str(model), output=output, device="cpu", **short | options)
+
+
+def test_nfe_is_that_of_the_run(small_sd, tmp_path):
+    config = of_a_run(small_sd, tmp_path / "out", trajectories=5)
+    assert planned(config).nfe == erase(config)["nfe"]
+
+
+@pytest.mark.parametrize("method", ["layers", "denoiser"])
+def test_nfe_of_the_methods_with_many_prompts_is_what_the_run_takes_at_most(tmp_path, method):
+    """Synonyms are sought among as many candidates as there are, and a candidate that is like nothing is left early."""
+    config = of_a_run("shapes", tmp_path / "out", method=method)
+    most, taken = planned(config).nfe, erase(config)["nfe"]
+    assert 0.4 * most < taken <= most
+
+
+def test_a_step_of_layers_takes_what_its_micro_batch_does(small_sd):
+    """Cross-attention learns at hidden states, in micro-batches like the denoiser, and in much less than that."""
+
+    def phases(**options):
+        given = EraseConfig(concept="circle", model="emoji", device="cpu", **options)
+        return planned(given).phases
+
+    whole, few, one = (phases(method="layers", per_device_batch_size=size) for size in (32, 4, 1))
+    assert whole["train"] > few["train"] > one["train"]
+    assert (whole["train"] - one["train"]) / (few["train"] - one["train"]) == pytest.approx(31 / 3, rel=1e-3)
+    assert {*whole.items()} - {*few.items()} == {("train", whole["train"])}, "nothing else depends on it"
+    denoiser = phases(method="denoiser", train_batch_size=32)
+    assert whole["train"] < denoiser["train"]
+
+
+def test_a_budget_leads_layers_to_micro_batches():
+    options = {"concept": "circle", "model": "emoji", "method": "layers", "train_batch_size": 256}
+    given, config, _, sizes = estimate(**options)
+    free = fit(sizes, given, config, 2**40)
+    assert free.config == config and free.largest == "train"
+    tight = fit(sizes, given, config, int(free.peak * 0.75))
+    memory = tight.config.memory
+    assert tight.peak <= 0.75 * free.peak and memory.quantize == "none" and not memory.gradient_checkpointing
+    assert 256 % memory.per_device_batch_size == 0 and memory.per_device_batch_size < 256
+
+
+def test_predicted_and_allocated_memory_of_a_step_of_layers():
+    _, config, family, sizes = estimate(concept="fox", model="emoji", method="layers")
+    student = make_student(family, family.load_denoiser(torch.float32), config.student, CPU, torch.float32)
+    learner, count = CrossAttention(student), 8
+    embeds = family.encode(["a fox"] * count, CPU, torch.float32)
+    hidden = {name: torch.randn(count, POSITIONS, layer.width) for name, layer in learner.layers.items()}
+
+    def train():
+        sum(output.square().mean() for output in learner.predict(hidden, embeds).values()).backward()
+        for parameter in student.parameters:
+            parameter.grad = None
+
+    line, taken = sizes.attending(), allocated(train)
+    # the tensors without values keep attention's probabilities, which the CPU's attention does not
+    assert taken <= line[0] + (count - 1) * (line[1] - line[0]) <= 1.5 * taken
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from esd_peft.worlds import WORLDS
 
 def plan(**options):
     """For a model that draws the world of shapes."""
-    return plan_prompts(PromptOptions(**options), WORLDS["shapes"], robust=False)
+    return plan_prompts(PromptOptions(**options), WORLDS["shapes"])
 
 
 def natural_plan(**options):
     """For a model that draws anything."""
-    return plan_prompts(PromptOptions(**options), None, robust=False)
+    return plan_prompts(PromptOptions(**options), None)
 
 
 def test_a_concept_in_the_papers_template():
@@ -132,7 +132,7 @@ def test_preserve_files_that_do_not_work(tmp_path):
 
 
 def test_prompts_that_are_cut_short_teach_nothing_and_hold_nothing():
-    plan = plan_prompts(PromptOptions(concept="van gogh", preserve=["a " * 9 + "dog"]), None, robust=False)
+    plan = plan_prompts(PromptOptions(concept="van gogh", preserve=["a " * 9 + "dog"]), None)
     short = plan.read_by(lambda texts: [text for text in texts if len(text.split()) <= 5])
     assert short.concept_pairs[0][0] == plan.concept_pairs[0][0], "the plain pair"
     assert 1 < len(short.concept_pairs[0]) < len(plan.concept_pairs[0])

@@ -15,7 +15,7 @@ from esd_peft.prompts.table import check_told_apart
 )
 def test_concepts_are_told_from_what_stands_there_without_them(value, says):
     """Masks differ by length, which says nothing of the words."""
-    plan = plan_prompts(PromptOptions(concept=["circle", "star"]), None, robust=False)
+    plan = plan_prompts(PromptOptions(concept=["circle", "star"]), None)
     draws = torch.Generator().manual_seed(0)
     embeds = {"encoder_hidden_states": torch.randn(len(plan.texts), 4, 8, generator=draws)}
     embeds[MASK] = torch.eye(len(plan.texts), 4)

@@ -38,6 +38,8 @@ def test_a_driver_that_refuses_extending_is_one_sentence_that_names_the_variable
     def allocate():
         raise RuntimeError("CUDA driver error: unknown error")
 
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # commands of other tests have set one
+        monkeypatch.delenv(known, raising=False)
     monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
     with pytest.raises(SystemExit) as end:
         run_command(allocate)

@@ -1,6 +1,7 @@
 """Signals act within a step of whatever runs, and leave what is finished."""
 
 import importlib
+import json
 import signal
 import sys
 
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 from esd_peft import EraseConfig, erase
 from esd_peft.cli import run_command
 from esd_peft.runtime import distributed, interrupts
-from esd_peft.training.adversarial import AdversarialSampler
 from esd_peft.training.rollout import Rollout
+from esd_peft.training.student import Student
 
 QUICK = {"concept": "circle", "device": "cpu", "num_inference_steps": 8, "trajectories": 1, "rank": 2,
          "num_validation_images": 0}  # fmt: skip
@@ -78,20 +79,25 @@ def test_a_filling_of_the_buffer_ends_at_its_step_and_resumes_with_the_same_bits
         erase(config)
     assert sum(after) <= 2  # the rest of the same denoising step
     monkeypatch.undo()
-    erase(config.replace(resume=True))
+    resumed = erase(config.replace(resume=True))
     first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "out")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    whole = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert resumed["nfe"] == whole["nfe"], "what was broken off is not counted twice"
 
 
-def test_a_search_for_words_ends_at_its_step(tmp_path, signalled, monkeypatch):
+@pytest.mark.parametrize("method", ["layers", "denoiser"])
+def test_a_search_for_synonyms_ends_with_the_trajectory_at_hand_and_keeps_nothing(tmp_path, signalled, monkeypatch, method):
     searching = []
-    find = AdversarialSampler._find
-    monkeypatch.setattr(AdversarialSampler, "_find", lambda *args: searching.append(1) or find(*args))
-    after = signalled(signal.SIGTERM, lambda: searching and torch.is_grad_enabled())
-    with pytest.raises(KeyboardInterrupt, match="after step 1 of 3; --resume goes on from there"):
-        erase(EraseConfig(output=tmp_path / "out", **QUICK | {"robust": 1, "max_train_steps": 3, "num_inference_steps": 2}))
-    assert sum(after) <= 1
-    assert [path.name for path in (tmp_path / "out.checkpoint").glob("step-*")] == ["step-00000001.safetensors"]
+    ask = Student.predict_each
+    monkeypatch.setattr(Student, "predict_each", lambda *args: searching.append(1) or ask(*args))
+    after = signalled(signal.SIGTERM, lambda: searching)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        options = {"method": method, "max_train_steps": 3, "num_inference_steps": 2, "trajectories": None}
+        erase(EraseConfig(output=tmp_path / "out", **QUICK | options))
+    assert "step" not in str(stop.value) and after
+    assert len(searching) == 2, "all candidates, at two places of a trajectory"
+    assert not [*tmp_path.glob("out*")]
 
 
 def test_before_the_first_step_there_is_nothing_to_keep(small_sd, tmp_path, signalled):

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,25 +9,32 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import commands
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.io.marks import MARK
 from esd_peft.io.outputs import new_directory
-from esd_peft.prompts import wordings
-from esd_peft.training import adversarial as robust
-from esd_peft.training import contrastive
 from esd_peft.training.checkpoint import Checkpoints, _digest, _read, fitting
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.student import _AdapterStudent
 from esd_peft.training.trainer import Trainer
+from runs import read_by
 
 QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 2,
          "device": "cpu", "num_validation_images": 0}  # fmt: skip
 
 
-def config(model, output, **options):
-    return EraseConfig(concept="circle", model=str(model), output=output, **(QUICK | options))
+BY_METHOD = {"layers": {"rank": 2}, "denoiser": {"rank": 2}, "contrastive": {"rank": 2, "learning_rate": 1e-3}}
+SAME = ("loss", "direction_left", "training_samples", "synonyms", "diagnosis", "nfe", "trained_parameters")
+
+
+@pytest.fixture(autouse=True)
+def quick(few, eager):
+    """Few prompts and images, and the plain loss."""
+
+
+def config(model, output, method="trajectories", **options):
+    given = read_by(method, QUICK) | BY_METHOD.get(method, {}) | options
+    return EraseConfig(concept="circle", model=str(model), output=output, **given)
 
 
 class Stop(Exception):
@@ -62,12 +66,13 @@ VARIANTS = [
     {"buffer_refresh_interval": 2, "preserve": ["a square", "a star"]},
     {"optimizer": "AdamW8bit", "adapter_type": "none", "scope": "esd-x", "learning_rate": 1e-3},
     {"dtype": "bfloat16", "stop_at": -0.99, "lr_scheduler": "linear", "lr_warmup_steps": 2},
-    {"objective": "contrastive", "num_inference_steps": None, "trajectories": None, "learning_rate": 1e-3},
-    {"robust": 1},
-    {"robust": 1, "buffer_refresh_interval": 2},
-    {"augment_prompts": True, "map_to": "a star", "rank": 2},
+    {"method": "contrastive"},
+    {"method": "denoiser", "map_to": "a star", "snr_gamma": 5.0},
+    {"method": "denoiser", "stop_at": -0.99, "preserve": "a square", "unprompted_guidance": 2.0},
+    {"method": "layers", "map_to": "a star"},
+    {"method": "layers", "stop_at": -0.99, "preserve": "a square", "unprompted_guidance": 2.0},
+    {"method": "layers", "optimizer": "AdamW8bit", "adapter_type": "none", "rank": None, "dtype": "bfloat16"},
 ]
-FEW = replace(wordings.FEW_PROMPTS, alone=8, near=8, contexts=8, fewest=8, held=8, phrases=16)
 
 
 def adapter(folder):
@@ -93,13 +98,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("step", "options"), [(2, {}), (7, {}), (4, VARIANTS[1]), (3, {"robust": 1}), *((5, options) for options in VARIANTS)]
+    ("step", "options"), [(2, {}), (7, {}), (4, VARIANTS[1]), (3, VARIANTS[8]), *((5, options) for options in VARIANTS)]
 )
 def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, request, options, step):
-    monkeypatch.setattr(robust, "SEARCH_STEPS", 2)
-    monkeypatch.setattr(robust, "WORDS", 2)
-    monkeypatch.setattr(contrastive, "IMAGES", 4)
-    monkeypatch.setattr(wordings, "FEW_PROMPTS", FEW)
     if options:
         result = erase(config(small_sd, tmp_path / "whole", **options))
         expected = adapter(tmp_path / "whole")
@@ -107,18 +108,24 @@ def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, 
         expected, result = request.getfixturevalue("whole")
     stopped_at(step, config(small_sd, tmp_path / "parts", **options))
     assert not (tmp_path / "parts").exists()
+    taken, take = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda trainer, batch: taken.append(trainer.taken) or take(trainer, batch))
     parts = erase(config(small_sd, tmp_path / "parts", resume=True, **options))
+    assert taken == [*range(step - step % 2, 8)], "from the last checkpoint on"
     assert same(adapter(tmp_path / "parts"), expected)
-    for key in ("loss", "direction_left", "training_samples", "other_names"):
+    for key in SAME:
         assert parts[key] == result[key], key
     assert not (tmp_path / "parts.checkpoint").exists()
 
 
-def test_twice_interrupted(small_sd, tmp_path, stopped_at, whole):
-    stopped_at(3, config(small_sd, tmp_path / "parts"))
-    stopped_at(6, config(small_sd, tmp_path / "parts", resume=True))
-    erase(config(small_sd, tmp_path / "parts", resume=True))
-    assert same(adapter(tmp_path / "parts"), whole[0])
+@pytest.mark.parametrize("method", ["layers", "trajectories"])
+def test_twice_interrupted(small_sd, tmp_path, stopped_at, method):
+    result = erase(config(small_sd, tmp_path / "whole", method))
+    stopped_at(3, config(small_sd, tmp_path / "parts", method))
+    stopped_at(6, config(small_sd, tmp_path / "parts", method, resume=True))
+    parts = erase(config(small_sd, tmp_path / "parts", method, resume=True))
+    assert same(adapter(tmp_path / "parts"), adapter(tmp_path / "whole"))
+    assert all(parts[key] == result[key] for key in SAME)
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
@@ -135,10 +142,10 @@ def test_a_damaged_buffer_is_made_again(small_sd, tmp_path, stopped_at, whole, d
     assert same(adapter(tmp_path / "parts"), whole[0])
 
 
-def as_before_it_held_attention(path):
-    """What an earlier version wrote: whole, with the states of training alone."""
+def as_before_there_was_one_state(path):
+    """What an earlier version wrote: whole, with a state for each stage of a run."""
     tensors, values = _read(path)
-    values["state"]["pairs"] = [pair for pair in values["state"]["pairs"] if pair[0] != "attention"]
+    values["state"] = {"pairs": [["training", values["state"]], ["attention", None]]}
     text = json.dumps(values)
     save_file(tensors, path, {"values": text, "sha256": _digest(tensors, text)})
 
@@ -154,7 +161,7 @@ def test_what_cannot_be_resumed(small_sd, tmp_path, stopped_at):
         erase(config(small_sd, tmp_path / "parts", resume=True, seed=1, learning_rate=1e-4))
     (state,) = (tmp_path / "parts.checkpoint").glob("step-*")
     content = bytearray(state.read_bytes())
-    as_before_it_held_attention(state)
+    as_before_there_was_one_state(state)
     with pytest.raises(UserError, match="was written by another version of esd_peft; resume with that version, or add"):
         erase(config(small_sd, tmp_path / "parts", resume=True))
     content[-9] ^= 4
@@ -186,16 +193,17 @@ def test_an_output_that_cannot_be_written_costs_no_training(small_sd, tmp_path, 
     assert not (tmp_path / "parts.checkpoint").exists()
 
 
-def test_of_a_run_that_is_done_the_other_names_stay(small_sd, tmp_path, monkeypatch):
-    monkeypatch.setattr(wordings, "FEW_PROMPTS", FEW)
-    given = config(small_sd, tmp_path / "out", augment_prompts=True, rank=2, max_train_steps=2)
+@pytest.mark.parametrize("method", ["layers", "denoiser"])
+def test_synonyms_stay_of_a_run_that_is_done(small_sd, tmp_path, monkeypatch, method):
+    given = config(small_sd, tmp_path / "out", method, max_train_steps=2)
     whole = erase(given.replace(output=tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(_AdapterStudent, "save", lambda *_: (_ for _ in ()).throw(Stop))
         erase(given)
     monkeypatch.setattr(Trainer, "step", None)
     parts = erase(given.replace(resume=True))
-    assert parts["other_names"] == whole["other_names"] != {} and parts["diagnosis"] == whole["diagnosis"]
+    assert parts["synonyms"] == whole["synonyms"] != {} and parts["diagnosis"] == whole["diagnosis"]
+    assert same(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
 
 
 def test_a_run_that_said_enough_is_done(small_sd, tmp_path, monkeypatch):
@@ -305,16 +313,47 @@ def changed(state, **values):
     return {"pairs": [[key, value] for key, value in pairs.items() if value is not ...]}
 
 
-SPOILT = [{"step": ...}, {"step": "x"}, {"step": 10**9}, {"step": -1}, {"step": [3]}, {"done": ...}, {"parameters": []},
-          {"parameters": 5}, {"parameters": [{"tensor": "00000"}] * 500}, {"optimizer": {"pairs": []}}, {"optimizer": None},
-          {"schedule": {"pairs": [["last_epoch", "x"]]}}, {"losses": "x"}, {"unread": [1]}, {"curve": [[1]]}, {"nfe": None},
-          {"sampler": ...}, {"sampler": 5}, {"sampler": {"pairs": []}}]  # fmt: skip
-SPOILT_SAMPLERS = [{"taken": "x"}, {"before": 3}, {"generator": 3}, {"shuffled": []},
-                   {"shuffled": [{"pairs": [["order", [10**9]], ["position", 0]]}] * 3}]  # fmt: skip
+SPOILT = [
+    {"step": ...},
+    {"step": "x"},
+    {"step": 10**9},
+    {"step": -1},
+    {"step": [3]},
+    {"done": ...},
+    {"parameters": []},
+    {"parameters": 5},
+    {"parameters": [{"tensor": "00000"}] * 500},
+    {"optimizer": {"pairs": []}},
+    {"optimizer": None},
+    {"schedule": {"pairs": [["last_epoch", "x"]]}},
+    {"losses": "x"},
+    {"unread": [1]},
+    {"curve": [[1]]},
+    {"nfe": None},
+    {"source": 5},
+    {"source": {"pairs": []}},
+    {"optimizer": {"pairs": [["state", {"pairs": []}], ["param_groups", []]]}},
+]
+ASKED = [
+    {"taken": "x"},
+    {"before": 3},
+    {"generator": 3},
+    {"generator": {"tensor": "00000"}},
+    {"matches": [[5]]},
+    {"matches": []},
+    {"matches": ...},
+    {"sizes": {"pairs": [["x", 3]]}},
+]
+SPOILT_SOURCES = {
+    "trajectories": [{"taken": "x"}, {"before": 3}, {"generator": 3}, {"shuffled": []}, {"sizes": 5},
+                     {"shuffled": [{"pairs": [["order", [10**9]], ["position", 0]]}] * 3}],
+    "denoiser": ASKED, "layers": ASKED, "contrastive": [{"generator": 3}, {"order": 5}, {"order": ...}],
+}  # fmt: skip
 
 
-def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
-    given = config(small_sd, tmp_path / "out")
+@pytest.mark.parametrize("method", [*SPOILT_SOURCES])
+def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch, method):
+    given = config(small_sd, tmp_path / "out", method)
     stopped_at(5, given)
     (path,) = (tmp_path / "out.checkpoint").glob("step-*")
     whole = path.read_bytes()
@@ -328,11 +367,9 @@ def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         erase(given.replace(resume=True))
     monkeypatch.undo()
-    states = dict(values["state"]["pairs"])
-    training, restore = states["training"], restored[0]._restore
-    sampler = dict(training["pairs"])["sampler"]
-    for spoilt in [*SPOILT, *({"sampler": changed(sampler, **other)} for other in SPOILT_SAMPLERS)]:
-        text = json.dumps(values | {"state": changed(values["state"], training=changed(training, **spoilt))})
+    restore, source = restored[0]._restore, dict(values["state"]["pairs"])["source"]
+    for spoilt in [*SPOILT, *({"source": changed(source, **other)} for other in SPOILT_SOURCES[method])]:
+        text = json.dumps(values | {"state": changed(values["state"], **spoilt)})
         save_file(tensors, path, {"values": text, "sha256": _digest(tensors, text)})
         options = given.checkpoint.replace(resume=True)
         checkpoints = Checkpoints(options, values["config"], values["base"], values["made_with"])
@@ -340,20 +377,3 @@ def test_states_that_do_not_fit(small_sd, tmp_path, stopped_at, monkeypatch):
             restore(checkpoints.load().training)
     path.write_bytes(whole)
     restore(checkpoints.load().training)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_a_checkpoint_and_say_so(tmp_path, number):
-    output = tmp_path / "erased"
-    words = ["erase", *["--concept", "circle", "--device", "cpu", "--num-validation-images", "0", "--output"], output]
-    run = commands.Command(*words, "--max-train-steps", "100000", "--checkpointing-steps", "2")
-    deadline = time.monotonic() + 120
-    while not [*tmp_path.glob("erased.checkpoint/step-*")] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    second = commands.run(*words)
-    assert "another run is writing there" in second.stderr and second.returncode == 2
-    run.send_signal(number)
-    done = run.wait()
-    assert done.returncode == 130
-    assert "--resume goes on from there" in done.stderr.splitlines()[-1]
-    assert [*tmp_path.glob("erased.checkpoint/step-*")] and not output.exists()

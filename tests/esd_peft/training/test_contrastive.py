@@ -9,8 +9,9 @@ from PIL import Image
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.io.pixels import read_images
-from esd_peft.training.batches import Batch
-from esd_peft.training.contrastive import ReferenceSampler, augment, contrastive_loss
+from esd_peft.training.batch import Batch
+from esd_peft.training.contrastive import ReferenceSamples, augment, contrastive_loss
+from esd_peft.training.learners import PREDICTION
 from runs import prepare
 
 
@@ -18,18 +19,18 @@ def test_the_loss_is_the_formula():
     generator = torch.Generator().manual_seed(0)
     answer, noise, reference = torch.randn(3, 5, 4, 6, 6, generator=generator)
     ones = torch.ones(5)
-    batch = Batch(answer, ones, {}, torch.cat([noise, reference]), ones, ones)
+    batch = Batch({"inputs": answer}, {}, {PREDICTION: torch.cat([noise, reference])}, ones, ones)
     expected = 0.0
     for a, n, r in zip(answer.double(), noise.double(), reference.double(), strict=True):
         positive = (a * n).sum() / (a.norm() * n.norm()) / 0.07
         negative = (a * r).sum() / (a.norm() * r.norm()) / 0.07
         expected -= math.log(positive.exp() / (positive.exp() + 0.5 * negative.exp())) / 5
-    assert contrastive_loss(answer, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert contrastive_loss({PREDICTION: answer}, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_order_of_other_images_is_refused(small_sd):
-    run = prepare(small_sd, concept="circle", objective="contrastive", max_train_steps=1)
-    sampler = ReferenceSampler(run.rollout, run.table, torch.zeros(1, 8, 4, 16, 16), 5, torch.Generator())
+    run = prepare(small_sd, concept="circle", method="contrastive", max_train_steps=1)
+    sampler = ReferenceSamples(run.rollout, run.table, torch.zeros(1, 8, 4, 16, 16), 5, torch.Generator())
     next(sampler)
     state = sampler.state_dict()
     assert len(state["order"]) == 3
@@ -57,7 +58,7 @@ def test_it_trains(small_sd, tmp_path, folder, monkeypatch):
         options = {"reference": tmp_path / "images"}
     names = ["circle"] if folder else ["circle", "striped"]
     config = EraseConfig(concept=names, model=str(small_sd), output=tmp_path / "out", num_validation_images=0,
-                         objective="contrastive", device="cpu", rank=2, **options)  # fmt: skip
+                         method="contrastive", device="cpu", rank=2, **options)  # fmt: skip
     result = erase(config)
     # one concept of three images, or two of two, in ten variations each, in batches of 32
     assert result["training_samples"] == (3 if folder else 2 * 2) * 10

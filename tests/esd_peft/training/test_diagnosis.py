@@ -42,7 +42,7 @@ def looked_at(model, monkeypatch, deaf=False, **options):
     if deaf:
         run.rollout.student = Deaf(run.student, run.family.encode([""], CPU, torch.float32))
     before = run.rollout.profiler.nfe
-    found = diagnose(run.rollout, run.table, probes, run.config.buffer, 0, "--max-train-steps")
+    found = diagnose(run.rollout, run.table, probes, run.config.buffer, 0)
     assert run.rollout.profiler.nfe == before  # it is not counted as the erasure's
     return probes, found
 
@@ -84,10 +84,3 @@ def test_with_few_words_the_concept_is_looked_at_in_prompts_of_the_plan(model):
 def test_what_it_advises(found, says):
     (advice,) = found.to_dict()["advice"]
     assert advice.startswith(says)
-
-
-def test_a_learning_rate_is_advised_where_there_is_one():
-    figures = {"left": {"a fox": 0.9}, "listed": {"a person": 0.7}, "unlisted": {"tree sea": 0.7}}
-    assert "--learning-rate" in " ".join(Diagnosis(**figures).advice())
-    layers = " ".join(Diagnosis(**figures, steps="--attention-steps").advice())
-    assert "train longer (--attention-steps)" in layers and "--learning-rate" not in layers and "max-train" not in layers

@@ -16,10 +16,13 @@ from diffusers import (
 
 from esd_peft.errors import UserError
 from esd_peft.models import open_family
-from esd_peft.training.batches import collate
-from esd_peft.training.esd import esd_loss
+from esd_peft.training.learners import PREDICTION
+from esd_peft.training.target import guided_loss
+from esd_peft.training.trajectory_samples import collate
 from families import save_family
 from runs import CPU, ETA, GUIDANCE, STEPS, noise, prepare_short
+
+SIZE = {PREDICTION: torch.tensor(1.0)}
 
 
 def test_trajectories_are_those_of_the_diffusers_pipeline(model):
@@ -64,10 +67,10 @@ def test_steps_and_target_against_the_formula(model, ratio, scale):
         torch.testing.assert_close(buffer.inputs[i + 1].double(), expected, rtol=1e-4, atol=1e-4)
 
         # a student that hits the target in the model's own parameterisation hits eq. 6 in ε
-        batch, eta = collate(buffer.index(torch.tensor([i]), CPU), ours.table, 1, []), ETA
+        batch, eta = collate(buffer.index(torch.tensor([i]), CPU), ours.table, SIZE, 1, []), ETA
         own_null, own_concept = buffer.teacher[:, i : i + 1]
         perfect = own_null - eta * (own_concept - own_null)
-        assert esd_loss(perfect, batch).item() < 1e-10
+        assert guided_loss({PREDICTION: perfect}, batch).item() < 1e-10
         torch.testing.assert_close(
             to_epsilon(perfect[0].double(), x, t), null - eta * (concept - null), rtol=1e-4, atol=1e-4
         )

@@ -1,73 +1,24 @@
-"""Batches of training samples without end, and where they stand, so that another run goes on from there."""
+"""The concepts' own trajectories as samples: what the method `trajectories` learns from.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+A sampling step with classifier-free guidance already computes e_null and e_concept at (x_t, t), which is all that the target
+needs. So the buffer that rollouts fill holds the teacher's answers, and training reads them from it.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from esd_peft.errors import UserError
-from esd_peft.models import PromptEmbeds
 from esd_peft.models.family import index_embeds
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
+from esd_peft.training.batch import Batch, Source
 from esd_peft.training.buffer import Buffer
-from esd_peft.training.names import Verdict
+from esd_peft.training.learners import PREDICTION, Outputs
 from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.work import buffer_shape, preservation_samples
-
-
-@dataclass
-class Batch:
-    """What the student is given, and what its prediction is held against. `B` samples on the training device."""
-
-    inputs: Tensor  # [B, ...] x_t as the denoiser is fed it
-    timesteps: Tensor  # [B]
-    embeds: PromptEmbeds  # [B, ...] each
-    teacher: Tensor  # [2B, ...] e_null, then e_concept (guided pairs); or the noise, then the references (contrastive)
-    eta: Tensor  # [B] fp32
-    weight: Tensor  # [B] fp32
-    anchor: Tensor | None = None  # [B, ...]
-    num_concept_samples: int = 0  # how many of the samples erase
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def split(self, size: int, of: range) -> Iterator["Batch"]:
-        """The samples `of` it, up to `size` at a time, weighted so that the parts' losses add up to the batch's."""
-        sides = self.teacher.unflatten(0, (2, -1))
-        for start in of[::size]:
-            part = slice(start, min(start + size, of.stop))
-            share = (part.stop - part.start) / len(self)
-            yield Batch(
-                self.inputs[part],
-                self.timesteps[part],
-                {name: value[part] for name, value in self.embeds.items()},
-                sides[:, part].flatten(0, 1),
-                self.eta[part],
-                self.weight[part] if share == 1 else self.weight[part] * share,
-                None if self.anchor is None else self.anchor[part],
-            )
-
-
-class Sampler(Protocol):
-    """What training takes its batches from."""
-
-    verdicts: Sequence[Verdict] = ()  # which words it found to be other names for each concept, where it looks for some
-
-    def __next__(self) -> Batch: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it stands: JSON values and tensors, the buffer under "buffer"."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, with the same batches that would have come; a buffer that is None is filled anew."""
-
-    def load_verdicts(self, texts: list[list[list[str]]]) -> None:
-        """All that is of use of a training that is done: `names.to_texts` of its verdicts."""
-        return
 
 
 class Shuffled:
@@ -98,7 +49,7 @@ class Shuffled:
             raise ValueError("an order of other samples")
 
 
-class BatchSampler(Sampler):
+class TrajectorySamples(Source):
     """Batches of guided pairs, from a buffer that rollouts fill.
 
     A buffer that is filled once is reshuffled when it is used up; otherwise it is filled anew every
@@ -119,6 +70,7 @@ class BatchSampler(Sampler):
         self.unprompted_guidance = training.unprompted_guidance
         self.shape = buffer_shape(buffer, training)
         self.taken = self.fills = 0
+        self.sizes: Outputs = {}
         self.orders = [torch.randperm(len(pairs) - 1, generator=generator).tolist() for pairs in table.concepts]
 
     def __next__(self) -> Batch:
@@ -129,7 +81,7 @@ class BatchSampler(Sampler):
         index = torch.tensor([*self.concept_samples.take(self.num_concept_samples), *held])
         self.taken += 1
         samples = self.buffer.index(index, self.rollout.student.device)
-        return collate(samples, self.table, self.num_concept_samples, neutral, self.unprompted_guidance)
+        return collate(samples, self.table, self.sizes, self.num_concept_samples, neutral, self.unprompted_guidance)
 
     def _refresh(self) -> None:
         """Fill the buffer; if that is interrupted the sampler stands where it stood."""
@@ -157,6 +109,10 @@ class BatchSampler(Sampler):
                 progress=not self.options.buffer_refresh_interval,
             )  # fmt: skip
         self.fills += 1
+        if not self.sizes:  # by the first samples, so that the unit of the loss stays the same
+            erases = self.buffer.pairs < self.table.num_concept_pairs
+            null, named = self.buffer.teacher[:2, erases].float()
+            self.sizes = {PREDICTION: send((named - null).square().mean(), self.rollout.student.device)}
 
     def _concept_pair(self, number: int) -> int:
         """The pair of trajectory `number`: concepts by turns; of each the plain prompt first, then the others in random
@@ -182,19 +138,20 @@ class BatchSampler(Sampler):
         return [(self.neutral_samples if n else self.preserved_samples).take(1)[0] for n in neutral], neutral
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Sampler`."""
+        """See `Source`."""
         if not self.taken:
             return {"taken": 0, "buffer": None}
         return {
             "taken": self.taken,
             "before": self.before,
             "generator": self.generator.get_state(),
+            "sizes": self.sizes,
             "shuffled": [s.state_dict() for s in (self.concept_samples, self.neutral_samples, self.preserved_samples)],
             "buffer": {**vars(self.buffer)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Sampler`. It must be as it was made, its generator too. Raises `UserError` if it cannot go on."""
+        """See `Source`. It must be as it was made, its generator too. Raises `UserError` if it cannot go on."""
         self.taken = int(state["taken"])
         if not self.taken:
             return
@@ -204,10 +161,13 @@ class BatchSampler(Sampler):
                 "--overwrite to start anew"
             )
         self.before = state["before"]
+        self.sizes = {name: size.to(self.rollout.student.device) for name, size in state["sizes"].items()}
         self.generator.set_state(self.before)
         self.fills = (self.taken - 1) // (self.options.buffer_refresh_interval or self.taken)
         if state["buffer"] is None:
+            counted = self.rollout.profiler.nfe
             self._fill()
+            self.rollout.profiler.nfe = counted  # which the first filling is a part of
         else:
             self.buffer = Buffer(**state["buffer"])
             self.fills += 1
@@ -219,16 +179,21 @@ class BatchSampler(Sampler):
 
 
 def collate(
-    samples: Buffer, table: PairTable, num_concept_samples: int, neutral: list[bool], unprompted_guidance: float = 0.0
+    samples: Buffer,
+    table: PairTable,
+    sizes: Outputs,
+    num_concept_samples: int,
+    neutral: list[bool],
+    unprompted_guidance: float = 0.0,
 ) -> Batch:
-    """The batch in which the first `num_concept_samples` samples erase and each other one holds the student to the teacher.
+    """The batch in which the first `num_concept_samples` samples erase and the others preserve what the teacher says.
 
     A preservation sample is given its pair's neutral prompt (where `neutral` says so), its target being e_null (η = 0, or
     `unprompted_guidance`), or its own prompt, the target being e_concept (η = −1). Without any, the prediction without the
     concept moves along with the one that names it, and classifier-free guidance, which amplifies their difference, undoes
     part of the erasure.
     """
-    rows, etas = table.student_prompts[samples.pairs], table.etas[samples.pairs]
+    rows, etas = table.prompts[samples.pairs], table.etas[samples.pairs]
     weights = table.weights[samples.pairs]
     anchor = None if table.anchors is None else samples.teacher[2]
     if neutral:
@@ -239,6 +204,13 @@ def collate(
         weights[held] = 1.0
         if anchor is not None:
             anchor = torch.cat([anchor[:num_concept_samples], samples.teacher[0, held]])
-    embeds = index_embeds(table.embeds, rows)
-    pair = samples.teacher[:2].flatten(0, 1)
-    return Batch(samples.inputs, samples.timesteps, embeds, pair, etas, weights, anchor, num_concept_samples)
+    return Batch(
+        {"inputs": samples.inputs, "timesteps": samples.timesteps},
+        index_embeds(table.embeds, rows),
+        {PREDICTION: samples.teacher[:2].flatten(0, 1)},
+        etas,
+        weights,
+        None if anchor is None else {PREDICTION: anchor},
+        sizes,
+        num_concept_samples,
+    )

@@ -1,8 +1,8 @@
-"""Prompts by which cross-attention learns: a concept in many contexts, what may be other names for it, and all else.
+"""Many prompts to learn from: a concept in many contexts, candidates for its synonyms, and everything else.
 
 What the words of a concept do to a prompt is learned from prompts with them and without, in contexts made of random words of
 the tokenizer's vocabulary. Of the words, names and phrases that are nearest to the concept as the text encoder reads them,
-the teacher says later which are other names for it (`esd_peft.training.names`): so each comes in contexts of its own.
+the teacher says later which are other names for it (`esd_peft.training.synonyms`): so each comes in contexts of its own.
 
 CLIP's tokenizer knows 32,230 words. The first 2,000 hold the rest in place, but tiger, violin and picasso come later: so
 what is near a concept is looked for among all of them, and among names of artists, famous people, characters and places.
@@ -21,8 +21,8 @@ from torch import Tensor
 from esd_peft.errors import UserError
 from esd_peft.io.text import read_lines
 from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds, index_embeds
+from esd_peft.models.text_encoding import TextEncoder
 from esd_peft.prompts.plan import Pair, PromptPlan, names
-from esd_peft.runtime.devices import release
 from esd_peft.runtime.seeds import seed_for
 
 MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
@@ -70,9 +70,9 @@ MANY_PROMPTS = Amounts(alone=None, near=256, looked_at=40000, contexts=512, fewe
 FEW_PROMPTS = Amounts(alone=192, near=96, looked_at=10000, contexts=96, fewest=32, of_a_name=3, held=192, phrases=24)
 
 
-def amounts(augments: bool) -> Amounts:
-    """For the denoiser as a whole (--augment-prompts), or for cross-attention layer by layer."""
-    return FEW_PROMPTS if augments else MANY_PROMPTS
+def amounts(method: str) -> Amounts:
+    """How many prompts a method learns from."""
+    return FEW_PROMPTS if method == "denoiser" else MANY_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Wordings:
-    """All of it, encoded, in host memory."""
+class PromptTable:
+    """The prompts of a run that learns from many, encoded, in host memory."""
 
     embeds: PromptEmbeds  # [texts, ...] each
     rows: dict[str, int]  # of each text
@@ -94,9 +94,9 @@ class Wordings:
     plain: list[list[Pair]]  # of each concept: its pairs of the plan,
     contexts: list[list[Pair]]  # and in random contexts
     candidates: list[list[Candidate]]
-    held: list[str]  # what is to stay: every word, and random words together
-    listed: list[str]  # the retain set
-    given: list[str]  # what is asked to be kept, and what concepts are erased from with other attributes
+    unrelated: list[str]  # preservation prompts: every word, and random words together
+    retained: list[str]  # the retain set
+    preserved: list[str]  # what options ask to preserve, and what concepts are erased from with other attributes
 
     def index(self, texts: Iterable[str]) -> Tensor:
         """Their rows, int64."""
@@ -107,21 +107,16 @@ class Wordings:
         return index_embeds(self.embeds, self.index(texts))
 
 
-def encode_wordings(
-    family: ModelFamily, plan: PromptPlan, seed: int, device: torch.device, dtype: torch.dtype, size: Amounts
-) -> Wordings:
-    """The wordings of `plan`'s concepts, so many; text encoders are on the device meanwhile. All depends on the seed alone.
+def augment_prompts(text_encoder: TextEncoder, plan: PromptPlan, seed: int, size: Amounts) -> PromptTable:
+    """The prompts for `plan`'s concepts, so many. All depends on the seed alone.
 
     Raises `UserError` if the tokenizer knows no words but the concepts' own.
     """
-    draws = random.Random(seed_for(seed, "wordings"))
-    encoder = _Encoder(family, device, dtype, in_short=size.alone is not None)
+    draws, family = random.Random(seed_for(seed, "wordings")), text_encoder.family
+    encoder = _Encoder(text_encoder, in_short=size.alone is not None)
     words, near = _vocabulary(encoder, plan, size)
     if not words:
-        raise UserError(
-            "--concept: the tokenizer knows no other words to hold the rest with; use --attention-steps 0 and "
-            "--augment-prompts False"
-        )
+        raise UserError("--concept: the tokenizer knows no other words to preserve the rest with; use --method trajectories")
     alone = list(dict.fromkeys((words if size.alone is None else draws.sample(words, min(len(words), size.alone))) + near))
     encoder.add([f"a {word}" for word in alone] + plan.texts)
     contexts = _contexts(plan, words, draws, size)
@@ -143,9 +138,8 @@ def encode_wordings(
     pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
     encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed + given)
     encoder.add([candidate.text for group in candidates for candidate in group])
-    encoder.free()
     words = [word for word in words if f"a {word}" in encoder.rows]
-    return Wordings(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed, given)
+    return PromptTable(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed, given)
 
 
 def _contexts(plan: PromptPlan, words: list[str], draws: random.Random, size: Amounts) -> list[list[Pair]]:
@@ -167,7 +161,7 @@ def _candidates(
     made = []
     for concept, pairs in zip(plan.concepts, plan.concept_pairs, strict=True):
         found = [] if _is_sourced(pairs[0], concept) else _nearest(encoder, concept, alone, plan, draws, size)
-        found = [text for text in found if not any(names(kept, text) for kept in plan.given)]
+        found = [text for text in found if not any(names(kept, text) or names(text, kept) for kept in plan.given)]
         among = [[_among_words(words, draws, pairs[0], text) for _ in range(size.of_a_name)] for text in found]
         is_word = [text.removeprefix("a ") in alone for text in found]
         made.append([Candidate(*one) for one in zip(found, among, is_word, strict=True)])
@@ -203,10 +197,10 @@ def phrases(size: Amounts, concepts: int) -> int:
 
 
 class _Encoder:
-    """Texts, each encoded once, by text encoders that are loaded once."""
+    """Texts, each encoded once."""
 
-    def __init__(self, family: ModelFamily, device: torch.device, dtype: torch.dtype, in_short: bool) -> None:
-        self.family, self.device, self.pipe = family, device, family.load_encoders(device, dtype)
+    def __init__(self, text_encoder: TextEncoder, in_short: bool) -> None:
+        self.text_encoder, self.family = text_encoder, text_encoder.family
         self.in_short = in_short  # what is near is found by prompts that are cut to a few tokens
         self.rows: dict[str, int] = {}
         self.embeds: PromptEmbeds = {}
@@ -217,7 +211,7 @@ class _Encoder:
         new = [text for text in dict.fromkeys(texts) if text not in self.rows]
         if not new:
             return
-        made = self.family.encode_many(self.pipe, new, self.device, torch.device("cpu"))
+        made = self.text_encoder.encode(new)
         self.embeds = {key: torch.cat([self.embeds[key], value]) if self.embeds else value for key, value in made.items()}
         self.rows |= {text: len(self.rows) + i for i, text in enumerate(new)}
 
@@ -233,7 +227,7 @@ class _Encoder:
 
     def _read_in_short(self, texts: list[str], length: int) -> Tensor:
         """Mean tokens `[texts, width]` of the first `length`."""
-        family, pipe, own = self.family, self.pipe, self.family.max_sequence_length
+        family, pipe, own = self.family, self.text_encoder.pipe, self.family.max_sequence_length
         tokenizers = [part for name, part in pipe.components.items() if "tokenizer" in name and part is not None]
         lengths, of_clip = [t.model_max_length for t in tokenizers], getattr(pipe, "tokenizer_max_length", None)
         try:
@@ -245,18 +239,13 @@ class _Encoder:
                 tokenizer.model_max_length = min(length, tokenizer.model_max_length)
             size = SOME if family.prompt_length else MANY
             parts = (texts[i : i + size] for i in range(0, len(texts), size))
-            return torch.cat([_means(family.encode_prompts(self.pipe, part, self.device)).cpu() for part in parts])
+            return torch.cat([_means(family.encode_prompts(pipe, part, self.text_encoder.device)).cpu() for part in parts])
         finally:
             family.max_sequence_length = own
             if of_clip is not None:
                 pipe.tokenizer_max_length = of_clip
             for tokenizer, full in zip(tokenizers, lengths, strict=True):
                 tokenizer.model_max_length = full
-
-    def free(self) -> None:
-        """The text encoders go."""
-        del self.pipe
-        release(self.device)
 
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
         """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken.

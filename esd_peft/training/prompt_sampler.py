@@ -1,0 +1,91 @@
+"""Draws the prompts of a batch: those that erase a concept, and those that preserve everything else."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esd_peft.prompts.augmentation import Candidate, PromptTable
+from esd_peft.prompts.plan import Pair, names
+from esd_peft.training.synonyms import SynonymMatch
+
+PRESERVATION_WEIGHT = 10.0  # of a preservation prompt: few of them have to stand for all
+
+
+@dataclass
+class PromptBatch:
+    """Rows of the prompt table's embeddings; the prompts that erase come first."""
+
+    prompts: Tensor  # [B] int64
+    neutrals: Tensor  # [B]; a preservation prompt is its own neutral and goal: no guidance moves its target
+    goals: Tensor  # [B]
+    eta: Tensor  # [B] fp32
+    weight: Tensor  # [B] fp32
+
+    @property
+    def are_mapped(self) -> bool:
+        """Whether some become something else than what they are without the concept."""
+        return not torch.equal(self.neutrals, self.goals)
+
+
+def _preserved(matches: list[SynonymMatch]) -> list[Candidate]:
+    """Candidates that differ from their own concept and from all others: a citrus is no banana, but may be a tangerine."""
+    erased = [[c.text for c in match.synonyms if c.is_word] for match in matches]
+    kept = []
+    for number, match in enumerate(matches):
+        elsewhere = [word for words in (*erased[:number], *erased[number + 1 :]) for word in words]
+        kept += [c for c in match.others if not any(names(word, c.text) for word in elsewhere)]
+    return kept
+
+
+class PromptSampler:
+    """Draws batches without end, of so many prompts that erase and so many that preserve.
+
+    Of the erasing prompts a fifth are the plan's own, two fifths stand in random contexts, the rest are synonyms, if there
+    are any. Of the preservation prompts two sevenths are near the concepts, if anything is, and a seventh are the retain
+    set; beside them those that the options ask to preserve have two ninths, if there are any.
+    """
+
+    def __init__(
+        self, table: PromptTable, matches: list[SynonymMatch], erasing: int, preserving: int, draws: torch.Generator
+    ) -> None:
+        synonyms = [candidate for match in matches for candidate in match.synonyms]
+        near = [text for c in _preserved(matches) for text in (c.text, *(pair.prompt for pair in c.pairs))]
+        self.draws, self.table, self.counts = draws, table, (erasing, preserving)
+        self.erasing = self._mixed(
+            (1, [pair for pairs in table.plain for pair in pairs]),
+            (2, [pair for pairs in table.contexts for pair in pairs]),
+            (1, [pair for candidate in synonyms if candidate.is_word for pair in candidate.pairs]),
+            (1, [pair for candidate in synonyms if not candidate.is_word for pair in candidate.pairs]),
+        )
+        erased = [candidate.text for candidate in synonyms if candidate.is_word]
+        unrelated, retained = (
+            [text for text in texts if not any(names(name, text) for name in erased)]
+            for texts in (table.unrelated, table.retained)
+        )
+        preserved = (
+            (4, unrelated),
+            (2, near),
+            (1, retained),
+            (2, table.preserved),
+        )
+        self.preserving = self._mixed(*((share, [Pair(text, text) for text in texts]) for share, texts in preserved))
+
+    def _mixed(self, *groups: tuple[int, list[Pair]]) -> tuple[PromptBatch, Tensor]:
+        """All pairs of the groups, and the chance of each to be drawn, so that each group has its share."""
+        chances = torch.cat([torch.full((len(pairs),), share / max(1, len(pairs))) for share, pairs in groups])
+        pairs = [pair for _, pairs in groups for pair in pairs]
+        texts = zip(*((p.prompt, p.neutral, p.goal) for p in pairs), strict=True)
+        prompts, neutrals, goals = map(self.table.index, texts)
+        etas, weights = torch.tensor([p.eta for p in pairs]), torch.tensor([p.weight for p in pairs])
+        return PromptBatch(prompts, neutrals, goals, etas, weights), chances
+
+    def __iter__(self) -> "PromptSampler":
+        return self
+
+    def __next__(self) -> PromptBatch:
+        parts = []
+        for (side, chances), count in zip((self.erasing, self.preserving), self.counts, strict=True):
+            chosen = chances.multinomial(count, replacement=True, generator=self.draws)
+            parts.append([column[chosen] for column in vars(side).values()])
+        return PromptBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -1,0 +1,35 @@
+"""The teacher probe: which words are the concept under another name."""
+
+import pytest
+
+from esd_peft.prompts import augmentation
+from esd_peft.prompts.augmentation import Candidate
+from esd_peft.training.synonyms import SynonymMatch, neighbours
+from runs import method_of, prepare
+
+CANDIDATES = {"fox": ["a vixen", "a dog", "a heart", "a sly"], "rose": ["a valentine", "a tulip", "a thorns"]}
+
+
+@pytest.mark.parametrize("method", ["layers", "denoiser"])
+def test_the_teacher_knows_which_words_are_synonyms(few, monkeypatch, method):
+    def nearest(encoder, concept, *_):
+        encoder.add(CANDIDATES[concept])
+        return CANDIDATES[concept]
+
+    monkeypatch.setattr(augmentation, "_nearest", nearest)
+    source = method_of(prepare("emoji", concept=["fox", "rose"], rank=2, method=method)).source
+    next(source)
+    fox, rose = source.matches
+    assert [c.text for c in fox.synonyms] == ["a vixen", "a sly"]
+    assert [c.text for c in fox.others] == ["a dog", "a heart"]
+    assert [c.text for c in rose.synonyms] == ["a valentine", "a thorns"]
+    assert [c.text for c in rose.others] == ["a tulip"], "though along one of its trajectories it looks like a rose"
+    assert fox.nfe == 2 * (4 + 2 * 2), "what is nothing like it along the first is not looked at again"
+
+
+def test_neighbours_are_words_that_are_preserved_the_nearest_of_each_concept_first():
+    fox, rose = (
+        [Candidate(text, [], " " not in text) for text in texts]
+        for texts in (["dog", "sly", "wolf"], ["tulip", "sly", "red tulip"])
+    )
+    assert neighbours([SynonymMatch([], fox), SynonymMatch([fox[1]], rose)]) == ["dog", "tulip", "sly", "wolf"]
