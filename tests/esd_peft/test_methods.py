@@ -41,7 +41,7 @@ OTHERS = [  # of options that every method reads, other values than the defaults
     {"rollout_batch_size": 2}, {"max_train_steps": 40}, {"train_batch_size": 4}, {"learning_rate": 1e-4},
     {"lr_scheduler": "linear", "lr_warmup_steps": 3}, {"optimizer": "AdamW8bit"}, {"max_grad_norm": 0.5}, {"seed": 3},
     {"per_device_batch_size": 2}, {"gradient_checkpointing": True, "offload": True}, {"quantize": "nf4"},
-    {"memory_budget": "12GiB"}, {"plan": True}, {"device": "cpu"}, {"dtype": "bfloat16"}, {"compile": "on"},
+    {"memory_budget": "12GiB"}, {"plan": True}, {"device": "cpu"}, {"dtype": "bfloat16"}, {"compile": "off"},
     {"report_to": "tensorboard"}, {"output": "there"}, {"overwrite": True}, {"checkpointing_steps": 3}, {"resume": True},
     {"num_validation_images": 1}, {"validation_prompt": ["a fox"], "validation_steps": 2}, {"evaluate": True},
     {"push_to_hub": True, "hub_model_id": "me/it", "hub_private": True},
@@ -108,6 +108,13 @@ def test_no_other_option_changes_the_method(options, emoji, here):
     else:
         with pytest.raises(UserError, match=f"^{flag(name)} is not read by --method layers; leave it out, or add --method "):
             resolve(config(**options), emoji)
+
+
+def test_what_the_layers_do_not_run_is_not_compiled(emoji):
+    assert resolve(config(method="layers"), emoji)[0].runtime.compile == "off"
+    with pytest.raises(UserError, match="--compile on compiles whole blocks, which --method layers does not run"):
+        resolve(config(compile="on"), emoji)
+    assert resolve(config(method="denoiser", compile="on"), emoji)[0].runtime.compile == "on"
 
 
 def test_the_model_alone_chooses_the_default(emoji, tmp_path):
