@@ -160,8 +160,6 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
 
 
 def _resolve_contrastive(given: TrainingOptions, concepts: int) -> TrainingOptions:
-    if given.reference is not None and concepts > 1:
-        raise UserError("--reference shows one concept; name one --concept, or leave it out")
     training = given.replace(
         method="contrastive",
         train_batch_size=given.train_batch_size or 32,

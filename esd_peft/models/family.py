@@ -77,12 +77,6 @@ class ModelFamily(PipelineDirectory, ABC):
         release(device)
         return {name: value.to(device) for name, value in embeds.items()}
 
-    def encode_groups(self, groups: list[list[str]], device: torch.device, dtype: torch.dtype) -> list[PromptEmbeds]:
-        """`encode` each of several lists of prompts, with text encoders that are loaded once."""
-        embeds = self.encode([text for group in groups for text in group], device, dtype)
-        parts = {name: value.split([len(group) for group in groups]) for name, value in embeds.items()}
-        return [{name: value[i] for name, value in parts.items()} for i in range(len(groups))]
-
     def load_encoders(self, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline's tokenizers and text encoders for `encode_many`; of large encoders layers come as they compute."""
         pipe = self.assemble(self.text_parts, dtype)
