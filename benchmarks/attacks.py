@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 from comparison import commands
-
 from esd_peft.worlds import WORLDS
 
 METHODS: dict[str, dict] = {

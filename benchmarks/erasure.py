@@ -83,7 +83,7 @@ def run(
 def _opened(options: dict[str, Any]) -> Any:
     """The family of the model that `options` are for; one of `train_families.py` draws the shapes world."""
     from esd_peft.models import open_family
-    from esd_peft.models.options import DrawingOptions, PretrainedOptions
+    from esd_peft.options.model import DrawingOptions, PretrainedOptions
     from esd_peft.worlds import WORLDS
 
     drawing = {name: options[name] for name in DrawingOptions.model_fields if name in options}
@@ -108,13 +108,13 @@ def _erased(
 ) -> dict:  # fmt: skip
     """The denoiser of `family` without the concepts, which these are, and what that cost."""
     import torch
-    from closed_forms import CLOSED_FORMS
-    from peer_scripts import PEERS
 
+    from closed_forms import CLOSED_FORMS
     from esd_peft import EraseConfig, erase
-    from esd_peft.adapters.options import MergeConfig
     from esd_peft.adapters.saved import read_adapter
     from esd_peft.merge_adapter import merge_adapter
+    from esd_peft.options.merge import MergeConfig
+    from peer_scripts import PEERS
 
     if "asked_without" in options:
         return {"concepts": [concept], "denoiser": family.load_denoiser(torch.float32), "nfe": 0}

@@ -32,25 +32,25 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
+import peft
+from diffusers import DDIMScheduler
+
 import authors_script
 import kernel_timings
-import peft
 import profile_steps
-from diffusers import DDIMScheduler
-from job import Job
-from readings import Readings
-from real_models import make_model
-
 from esd_kernels import guided_mse
 from esd_peft import EraseConfig, erase
-from esd_peft.defaults import resolve
-from esd_peft.memory.planner import describe, make_plan
+from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.planner import describe, make_plan
 from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
 from esd_peft.runtime.allocator import avoid_gaps
 from esd_peft.runtime.devices import release, resolve_device
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.work import count_denoiser_calls
+from job import Job
+from readings import Readings
+from real_models import make_model
 
 GIB = 2**30
 BATCH = 4  # of the step timings

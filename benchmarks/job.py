@@ -1,16 +1,16 @@
 """What `esd_peft.erase` trains, ready to start, for benchmarks that time its steps."""
 
 from esd_peft import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.models.text_encoding import TextEncoder
+from esd_peft.options.training import BY_PROMPTS
 from esd_peft.prompts.augmentation import amounts, augment_prompts
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor
-from esd_peft.training.options import BY_PROMPTS
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import load_student
 from esd_peft.training.trainer import Trainer

@@ -10,14 +10,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from real_models import MODELS, make_model
-
 from esd_peft import EraseConfig, UserError, doctor
-from esd_peft.defaults import resolve
-from esd_peft.memory.planner import WHEN, MemoryEstimator, Plan, amount, describe, fit, imagined
+from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.planner import WHEN, MemoryEstimator, Plan, amount, describe, fit, imagined
 from esd_peft.models import open_family
-from esd_peft.options import parse_bytes
+from esd_peft.options.base import parse_bytes
 from esd_peft.prompts.augmentation import MANY_WORDS
+from real_models import MODELS, make_model
 
 ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "quickstarts.md"

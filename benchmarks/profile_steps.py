@@ -24,7 +24,6 @@ if not torch.cuda.is_available():
 
 import peft
 from diffusers import UNet2DConditionModel
-from real_models import UNETS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -34,6 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 from esd_kernels import guided_mse
 from esd_peft.training.student import compute_in_inputs_dtype
+from real_models import UNETS
 
 BATCH = 4  # trajectories, or training samples
 RANK = 8

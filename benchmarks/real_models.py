@@ -59,7 +59,7 @@ from transformers import (
 )
 
 from esd_peft.worlds import WORLDS
-from esd_peft.worlds.training import make_scheduler
+from world_training import make_scheduler
 
 CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 OPEN_CLIP = {"hidden_act": "gelu"}  # by which the checkpoint's layout is known

@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from real_models import make_model
 
 from esd_peft import EraseConfig, erase
-from esd_peft.cli import parse
-from esd_peft.erase_result import table
+from esd_peft.erasure.summary import table
+from esd_peft.options.command_line import parse
 from esd_peft.runtime.devices import describe_device, resolve_device
+from real_models import make_model
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         )
         file = Path(folder) / "config.yaml"
         file.write_text(defaults.to_yaml())
-        result = erase(parse(EraseConfig, "erase", ["--config", str(file), *options]))
+        result = erase(parse(EraseConfig, "python -m esd_peft.erase", ["--config", str(file), *options]))
     print(table(result))
     del result["config"]["pretrained"]["model"], result["config"]["checkpoint"]["output"]  # temporary names
     result["machine"] = {

@@ -45,7 +45,7 @@ from transformers import (
 
 from esd_peft.prompts.plan import TEMPLATES
 from esd_peft.worlds.shapes import Shapes, world
-from esd_peft.worlds.training import make_scheduler
+from world_training import make_scheduler
 
 PROMPT_LENGTH = 24  # tokens that what stands for T5 and Qwen reads
 WIDTH = 128  # of text encoders and transformers, in 4 heads

@@ -22,18 +22,18 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from small_families import KINDS, PROMPT_LENGTH
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from world_quality import as_prompted
 
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.family import MASK, TOKENS, index_embeds
 from esd_peft.models.flux import EMBEDDED_GUIDANCE
-from esd_peft.models.options import PretrainedOptions
+from esd_peft.options.model import PretrainedOptions
 from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.training import Fit, LatentPool, mean_of_last
+from small_families import KINDS, PROMPT_LENGTH
+from world_quality import as_prompted
+from world_training import Fit, LatentPool, mean_of_last
 
 CPU = torch.device("cpu")
 BATCH = 32

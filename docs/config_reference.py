@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from esd_peft.options import Options, groups_of, readers
+from esd_peft.options.base import Options, groups_of, readers
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "config.md"
@@ -31,7 +31,7 @@ def commands() -> dict[str, type[Options]]:
     """The class of options of each command, found where the command line is parsed."""
     found = {}
     for path in sorted((ROOT / "esd_peft").rglob("*.py")):
-        for kind, name in re.findall(r'\bparse\((\w+), "([\w. ]+)"', path.read_text(encoding="utf-8")):
+        for kind, name in re.findall(r'\bparse\((\w+), "python -m esd_peft.([\w. ]+)"', path.read_text(encoding="utf-8")):
             module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
             found[name] = getattr(module, kind)
     return found

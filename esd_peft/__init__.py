@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from esd_peft._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from esd_peft.adapters.options import MergeConfig as MergeConfig
-    from esd_peft.config import EraseConfig as EraseConfig
     from esd_peft.erase import erase as erase
     from esd_peft.evaluate import evaluate as evaluate
-    from esd_peft.evaluation.options import EvaluateConfig as EvaluateConfig
     from esd_peft.merge_adapter import merge_adapter as merge_adapter
+    from esd_peft.options.erase import EraseConfig as EraseConfig
+    from esd_peft.options.evaluate import EvaluateConfig as EvaluateConfig
+    from esd_peft.options.merge import MergeConfig as MergeConfig
 
 if sys.argv[:1] == ["-m"]:  # as a command: its output is its own, without the libraries' notices about optional parts
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,7 +29,7 @@ if sys.argv[:1] == ["-m"]:  # as a command: its output is its own, without the l
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOME = {
-    "EraseConfig": "config", "MergeConfig": "adapters.options", "EvaluateConfig": "evaluation.options",
+    "EraseConfig": "options.erase", "MergeConfig": "options.merge", "EvaluateConfig": "options.evaluate",
     "UserError": "errors",
 }  # fmt: skip
 _JOBS = ("erase", "evaluate", "merge_adapter")  # a function and the module that is its command share the name

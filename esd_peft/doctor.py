@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from esd_peft.cli import parse, run_command
-from esd_peft.config import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.planner import MemoryEstimator, amount, describe, fit, imagined
 from esd_peft.errors import UserError
 from esd_peft.io.terminal import say
-from esd_peft.memory.planner import MemoryEstimator, amount, describe, fit, imagined
 from esd_peft.models import ModelFamily, open_family
-from esd_peft.models.options import DrawingOptions, ModelOptions
-from esd_peft.options import parse_bytes
+from esd_peft.options.base import parse_bytes
+from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.erase import EraseConfig
+from esd_peft.options.model import DrawingOptions, ModelOptions
+from esd_peft.options.training import BY_PROMPTS, StudentOptions, TrainingOptions
 from esd_peft.runtime.devices import describe_device, has_triton, is_accelerator, memory_info, resolve_device, resolve_dtype
 from esd_peft.runtime.reproducibility import installed
-from esd_peft.training.options import BY_PROMPTS, StudentOptions, TrainingOptions
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 CARDS = {"8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}  # and what driver and desktop leave
@@ -88,7 +88,7 @@ def _method(student: StudentOptions, training: TrainingOptions) -> str:
 
 def main() -> None:
     """The command line."""
-    for line in examine(parse(DoctorConfig, "doctor")):
+    for line in examine(parse(DoctorConfig, "python -m esd_peft.doctor")):
         say(line)
 
 

@@ -15,34 +15,34 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from esd_peft import erase_result
 from esd_peft.adapters.save import Provenance, note_limits, save_adapter
-from esd_peft.cli import parse, run_command
-from esd_peft.config import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure import summary
+from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.planner import make_plan, plan_table
+from esd_peft.erasure.session import Session, in_session
 from esd_peft.evaluation.timeline import FOLDER, PAGE, Timeline
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.terminal import say
-from esd_peft.memory.planner import make_plan, plan_table
 from esd_peft.models import PromptEmbeds, open_family
 from esd_peft.models.compilation import compiled
 from esd_peft.models.sampling import encode_with
 from esd_peft.models.text_encoding import TextEncoder
+from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.erase import EraseConfig
+from esd_peft.options.renamed import rename_arguments
+from esd_peft.options.training import BY_PROMPTS
 from esd_peft.presets import PRESETS
 from esd_peft.prompts.augmentation import PromptTable, amounts, augment_prompts
 from esd_peft.prompts.table import PairTable, check_told_apart, make_table
-from esd_peft.renamed import rename_arguments
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.session import Session, in_session
 from esd_peft.training.checkpoint import Left
 from esd_peft.training.diagnosis import Probes, choose_probes, diagnose
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor
-from esd_peft.training.options import BY_PROMPTS
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, load_student
 from esd_peft.training.synonyms import neighbours
@@ -82,7 +82,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖² / ‖e_concept − e_null‖², ê being its answer
     rollout = Rollout(student, profiler)
     monitor = Monitor(student, profiler, session.dashboard, prompts.timeline, config.validation.validation_steps)
-    with erase_result.before_training():
+    with summary.before_training():
         monitor.look_at_base()
         if prompts.validation is not None:
             with profiler.phase("evaluate"), student.teacher(), student.autocast():
@@ -102,7 +102,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     if checkpoints is not None:
         with profiler.phase("save"):
             save(config, session, student)
-    with profiler.phase("evaluate"), erase_result.finished(config):
+    with profiler.phase("evaluate"), summary.finished(config):
         monitor.finish(trainer.taken, config.checkpoint.output / FOLDER)
         if prompts.validation is not None:
             with student.autocast():
@@ -110,11 +110,11 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         if prompts.table is not None:
             prompts.probes.add_near(found := neighbours(method.source.matches), prompts.table.encoded(found))
         diagnosis = diagnose(rollout, prompts.pairs, prompts.probes, config.buffer, training.seed)
-    result = erase_result.make_result(
+    result = summary.make_result(
         config, profiler, trainer, stopping, prompts.validation, plan.concepts, method.source.matches, diagnosis
     )
     if checkpoints is not None:
-        erase_result.write(config.checkpoint.output, result)
+        summary.write(config.checkpoint.output, result)
     return result
 
 
@@ -175,14 +175,14 @@ def save(config: EraseConfig, session: Session, student: Student) -> None:
 
 def main() -> None:
     """The command line."""
-    config = parse(EraseConfig, "erase", rename_arguments(sys.argv[1:]), PRESETS)
+    config = parse(EraseConfig, "python -m esd_peft.erase", rename_arguments(sys.argv[1:]), PRESETS)
     if config.memory.plan:
         family = open_family(config.pretrained.model, options=config.pretrained, weights=False)
         say(plan_table(make_plan(config, *resolve(config, family), family)))
         return
     with distributed.joined():
         result = erase(config)
-        say(erase_result.table(result))
+        say(summary.table(result))
         output = str(config.checkpoint.output)
         merge = shlex.join(["python", "-m", "esd_peft.merge_adapter", "--adapter", output, "--output", "MERGED"])
         if is_file(page := config.checkpoint.output / FOLDER / PAGE):

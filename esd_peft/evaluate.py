@@ -7,13 +7,11 @@ import torch
 
 from esd_peft._version import __version__
 from esd_peft.attacks.run import AttackRunner, make_attacks
-from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
 from esd_peft.evaluation.comparison import Comparison, Model, open_models
 from esd_peft.evaluation.evaluator import Evaluator
 from esd_peft.evaluation.image_cache import ImageCache
 from esd_peft.evaluation.metrics import load_metrics, measures
-from esd_peft.evaluation.options import WITHIN, EvaluateConfig
 from esd_peft.evaluation.report import REPORT, write_report
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Suite, load_suite, select_prompts
@@ -22,11 +20,13 @@ from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import check_folder, take_folder
 from esd_peft.io.paths import is_file
 from esd_peft.io.terminal import say
-from esd_peft.models.options import DrawingOptions
+from esd_peft.models.dry_run import check_steps
 from esd_peft.models.quantize import check_bitsandbytes
-from esd_peft.models.rehearsal import check_steps
 from esd_peft.models.sampling import encode_prompts
-from esd_peft.options import flag
+from esd_peft.options.base import flag
+from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.evaluate import WITHIN, EvaluateConfig
+from esd_peft.options.model import DrawingOptions
 from esd_peft.runtime.devices import current, resolve_device, resolve_dtype
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.reproducibility import bits_depend_on
@@ -190,7 +190,7 @@ def command_of(config: EvaluateConfig) -> str:
 
 def main() -> None:
     """The command line."""
-    config = parse(EvaluateConfig, "evaluate")
+    config = parse(EvaluateConfig, "python -m esd_peft.evaluate")
     say(as_text(evaluate(config)))
     say(f"\nThe report is {config.output / 'report.html'}; report.md, result.json and the images are beside it.")
 

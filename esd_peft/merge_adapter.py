@@ -16,10 +16,8 @@ from esd_peft.adapters.export import (
 from esd_peft.adapters.hub import check_upload
 from esd_peft.adapters.merge import RECORD, Changes, base_weights, find_changes, merge_in_place, merge_weight, notes_of
 from esd_peft.adapters.model_card import base_licence, model_card, public_config
-from esd_peft.adapters.options import MergeConfig
 from esd_peft.adapters.saved import Adapter, read_adapter
 from esd_peft.adapters.verify import Verification
-from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
 from esd_peft.io import marks
 from esd_peft.io.jobs import hold, only_job
@@ -27,10 +25,12 @@ from esd_peft.io.outputs import check_new_file, check_output, new_directory, new
 from esd_peft.io.tensors import check_finite
 from esd_peft.io.terminal import say
 from esd_peft.models import ModelFamily, open_family
-from esd_peft.models.options import ModelOptions
+from esd_peft.models.hub_cache import is_snapshot
 from esd_peft.models.pipeline_files import copy_pipeline
-from esd_peft.models.sources import is_snapshot
 from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.merge import MergeConfig
+from esd_peft.options.model import ModelOptions
 
 MERGED = "a merged model"  # what the output is
 
@@ -165,7 +165,7 @@ def _record(
 
 def main() -> None:
     """The command line."""
-    config = parse(MergeConfig, "merge_adapter")
+    config = parse(MergeConfig, "python -m esd_peft.merge_adapter")
     record = merge_adapter(config)
     concepts = ", ".join(record["concept"]) or "the adapter"
     say(f"merged {record['merged_tensors']} tensors: {concepts}")

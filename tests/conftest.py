@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import settings
 
-from esd_peft.models import ModelFamily
+from esd_peft import models
 from pipelines import small_stable_diffusion
 
 # the same examples every time; tests/programs/fuzz.py asks for --hypothesis-profile=large
@@ -33,7 +33,7 @@ def pytest_sessionfinish():
 @pytest.fixture(scope="session", autouse=True)
 def whole_models_are_checked_once():
     """Most tests open the same few pipelines. One whose files are what they were when it was found whole is whole."""
-    check, whole = ModelFamily.check, set()
+    check, whole = models.check_model, set()
 
     def remembered(family, weights):
         files = ((path, path.stat()) for path in sorted(family.path.rglob("*")) if path.is_file())
@@ -43,7 +43,7 @@ def whole_models_are_checked_once():
             whole.add(found)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelFamily, "check", remembered)
+        patch.setattr(models, "check_model", remembered)
         yield
 
 

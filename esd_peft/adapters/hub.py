@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from esd_peft.adapters.options import HubOptions
 from esd_peft.errors import UserError, in_brief
 from esd_peft.io.marks import MARK
 from esd_peft.io.terminal import say
+from esd_peft.options.merge import HubOptions
 
 # what is of use elsewhere: the other files of an adapter's directory say where its base lies on this machine
 ADAPTER_FILES = ("*.safetensors", "adapter_config.json", "README.md")

@@ -16,8 +16,8 @@ from esd_peft.io.outputs import new_directory
 from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import add_metadata, sha256
 from esd_peft.models import ModelFamily
-from esd_peft.models.options import PretrainedOptions
-from esd_peft.models.sources import commit_of
+from esd_peft.models.hub_cache import commit_of
+from esd_peft.options.model import PretrainedOptions
 
 ADAPTER = "an adapter"  # what the directory is
 

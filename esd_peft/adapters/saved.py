@@ -28,7 +28,7 @@ from esd_peft.errors import UserError
 from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import TensorFile, check_finite, open_tensors, read_tensors, sha256
 from esd_peft.io.text import UnreadableError, read_json, read_yaml
-from esd_peft.prompts.options import PromptOptions
+from esd_peft.options.prompts import PromptOptions
 
 WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter-type none: the new values under the denoiser's own names
 _PEFT_PREFIX = "base_model.model."

@@ -19,13 +19,13 @@ from esd_peft.evaluation import result
 from esd_peft.evaluation.comparison import Comparison, Model
 from esd_peft.evaluation.detectors import Detector
 from esd_peft.evaluation.image_cache import ImageCache
-from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.evaluation.rates import Change, Rate, rate
 from esd_peft.evaluation.suites import Roles, Suite
 from esd_peft.io.images import checked_images
 from esd_peft.io.pixels import read_images, to_pixels
 from esd_peft.models import PromptEmbeds
 from esd_peft.models.sampling import EncodedPrompts, SampleIndex, check_images, image_batches, to_image
+from esd_peft.options.evaluate import EvaluateConfig
 from esd_peft.prompts.plan import spread
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds.world import Prompt

@@ -16,16 +16,16 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from esd_peft.adapters.merge import RECORD
 from esd_peft.adapters.saved import Adapter, read_adapter
 from esd_peft.errors import UserError
-from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.io.paths import is_file
 from esd_peft.io.tensors import sha256
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.conversion import INDEX
-from esd_peft.models.options import DrawingOptions, ModelOptions
 from esd_peft.models.pipeline_files import part_files, parts_of
 from esd_peft.models.quantize import load_quantized, stay_packed
-from esd_peft.options import flag
+from esd_peft.options.base import flag
+from esd_peft.options.evaluate import EvaluateConfig
+from esd_peft.options.model import DrawingOptions, ModelOptions
 from esd_peft.worlds import WORLDS
 
 

@@ -17,13 +17,13 @@ from esd_peft.evaluation.detectors import About, Detector, NudeNet, load_detecto
 from esd_peft.evaluation.distributions import Features, fid, kid
 from esd_peft.evaluation.image_cache import ImageStore
 from esd_peft.evaluation.intervals import bootstrap_mean
-from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.evaluation.pretrained import describe_version
 from esd_peft.evaluation.result import Measure, Score
 from esd_peft.evaluation.similarity import LPIPS_SIZE, Lpips, pixel_distances
 from esd_peft.evaluation.suites import Roles, Suite
 from esd_peft.io.images import checked_images, open_image
 from esd_peft.models.sampling import SampleIndex
+from esd_peft.options.evaluate import EvaluateConfig
 from esd_peft.worlds.world import Prompt
 
 ASKING, OTHER = "prompts that ask for it", "other prompts"

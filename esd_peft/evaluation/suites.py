@@ -13,12 +13,12 @@ from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from esd_peft.errors import UserError, in_brief
-from esd_peft.evaluation.options import Seeds
 from esd_peft.evaluation.strata import ASKING, KEPT, strata_prompts
 from esd_peft.io import text as text_files
 from esd_peft.io.paths import exists, is_file
-from esd_peft.models.options import GuidanceScale, InferenceSteps
-from esd_peft.options import check_text
+from esd_peft.options.base import check_text
+from esd_peft.options.evaluate import Seeds
+from esd_peft.options.model import GuidanceScale, InferenceSteps
 from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
 from esd_peft.worlds import WORLDS, World
 from esd_peft.worlds.world import Prompt, Sampling

@@ -4,10 +4,10 @@
 from esd_peft.errors import UserError
 from esd_peft.io.text import shown
 from esd_peft.models.chroma import Chroma
+from esd_peft.models.dry_run import check_model
 from esd_peft.models.family import ModelFamily, PromptEmbeds
 from esd_peft.models.flux import Flux
 from esd_peft.models.flux_2 import Flux2, Flux2Klein
-from esd_peft.models.options import DrawingOptions, ModelOptions
 from esd_peft.models.pixart import PixArtSigma
 from esd_peft.models.qwen_image import QwenImage
 from esd_peft.models.sana import Sana
@@ -17,7 +17,8 @@ from esd_peft.models.stable_diffusion_3 import StableDiffusion3
 from esd_peft.models.stable_diffusion_xl import StableDiffusionXL
 from esd_peft.models.wan import Wan
 from esd_peft.models.z_image import ZImage
-from esd_peft.options import check_text
+from esd_peft.options.base import check_text
+from esd_peft.options.model import DrawingOptions, ModelOptions
 from esd_peft.worlds import find_world
 
 __all__ = ["ModelFamily", "PromptEmbeds", "open_family"]
@@ -52,5 +53,5 @@ def open_family(
     if isinstance(options, DrawingOptions):
         family.draw_at(options)
     if not world:
-        family.check(weights)
+        check_model(family, weights)
     return family

@@ -2,10 +2,9 @@
 
 import functools
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -16,209 +15,41 @@ from esd_peft.errors import UserError
 from esd_peft.models import scopes
 from esd_peft.models.checkpoint_layout import CheckpointLayout
 from esd_peft.models.noise_schedule import NoiseSchedule, as_kind
-from esd_peft.models.offload import bring_encoders
-from esd_peft.models.options import SCOPES, DrawingOptions
-from esd_peft.models.pipeline_directory import PipelineDirectory
-from esd_peft.models.rehearsal import rehearse
-from esd_peft.models.text_parts import control_tokens, own_tokens, plain_tokenizer, whole_words
-from esd_peft.runtime.devices import is_accelerator, release
+from esd_peft.models.prompt_reader import PromptEmbeds as PromptEmbeds
+from esd_peft.models.prompt_reader import PromptReader
+from esd_peft.options.model import SCOPES, DrawingOptions
 from esd_peft.worlds import World
 
-# What the denoiser is told about each prompt, under the names of its forward arguments: each [prompts, ...].
-PromptEmbeds = dict[str, Tensor]
-ENCODE_BATCH = 16  # prompts at a time
 TOKENS = "encoder_hidden_states"  # the token embeddings among the prompt embeddings
 SIDES = ("height", "width")
 MASK = "encoder_attention_mask"  # which of them count, where a family has padding that does not
 
 
-class ModelFamily(PipelineDirectory, ABC):
-    """What one kind of model does in its own way, and what all have in common; see `PipelineDirectory` for the arguments."""
+class ModelFamily(PromptReader):
+    """What one kind of model does in its own way, and what all have in common; see `PipelineDirectory` for the arguments.
 
+    A family must have `pipeline_class`, `text_parts`, `denoiser_part`, `prompt_arguments`, `encode_prompts` and `predict`.
+    It may override what is not `final`: how it reads prompts (`PromptReader`), draws, names its layers and writes its files.
+    """
+
+    # What a family must have, beside `encode_prompts`
     prompt_arguments: ClassVar[dict[str, str]]  # of the pipeline's call, for each of the prompt embeddings
+
+    @abstractmethod
+    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """The denoiser's prediction, in its own parameterisation, for scaled latents `[B, ...]` and timesteps `[B]`."""
+
+    # How it draws
     world: World | None = None  # what it draws, if it ships with the package
-    denoiser_is_a_file: ClassVar[bool] = False  # ComfyUI's "Load Diffusion Model" reads it alone, under diffusers' names
-    lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
-    lora_skips: ClassVar[tuple[str, ...]] = ()  # beginnings of layers' names that ComfyUI does not take from a LoRA
-    default_latent_size: tuple[int, int] | None = None  # where the denoiser's config names none: its pipeline's
-    patch: ClassVar[int] = 2  # latents, of whose multiples images have to be
-    max_sequence_length: int | None = None  # tokens of a prompt, where the user says how many
     guidance_scale: float = 3.0  # of trajectories, where the config leaves it out
     takes_guidance: bool = True  # whether its pipeline can draw with classifier-free guidance
     num_inference_steps: int = 25
-
-    @property
-    def checkpoint_layout(self) -> CheckpointLayout | None:
-        """The kind's names in single-file checkpoints and kohya's LoRAs; None if its tools read diffusers' names."""
-        return None
-
-    def check(self, weights: bool) -> None:
-        """Raise `UserError` unless every part is whole and they work together, before any work; loads no weights."""
-        parts = [self.part(name) for name in self.used if self.has(name)]
-        for part in parts:
-            if part.has_weights or "Scheduler" in part.family.__name__:
-                part.check_config()
-            if weights and part.has_weights:
-                part.check_weights(merged=part.name == self.denoiser_part)
-                if part.name == "vae":  # all others are checked as they are loaded; without images it never is
-                    part.check_values()
-        rehearse(self)
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str], device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
-        """Text encoders in, embeddings out, text encoders freed. The null prompt is "".
-
-        Of a large encoder one layer at a time is on a GPU: the same embeddings, in little memory. The pipeline itself
-        encodes: padding, masks and layers are its own.
-        """
-        pipe = self.load_encoders(device, dtype)
-        embeds = self.encode_many(pipe, prompts, device, torch.device("cpu"))
-        del pipe
-        release(device)
-        return {name: value.to(device) for name, value in embeds.items()}
-
-    def load_encoders(self, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-        """The pipeline's tokenizers and text encoders for `encode_many`; of large encoders layers come as they compute."""
-        pipe = self.assemble(self.text_parts, dtype)
-        if is_accelerator(device):
-            bring_encoders(pipe, device)
-        else:
-            pipe.to(device)
-        return pipe
-
-    def encode_many(
-        self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device, home: torch.device
-    ) -> PromptEmbeds:
-        """`encode_prompts`, some of however many prompts at a time; what it makes of them goes `home`."""
-        batches = (prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH))
-        parts = [{k: v.to(home) for k, v in self.encode_prompts(pipe, batch, device).items()} for batch in batches]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    @abstractmethod
-    def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
-        """What `pipe`, which has nothing but tokenizers and text encoders, makes of the prompts; of "" its null prompt."""
-
-    def check_lengths(self, texts: dict[str, list[str]]) -> None:
-        """Raise `UserError` for a text, of those that options gave, of which the encoder reads the beginning only."""
-        for option, given in texts.items():
-            for text, (count, most) in zip(given, self.token_counts(given), strict=True):
-                if count > most:
-                    fix = "use fewer words" + (", or raise --max-sequence-length" if self.max_sequence_length else "")
-                    raise UserError(
-                        f"{option} {text!r} is {count} tokens long and the text encoder reads {most}, so the rest would be "
-                        f"left out; {fix}"
-                    )
-
-    def check_seen(self, texts: dict[str, list[str]]) -> None:
-        """Raise `UserError` for a text, of those that options gave, of which no tokenizer sees a word, or that spells out a
-        token with which one of them ends or begins prompts."""
-        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
-        tokenizers = [plain_tokenizer(self.load_part(part)) for part in parts]
-        for option, given in texts.items():
-            for text in given:
-                if spelled := [token for tokenizer in tokenizers for token in control_tokens(tokenizer, text)]:
-                    raise UserError(f"{option} {text!r} has the tokenizer's own {spelled[0]} in it; leave that out")
-                if not any(own_tokens(tokenizer, text) for tokenizer in tokenizers):
-                    raise UserError(f"{option} {text!r}: no tokenizer of this model has tokens for it; reword it")
-
-    def read_whole(self, texts: Iterable[str]) -> list[str]:
-        """Those texts that the text encoder reads to the end: small ones know few words as a whole."""
-        texts = [*texts]
-        return [text for text, (count, most) in zip(texts, self.token_counts(texts), strict=True) if count <= most]
-
-    def token_counts(self, texts: list[str]) -> list[tuple[int, int]]:
-        """Of each text how many tokens it has, with its template's, and how many the text encoder reads; of several encoders
-        the last one, which reads the most."""
-        tokenizer = self._reader
-        own = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else self.prompt_length
-        most = own or tokenizer.model_max_length
-        told = [(self.templated(tokenizer, text), text) for text in texts]  # templates have special tokens of their own
-        options = {"truncation": False, "verbose": False}
-        ids = [tokenizer(said, add_special_tokens=said == text, **options).input_ids for said, text in told]
-        return [(len(each), most) for each in ids]
-
-    def templated(self, tokenizer: Any, text: str) -> str:
-        """What the text encoder is told of a prompt: of a language model its chat template belongs to it."""
-        return text
-
-    @functools.cached_property
-    def template_length(self) -> int:
-        """How many of the `token_counts` are the template's."""
-        told = self.templated(self._reader, "")
-        return len(self._reader(told, add_special_tokens=False).input_ids) if told else 0
-
-    @functools.cached_property
-    def _reader(self) -> Any:
-        """The last tokenizer; loading it takes longer than most that it is asked."""
-        parts = [part for part in self.text_parts if "tokenizer" in part and self.has(part)]
-        tokenizer = plain_tokenizer(self.load_part(parts[-1]))
-        self._fit_length(tokenizer, parts[-1])
-        return tokenizer
-
-    @property
-    def prompt_length(self) -> int:
-        """How many tokens of a prompt T5 or a language model reads; 0 where there is none."""
-        own = inspect.signature(self.pipeline_class.__call__).parameters.get("max_sequence_length")
-        return 0 if own is None else self.max_sequence_length or int(own.default)
-
-    @property
-    def reads_long_prompts(self) -> bool:
-        """Whether there is a T5 or a language model, whose `prompt_length` can be told."""
-        return self.prompt_length > 0
-
-    def whole_words(self) -> list[str]:
-        """The words that are one token of the vocabulary, in its order: of three letters or more, from a to z."""
-        return whole_words(plain_tokenizer(self.load_part("tokenizer")).get_vocab())
-
-    def unseen_words(self, prompt: str) -> list[str]:
-        """Words that the tokenizer has no token for as a whole."""
-        tokenizer = self.load_part("tokenizer")
-        return [word for word in prompt.split() if len(tokenizer.tokenize(word)) != 1]
-
-    def draw_at(self, options: DrawingOptions) -> None:
-        """Draw images and read prompts as `options` say. Raises `UserError` for what this family cannot do."""
-        if options.resolution is not None:
-            step, most = self.patch * self.vae_factor, self.load_config(self.denoiser_part).get("pos_embed_max_size")
-            if self.world and options.resolution != self.world.image_size:
-                raise UserError(f"--resolution: the embedded pipeline draws {self.world.image_size} pixels; leave it out")
-            if options.resolution % step:
-                nearest = max(1, round(options.resolution / step)) * step
-                raise UserError(f"--resolution {options.resolution} is no multiple of {step}; use {nearest}")
-            if most is not None and options.resolution > most * step:
-                raise UserError(
-                    f"--resolution {options.resolution} is more than this model has positions for; use {most * step}"
-                )
-            self.default_latent_size = (options.resolution // self.vae_factor,) * 2
-        if options.max_sequence_length is not None:
-            if not self.reads_long_prompts:
-                raise UserError(
-                    f"--max-sequence-length is for T5 and language models, and {self.path} has none; leave it out"
-                )
-            self.max_sequence_length = options.max_sequence_length
-
-    def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
-        """Height and width of the latents that it draws: those the denoiser was made for, or as `draw_at` was told."""
-        size = self.default_latent_size or denoiser.config.sample_size
-        if size is None:
-            raise UserError(f"{self.part(self.denoiser_part).place} has no sample_size in its config.json; write it there")
-        return (size, size) if isinstance(size, int) else tuple(size)
+    default_latent_size: tuple[int, int] | None = None  # where the denoiser's config names none: its pipeline's
+    patch: ClassVar[int] = 2  # latents, of whose multiples images have to be
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         """Standard normal noise `[count, ...]` fp32 in the latent shape, on the CPU."""
         return torch.randn(count, denoiser.config.in_channels, *self.latent_size(denoiser), generator=generator)
-
-    def set_timesteps(
-        self, noise: Tensor, num_inference_steps: int, kind: str | None = None
-    ) -> tuple[SchedulerMixin, Tensor]:
-        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents;
-        of another `kind` (a class of diffusers), if one is named, with the same config."""
-        scheduler = as_kind(self.load_part("scheduler"), kind)
-        retrieve_timesteps(
-            scheduler, num_inference_steps, noise.device, **self.schedule(scheduler, noise, num_inference_steps)
-        )
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
-        return scheduler, noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         """What the pipeline tells its scheduler besides the number of steps."""
@@ -228,80 +59,6 @@ class ModelFamily(PipelineDirectory, ABC):
         """Classifier-free guidance: from the prediction `null` `[B, ...]` towards the other; a `scale` of 1 is none."""
         return null + scale * (towards - null)
 
-    def scale_input(self, scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Latents as the denoiser is fed them. Flow-matching schedulers leave them as they are."""
-        return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-
-    def scheduler_step(
-        self, scheduler: SchedulerMixin, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """The next latents; schedulers that draw noise draw it from `generator`."""
-        takes = inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator} if "generator" in takes else {}
-        return scheduler.step(prediction, timestep, latents, **extra).prev_sample
-
-    @abstractmethod
-    def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """The denoiser's prediction, in its own parameterisation, for scaled latents `[B, ...]` and timesteps `[B]`."""
-
-    def in_scope(self, scope: str, name: str) -> bool:
-        """Whether the denoiser's module or parameter `name` belongs to `scope`."""
-        return scopes.cross_attention(scope, name)
-
-    def scope_modules(self, denoiser: ModelMixin, scope: str) -> list[str]:
-        """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none.
-
-        Grouped convolutions, such as Sana's depthwise ones, are left out: PEFT adapts none whose groups do not divide the
-        rank, and a depthwise kernel of 3x3 has fewer weights than its factors would have.
-        """
-        layers = [(name, module) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        return self._in_scope(scope, [name for name, module in layers if getattr(module, "groups", 1) == 1])
-
-    def scope_parameters(self, denoiser: ModelMixin, scope: str) -> list[str]:
-        """Names of the parameters in `scope`. Raises `UserError` if there are none."""
-        return self._in_scope(scope, [name for name, _ in denoiser.named_parameters()])
-
-    def _in_scope(self, scope: str, names: list[str]) -> list[str]:
-        chosen = [name for name in names if self.in_scope(scope, name)]
-        if not chosen:
-            others = [s for s in SCOPES if any(self.in_scope(s, name) for name in names)]
-            raise UserError(f"--scope {scope} selects nothing in this model; these select something: {', '.join(others)}")
-        return chosen
-
-    @functools.cached_property
-    def has_cross_attention(self) -> bool:
-        """Whether there are such blocks (`cross_attention`)."""
-        return bool(self.cross_attention(self.empty_denoiser()))
-
-    def cross_attention(self, denoiser: ModelMixin) -> list[str]:
-        """Names of the transformer blocks in which the image attends to the prompt's tokens (diffusers' `norm2` and `attn2`,
-        then `norm3` and `ff`); none where text and image attend to each other, or tokens are masked."""
-        return []
-
-    def prompt_input(self, name: str) -> str | None:
-        """Which of the prompt embeddings the denoiser's layer `name` is fed, and nothing else; none for most layers."""
-        return TOKENS if self.in_scope("esd-x-strict", name) else None
-
-    def prompt_rows(self, denoiser: ModelMixin, embeds: PromptEmbeds, kind: str) -> Tensor:
-        """The embeddings `kind` as the layers that read them are fed them: `[prompts, tokens, width]`."""
-        value = embeds[kind]
-        return value if value.dim() == 3 else value.unsqueeze(1)
-
-    def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write the denoiser's LoRA as the file that this family's `load_lora_weights` reads by default, if it has one."""
-        if not hasattr(self.pipeline_class, "save_lora_weights"):
-            return
-        part = self.denoiser_part
-        options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
-        self.pipeline_class.save_lora_weights(directory, **options)
-
-    @functools.cached_property
-    def vae_factor(self) -> int:
-        """Pixels a latent, along each side."""
-        config = self.load_config("vae")
-        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # the latter of Sana's
-        return 2 ** (len(levels) - 1)
-
     def unpack_latents(self, latents: Tensor) -> Tensor:
         """The denoiser's latents as `[B, channels, height, width]`, with frames after the channels if the VAE has them."""
         return latents
@@ -310,6 +67,13 @@ class ModelFamily(PipelineDirectory, ABC):
         """The inverse of `unpack_latents`."""
         return latents
 
+    @functools.cached_property
+    def vae_factor(self) -> int:
+        """Pixels a latent, along each side."""
+        config = self.load_config("vae")
+        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # the latter of Sana's
+        return 2 ** (len(levels) - 1)
+
     def vae_latents(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         """What `vae` decodes for the denoiser's latents, which are on its device."""
         return self.unpack_latents(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
@@ -317,11 +81,6 @@ class ModelFamily(PipelineDirectory, ABC):
     def denoiser_latents(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         """The inverse of `vae_latents`."""
         return self.pack_latents((latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor)
-
-    def image_size(self, denoiser: ModelMixin) -> tuple[int, int]:
-        """Height and width in pixels of the images the denoiser was made for."""
-        (height, width), factor = self.latent_size(denoiser), self.vae_factor
-        return height * factor, width * factor
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -337,26 +96,6 @@ class ModelFamily(PipelineDirectory, ABC):
                 noise = torch.randn(posterior.mean.shape, generator=generator)
                 latents.append(posterior.mean.cpu() + posterior.std.cpu() * noise)
         return self.denoiser_latents(vae.cpu(), torch.cat(latents))
-
-    @functools.cached_property
-    def noise_schedule(self) -> NoiseSchedule:
-        """Of the scheduler in the directory; every trajectory gets a scheduler of its own."""
-        return NoiseSchedule(self.load_part("scheduler"), self.path)
-
-    def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-        """The family's diffusers pipeline around `denoiser`, called with `pipeline_arguments`; VAE in `dtype`.
-
-        It has no text encoders: what encodes is freed before the denoiser is loaded, and FLUX's would not fit beside it.
-        Pipelines that bring a VAE with `force_upcast` to fp32 for its work (SDXL's) do so under autocast too.
-        """
-        vae = in_its_dtype(self.load_part("vae", dtype).to(device))
-        if vae.config.get("sample_size", 512) > 256 and hasattr(vae, "enable_slicing"):
-            vae.enable_slicing()  # one image at a time: at 512² each takes about a gigabyte
-        return self.assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
-
-    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which its pipeline lets a VAE work that is loaded in `dtype`."""
-        return dtype
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
         """What the pipeline is called with for prompts and as many null prompts, to make images of the usual kind."""
@@ -379,6 +118,159 @@ class ModelFamily(PipelineDirectory, ABC):
         """What `pipe` makes of them: `[B, 3, H, W]` in [0, 1]."""
         images: Tensor = pipe(**arguments, output_type="pt").images
         return images
+
+    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which its pipeline lets a VAE work that is loaded in `dtype`."""
+        return dtype
+
+    # Its layers
+    def in_scope(self, scope: str, name: str) -> bool:
+        """Whether the denoiser's module or parameter `name` belongs to `scope`."""
+        return scopes.cross_attention(scope, name)
+
+    def cross_attention(self, denoiser: ModelMixin) -> list[str]:
+        """Names of the transformer blocks in which the image attends to the prompt's tokens (diffusers' `norm2` and `attn2`,
+        then `norm3` and `ff`); none where text and image attend to each other, or tokens are masked."""
+        return []
+
+    def prompt_input(self, name: str) -> str | None:
+        """Which of the prompt embeddings the denoiser's layer `name` is fed, and nothing else; none for most layers."""
+        return TOKENS if self.in_scope("esd-x-strict", name) else None
+
+    def prompt_rows(self, denoiser: ModelMixin, embeds: PromptEmbeds, kind: str) -> Tensor:
+        """The embeddings `kind` as the layers that read them are fed them: `[prompts, tokens, width]`."""
+        value = embeds[kind]
+        return value if value.dim() == 3 else value.unsqueeze(1)
+
+    # Its files in other tools
+    denoiser_is_a_file: ClassVar[bool] = False  # ComfyUI's "Load Diffusion Model" reads it alone, under diffusers' names
+    lora_known_by: ClassVar[tuple[str, ...]] = ()  # parts of layers' names, one of which Invoke must find in a LoRA
+    lora_skips: ClassVar[tuple[str, ...]] = ()  # beginnings of layers' names that ComfyUI does not take from a LoRA
+
+    @property
+    def checkpoint_layout(self) -> CheckpointLayout | None:
+        """The kind's names in single-file checkpoints and kohya's LoRAs; None if its tools read diffusers' names."""
+        return None
+
+    def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write the denoiser's LoRA as the file that this family's `load_lora_weights` reads by default, if it has one."""
+        if not hasattr(self.pipeline_class, "save_lora_weights"):
+            return
+        part = self.denoiser_part
+        options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+        self.pipeline_class.save_lora_weights(directory, **options)
+
+    # What all families have in common
+    @final
+    def draw_at(self, options: DrawingOptions) -> None:
+        """Draw images and read prompts as `options` say. Raises `UserError` for what this family cannot do."""
+        if options.resolution is not None:
+            step, most = self.patch * self.vae_factor, self.load_config(self.denoiser_part).get("pos_embed_max_size")
+            if self.world and options.resolution != self.world.image_size:
+                raise UserError(f"--resolution: the embedded pipeline draws {self.world.image_size} pixels; leave it out")
+            if options.resolution % step:
+                nearest = max(1, round(options.resolution / step)) * step
+                raise UserError(f"--resolution {options.resolution} is no multiple of {step}; use {nearest}")
+            if most is not None and options.resolution > most * step:
+                raise UserError(
+                    f"--resolution {options.resolution} is more than this model has positions for; use {most * step}"
+                )
+            self.default_latent_size = (options.resolution // self.vae_factor,) * 2
+        if options.max_sequence_length is not None:
+            if not self.reads_long_prompts:
+                raise UserError(
+                    f"--max-sequence-length is for T5 and language models, and {self.path} has none; leave it out"
+                )
+            self.max_sequence_length = options.max_sequence_length
+
+    @final
+    def latent_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        """Height and width of the latents that it draws: those the denoiser was made for, or as `draw_at` was told."""
+        size = self.default_latent_size or denoiser.config.sample_size
+        if size is None:
+            raise UserError(f"{self.part(self.denoiser_part).place} has no sample_size in its config.json; write it there")
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @final
+    def image_size(self, denoiser: ModelMixin) -> tuple[int, int]:
+        """Height and width in pixels of the images the denoiser was made for."""
+        (height, width), factor = self.latent_size(denoiser), self.vae_factor
+        return height * factor, width * factor
+
+    @final
+    def set_timesteps(
+        self, noise: Tensor, num_inference_steps: int, kind: str | None = None
+    ) -> tuple[SchedulerMixin, Tensor]:
+        """The pipeline's own scheduler, set to a fresh trajectory of that many steps from `noise`, and its first latents;
+        of another `kind` (a class of diffusers), if one is named, with the same config."""
+        scheduler = as_kind(self.load_part("scheduler"), kind)
+        retrieve_timesteps(
+            scheduler, num_inference_steps, noise.device, **self.schedule(scheduler, noise, num_inference_steps)
+        )
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        return scheduler, noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+    @final
+    def scale_input(self, scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Latents as the denoiser is fed them. Flow-matching schedulers leave them as they are."""
+        return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+
+    @final
+    def scheduler_step(
+        self, scheduler: SchedulerMixin, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The next latents; schedulers that draw noise draw it from `generator`."""
+        takes = inspect.signature(scheduler.step).parameters
+        extra = {"generator": generator} if "generator" in takes else {}
+        return scheduler.step(prediction, timestep, latents, **extra).prev_sample
+
+    @final
+    @functools.cached_property
+    def noise_schedule(self) -> NoiseSchedule:
+        """Of the scheduler in the directory; every trajectory gets a scheduler of its own."""
+        return NoiseSchedule(self.load_part("scheduler"), self.path)
+
+    @final
+    def pipeline(self, denoiser: ModelMixin, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+        """The family's diffusers pipeline around `denoiser`, called with `pipeline_arguments`; VAE in `dtype`.
+
+        It has no text encoders: what encodes is freed before the denoiser is loaded, and FLUX's would not fit beside it.
+        Pipelines that bring a VAE with `force_upcast` to fp32 for its work (SDXL's) do so under autocast too.
+        """
+        vae = in_its_dtype(self.load_part("vae", dtype).to(device))
+        if vae.config.get("sample_size", 512) > 256 and hasattr(vae, "enable_slicing"):
+            vae.enable_slicing()  # one image at a time: at 512² each takes about a gigabyte
+        return self.assemble(("scheduler",), dtype, vae=vae, **{self.denoiser_part: denoiser})
+
+    @final
+    @functools.cached_property
+    def has_cross_attention(self) -> bool:
+        """Whether there are such blocks (`cross_attention`)."""
+        return bool(self.cross_attention(self.empty_denoiser()))
+
+    @final
+    def scope_modules(self, denoiser: ModelMixin, scope: str) -> list[str]:
+        """Names of the Linear and Conv2d layers in `scope`. Raises `UserError` if there are none.
+
+        Grouped convolutions, such as Sana's depthwise ones, are left out: PEFT adapts none whose groups do not divide the
+        rank, and a depthwise kernel of 3x3 has fewer weights than its factors would have.
+        """
+        layers = [(name, module) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        return self._in_scope(scope, [name for name, module in layers if getattr(module, "groups", 1) == 1])
+
+    @final
+    def scope_parameters(self, denoiser: ModelMixin, scope: str) -> list[str]:
+        """Names of the parameters in `scope`. Raises `UserError` if there are none."""
+        return self._in_scope(scope, [name for name, _ in denoiser.named_parameters()])
+
+    @final
+    def _in_scope(self, scope: str, names: list[str]) -> list[str]:
+        chosen = [name for name in names if self.in_scope(scope, name)]
+        if not chosen:
+            others = [s for s in SCOPES if any(self.in_scope(s, name) for name in names)]
+            raise UserError(f"--scope {scope} selects nothing in this model; these select something: {', '.join(others)}")
+        return chosen
 
 
 def in_its_dtype(vae: ModelMixin) -> ModelMixin:

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from esd_peft.errors import UserError
 from esd_peft.io.paths import is_dir, why_closed
 from esd_peft.io.tensors import sha256
+from esd_peft.models.hub_cache import hub_id
 from esd_peft.models.parts import Part
-from esd_peft.models.sources import hub_id
 
 
 class PipelineDirectory:

@@ -8,7 +8,7 @@ import errno
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
@@ -25,13 +25,12 @@ from esd_peft.models.conversion import (
     stored_weights,
     without_pickles,
 )
-from esd_peft.models.options import ModelOptions
+from esd_peft.models.hub_cache import is_snapshot
+from esd_peft.models.pipeline_directory import PipelineDirectory
+from esd_peft.options.model import ModelOptions
 from esd_peft.worlds import WORLDS
 
-if TYPE_CHECKING:
-    from esd_peft.models.family import ModelFamily
-
-Families = Mapping[str, "type[ModelFamily]"]  # by the names of their pipelines' classes
+Families = Mapping[str, type[PipelineDirectory]]  # by the names of their pipelines' classes
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
 CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
@@ -66,21 +65,6 @@ def local_pipeline(
         check_classes(index, "--allow-pickle")
         folder = without_pickles(folder, index, options.variant)
     return folder, index
-
-
-def commit_of(model: str | None, path: Path) -> str | None:
-    """The commit of which the hub id `model` gave the snapshot `path`; none for what is named by its place here."""
-    return path.name if is_snapshot(path) and model is not None and not exists(model) else None
-
-
-def is_snapshot(path: Path) -> bool:
-    """Whether `path` is models--OWNER--NAME/snapshots/COMMIT, as the hub's cache is laid out."""
-    return path.parent.name == "snapshots" and path.parents[1].name.startswith("models--")
-
-
-def hub_id(path: Path) -> str | None:
-    """OWNER/NAME of a snapshot."""
-    return path.parents[1].name.removeprefix("models--").replace("--", "/") if is_snapshot(path) else None
 
 
 def read_index(path: Path, option: str, known: Families) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from esd_peft.errors import UserError
 from esd_peft.io.text import UnreadableError, read_lines
-from esd_peft.options import check_text, is_blank
-from esd_peft.prompts.options import Concept, PromptOptions
+from esd_peft.options.base import check_text, is_blank
+from esd_peft.options.prompts import Concept, PromptOptions
 from esd_peft.worlds import World
 
 TEMPLATES = {  # and what they say of nothing
@@ -87,7 +87,7 @@ class PromptPlan:
 
     def read_by(self, read_whole: Callable[[Iterable[str]], list[str]]) -> "PromptPlan":
         """Without prompts of which a text encoder reads the beginning only, as `read_whole` says: what was cut off may be
-        the concept. Of each concept the plain pair stays (`esd_peft.checks` refuses one that is too long)."""
+        the concept. Of each concept the plain pair stays (`esd_peft.erasure.checks` refuses one that is too long)."""
         whole = {*read_whole(self.texts)}
 
         def is_whole(pair: Pair) -> bool:

@@ -3,11 +3,11 @@
 import shlex
 import sys
 
-from esd_peft.cli import parse, run_command
 from esd_peft.errors import UserError
 from esd_peft.io.terminal import say
+from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.study import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.analyse import analyse_study, study_table
-from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import KEY, PAGE, make_study
 
 USAGE = """usage: python -m esd_peft.study make     write a blinded rating page (--help lists the options)
@@ -15,7 +15,7 @@ USAGE = """usage: python -m esd_peft.study make     write a blinded rating page 
 
 
 def _make(argv: list[str]) -> None:
-    config = parse(MakeStudyConfig, "study make", argv)
+    config = parse(MakeStudyConfig, "python -m esd_peft.study make", argv)
     record = make_study(config)
     say(f"{len(record['items'])} images of {len(config.condition)} conditions")
     say(f"{config.output / PAGE} goes to the raters; keep {config.output / KEY} to yourself. When they have sent answers:")
@@ -24,7 +24,7 @@ def _make(argv: list[str]) -> None:
 
 
 def _analyse(argv: list[str]) -> None:
-    say(study_table(analyse_study(parse(AnalyseStudyConfig, "study analyse", argv))))
+    say(study_table(analyse_study(parse(AnalyseStudyConfig, "python -m esd_peft.study analyse", argv))))
 
 
 def main() -> None:

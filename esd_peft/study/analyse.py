@@ -15,8 +15,8 @@ from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import check_new_file, new_file
 from esd_peft.io.paths import is_file
 from esd_peft.io.text import UnreadableError, read_csv, read_json
+from esd_peft.options.study import AnalyseStudyConfig
 from esd_peft.study.agreement import krippendorff_alpha
-from esd_peft.study.config import AnalyseStudyConfig
 
 SCALE = (1, 2, 3, 4, 5)
 COLUMNS = ("study", "rater", "item", "rating")

@@ -15,7 +15,7 @@ from esd_peft.io.images import image_bytes, image_files, open_image
 from esd_peft.io.jobs import hold
 from esd_peft.io.outputs import check_output, new_directory
 from esd_peft.io.text import shown
-from esd_peft.study.config import MakeStudyConfig, condition_name
+from esd_peft.options.study import MakeStudyConfig, condition_name
 
 PAGE, KEY = "study.html", "key.json"
 _STUDY = "a study"  # what the directory is

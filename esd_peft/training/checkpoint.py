@@ -30,8 +30,8 @@ from esd_peft.errors import UserError, in_brief, system_reason
 from esd_peft.io import marks
 from esd_peft.io.outputs import empty_folder, new_file, remove_left, take_folder
 from esd_peft.io.text import UnreadableError, parse_json
+from esd_peft.options.training import CheckpointOptions
 from esd_peft.runtime import interrupts
-from esd_peft.training.options import CheckpointOptions
 
 _STEP = re.compile(r"step-\d{8,}\.safetensors")
 _BUFFER = re.compile(r"buffer-[0-9a-f]{16}\.safetensors")

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.family import MASK
+from esd_peft.options.training import StudentOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.devices import exact, is_accelerator
-from esd_peft.training.options import StudentOptions
 
 PromptMaps = dict[str, Tensor]  # for each kind of prompt embeddings that a layer reads, a map [width, width] fp32
 RIDGE = 1e-3  # λ as a share of the largest eigenvalue

@@ -11,12 +11,12 @@ from esd_peft.io.images import checked_images
 from esd_peft.io.pixels import read_images
 from esd_peft.models.family import index_embeds
 from esd_peft.models.sampling import encode_prompts, make_images
+from esd_peft.options.training import TrainingOptions
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
 from esd_peft.runtime.seeds import generator as named_generator
 from esd_peft.training.batch import Batch, Source
 from esd_peft.training.learners import PREDICTION, Outputs
-from esd_peft.training.options import TrainingOptions
 from esd_peft.training.rollout import Rollout
 
 TEMPERATURE, NEGATIVE_WEIGHT, EPOCHS = 0.07, 0.5, 10

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from esd_peft.models import ModelFamily, PromptEmbeds
+from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.augmentation import MANY_WORDS
 from esd_peft.prompts.plan import Pair, PromptPlan, names, spread
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.seeds import generator, seed_for
 from esd_peft.training.buffer import Buffer
-from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
 from esd_peft.training.work import probe_rollout, sampled

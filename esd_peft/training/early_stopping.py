@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from esd_peft.models.family import index_embeds
+from esd_peft.options.training import BufferOptions, TrainingOptions
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.seeds import generator
 from esd_peft.training.buffer import Buffer
-from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.work import held_out_rollout
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from esd_peft.options.training import BufferOptions, TrainingOptions
 from esd_peft.prompts.augmentation import PromptTable
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
@@ -21,7 +22,6 @@ from esd_peft.training import contrastive
 from esd_peft.training.batch import Source
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.learners import PREDICTION, CrossAttention, Denoiser, HiddenStates, Learner, pairs_of_samples
-from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.prompted_samples import Collected, PromptedSamples
 from esd_peft.training.rollout import Rollout, inside
 from esd_peft.training.synonyms import SynonymMatch, TeacherProbe, probe_teacher

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from esd_peft.models.family import PromptEmbeds, index_embeds
+from esd_peft.options.training import TrainingOptions
 from esd_peft.prompts.augmentation import PromptTable
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import send
 from esd_peft.training.batch import Batch, Source
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.learners import Learner, Outputs, Samples
-from esd_peft.training.options import TrainingOptions
 from esd_peft.training.prompt_sampler import PRESERVATION_WEIGHT, PromptBatch, PromptSampler
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.synonyms import SynonymMatch, to_matches, to_texts

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from esd_peft.errors import UserError
 from esd_peft.models.family import ModelFamily, index_embeds
+from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import fetch, finish, send
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.buffer import Buffer, concatenate
-from esd_peft.training.options import BufferOptions
 from esd_peft.training.student import Student
 
 

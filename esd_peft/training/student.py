@@ -18,17 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esd_peft.adapters.saved import WEIGHTS_FILE
-from esd_peft.memory.options import MemoryOptions
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.models.family import index_embeds
 from esd_peft.models.offload import offload_base
 from esd_peft.models.quantize import load_quantized
+from esd_peft.options.memory import MemoryOptions
+from esd_peft.options.training import StudentOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.devices import exact, place
 from esd_peft.runtime.seeds import seed_for
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.closed_form import PromptMaps, factors, prompt_maps
-from esd_peft.training.options import StudentOptions
 
 
 class Student(ABC):

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.augmentation import Candidate, PromptTable
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import send
 from esd_peft.training.buffer import Buffer, concatenate
-from esd_peft.training.options import BufferOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student
 from esd_peft.training.work import LOOKED_AT, other_trajectories, own_trajectories, probe_rollout

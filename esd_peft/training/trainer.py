@@ -12,14 +12,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from esd_kernels import unit_gradient
 from esd_peft.errors import UserError
-from esd_peft.memory.options import MemoryOptions
 from esd_peft.models.quantize import bitsandbytes
+from esd_peft.options.memory import MemoryOptions
+from esd_peft.options.training import TrainingOptions
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import is_accelerator
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.batch import Batch
 from esd_peft.training.method import Method
-from esd_peft.training.options import TrainingOptions
 from esd_peft.training.work import nfe_per_sample
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from esd_peft.errors import UserError
 from esd_peft.models.family import index_embeds
+from esd_peft.options.training import BufferOptions, TrainingOptions
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
 from esd_peft.training.batch import Batch, Source
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.learners import PREDICTION, Outputs
-from esd_peft.training.options import BufferOptions, TrainingOptions
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.work import buffer_shape, preservation_samples
 

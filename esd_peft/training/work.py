@@ -1,15 +1,15 @@
 """How much a run does, known before it starts: samples of a batch, trajectories of the buffer, optimizer steps, NFE.
 
 NFE, the number of function evaluations, counts samples that go through the denoiser; a backward pass counts as two.
-All functions but `sampled` take options that `esd_peft.defaults.resolve` has filled in.
+All functions but `sampled` take options that `esd_peft.erasure.defaults.resolve` has filled in.
 """
 
 import math
 from dataclasses import dataclass
 
 from esd_peft.models import ModelFamily
+from esd_peft.options.training import BufferOptions, TrainingOptions
 from esd_peft.prompts.augmentation import NEAR_WORDS, Amounts, amounts, phrases
-from esd_peft.training.options import BufferOptions, TrainingOptions
 
 LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is a synonym
 PROBE_TRAJECTORIES = 12  # of the teacher probe, and the steps of each

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from esd_peft.models.options import GuidanceScale, InferenceSteps
+from esd_peft.options.model import GuidanceScale, InferenceSteps
 
 Labels = dict[str, str]  # by domain: {"thing": "fox", "style": "ink"}
 

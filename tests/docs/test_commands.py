@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esd_peft.cli import parse
+from esd_peft.options.command_line import parse
 from esd_peft.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]

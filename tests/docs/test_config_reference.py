@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from esd_peft.adapters.options import MergeConfig
-from esd_peft.config import EraseConfig
-from esd_peft.options import groups_of
-from esd_peft.prompts.options import Concept
+from esd_peft.options.base import groups_of
+from esd_peft.options.erase import EraseConfig
+from esd_peft.options.merge import MergeConfig
+from esd_peft.options.prompts import Concept
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -21,12 +21,12 @@ from esd_peft.io import marks
 from esd_peft.io.jobs import hold, only_job
 from esd_peft.io.outputs import settle
 from esd_peft.merge_adapter import MERGED
+from esd_peft.options.study import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.analyse import analyse_study
-from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
 from esd_peft.worlds import WORLDS
-from esd_peft.worlds.shapes.train import train
 from runs import SHORTEST as QUICK
+from train_shapes import train
 
 
 def refused(says, output, job, *args, **options):

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import commands
-from esd_peft.adapters.options import MergeConfig
-from esd_peft.cli import read_yaml, run_command
-from esd_peft.config import EraseConfig
 from esd_peft.errors import UserError
-from esd_peft.evaluation.options import EvaluateConfig
-from esd_peft.options import groups_of
-from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
+from esd_peft.options.base import groups_of
+from esd_peft.options.command_line import read_yaml, run_command
+from esd_peft.options.erase import EraseConfig
+from esd_peft.options.evaluate import EvaluateConfig
+from esd_peft.options.merge import MergeConfig
+from esd_peft.options.study import AnalyseStudyConfig, MakeStudyConfig
 from mistakes import TABLES, USUAL
 
 LORA = {f"base_model.model.time_embedding.linear_1.{name}.weight": torch.zeros(size) for name, size in

@@ -60,9 +60,13 @@ def test_result_holds_costs_and_config(erased):
 
 def test_the_config_beside_the_adapter_makes_the_same_adapter_again(erased, small_sd, tmp_path):
     output, _ = erased
-    from esd_peft.cli import parse
+    from esd_peft.options.command_line import parse
 
-    config = parse(EraseConfig, "erase", ["--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")])
+    config = parse(
+        EraseConfig,
+        "python -m esd_peft.erase",
+        ["--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")],
+    )
     erase(config)
     first, again = (load_file(p / "adapter_model.safetensors") for p in (output, tmp_path / "again"))
     assert first.keys() == again.keys()

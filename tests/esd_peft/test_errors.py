@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from esd_peft import EraseConfig, UserError
-from esd_peft.cli import run_command
 from esd_peft.errors import OutOfMemory
+from esd_peft.options.command_line import run_command
 from esd_peft.runtime.profiling import PhaseProfiler
 
 TOKEN = "hf_" + "aB3" * 10

@@ -18,14 +18,14 @@ import esd_peft
 from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
 from esd_peft.adapters.saved import read_adapter
-from esd_peft.cli import parse
-from esd_peft.erase_result import table
+from esd_peft.erasure.summary import table
 from esd_peft.errors import UnusableImages
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.comparison import Model, open_models
 from esd_peft.models import FAMILIES, open_family
 from esd_peft.models.stable_diffusion import StableDiffusion
+from esd_peft.options.command_line import parse
 from esd_peft.worlds import WORLDS
 from families import draw_small, save_family
 from runs import SHORTEST

@@ -23,16 +23,16 @@ from safetensors.torch import save_file
 from esd_peft import EraseConfig, MergeConfig
 from esd_peft.adapters.model_card import _evaluation, public_config
 from esd_peft.adapters.saved import read_adapter
-from esd_peft.cli import read_yaml
 from esd_peft.errors import UserError
-from esd_peft.evaluation.options import EvaluateConfig
 from esd_peft.evaluation.suites import load_suite, select_prompts
 from esd_peft.io.tensors import open_tensors, read_tensors
 from esd_peft.models import open_family
 from esd_peft.models.parts import Part
 from esd_peft.models.weight_files import needed_weights
-from esd_peft.options import groups_of
-from esd_peft.prompts.options import Concept, PromptOptions
+from esd_peft.options.base import groups_of
+from esd_peft.options.command_line import read_yaml
+from esd_peft.options.evaluate import EvaluateConfig
+from esd_peft.options.prompts import Concept, PromptOptions
 from esd_peft.prompts.plan import plan_prompts
 from esd_peft.training.checkpoint import Checkpoints
 from esd_peft.worlds import WORLDS

@@ -16,11 +16,11 @@ from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, merge_adap
 from esd_peft.adapters.merge import merge_weight
 from esd_peft.adapters.saved import WEIGHTS_FILE, read_adapter
 from esd_peft.adapters.verify import Verification
-from esd_peft.cli import parse
 from esd_peft.errors import UserError
 from esd_peft.evaluation.comparison import open_models
 from esd_peft.io.tensors import copy_with_sha256, sha256
 from esd_peft.models import open_family
+from esd_peft.options.command_line import parse
 from hub import fill_cache
 from pipelines import small_stable_diffusion
 

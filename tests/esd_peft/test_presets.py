@@ -3,9 +3,9 @@
 import pytest
 
 from esd_peft import EraseConfig, UserError
-from esd_peft.cli import parse
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
+from esd_peft.options.command_line import parse
 from esd_peft.presets import PRESETS
 from esd_peft.prompts.plan import names
 

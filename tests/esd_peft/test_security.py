@@ -21,7 +21,7 @@ from esd_peft.errors import UserError
 from esd_peft.evaluation import suites
 from esd_peft.evaluation.pretrained import load_pretrained
 from esd_peft.models import open_family
-from esd_peft.models.options import ModelOptions
+from esd_peft.options.model import ModelOptions
 from pipelines import small_stable_diffusion
 from runs import SHORTEST
 

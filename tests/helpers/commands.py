@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from esd_peft.cli import run_command
+from esd_peft.options.command_line import run_command
 
 COMMANDS = ("erase", "evaluate", "merge_adapter", "study.__main__")
 

@@ -13,7 +13,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from esd_peft.worlds.shapes.train import CONTEXT, make_tokenizer
+from train_shapes import CONTEXT, make_tokenizer
 
 
 def small_classifier(path: Path, labels: list[str]) -> Path:

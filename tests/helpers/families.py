@@ -63,7 +63,7 @@ from transformers import (
 )
 
 from esd_peft.models import FAMILIES
-from esd_peft.worlds.shapes.train import CONTEXT, make_tokenizer
+from train_shapes import CONTEXT, make_tokenizer
 
 WORDS = ["a", "an", "picture", "of", "circle", "red", "square", "shape", "style", "the", "in", "photo", "with", "and"]
 

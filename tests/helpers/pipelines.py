@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from esd_peft.worlds.shapes.train import CONTEXT, make_tokenizer
-from esd_peft.worlds.training import make_scheduler
+from train_shapes import CONTEXT, make_tokenizer
+from world_training import make_scheduler
 
 
 def small_stable_diffusion(path: Path, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, **save) -> Path:

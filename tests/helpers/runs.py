@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from esd_peft import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.text_encoding import TextEncoder
+from esd_peft.options.training import BY_PROMPTS
 from esd_peft.prompts import augmentation
 from esd_peft.prompts.augmentation import PromptTable
 from esd_peft.prompts.plan import PromptPlan
@@ -16,7 +17,6 @@ from esd_peft.prompts.table import PairTable, make_table
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.method import Materials, Method, make_method
-from esd_peft.training.options import BY_PROMPTS
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, make_student
 

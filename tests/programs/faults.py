@@ -34,8 +34,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from esd_peft import cli, erase, merge_adapter  # noqa: F401 (imported once, before the forks)
+from esd_peft import erase, merge_adapter  # noqa: F401 (imported once, before the forks)
 from esd_peft.io.marks import MARK
+from esd_peft.options import command_line
 from esd_peft.runtime import profiling
 from esd_peft.training import checkpoint
 
@@ -94,7 +95,7 @@ class Runs:
             self._watch(command)
             before()
             main = sys.modules[f"esd_peft.{'erase' if command == 'erase' else 'merge_adapter'}"].main
-            cli.run_command(main)
+            command_line.run_command(main)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

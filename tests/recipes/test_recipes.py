@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from esd_peft import EraseConfig
-from esd_peft.cli import parse
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
+from esd_peft.options.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -39,7 +39,9 @@ def test_benchmarks_compare_with_the_recipes(monkeypatch):
 def test_what_the_peers_take_a_step():
     """The counts that docs give: 49 steps of a trajectory on average less than half of them kept, teacher and student."""
     for name, rollout in (("paper", "student"), ("authors", "teacher"), ("leco", "student")):
-        config = parse(EraseConfig, "erase", ["--config", str(ROOT / f"recipes/{name}.yaml"), "--concept", "circle"])
+        config = parse(
+            EraseConfig, "python -m esd_peft.erase", ["--config", str(ROOT / f"recipes/{name}.yaml"), "--concept", "circle"]
+        )
         assert (config.buffer.rollout, config.buffer.buffer_refresh_interval) == (rollout, 1)
         assert (config.training.train_batch_size, config.training.preservation_ratio) == (1, 0)
         assert (config.student.null_space, config.student.closed_form) == (0, False)

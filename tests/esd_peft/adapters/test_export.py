@@ -25,9 +25,9 @@ from esd_peft.adapters.export import KOHYA_FILE, limits, write_checkpoint, write
 from esd_peft.adapters.ldm_keys import clip_sources, unet_name, vae_name
 from esd_peft.errors import UserError
 from esd_peft.models import open_family
-from esd_peft.models.options import ModelOptions
 from esd_peft.models.wan import _original_name
-from esd_peft.training.options import StudentOptions
+from esd_peft.options.model import ModelOptions
+from esd_peft.options.training import StudentOptions
 from esd_peft.training.student import make_student
 from families import draw_small, save_family
 from pipelines import small_stable_diffusion

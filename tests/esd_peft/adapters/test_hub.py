@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, constants
 
 from esd_peft import EraseConfig, MergeConfig, UserError, erase, merge_adapter
 from esd_peft.adapters.hub import check_upload
-from esd_peft.adapters.options import HubOptions
+from esd_peft.options.merge import HubOptions
 from hub import TOKEN, Account, accept_uploads
 from runs import SHORTEST
 

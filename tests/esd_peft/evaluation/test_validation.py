@@ -6,7 +6,7 @@ from esd_peft.evaluation.image_cache import ImageMemory
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.models import open_family
 from esd_peft.models.text_encoding import TextEncoder
-from esd_peft.prompts.options import PromptOptions
+from esd_peft.options.prompts import PromptOptions
 from esd_peft.worlds.shapes import world
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from esd_peft.errors import UserError
 from esd_peft.io.images import MOST_PIXELS, open_image
 from esd_peft.io.pixels import read_images
-from esd_peft.study.config import MakeStudyConfig
+from esd_peft.options.study import MakeStudyConfig
 from esd_peft.study.make import make_study
 
 

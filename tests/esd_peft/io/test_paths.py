@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, cli, erase, evaluate, merge_adapter
+from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, erase, evaluate, merge_adapter
 from esd_peft.errors import UserError
 from esd_peft.io import paths
 from esd_peft.io.tensors import copy_with_sha256, sha256
 from esd_peft.models import open_family
+from esd_peft.options import command_line
 from runs import SHORTEST as QUICK
 
 PACKAGE = Path(paths.__file__).parents[1]
@@ -134,8 +135,8 @@ def test_models_that_a_file_names(tmp_path, name):
 
 def test_what_nobody_foresaw_is_a_sentence_with_the_files_name(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        cli.run_command(lambda: (tmp_path / "no").read_text())
+        command_line.run_command(lambda: (tmp_path / "no").read_text())
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'no'} cannot be used (No such file or directory); see to")
     with pytest.raises(OSError, match="without a name"):
-        cli.run_command(lambda: (_ for _ in ()).throw(OSError("without a name")))
+        command_line.run_command(lambda: (_ for _ in ()).throw(OSError("without a name")))

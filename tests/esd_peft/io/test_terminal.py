@@ -8,8 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
-from esd_peft.cli import run_command
 from esd_peft.io.terminal import say
+from esd_peft.options.command_line import run_command
 
 STUDY = [sys.executable, "-m", "esd_peft.study"]
 
@@ -60,7 +60,7 @@ def test_a_reader_that_leaves_changes_nothing(made, words):
 
 def test_nor_does_one_of_standard_error(capfd):
     """Progress bars are written there in the middle of the work."""
-    program = "import sys; from esd_peft.cli import run_command\n"
+    program = "import sys; from esd_peft.options.command_line import run_command\n"
     program += "def main():\n    for _ in range(9): print('x' * 9999, file=sys.stderr, flush=True)\n    print('done')\n"
     read, write = os.pipe()
     os.close(read)

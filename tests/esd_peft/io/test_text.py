@@ -10,14 +10,14 @@ import yaml
 
 from esd_peft import EraseConfig, UserError
 from esd_peft.attacks.prompts import Prompts
-from esd_peft.cli import parse
 from esd_peft.evaluation.suites import load_suite, suite_prompts
 from esd_peft.io import text as text_files
 from esd_peft.io.text import UnreadableError, read_bytes, read_csv, read_json, read_lines, read_text, read_yaml, shown
-from esd_peft.prompts.options import PromptOptions
+from esd_peft.options.command_line import parse
+from esd_peft.options.prompts import PromptOptions
+from esd_peft.options.study import AnalyseStudyConfig
 from esd_peft.prompts.plan import plan_prompts
 from esd_peft.study.analyse import analyse_study
-from esd_peft.study.config import AnalyseStudyConfig
 
 KEY = {"study": "s", "question": "Q?", "conditions": ["a"], "items": {"1": {"condition": "a"}}}
 

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from esd_peft import EraseConfig, erase
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.errors import UserError
 from esd_peft.models import compilation, open_family
 from esd_peft.training.work import count_denoiser_calls

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from esd_peft import EraseConfig, MergeConfig, UserError, erase, merge_adapter
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.evaluation import validation
 from esd_peft.models import flux, flux_2, offload, open_family
-from esd_peft.models.options import DrawingOptions
 from esd_peft.models.sampling import encode_prompts
+from esd_peft.options.model import DrawingOptions
 from esd_peft.prompts.plan import Pair, PromptPlan
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler

@@ -18,7 +18,7 @@ from esd_peft import EraseConfig
 from esd_peft.adapters.export import write_checkpoint
 from esd_peft.errors import UserError
 from esd_peft.models import conversion, open_family
-from esd_peft.models.options import ModelOptions
+from esd_peft.options.model import ModelOptions
 from esd_peft.worlds import WORLDS
 from hub import COMMIT, fill_cache, serve
 from pipelines import small_stable_diffusion
@@ -26,7 +26,7 @@ from pipelines import small_stable_diffusion
 EMBEDDED = WORLDS["shapes"].pipeline
 OPEN = """
 import sys, esd_peft.models as b
-from esd_peft.models.options import ModelOptions
+from esd_peft.options.model import ModelOptions
 from esd_peft.errors import UserError
 for model, options in {calls!r}:
     try:

@@ -6,7 +6,7 @@ import pytest
 
 import runs
 from esd_peft import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.prompts import augmentation as module
 from esd_peft.prompts.augmentation import known_names

@@ -3,7 +3,7 @@
 import pytest
 
 from esd_peft.errors import UserError
-from esd_peft.prompts.options import PromptOptions
+from esd_peft.options.prompts import PromptOptions
 from esd_peft.prompts.plan import Pair, plan_prompts
 from esd_peft.worlds import WORLDS
 

@@ -5,7 +5,7 @@ import torch
 
 from esd_peft.errors import UserError
 from esd_peft.models.family import MASK
-from esd_peft.prompts.options import PromptOptions
+from esd_peft.options.prompts import PromptOptions
 from esd_peft.prompts.plan import plan_prompts
 from esd_peft.prompts.table import check_told_apart
 

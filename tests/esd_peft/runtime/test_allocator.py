@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from esd_peft.cli import run_command
+from esd_peft.options.command_line import run_command
 from esd_peft.runtime.allocator import avoid_gaps
 
 

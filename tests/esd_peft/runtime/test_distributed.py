@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import commands
 from esd_peft import EraseConfig, UserError, erase
-from esd_peft.cli import parse
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.session import in_session
 from esd_peft.models import open_family
+from esd_peft.options.command_line import parse
 from esd_peft.runtime import distributed, failures
-from esd_peft.session import in_session
 from esd_peft.training.rollout import Rollout
 
 QUICK = ["--concept", "circle", "--device", "cpu", "--num-validation-images", "0", "--num-inference-steps", "4",

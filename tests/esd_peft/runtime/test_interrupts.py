@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from esd_peft import EraseConfig, erase
-from esd_peft.cli import run_command
+from esd_peft.options.command_line import run_command
 from esd_peft.runtime import distributed, interrupts
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from browser import PHONE, chromium, fits, messages, resize
+from esd_peft.options.study import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.analyse import analyse_study
-from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
 
 HOSTILE = "How much <script>document.title='broken'</script> & \"art\"?"

@@ -17,8 +17,8 @@ import commands
 from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
 from esd_peft.io import marks
+from esd_peft.options.study import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.analyse import _resampled_means, analyse_study, study_table
-from esd_peft.study.config import AnalyseStudyConfig, MakeStudyConfig
 from esd_peft.study.make import make_study
 
 CONDITIONS = ("real", "base", "erased")

@@ -5,8 +5,8 @@ import torch
 
 from esd_peft.models import open_family
 from esd_peft.models.quantize import load_quantized
+from esd_peft.options.training import StudentOptions
 from esd_peft.training.closed_form import factors, null_space_projection, solve
-from esd_peft.training.options import StudentOptions
 from esd_peft.training.student import make_student
 
 CPU, WIDTH = torch.device("cpu"), 24

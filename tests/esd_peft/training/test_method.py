@@ -7,8 +7,8 @@ import torch
 
 from esd_peft import EraseConfig, UserError, erase
 from esd_peft.adapters.saved import read_adapter
-from esd_peft.defaults import resolve
-from esd_peft.memory.planner import make_plan
+from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.planner import make_plan
 from esd_peft.models import open_family
 from esd_peft.prompts.augmentation import MANY_WORDS
 from esd_peft.training.loop import TrainingLoop

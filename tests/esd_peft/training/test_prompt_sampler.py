@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esd_peft import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.prompts import augmentation
 from esd_peft.prompts.plan import names

@@ -13,9 +13,9 @@ from diffusers import (
 )
 
 from esd_peft.models import FAMILIES, open_family
-from esd_peft.models.options import SCOPES
 from esd_peft.models.scopes import joint_attention
-from esd_peft.training.options import StudentOptions
+from esd_peft.options.model import SCOPES
+from esd_peft.options.training import StudentOptions
 from esd_peft.training.student import make_student
 from families import MAKERS, save_family
 

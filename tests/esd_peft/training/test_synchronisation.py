@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import esd_kernels
-from esd_peft.config import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
+from esd_peft.options.erase import EraseConfig
 from esd_peft.prompts import augmentation
 from esd_peft.prompts.table import make_table
 from esd_peft.runtime.profiling import PhaseProfiler

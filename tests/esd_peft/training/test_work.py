@@ -3,7 +3,7 @@
 import pytest
 
 from esd_peft import EraseConfig
-from esd_peft.defaults import resolve
+from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.training.work import count_denoiser_calls
 

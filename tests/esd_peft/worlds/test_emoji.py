@@ -11,7 +11,6 @@ from torch import nn
 from esd_peft.errors import UserError
 from esd_peft.worlds.emoji import Emoji, pictures
 from esd_peft.worlds.emoji.classifier import LABELS
-from esd_peft.worlds.emoji.train import make_tokenizer
 from esd_peft.worlds.emoji.vocabulary import (
     CONTEXTS,
     FRAMES,
@@ -27,7 +26,8 @@ from esd_peft.worlds.emoji.vocabulary import (
     Captions,
     all_words,
 )
-from esd_peft.worlds.training import Fit
+from train_emoji import make_tokenizer
+from world_training import Fit
 
 
 def draws(seed=0):

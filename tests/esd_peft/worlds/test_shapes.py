@@ -7,14 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from esd_peft.cli import parse
 from esd_peft.errors import UserError
 from esd_peft.io.outputs import check_output
 from esd_peft.models import open_family
+from esd_peft.options.command_line import parse
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds import WORLDS
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.shapes.train import TrainConfig, train
+from train_shapes import TrainConfig, train
 
 EMBEDDED = WORLDS["shapes"].pipeline
 
@@ -109,4 +109,4 @@ def test_training_goes_into_a_directory_of_its_own(tmp_path):
 def test_options_of_the_training_command_are_checked(tmp_path, options, says):
     output = [] if not options else ["--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match=says):
-        parse(TrainConfig, "shapes.train", [*output, *options])
+        parse(TrainConfig, "python benchmarks/train_shapes.py", [*output, *options])

@@ -1,0 +1,20 @@
+"""The hub's cache on disk: which directory there is which commit of which repository."""
+
+from pathlib import Path
+
+from esd_peft.io.paths import exists
+
+
+def commit_of(model: str | None, path: Path) -> str | None:
+    """The commit of which the hub id `model` gave the snapshot `path`; none for what is named by its place here."""
+    return path.name if is_snapshot(path) and model is not None and not exists(model) else None
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether `path` is models--OWNER--NAME/snapshots/COMMIT, as the hub's cache is laid out."""
+    return path.parent.name == "snapshots" and path.parents[1].name.startswith("models--")
+
+
+def hub_id(path: Path) -> str | None:
+    """OWNER/NAME of a snapshot."""
+    return path.parents[1].name.removeprefix("models--").replace("--", "/") if is_snapshot(path) else None

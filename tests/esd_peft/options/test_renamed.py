@@ -1,0 +1,57 @@
+"""Options of the release before this one: taken under their new names, with a note, or refused with what to use instead."""
+
+import pytest
+
+from esd_peft import EraseConfig, UserError
+from esd_peft.options.command_line import parse
+from esd_peft.options.renamed import rename_arguments
+
+RENAMED = [  # what was given, what it is now
+    ({"attention_steps": 700}, {"method": "layers", "max_train_steps": 700}),
+    ({"attention_steps": 700, "max_train_steps": 0}, {"method": "layers", "max_train_steps": 700}),
+    ({"attention_steps": 0}, {"method": "trajectories"}),
+    ({"attention_steps": 0, "max_train_steps": 40}, {"method": "trajectories", "max_train_steps": 40}),
+    ({"augment_prompts": True}, {"method": "denoiser"}),
+    ({"augment_prompts": True, "attention_steps": 0}, {"method": "denoiser"}),
+    ({"augment_prompts": False}, {}),
+    ({"objective": "contrastive"}, {"method": "contrastive"}),
+    ({"objective": "contrastive", "attention_steps": 0}, {"method": "contrastive"}),
+    ({"objective": "esd"}, {}),
+    ({"robust": 0}, {}),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED, ids=str)
+def test_old_names_are_the_new_ones_with_a_note(old, new, capsys):
+    assert EraseConfig(concept="circle", **old) == EraseConfig(concept="circle", **new)
+    said = capsys.readouterr().err
+    gone = [name for name in old if name != "max_train_steps"]
+    assert said.count("note: --") == len(gone) and all(f"--{name.replace('_', '-')} is now" in said for name in gone)
+    words = [word for name, value in old.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for line in (words, [f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]):
+        parsed = parse(
+            EraseConfig, "python -m esd_peft.erase", rename_arguments(["--concept", "circle", *line, "--seed", "3"])
+        )
+        assert parsed == EraseConfig(concept="circle", seed=3, **new)
+
+
+@pytest.mark.parametrize(
+    ("old", "says"),
+    [
+        ({"robust": 3}, "--robust is gone: --method denoiser withstands"),
+        ({"attention_steps": "few"}, "--attention-steps is now --method layers --max-train-steps, a whole number"),
+        ({"attention_steps": -1}, "--attention-steps is now --method layers --max-train-steps, a whole number"),
+        ({"attention_steps": 800, "max_train_steps": 40}, "two stages are gone; leave one of them out"),
+    ],
+    ids=str,
+)
+def test_what_is_gone_is_refused(old, says):
+    with pytest.raises(UserError, match=says):
+        EraseConfig(concept="circle", **old)
+    with pytest.raises(UserError, match=says):
+        rename_arguments([f"--{name.replace('_', '-')}={value}" for name, value in old.items()])
+
+
+def test_a_command_line_of_today_is_left_as_it_is(capsys):
+    words = ["--concept", "circle", "--method", "layers", "--max-train-steps", "5"]
+    assert rename_arguments(words) == words and not capsys.readouterr().err
