@@ -22,7 +22,7 @@ from esd_peft.errors import UserError
 from esd_peft.io.text import read_lines
 from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds, index_embeds
 from esd_peft.models.text_encoding import TextEncoder
-from esd_peft.prompts.plan import Pair, PromptPlan, names
+from esd_peft.prompts.plan import Pair, PromptPlan, content_words, names
 from esd_peft.runtime.seeds import seed_for
 
 MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
@@ -30,8 +30,14 @@ WORDS = 2000  # of the vocabulary, at most, that stand in contexts: the first on
 MANY, SOME = 256, 64  # of these prompts are encoded at a time, by CLIP and by others
 SHORT = 10  # tokens by which these are found: of prompts of one word or name, those after it say no more
 CLOSE = 200  # words near to a concept, around which a half of what holds stands
+# frequent words before a noun: what they make of one is often another thing
+MODIFIERS = (
+    "red", "blue", "green", "yellow", "black", "white", "brown", "pink", "orange", "purple", "grey", "golden", "big", "small",
+    "old", "young", "wooden", "glass", "wild", "hot", "cold", "dark", "sweet", "plastic", "paper", "metal", "toy",
+)  # fmt: skip
 USES = 6  # of a word in the phrases that are candidates: most would hold the nearest word otherwise
 NEAR_WORDS = 24  # candidates of a concept
+SHARING = 48  # candidates that share a word with a concept of several words
 POOL = 64  # words nearest to the concept, of which phrases are made
 AROUND = (0, 0, 1, 1, 2, 3, 4, 6)  # so many words stand before it, and after it
 BETWEEN = (
@@ -82,6 +88,7 @@ class Candidate:
     text: str
     pairs: list[Pair]  # in random contexts, were it another name
     is_word: bool  # or a phrase
+    shares_word: bool = False  # with a concept of several words, as "red apple" does with "green apple"
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,8 @@ def _candidates(
         found = [text for text in found if not any(names(kept, text) or names(text, kept) for kept in plan.given)]
         among = [[_among_words(words, draws, pairs[0], text) for _ in range(size.of_a_name)] for text in found]
         is_word = [text.removeprefix("a ") in alone for text in found]
-        made.append([Candidate(*one) for one in zip(found, among, is_word, strict=True)])
+        shared = [shares_word(text, concept) for text in found]
+        made.append([Candidate(*one) for one in zip(found, among, is_word, shared, strict=True)])
     return made
 
 
@@ -294,7 +302,31 @@ def _nearest(
         if len(chosen) < phrases(size, len(plan.concepts)) and max(uses[word] for word in text.split()[1:]) < USES:
             chosen.append(text)
             uses.update(text.split()[1:])
-    return near[:NEAR_WORDS] + chosen
+    return list(dict.fromkeys(near[:NEAR_WORDS] + chosen + _sharing(encoder, concept, words, plan, draws)))
+
+
+def _sharing(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan, draws: random.Random) -> list[str]:
+    """For a concept of several words, names in which another word stands in the place of one of these ("a red apple" for
+    "green apple"): common modifiers, the words that make the nearest names, and random words.
+    """
+    own = concept.split()
+    if len(own) < 2:
+        return []
+    each, found = SHARING // (4 * len(own)), []
+    for i in range(len(own)):
+        common, rest = (
+            _unsaid(plan, (f"a {' '.join([*own[:i], word, *own[i + 1 :]])}" for word in some if word not in own))
+            for some in ((m for m in MODIFIERS if m in words), (w for w in words if w not in MODIFIERS))
+        )
+        found += common[: 2 * each] if i < len(own) - 1 else []
+        found += encoder.nearest(f"a {concept}", rest)[:each] + draws.sample(rest, min(len(rest), each))
+    return found
+
+
+def shares_word(text: str, concept: str) -> bool:
+    """Return whether `text` has one word of a `concept` of several words: alone it names something else or more."""
+    own, said = content_words(concept), content_words(text)
+    return len(own) > 1 and len(own & said) == 1
 
 
 def _is_sourced(plain: Pair, concept: str) -> bool:

@@ -123,7 +123,7 @@ def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> 
     source, towards = options.source_of(concept), options.goal_of(concept)
     pairs: list[Pair] = []
     for named in options.names_of(concept):
-        if not _content_words(named.removesuffix(source)):
+        if not content_words(named.removesuffix(source)):
             option = "--concept" if named == options.names_of(concept)[0] else "--also-erase"
             raise UserError(f"{option} {named!r} names nothing; say what to erase, for example --concept circle")
         pairs += [
@@ -140,14 +140,15 @@ def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> 
 
 def names(concept: str, prompt: str) -> bool:
     """Whether all content words of `concept` stand in `prompt`."""
-    return _content_words(concept) <= _content_words(prompt)
+    return content_words(concept) <= content_words(prompt)
 
 
 def _names_any(concepts: list[str], prompt: str) -> bool:
     return any(names(concept, prompt) for concept in concepts)
 
 
-def _content_words(text: str) -> set[str]:
+def content_words(text: str) -> set[str]:
+    """The words of `text` in lower case, without punctuation, articles and the commonest prepositions."""
     words = {word.strip(".,;:!?\"'()").lower() for word in text.split() if not is_blank(word)}
     return words - {"a", "an", "the", "of", "in", "on", ""}
 

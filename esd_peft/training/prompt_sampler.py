@@ -50,7 +50,15 @@ class PromptSampler:
         self, table: PromptTable, matches: list[SynonymMatch], erasing: int, preserving: int, draws: torch.Generator
     ) -> None:
         synonyms = [candidate for match in matches for candidate in match.synonyms]
-        near = [text for c in _preserved(matches) for text in (c.text, *(pair.prompt for pair in c.pairs))]
+        near, sharing = (
+            [
+                text
+                for c in _preserved(matches)
+                if c.shares_word == shares
+                for text in (c.text, *(pair.prompt for pair in c.pairs))
+            ]
+            for shares in (False, True)
+        )
         self.draws, self.table, self.counts = draws, table, (erasing, preserving)
         self.erasing = self._mixed(
             (1, [pair for pairs in table.plain for pair in pairs]),
@@ -58,14 +66,17 @@ class PromptSampler:
             (1, [pair for candidate in synonyms if candidate.is_word for pair in candidate.pairs]),
             (1, [pair for candidate in synonyms if not candidate.is_word for pair in candidate.pairs]),
         )
-        erased = [candidate.text for candidate in synonyms if candidate.is_word]
+        undecided = [candidate for match in matches for candidate in match.undecided if candidate.shares_word]
+        # prompts with a word of the concept's own name are unrelated only as far as the teacher says so
+        related = [candidate.text for candidate in (*synonyms, *undecided) if candidate.is_word]
         unrelated, retained = (
-            [text for text in texts if not any(names(name, text) for name in erased)]
+            [text for text in texts if not any(names(name, text) for name in related)]
             for texts in (table.unrelated, table.retained)
         )
         preserved = (
             (4, unrelated),
             (2, near),
+            (2, sharing),
             (1, retained),
             (2, table.preserved),
         )

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class SynonymMatch:
     """One concept's candidates, sorted."""
 
     synonyms: list[Candidate]  # erased with the concept
-    others: list[Candidate]  # preserved; those in between are left to themselves
+    others: list[Candidate]  # preserved
+    undecided: list[Candidate] = field(default_factory=list)  # neither: between the two, or a word of the concept's own name
     nfe: int = 0  # what that took
 
 
@@ -124,8 +125,11 @@ def match_synonyms(
         nfe += len(LOOKED_AT) * len(open_)
         if number == 0:
             open_ = (likeness >= OPEN).nonzero().squeeze(1)
-    sorted_ = list(zip(candidates, likeness.tolist(), strict=True))
-    return SynonymMatch([c for c, like in sorted_ if like >= SAME], [c for c, like in sorted_ if like < OTHER], nfe)
+    synonyms, others, undecided = [], [], []
+    for candidate, like in zip(candidates, likeness.tolist(), strict=True):
+        kind = others if like < OTHER else synonyms if like >= SAME and not candidate.shares_word else undecided
+        kind.append(candidate)
+    return SynonymMatch(synonyms, others, undecided, nfe)
 
 
 def _likeness(student: Student, prompts: PromptTable, texts: list[str], trajectory: Buffer, batch_size: int) -> Tensor:
@@ -142,20 +146,23 @@ def _likeness(student: Student, prompts: PromptTable, texts: list[str], trajecto
 
 
 def neighbours(matches: Sequence[SynonymMatch]) -> list[str]:
-    """Prompts of one word that are like a concept and preserved, once, the nearest of each first."""
-    words = [[c.text for c in match.others if c.is_word] for match in matches]
+    """Prompts that are like a concept and preserved, once: those that share a word with it, then the nearest single words."""
+    words = [
+        [c.text for c in match.others if c.shares_word] + [c.text for c in match.others if c.is_word and not c.shares_word]
+        for match in matches
+    ]
     return list(dict.fromkeys(text for rank in itertools.zip_longest(*words) for text in rank if text is not None))
 
 
 def to_texts(matches: Sequence[SynonymMatch]) -> list[list[list[str]]]:
-    """The candidates of each concept that are synonyms, and those that are something else."""
-    return [[[candidate.text for candidate in side] for side in (m.synonyms, m.others)] for m in matches]
+    """The candidates of each concept that are synonyms, those that are something else, and the undecided."""
+    return [[[candidate.text for candidate in side] for side in (m.synonyms, m.others, m.undecided)] for m in matches]
 
 
 def to_matches(prompts: PromptTable, texts: list[list[list[str]]]) -> list[SynonymMatch]:
     """The inverse of `to_texts`; on another machine some may be no candidates."""
     known = [{candidate.text: candidate for candidate in group} for group in prompts.candidates]
     return [
-        SynonymMatch([own[text] for text in synonyms if text in own], [own[text] for text in others if text in own])
-        for own, (synonyms, others) in zip(known, texts, strict=True)
+        SynonymMatch(*([own[text] for text in side if text in own] for side in sides))
+        for own, sides in zip(known, texts, strict=True)
     ]
