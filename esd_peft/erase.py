@@ -38,14 +38,13 @@ from esd_peft.prompts.table import PairTable, check_told_apart, make_table
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.checkpoint import Left
-from esd_peft.training.diagnosis import Probes, choose_probes, diagnose
+from esd_peft.training.diagnosis import Diagnosis, Probes, choose_probes, diagnose
 from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, load_student
-from esd_peft.training.synonyms import neighbours
 from esd_peft.training.trainer import Trainer
 from esd_peft.training.work import count_denoiser_calls
 
@@ -107,9 +106,9 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         if prompts.validation is not None:
             with student.autocast():
                 prompts.validation.make(student.denoiser, "after")
-        if prompts.table is not None:
-            prompts.probes.add_near(found := neighbours(method.source.matches), prompts.table.encoded(found))
-        diagnosis = diagnose(rollout, prompts.pairs, prompts.probes, config.buffer, training.seed)
+        diagnosis = Diagnosis()
+        if prompts.probes is not None:
+            diagnosis = diagnose(student, prompts.probes, list(method.source.matches), config.buffer, training.seed)
     result = summary.make_result(
         config, profiler, trainer, stopping, prompts.validation, plan.concepts, method.source.matches, diagnosis
     )
@@ -125,7 +124,7 @@ class EncodedRun:
     plan: PromptEmbeds  # of the plan's texts, on the device
     pairs: PairTable
     table: PromptTable | None  # many prompts, for the methods that learn from them
-    probes: Probes
+    probes: Probes | None  # none without images: the diagnosis draws, too
     validation: ValidationSampler | None
     timeline: Timeline | None
 
@@ -133,13 +132,15 @@ class EncodedRun:
 def encode_prompts(config: EraseConfig, session: Session, encoder: TextEncoder) -> EncodedRun:
     """Make the run's prompts and encode them, by text encoders that are loaded once."""
     plan, training, validation = session.prompts, config.training, config.validation
-    probes = choose_probes(session.family, plan, training.seed)
-    probes.embeds = encoder.encode(probes.texts)
     embeds = {name: value.to(encoder.device) for name, value in encoder.encode(plan.texts).items()}
     check_told_apart(plan, embeds)
     table = None
     if training.method in BY_PROMPTS:
         table = augment_prompts(encoder, plan, training.seed, amounts(training.method))
+    probes = None
+    if validation.num_validation_images:
+        probes = choose_probes(session.family, plan, table, training.seed)
+        probes.texts.add(probes.all, encoder.encode(probes.all))
     images, side_by_side = validation.num_validation_images, config.buffer.rollout_batch_size
     sampler = None
     if validation.during_training:

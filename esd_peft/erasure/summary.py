@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from esd_peft._version import __version__
@@ -21,7 +20,7 @@ from esd_peft.models import open_family
 from esd_peft.options.erase import EraseConfig
 from esd_peft.options.evaluate import WITHIN, EvaluateConfig
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training.diagnosis import Diagnosis
+from esd_peft.training.diagnosis import Diagnosis, Shown
 from esd_peft.training.early_stopping import EarlyStopping
 from esd_peft.training.synonyms import SynonymMatch
 from esd_peft.training.trainer import Trainer
@@ -185,17 +184,20 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
-    """What predictions say, and what to turn."""
-    for kind, says in (
-        ("left", "of the concept's direction is left"),
-        ("listed", "is how far prompts on the list have moved"),
-        ("near", "is how far prompts like the concept have moved"),
-        ("unlisted", "is how far random words have moved"),
-    ):
-        if figures := diagnosis[kind]:
-            worst = max(figures, key=figures.__getitem__)
-            average, most = (max(0.0, share) for share in (mean(figures.values()), figures[worst]))
-            yield f"{average:>6.0%} {says} (most: {worst!r}, {most:.0%})"
+    """What short draws of held-out prompts show, as the teacher judges them, and what to do."""
+    rows = (
+        ("paraphrases", "paraphrases that show {}"),
+        ("synonyms", "draws of {} that show the concept"),
+        ("neighbours", "draws of {} that show it"),
+        ("negative_prompt", "other prompts that show {} with it as the negative prompt"),
+    )
+    if any(diagnosis[question] for question, _ in rows):
+        yield f"{'short draws of held-out prompts, as the teacher judges them':<70}{'before → after':>18}  95 %"
+    for question, says in rows:
+        for subject, found in [*diagnosis[question].items()][:4]:
+            shown = Shown(**found)
+            low, high = shown.interval
+            yield f"  {says.format(repr(subject)):<68}{shown!s:>18}  {low:.0%} to {high:.0%}"
     yield from (f"→ {advice}" for advice in diagnosis["advice"])
 
 

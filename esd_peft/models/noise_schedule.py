@@ -28,6 +28,11 @@ class NoiseSchedule:
         has_noise_schedule = hasattr(self.scheduler, "alphas_cumprod") or self._counts_log_sigma
         return not has_noise_schedule or bool(self.scheduler.config.get("use_flow_sigmas"))
 
+    @property
+    def is_known(self) -> bool:
+        """Whether `add_noise` can say what noise the denoiser was trained on; not of EDM's schedulers."""
+        return self.is_flow_matching or hasattr(self.scheduler, "alphas_cumprod")
+
     @functools.cached_property
     def _counts_log_sigma(self) -> bool:
         """Whether timesteps are (log σ)/4, from about 1 down to below 0, as EDM's and continuous Euler's are."""

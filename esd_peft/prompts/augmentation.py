@@ -32,8 +32,8 @@ SHORT = 10  # tokens by which these are found: of prompts of one word or name, t
 CLOSE = 200  # words near to a concept, around which a half of what holds stands
 # frequent words before a noun: what they make of one is often another thing
 MODIFIERS = (
-    "red", "blue", "green", "yellow", "black", "white", "brown", "pink", "orange", "purple", "grey", "golden", "big", "small",
-    "old", "young", "wooden", "glass", "wild", "hot", "cold", "dark", "sweet", "plastic", "paper", "metal", "toy",
+    "red", "blue", "green", "yellow", "black", "white", "brown", "pink", "orange", "purple", "grey", "golden", "big",
+    "small", "old", "young", "wooden", "glass", "wild", "hot", "cold", "dark", "sweet", "plastic", "paper", "metal", "toy",
 )  # fmt: skip
 USES = 6  # of a word in the phrases that are candidates: most would hold the nearest word otherwise
 NEAR_WORDS = 24  # candidates of a concept

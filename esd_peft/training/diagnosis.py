@@ -1,172 +1,206 @@
-"""How far an erasure has moved predictions: of the concept, of what it was to keep, and of what nobody listed.
+"""The diagnosis at the end of a run, on a model for which there is no classifier: is the concept gone, and what is harmed?
 
-Teacher and student are asked at the same x_t, along trajectories that training has not seen. Of a prompt with the concept
-the part of its direction that is left counts, ⟨s − e_neutral, d⟩ / ⟨d, d⟩ with d = e_prompt − e_neutral: 1 before training,
-0 when it is gone, −η at the guided target. Of any other prompt how far it has moved, ‖s − e‖, as a share of what it says,
-‖e − e_null‖, or of what the concept says where that is more: what says next to nothing may move by as much unseen. Images
-show more, and cost a hundred times as much.
+Teacher and student draw the same prompts from the same noise, prompts that training has not had, and the teacher judges what
+each draw shows (`draws.Judge`). Four questions are answered: do paraphrases still show the concept; under which synonyms is
+it still there; are neighbours still drawn, those that share a word with the concept first; and does the concept's name as a
+negative prompt draw it. How well this agrees with a classifier of images is in docs/evaluation.md.
 """
 
-import itertools
 import random
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from statistics import mean
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from esd_peft.models import ModelFamily, PromptEmbeds
+from esd_peft.evaluation.intervals import wilson
+from esd_peft.models import ModelFamily
 from esd_peft.options.training import BufferOptions
-from esd_peft.prompts.augmentation import MANY_WORDS
-from esd_peft.prompts.plan import Pair, PromptPlan, names, spread
-from esd_peft.prompts.table import PairTable
-from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.runtime.seeds import generator, seed_for
-from esd_peft.training.buffer import Buffer
-from esd_peft.training.rollout import Rollout
+from esd_peft.prompts.augmentation import MANY_WORDS, PromptTable
+from esd_peft.prompts.plan import PromptPlan, names, spread
+from esd_peft.runtime.seeds import seed_for
+from esd_peft.training.draws import Draw, EncodedTexts, Judge
 from esd_peft.training.student import Student
-from esd_peft.training.work import probe_rollout, sampled
+from esd_peft.training.synonyms import SynonymMatch, neighbours
 
-EACH = 6  # prompts of a kind
-CONCEPTS = 4  # that are looked at, where there are more
-PLACES = (0.3, 0.6)  # of a trajectory, whose x_t are looked at
-MUCH_LEFT, FAR = 0.3, 0.5  # from here on images show it
+CONCEPTS = 4  # that are diagnosed, where there are more
+PARAPHRASES, NAMES, NEIGHBOURS, NEGATIVES = 16, 6, 8, 12  # prompts of each kind, of all concepts together
+DRAWS = {"synonyms": 2, "neighbours": 4}  # of each synonym and each neighbour
+TEMPLATES = ("an image of {}", "{} on a table", "a drawing of {}", "there is {} here", "{}, close up")  # not of training
+LEFT, LOST = 0.1, 0.4  # shares from which on the advice is to change something
+
+
+@dataclass(frozen=True)
+class Shown:
+    """In how many draws of `count` the teacher finds what is asked for: drawn by itself, and by the student."""
+
+    before: int
+    after: int
+    count: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the share after erasing."""
+        return wilson(self.after, self.count)
+
+    @property
+    def lost(self) -> float:
+        """The share that is lost of what the teacher draws."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.before} of {self.count} → {self.after} of {self.count}"
 
 
 @dataclass
 class Probes:
-    """Prompts by which a student is looked at: the concepts in contexts, and what is to stay."""
+    """Held-out prompts, encoded with the others of a run."""
 
-    contexts: list[list[Pair]]  # of each concept that is looked at
-    listed: list[str]
-    unlisted: list[str]
-    near: list[str] = field(default_factory=list)
-    embeds: PromptEmbeds = field(default_factory=dict)  # of `texts`
+    concepts: list[str]  # the plain prompt of each concept that is diagnosed
+    neutrals: list[str]  # and what stands in its place
+    paraphrases: list[list[str]]  # of each of these
+    contexts: dict[str, list[str]]  # of each candidate for a synonym or neighbour
+    listed: list[str]  # what is preserved, where there are no candidates
+    texts: EncodedTexts = field(default_factory=EncodedTexts)
 
     @property
-    def texts(self) -> list[str]:
-        """Every prompt, once."""
-        pairs = [pair for group in self.contexts for pair in group]
-        texts = [text for pair in pairs for text in (pair.prompt, pair.neutral)]
-        return list(dict.fromkeys(["", *texts, *self.listed, *self.unlisted, *self.near]))
-
-    def add_near(self, texts: list[str], embeds: PromptEmbeds) -> None:
-        """What was found to be like the concepts, of which some are looked at; `embeds` are those of `texts`."""
-        known = {*self.texts}
-        rows = torch.tensor([i for i, text in enumerate(texts) if text not in known][:EACH], dtype=torch.int64)
-        self.near = [texts[row] for row in rows]
-        self.embeds = {name: torch.cat([value.cpu(), embeds[name][rows].cpu()]) for name, value in self.embeds.items()}
+    def all(self) -> list[str]:
+        """Every text, once."""
+        groups = [*self.paraphrases, *self.contexts.values()]
+        texts = ["", *self.concepts, *self.neutrals, *self.listed, *self.contexts, *(t for group in groups for t in group)]
+        return list(dict.fromkeys(texts))
 
 
 @dataclass
 class Diagnosis:
-    """What was found, by prompt."""
+    """What was found. Empty where nothing was drawn."""
 
-    left: dict[str, float] = field(default_factory=dict)  # of the concept's direction
-    listed: dict[str, float] = field(default_factory=dict)  # how far these have moved,
-    near: dict[str, float] = field(default_factory=dict)  # what is like the concept and on no list,
-    unlisted: dict[str, float] = field(default_factory=dict)  # and random words together
+    paraphrases: dict[str, Shown] = field(default_factory=dict)  # by concept: draws that show it
+    synonyms: dict[str, Shown] = field(default_factory=dict)  # by synonym: draws that show the concept
+    neighbours: dict[str, Shown] = field(default_factory=dict)  # by neighbour: draws that show itself, the worst first
+    negative_prompt: dict[str, Shown] = field(default_factory=dict)  # by concept: draws of other prompts that show it
+    nfe: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For `result.json`: the figures, and what follows from them."""
+        """For `result.json`."""
         return asdict(self) | {"advice": [*self.advice()]}
 
     def advice(self) -> Iterator[str]:
-        """What to turn, in plain words; one sentence says so where nothing has to be."""
-        fine = True
-        less = "fewer --max-train-steps, a lower --learning-rate or a narrower --scope move it less"
-        if self.left and mean(self.left.values()) > MUCH_LEFT:
-            fine = False
-            yield (
-                f"{mean(self.left.values()):.0%} of the concept's direction is left: train longer (--max-train-steps), at a "
-                "higher --learning-rate, or past the null prompt (--negative-guidance)"
-            )
-        for moved, who, remedy in (
-            (self.listed, "on the list", less),
-            (
-                self.near,
-                "like the concept",
-                "name what must stay with --preserve, and what is the concept with --also-erase",
-            ),
-            (self.unlisted, "on no list", less),
-        ):
-            far = {text: share for text, share in moved.items() if share > FAR}
-            if far:
+        """What to do, one line a finding; one line says so where nothing has to be done."""
+        fine = bool(self.paraphrases)
+        for concept, shown in self.paraphrases.items():
+            if shown.after > LEFT * shown.count:
                 fine = False
-                worst = max(far, key=far.__getitem__)
-                yield f"{len(far)} of {len(moved)} prompts {who} moved far, {worst!r} by {far[worst]:.0%}: {remedy}"
-        if fine and self.left:
-            yield "nothing stands out: the concept's direction is gone and what was looked at beside it is in place"
+                yield (
+                    f"{concept!r} is still drawn by {shown.after} of {shown.count} paraphrases: train longer "
+                    "(--max-train-steps) or at a higher --learning-rate"
+                )
+        still = [name for name, shown in self.synonyms.items() if 2 * shown.after > shown.count]
+        if still:
+            fine = False
+            yield f"still drawn under {_quoted(still)}: add --also-erase with that name"
+        harmed = [name for name, shown in self.neighbours.items() if shown.before > 1 and shown.lost >= LOST]
+        if harmed:
+            fine = False
+            yield f"no longer drawn as before: {_quoted(harmed)}: add --preserve with that name"
+        for concept, shown in self.negative_prompt.items():
+            if shown.after - shown.before > LEFT * shown.count:
+                fine = False
+                yield (
+                    f"{concept!r} as a negative prompt draws it ({shown.after} of {shown.count} draws): do not name what is "
+                    "erased there, or lower --negative-guidance"
+                )
+        if fine:
+            yield "the concept is gone from held-out prompts, and what is like it is drawn as before"
 
 
-def choose_probes(family: ModelFamily, plan: PromptPlan, seed: int) -> Probes:
-    """Concepts beside random words of the tokenizer's vocabulary, some of what is listed, and such words alone.
+def _quoted(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
-    Where the tokenizer knows few words there is nothing unlisted, and the concepts come in prompts of the plan.
+
+def choose_probes(family: ModelFamily, plan: PromptPlan, table: PromptTable | None, seed: int) -> Probes:
+    """Held-out contexts of the concepts and of their candidates: random words of the tokenizer's vocabulary.
+
+    A tokenizer that knows few words has no other contexts than those of training.
     """
-    said = [*plan.concepts, *itertools.chain(*plan.other_names), *plan.given]
-    words = [word for word in family.whole_words() if not any(names(text, word) for text in said)]
-    listed = spread([text for text in plan.kept if text], EACH)
-    looked_at = spread(plan.concept_pairs, CONCEPTS)
-    if len(words) < MANY_WORDS:
-        return Probes([spread(pairs, EACH) for pairs in looked_at], listed, [])
+    pairs = spread(plan.concept_pairs, CONCEPTS)
+    number = max(1, len(pairs))
     draws = random.Random(seed_for(seed, "diagnosis"))
-    some = [" ".join(draws.sample(words, 2)) for _ in range(2 * EACH)]
-    beside = [[_beside(pairs[0], text) for text in some[:EACH]] for pairs in looked_at]
-    return Probes(beside, listed, some[EACH:])
+    named = [*plan.concepts, *(name for group in plan.other_names for name in group)]
+    words = [word for word in family.whole_words() if not any(names(name, word) for name in named)]
+    few = len(words) < MANY_WORDS
 
+    def templates(text: str, count: int) -> list[str]:
+        return family.read_whole(template.format(text) for template in draws.sample(TEMPLATES, min(count, len(TEMPLATES))))
 
-def _beside(plain: Pair, text: str) -> Pair:
-    anchor = None if plain.anchor is None else f"{text}, {plain.anchor}"
-    return replace(plain, prompt=f"{text}, {plain.prompt}", neutral=f"{text}, {plain.neutral}".rstrip(", "), anchor=anchor)
+    def contexts(text: str, count: int) -> list[str]:
+        """A third in templates, the rest beside random words."""
+        made = templates(text, count // 3)
+        for _ in range(count - len(made)):
+            first, second = draws.sample(words, 2)
+            made.append(draws.choice((f"{first} {second}, {text}", f"{text}, {first} {second}", f"{text} and {first}")))
+        return family.read_whole(made)
+
+    each = PARAPHRASES // number
+    paraphrases = [spread([p.prompt for p in group], each) if few else contexts(group[0].prompt, each) for group in pairs]
+    candidates = [c.text for group in (table.candidates if table else []) for c in group if c.is_word or c.shares_word]
+    listed = spread([text for text in plan.kept if text], NEIGHBOURS)
+    held_out = {} if few else {text: templates(text, 2) for text in dict.fromkeys(candidates)}
+    return Probes([g[0].prompt for g in pairs], [g[0].neutral for g in pairs], paraphrases, held_out, listed)
 
 
 @torch.no_grad()
-def diagnose(rollout: Rollout, table: PairTable, probes: Probes, options: BufferOptions, seed: int) -> Diagnosis:
-    """Look at the student as it is. What that costs is not counted."""
-    device, draws = rollout.student.device, generator(seed, "diagnosis")
-    # contrastive training has no trajectories, and says nothing about them
-    options = probe_rollout(sampled(options, rollout.student.family))
-    alone = replace(rollout, profiler=PhaseProfiler(device), shared=False)
-    left: dict[str, list[float]] = defaultdict(list)
-    moved: dict[str, list[float]] = defaultdict(list)
-    for pairs, contexts in zip(spread(table.concepts, CONCEPTS), probes.contexts, strict=True):
-        trajectory = alone.collect(table, torch.tensor(pairs[:1]), options, draws, progress=False)
-        for place in PLACES:
-            sample = trajectory.index(torch.tensor([int(place * len(trajectory))]), device)
-            taught, made = _predictions(rollout.student, sample, probes, options.rollout_batch_size)
-            null, named = sample.teacher[:2].float().flatten(1)
-            for pair in contexts:
-                left[pair.prompt].append(_left(pair, taught, made))
-            for text in (*probes.listed, *probes.near, *probes.unlisted):
-                said = max((taught[text] - taught[""]).norm(), (named - null).norm())
-                moved[text].append(_share((made[text] - taught[text]).norm(), said))
-    listed, near, unlisted = (
-        {text: mean(moved[text]) for text in texts} for texts in (probes.listed, probes.near, probes.unlisted)
-    )
-    return Diagnosis({text: mean(shares) for text, shares in left.items()}, listed, near, unlisted)
+def diagnose(student: Student, probes: Probes, matches: list[SynonymMatch], options: BufferOptions, seed: int) -> Diagnosis:
+    """Draw with teacher and student, and judge. What that costs is `Diagnosis.nfe`, apart from the run's own NFE.
+
+    Empty for a model whose scheduler does not say what noise the denoiser was trained on (EDM).
+    """
+    if not student.family.noise_schedule.is_known:
+        return Diagnosis()
+    judge = Judge(student, probes.texts, float(options.guidance_scale or 1.0), 2 * options.rollout_batch_size)
+    number, near = max(1, len(probes.concepts)), neighbours(matches) or probes.listed
+    near = [text for text in near if text in probes.texts.rows and text not in probes.concepts][:NEIGHBOURS]
+    groups: list[tuple[str, str, list[Draw]]] = []  # question, subject, draws
+    for i, (concept, neutral) in enumerate(zip(probes.concepts, probes.neutrals, strict=True)):
+        among = tuple(dict.fromkeys((concept, neutral, *near[:2])))
+        groups.append(("paraphrases", concept, [Draw(text, among) for text in probes.paraphrases[i]]))
+        match = matches[i] if i < len(matches) else SynonymMatch([], [])
+        single = [c.text for c in (*match.undecided, *match.synonyms) if c.text in probes.contexts]
+        for name in single[: NAMES // number]:
+            groups.append(("synonyms", name, [Draw(text, among) for text in probes.contexts[name][: DRAWS["synonyms"]]]))
+        # prompts that say little are the easiest to draw the concept into
+        others = [text for other in near or [neutral] for text in (neutral, other)] * NEGATIVES
+        among = (concept, neutral, *near[:1])
+        negative = [Draw(text, tuple(dict.fromkeys((*among, text))), concept) for text in others[: NEGATIVES // number]]
+        if judge.guidance_scale != 1:
+            groups.append(("negative_prompt", concept, negative))
+    for text in near:
+        among = tuple(dict.fromkeys((text, *probes.concepts[:1], "", *[t for t in near if t != text][:1])))
+        prompts = probes.contexts.get(text) or [text]
+        groups.append(("neighbours", text, [Draw(p, among) for p in (prompts * DRAWS["neighbours"])[: DRAWS["neighbours"]]]))
+    found = _shown(judge, groups, seed_for(seed, "diagnosis"))
+    result = Diagnosis(nfe=judge.nfe)
+    for (question, subject, _), shown in zip(groups, found, strict=True):
+        getattr(result, question)[subject] = shown
+    result.neighbours = dict(sorted(result.neighbours.items(), key=lambda item: -item[1].lost))
+    return result
 
 
-Predicted = dict[str, Tensor]  # of each prompt, flat and in fp32
-
-
-def _predictions(student: Student, sample: Buffer, probes: Probes, batch_size: int) -> tuple[Predicted, Predicted]:
-    """What teacher and student predict at the x_t of `sample`."""
-    with student.teacher():
-        taught = student.predict_each(sample, probes.embeds, batch_size)
-    made = student.predict_each(sample, probes.embeds, batch_size)
-    return dict(zip(probes.texts, taught, strict=True)), dict(zip(probes.texts, made, strict=True))
-
-
-def _left(pair: Pair, taught: Predicted, made: Predicted) -> float:
-    """Of the concept's direction."""
-    neutral, direction = taught[pair.neutral], taught[pair.prompt] - taught[pair.neutral]
-    return _share((made[pair.prompt] - neutral) @ direction, direction.square().sum())
-
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    """0 where there is nothing to move."""
-    return (part / whole).item() if whole > 0 else 0.0
+def _shown(judge: Judge, groups: list[tuple[str, str, list[Draw]]], seed: int) -> list[Shown]:
+    """What each group's draws show: all are drawn and judged together, in few large batches."""
+    seed %= 2**62
+    draws = [draw for _, _, group in groups for draw in group]
+    if not draws:
+        return []
+    noise = judge.noise(len(draws), torch.Generator().manual_seed(seed))
+    with judge.student.teacher():
+        before = judge.draw(draws, noise, seed)
+    after = judge.draw(draws, noise, seed)
+    sides: list[list[bool]] = [judge.shows_first(latents, draws, seed) for latents in (before, after)]
+    made, start = [], 0
+    for _, _, group in groups:
+        end = start + len(group)
+        counts = [sum(side[start:end]) for side in sides]
+        made.append(Shown(counts[0], counts[1], len(group)))
+        start = end
+    return made

@@ -125,7 +125,9 @@ def match_synonyms(
         nfe += len(LOOKED_AT) * len(open_)
         if number == 0:
             open_ = (likeness >= OPEN).nonzero().squeeze(1)
-    synonyms, others, undecided = [], [], []
+    synonyms: list[Candidate] = []
+    others: list[Candidate] = []
+    undecided: list[Candidate] = []
     for candidate, like in zip(candidates, likeness.tolist(), strict=True):
         kind = others if like < OTHER else synonyms if like >= SAME and not candidate.shares_word else undecided
         kind.append(candidate)
@@ -146,7 +148,7 @@ def _likeness(student: Student, prompts: PromptTable, texts: list[str], trajecto
 
 
 def neighbours(matches: Sequence[SynonymMatch]) -> list[str]:
-    """Prompts that are like a concept and preserved, once: those that share a word with it, then the nearest single words."""
+    """Prompts that are like a concept and preserved, once: those that share a word with it, then the nearest words."""
     words = [
         [c.text for c in match.others if c.shares_word] + [c.text for c in match.others if c.is_word and not c.shares_word]
         for match in matches
@@ -162,7 +164,8 @@ def to_texts(matches: Sequence[SynonymMatch]) -> list[list[list[str]]]:
 def to_matches(prompts: PromptTable, texts: list[list[list[str]]]) -> list[SynonymMatch]:
     """The inverse of `to_texts`; on another machine some may be no candidates."""
     known = [{candidate.text: candidate for candidate in group} for group in prompts.candidates]
-    return [
-        SynonymMatch(*([own[text] for text in side if text in own] for side in sides))
-        for own, sides in zip(known, texts, strict=True)
-    ]
+    matches = []
+    for own, sides in zip(known, texts, strict=True):
+        synonyms, others, undecided = ([own[text] for text in side if text in own] for side in sides)
+        matches.append(SynonymMatch(synonyms, others, undecided))
+    return matches

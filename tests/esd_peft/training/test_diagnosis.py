@@ -1,21 +1,22 @@
-"""How far predictions have moved, as the erase command says it at its end."""
+"""The diagnosis at the end of a run: what short draws show, as the teacher judges them."""
 
 import contextlib
 
 import pytest
 import torch
 
-from esd_peft.prompts.plan import names
+from esd_peft.models import open_family
+from esd_peft.options.training import BufferOptions
+from esd_peft.prompts.augmentation import Candidate
 from esd_peft.training import diagnosis
-from esd_peft.training.diagnosis import Diagnosis, choose_probes, diagnose
-from esd_peft.training.student import Student
-from runs import CPU, prepare_short
+from esd_peft.training.diagnosis import Diagnosis, Shown, choose_probes, diagnose
+from esd_peft.training.draws import EncodedTexts
+from esd_peft.training.synonyms import SynonymMatch
+from runs import CPU, prepare
 
 
 class Deaf:
-    """A student that hears nothing of its prompts, and has a teacher that does."""
-
-    predict_each = Student.predict_each
+    """A student that is given "" in the place of every prompt, and has a teacher that is not."""
 
     def __init__(self, student, null):
         self.student, self.null, self.teaches = student, null, False
@@ -33,54 +34,91 @@ class Deaf:
         return self.student.predict(inputs, timesteps, embeds)
 
 
-def looked_at(model, monkeypatch, deaf=False, **options):
-    monkeypatch.setattr(diagnosis, "MANY_WORDS", 5)  # as if the shapes pipeline knew many
-    run = prepare_short(model, **options)
-    probes = choose_probes(run.family, run.prompts, 0)
-    probes.embeds = run.family.encode(probes.texts, CPU, torch.float32)
-    probes.add_near(["a star", *probes.listed], run.family.encode(["a star", *probes.listed], CPU, torch.float32))
-    if deaf:
-        run.rollout.student = Deaf(run.student, run.family.encode([""], CPU, torch.float32))
-    before = run.rollout.profiler.nfe
-    found = diagnose(run.rollout, run.table, probes, run.config.buffer, 0)
-    assert run.rollout.profiler.nfe == before  # it is not counted as the erasure's
-    return probes, found
+@pytest.fixture
+def few_draws(monkeypatch):
+    for name, count in {"PARAPHRASES": 6, "NEIGHBOURS": 2, "NEGATIVES": 4}.items():
+        monkeypatch.setattr(diagnosis, name, count)
 
 
-def test_before_training_all_is_left_and_nothing_has_moved(model, monkeypatch):
-    probes, found = looked_at(model, monkeypatch, concept=["circle", "red"])
-    assert len(found.left) == 12 and [*found.left.values()] == pytest.approx([1.0] * 12, abs=1e-4)
-    assert found.near == {"a star": 0.0}  # the others of what was found stand on the list already
-    assert len(found.listed) == 6 and set(found.listed.values()) == {0.0}
-    assert len(found.unlisted) == 6 and set(found.unlisted.values()) == {0.0}
-    assert not any(names(concept, text) for concept in ("circle", "red") for text in [*probes.listed, *probes.unlisted])
+def diagnosed(deaf):
+    run = prepare("emoji", concept=["fox"], method="trajectories")
+    probes = choose_probes(run.family, run.prompts, None, 0)
+    probes.contexts = {f"a {name}": [f"an image of a {name}"] for name in ("violin", "car")}
+    probes.texts.add(probes.all, run.family.encode(probes.all, CPU, torch.float32))
+    student = Deaf(run.student, run.family.encode([""], CPU, torch.float32)) if deaf else run.student
+    match = SynonymMatch([], [Candidate("a violin", [], True), Candidate("a car", [], True)])
+    return diagnose(student, probes, [match], BufferOptions(guidance_scale=3.0), 0)
+
+
+def test_before_training_everything_is_drawn_as_before(few_draws):
+    found = diagnosed(deaf=False)
+    (fox,) = found.paraphrases.values()
+    assert fox.before == fox.after > 3
+    assert [*found.neighbours.values()] == [Shown(4, 4, 4)] * 2
+    (negative,) = found.negative_prompt.values()
+    assert negative.after == negative.before
     (advice,) = found.advice()
-    assert advice.startswith("100% of the concept's direction is left")
+    assert advice.startswith("'fox' is still drawn by") and "--max-train-steps" in advice
 
 
-def test_a_student_that_hears_nothing_has_moved_by_all_that_prompts_say(model, monkeypatch):
-    _, found = looked_at(model, monkeypatch, deaf=True, concept=["circle"])
-    for moved in (found.listed, found.near, found.unlisted):
-        assert [*moved.values()] == pytest.approx([1.0] * len(moved), abs=1e-4)
-    assert len([*found.advice()]) >= 3
+def test_a_student_that_hears_nothing_has_lost_everything(few_draws):
+    found = diagnosed(deaf=True)
+    (fox,) = found.paraphrases.values()
+    assert fox.after == 0 < fox.before and fox.interval[0] == 0
+    assert all(shown.after <= 1 for shown in found.neighbours.values())
+    (advice,) = found.advice()
+    assert advice.startswith("no longer drawn as before: ") and "'a violin'" in advice and "--preserve" in advice
 
 
-def test_with_few_words_the_concept_is_looked_at_in_prompts_of_the_plan(model):
-    run = prepare_short(model, concept=["circle"], prompt_templates="auto")
-    probes = choose_probes(run.family, run.prompts, 0)
-    assert {*probes.contexts[0]} <= {*run.prompts.concept_pairs[0]} and not probes.unlisted
+def test_with_few_words_paraphrases_are_prompts_of_the_plan():
+    run = prepare("shapes", concept=["circle"], prompt_templates="auto")
+    probes = choose_probes(run.family, run.prompts, None, 0)
+    assert {*probes.paraphrases[0]} <= {pair.prompt for pair in run.prompts.concept_pairs[0]} and not probes.contexts
+
+
+def test_held_out_prompts_are_none_of_those_of_training():
+    run = prepare("emoji", concept=["fox"], method="trajectories")
+    probes = choose_probes(run.family, run.prompts, None, 0)
+    assert len(probes.paraphrases[0]) == diagnosis.PARAPHRASES
+    assert not {*probes.paraphrases[0]} & {*run.prompts.texts} and all("fox" in text for text in probes.paraphrases[0])
+
+
+def test_a_model_whose_noise_nobody_knows_is_not_diagnosed(monkeypatch):
+    emoji = open_family("emoji")
+    monkeypatch.setattr(type(emoji.noise_schedule), "is_known", False)
+    run = prepare("emoji", concept=["fox"], method="trajectories")
+    assert diagnose(run.student, choose_probes(run.family, run.prompts, None, 0), [], run.config.buffer, 0) == Diagnosis()
+
+
+GONE = {"fox": Shown(16, 0, 16)}
 
 
 @pytest.mark.parametrize(
     ("found", "says"),
     [
-        (Diagnosis(left={"a fox": -0.5}, near={"a dog": 0.1}), "nothing stands out"),
-        (Diagnosis(left={"a fox": 0.9}), "90% of the concept's direction is left"),
-        (Diagnosis({"a fox": 0.0}, near={"a dog": 0.9, "a cat": 0.1}), "1 of 2 prompts like the concept moved far, 'a dog'"),
-        (Diagnosis({"a fox": 0.0}, {"a person": 0.7}), "1 of 1 prompts on the list moved far, 'a person' by 70%"),
-        (Diagnosis({"a fox": 0.0}, unlisted={"tree sea": 0.7}), "1 of 1 prompts on no list moved far"),
+        (
+            Diagnosis(GONE, neighbours={"a dog": Shown(4, 4, 4)}),
+            "the concept is gone from held-out prompts",
+        ),
+        (Diagnosis({"fox": Shown(16, 4, 16)}), "'fox' is still drawn by 4 of 16 paraphrases: train longer"),
+        (
+            Diagnosis(GONE, {"a vixen": Shown(2, 2, 2), "a sly": Shown(2, 1, 2)}),
+            "still drawn under 'a vixen': add",
+        ),
+        (
+            Diagnosis(GONE, neighbours={"a dog": Shown(4, 1, 4), "a cat": Shown(4, 3, 4)}),
+            "no longer drawn as before: 'a dog': add",
+        ),
+        (Diagnosis(GONE, negative_prompt={"fox": Shown(0, 3, 12)}), "'fox' as a negative prompt draws it (3 of 12 draws)"),
     ],
 )
 def test_what_it_advises(found, says):
     (advice,) = found.to_dict()["advice"]
     assert advice.startswith(says)
+
+
+def test_texts_are_kept_once():
+    texts = EncodedTexts()
+    texts.add(["a", "b", "a"], {"tokens": torch.tensor([[1.0], [2.0], [1.0]])})
+    texts.add(["b", "c"], {"tokens": torch.tensor([[2.0], [3.0]])})
+    assert texts.get(["c", "a"], CPU)["tokens"].flatten().tolist() == [3, 1] and len(texts.embeds["tokens"]) == 3

@@ -33,3 +33,23 @@ def test_neighbours_are_words_that_are_preserved_the_nearest_of_each_concept_fir
         for texts in (["dog", "sly", "wolf"], ["tulip", "sly", "red tulip"])
     )
     assert neighbours([SynonymMatch([], fox), SynonymMatch([fox[1]], rose)]) == ["dog", "tulip", "sly", "wolf"]
+
+
+def test_a_word_of_the_concepts_own_name_is_no_synonym(few, monkeypatch):
+    """Along the trajectories of "green apple" the teacher predicts nearly the same for "apple": 0.98."""
+    candidates = ["a apple", "a granny smith", "a red apple"]
+
+    def nearest(encoder, concept, *_):
+        encoder.add(candidates)
+        return candidates
+
+    monkeypatch.setattr(augmentation, "_nearest", nearest)
+    source = method_of(prepare("emoji", concept=["green apple"], rank=2, method="layers")).source
+    next(source)
+    (match,) = source.matches
+    sides = [[c.text for c in side] for side in (match.synonyms, match.undecided, match.others)]
+    assert sides == [["a granny smith"], ["a apple"], ["a red apple"]]
+    assert neighbours([match]) == ["a red apple"], "which shares a word, and so is diagnosed"
+    texts = {row: text for text, row in source.table.rows.items()}
+    drawn = [texts[int(row)] for _ in range(40) for row in next(source.prompts).prompts]
+    assert "a red apple" in drawn and "a apple" not in drawn
