@@ -4,7 +4,7 @@
 
 Each ADAPTER of the embedded emoji pipeline, as `python -m esd_peft.erase` wrote it, acts at several strengths, so that it
 erases and harms more or less. At each the diagnosis is made, and the classifier that ships with the pipeline names what
-images of other prompts show. Rows are a concept or a neighbour at one strength; each question has Spearman's rank correlation.
+images of other prompts show. A row is a concept or a neighbour at one strength; questions have Spearman's correlation.
 """
 
 import argparse

@@ -202,7 +202,7 @@ class MemoryEstimator:
 
     def _nfe(self, config: EraseConfig) -> int:
         """Of the run as a whole."""
-        checkpointing, concepts = config.memory.gradient_checkpointing, len(self.prompts.concepts)
+        checkpointing, concepts = config.memory.gradient_checkpointing, self.prompts.concepts
         return count_nfe(config.buffer, config.training, checkpointing, self.prompts.predictions, concepts)
 
 

@@ -315,7 +315,7 @@ def _sharing(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan
     each, found = SHARING // (4 * len(own)), []
     for i in range(len(own)):
         common, rest = (
-            _unsaid(plan, (f"a {' '.join([*own[:i], word, *own[i + 1 :]])}" for word in some if word not in own))
+            _unsaid(plan, (f"a {' '.join([*own[:i], word, *own[i + 1 :]])}" for word in some if word.lower() not in own))
             for some in ((m for m in MODIFIERS if m in words), (w for w in words if w not in MODIFIERS))
         )
         found += common[: 2 * each] if i < len(own) - 1 else []

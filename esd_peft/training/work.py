@@ -5,11 +5,12 @@ All functions but `sampled` take options that `esd_peft.erasure.defaults.resolve
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esd_peft.models import ModelFamily
 from esd_peft.options.training import BufferOptions, TrainingOptions
-from esd_peft.prompts.augmentation import NEAR_WORDS, Amounts, amounts, phrases
+from esd_peft.prompts.augmentation import NEAR_WORDS, SHARING, Amounts, amounts, phrases
 
 LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is a synonym
 PROBE_TRAJECTORIES = 12  # of the teacher probe, and the steps of each
@@ -91,11 +92,13 @@ def other_trajectories(concepts: int) -> int:
     return max(2, PROBE_TRAJECTORIES - concepts * own_trajectories(concepts))
 
 
-def count_probe_nfe(buffer: BufferOptions, predictions: int, concepts: int, size: Amounts) -> int:
+def count_probe_nfe(buffer: BufferOptions, predictions: int, concepts: Sequence[str], size: Amounts) -> int:
     """NFE of the teacher probe, at most: where candidates are few it takes less."""
-    steps, own = probe_rollout(buffer).num_inference_steps, concepts * own_trajectories(concepts)
-    rollouts = steps * (predictions * own + 2 * other_trajectories(concepts))
-    return rollouts + own * len(LOOKED_AT) * (NEAR_WORDS + phrases(size, concepts))
+    number, each = len(concepts), own_trajectories(len(concepts))
+    rollouts = probe_rollout(buffer).num_inference_steps * (predictions * number * each + 2 * other_trajectories(number))
+    sharing = sum(SHARING for concept in concepts if len(concept.split()) > 1)
+    candidates = number * (NEAR_WORDS + phrases(size, number)) + sharing
+    return rollouts + each * len(LOOKED_AT) * candidates
 
 
 def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
@@ -105,7 +108,7 @@ def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
 
 
 def count_nfe(
-    buffer: BufferOptions, training: TrainingOptions, gradient_checkpointing: bool, predictions: int, concepts: int
+    buffer: BufferOptions, training: TrainingOptions, gradient_checkpointing: bool, predictions: int, concepts: Sequence[str]
 ) -> int:
     """NFE of a run, without early stopping and images; about, where steps are kept at random.
 

@@ -30,6 +30,10 @@ def augmented(**options):
     return emoji, run.prompts, prompt_table(run)
 
 
+def words_of(text):
+    return text.lower().split()
+
+
 def test_what_erases_names_the_concept_and_what_preserves_does_not(monkeypatch):
     emoji, plan, made = augmented(concept="red apple")
     contexts = made.contexts[0]
@@ -40,7 +44,11 @@ def test_what_erases_names_the_concept_and_what_preserves_does_not(monkeypatch):
     assert {"a red", "an apple" if "an apple" in made.rows else "a apple"} & {*made.unrelated}, "a part of its name may stay"
     words = [c.text for c in made.candidates[0] if c.is_word]
     phrases = [c.text for c in made.candidates[0] if not c.is_word]
-    assert (len(words), len(phrases)) == (4, 16) and all(4 <= len(c.pairs) <= 6 for c in made.candidates[0])
+    sharing = [c.text for c in made.candidates[0] if c.shares_word]
+    assert len(words) == 4 and 16 <= len(phrases) <= 16 + module.SHARING
+    assert all(4 <= len(c.pairs) <= 6 for c in made.candidates[0])
+    assert len(sharing) >= 16 and all(("red" in words_of(text)) != ("apple" in words_of(text)) for text in sharing)
+    assert {"a blue apple", "a green apple"} & {*sharing}, "what a common modifier makes of its noun is among these"
     assert all(candidate.text in pair.prompt for candidate in made.candidates[0] for pair in candidate.pairs)
     assert {*made.rows} >= {p.goal for c in made.candidates[0] for p in c.pairs}
     assert all(count <= most for count, most in emoji.token_counts([*made.rows])), "and the text encoder reads all of them"
