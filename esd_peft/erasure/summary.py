@@ -43,6 +43,9 @@ def make_result(
             found = validation.accuracies()
             with new_file(config.checkpoint.output / "before_after.png") as draft:
                 validation.grid().save(draft)
+    if diagnosis.pictures is not None:
+        with finished(config), new_file(config.checkpoint.output / "diagnosis.png") as draft:
+            diagnosis.pictures.save(draft)
     return {
         **recognised(found),
         "synonyms": {

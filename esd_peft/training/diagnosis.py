@@ -8,18 +8,21 @@ negative prompt draw it. How well this agrees with a classifier of images is in 
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from esd_peft.evaluation.intervals import wilson
 from esd_peft.models import ModelFamily
+from esd_peft.models.sampling import before_after_grid, to_image
 from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.augmentation import MANY_WORDS, PromptTable
 from esd_peft.prompts.plan import PromptPlan, names, spread
 from esd_peft.runtime.seeds import seed_for
-from esd_peft.training.draws import Draw, EncodedTexts, Judge
+from esd_peft.training.draws import Draw, EncodedTexts, Judge, decode
 from esd_peft.training.student import Student
 from esd_peft.training.synonyms import SynonymMatch, neighbours
 
@@ -80,10 +83,11 @@ class Diagnosis:
     neighbours: dict[str, Shown] = field(default_factory=dict)  # by neighbour: draws that show itself, the worst first
     negative_prompt: dict[str, Shown] = field(default_factory=dict)  # by concept: draws of other prompts that show it
     nfe: int = 0
+    pictures: Image.Image | None = None  # of each question its worst draw, by the teacher above and by the student below
 
     def to_dict(self) -> dict[str, Any]:
         """For `result.json`."""
-        return asdict(self) | {"advice": [*self.advice()]}
+        return asdict(replace(self, pictures=None)) | {"advice": [*self.advice()]}
 
     def advice(self) -> Iterator[str]:
         """What to do, one line a finding; one line says so where nothing has to be done."""
@@ -158,49 +162,86 @@ def diagnose(student: Student, probes: Probes, matches: list[SynonymMatch], opti
     if not student.family.noise_schedule.is_known:
         return Diagnosis()
     judge = Judge(student, probes.texts, float(options.guidance_scale or 1.0), 2 * options.rollout_batch_size)
-    number, near = max(1, len(probes.concepts)), neighbours(matches) or probes.listed
-    near = [text for text in near if text in probes.texts.rows and text not in probes.concepts][:NEIGHBOURS]
-    groups: list[tuple[str, str, list[Draw]]] = []  # question, subject, draws
-    for i, (concept, neutral) in enumerate(zip(probes.concepts, probes.neutrals, strict=True)):
-        among = tuple(dict.fromkeys((concept, neutral, *near[:2])))
-        groups.append(("paraphrases", concept, [Draw(text, among) for text in probes.paraphrases[i]]))
-        match = matches[i] if i < len(matches) else SynonymMatch([], [])
-        single = [c.text for c in (*match.undecided, *match.synonyms) if c.text in probes.contexts]
-        for name in single[: NAMES // number]:
-            groups.append(("synonyms", name, [Draw(text, among) for text in probes.contexts[name][: DRAWS["synonyms"]]]))
-        # prompts that say little are the easiest to draw the concept into
-        others = [text for other in near or [neutral] for text in (neutral, other)] * NEGATIVES
-        among = (concept, neutral, *near[:1])
-        negative = [Draw(text, tuple(dict.fromkeys((*among, text))), concept) for text in others[: NEGATIVES // number]]
-        if judge.guidance_scale != 1:
-            groups.append(("negative_prompt", concept, negative))
-    for text in near:
-        among = tuple(dict.fromkeys((text, *probes.concepts[:1], "", *[t for t in near if t != text][:1])))
-        prompts = probes.contexts.get(text) or [text]
-        groups.append(("neighbours", text, [Draw(p, among) for p in (prompts * DRAWS["neighbours"])[: DRAWS["neighbours"]]]))
-    found = _shown(judge, groups, seed_for(seed, "diagnosis"))
-    result = Diagnosis(nfe=judge.nfe)
-    for (question, subject, _), shown in zip(groups, found, strict=True):
-        getattr(result, question)[subject] = shown
+    groups = [
+        group for group in _groups(probes, matches) if judge.guidance_scale != 1 or group.question != "negative_prompt"
+    ]
+    made = _drawn(judge, [draw for group in groups for draw in group.draws], seed_for(seed, "diagnosis") % 2**62)
+    result, start, rows = Diagnosis(nfe=judge.nfe), 0, []
+    for group in groups:
+        end = start + len(group.draws)
+        shown = Shown(sum(made.before[start:end]), sum(made.after[start:end]), end - start)
+        getattr(result, group.question)[group.subject] = shown
+        # of what is erased a draw that still shows it, of what is kept one that is lost
+        wrong = [i for i in range(start, end) if made.after[i] != (group.question == "neighbours")]
+        rows.append((group.question, shown.lost, (wrong or [start])[0]))
+        start = end
     result.neighbours = dict(sorted(result.neighbours.items(), key=lambda item: -item[1].lost))
+    result.pictures = _sheet(student, made, _chosen(rows))
     return result
 
 
-def _shown(judge: Judge, groups: list[tuple[str, str, list[Draw]]], seed: int) -> list[Shown]:
-    """What each group's draws show: all are drawn and judged together, in few large batches."""
-    seed %= 2**62
-    draws = [draw for _, _, group in groups for draw in group]
-    if not draws:
-        return []
+@dataclass
+class _Group:
+    question: str  # a field of `Diagnosis`
+    subject: str
+    draws: list[Draw]
+
+
+def _groups(probes: Probes, matches: list[SynonymMatch]) -> list[_Group]:
+    """What is drawn to answer the questions, without what has no draws."""
+    number, near = max(1, len(probes.concepts)), neighbours(matches) or probes.listed
+    near = [text for text in near if text in probes.texts.rows and text not in probes.concepts][:NEIGHBOURS]
+    groups = []
+    for i, (concept, neutral) in enumerate(zip(probes.concepts, probes.neutrals, strict=True)):
+        among = tuple(dict.fromkeys((concept, neutral, *near[:2])))
+        groups.append(_Group("paraphrases", concept, [Draw(text, among) for text in probes.paraphrases[i]]))
+        match = matches[i] if i < len(matches) else SynonymMatch([], [])
+        known = [c.text for c in (*match.undecided, *match.synonyms) if c.text in probes.contexts]
+        for name in known[: NAMES // number]:
+            draws = [Draw(text, among) for text in probes.contexts[name][: DRAWS["synonyms"]]]
+            groups.append(_Group("synonyms", name, draws))
+        # prompts that say little are the easiest to draw the concept into
+        others = [text for other in near or [neutral] for text in (neutral, other)] * NEGATIVES
+        among = (concept, neutral, *near[:1])
+        draws = [Draw(text, tuple(dict.fromkeys((*among, text))), concept) for text in others[: NEGATIVES // number]]
+        groups.append(_Group("negative_prompt", concept, draws))
+    for text in near:
+        among = tuple(dict.fromkeys((text, *probes.concepts[:1], "", *[t for t in near if t != text][:1])))
+        prompts = (probes.contexts.get(text) or [text]) * DRAWS["neighbours"]
+        groups.append(_Group("neighbours", text, [Draw(prompt, among) for prompt in prompts[: DRAWS["neighbours"]]]))
+    return [group for group in groups if group.draws]
+
+
+@dataclass
+class _Made:
+    draws: list[Draw]
+    latents: tuple[Tensor, Tensor]  # of the teacher, of the student
+    before: list[bool]
+    after: list[bool]
+
+
+def _drawn(judge: Judge, draws: list[Draw], seed: int) -> _Made:
+    """All draws by teacher and student, and what the teacher finds in them."""
     noise = judge.noise(len(draws), torch.Generator().manual_seed(seed))
     with judge.student.teacher():
         before = judge.draw(draws, noise, seed)
     after = judge.draw(draws, noise, seed)
-    sides: list[list[bool]] = [judge.shows_first(latents, draws, seed) for latents in (before, after)]
-    made, start = [], 0
-    for _, _, group in groups:
-        end = start + len(group)
-        counts = [sum(side[start:end]) for side in sides]
-        made.append(Shown(counts[0], counts[1], len(group)))
-        start = end
-    return made
+    return _Made(draws, (before, after), *(judge.shows_first(latents, draws, seed) for latents in (before, after)))
+
+
+def _chosen(worst: list[tuple[str, float, int]]) -> list[int]:
+    """Of paraphrases, synonyms and negative prompts two draws each, and of the neighbours those that lost the most."""
+    chosen = []
+    for question in ("paraphrases", "synonyms", "neighbours", "negative_prompt"):
+        some = sorted((item for item in worst if item[0] == question), key=lambda item: -item[1])
+        chosen += [row for *_, row in some[: 3 if question == "neighbours" else 2]]
+    return chosen
+
+
+def _sheet(student: Student, made: _Made, rows: list[int]) -> Image.Image | None:
+    """These draws as pictures."""
+    if not rows:
+        return None
+    names = [f"{d.prompt} (not: {d.negative})".strip() if d.negative else d.prompt for d in (made.draws[i] for i in rows)]
+    before, after = ([[to_image(image)] for image in decode(student, latents[rows])] for latents in made.latents)
+    return before_after_grid(names, before, after)

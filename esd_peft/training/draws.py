@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.models import PromptEmbeds
-from esd_peft.models.family import index_embeds
+from esd_peft.models.family import in_its_dtype, index_embeds
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import send
 from esd_peft.training.student import Student
@@ -117,3 +117,15 @@ class Judge:
             found.append(int(own.argmin()) == 0)
             start += len(draw.candidates)
         return found
+
+
+@torch.no_grad()
+def decode(student: Student, latents: Tensor) -> Tensor:
+    """Images `[N, 3, H, W]` fp32 in [0, 1] of final latents `[N, ...]`, on the CPU; of a video its first frame."""
+    family = student.family
+    vae = in_its_dtype(family.load_part("vae", student.dtype).to(student.device))
+    images = torch.cat([
+        vae.decode(family.vae_latents(vae, send(part, student.device).to(student.dtype)), return_dict=False)[0].float().cpu()
+        for part in latents.split(4)
+    ])  # fmt: skip
+    return ((images[:, :, 0] if images.dim() == 5 else images) / 2 + 0.5).clamp(0, 1)
