@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def classifier_rates(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="+", type=Path)
+    parser.add_argument("--strengths", nargs="+", type=float, default=STRENGTHS, help="of each adapter")
     parser.add_argument("--output", type=Path, required=True, help="without a suffix: .json and .png are written")
     arguments = parser.parse_args()
     file = arguments.output.with_suffix(".json")
@@ -89,12 +90,12 @@ def main() -> None:
     for path in arguments.adapters:
         if any(row["adapter"] == path.name for row in rows):
             continue
-        rows += measure(path)
+        rows += measure(path, arguments.strengths)
         write(file, rows)
     write(file, rows)
 
 
-def measure(path: Path) -> list[dict[str, Any]]:
+def measure(path: Path, strengths: Sequence[float]) -> list[dict[str, Any]]:
     """The rows of one adapter."""
     family = open_family("emoji")
     assert family.world is not None
@@ -116,7 +117,7 @@ def measure(path: Path) -> list[dict[str, Any]]:
     options = BufferOptions(guidance_scale=3.0)
     teacher = Saved(family, base, base)
     before = classifier_rates(teacher, prompts, wanted)
-    for strength in STRENGTHS:
+    for strength in strengths:
         erased = read_adapter(path, strength).apply(family.load_denoiser(torch.float32))
         student, start = Saved(family, base, erased), time.process_time()
         found: Diagnosis = diagnose(student, probes, [match], options, seed=1)
@@ -132,7 +133,7 @@ def measure(path: Path) -> list[dict[str, Any]]:
                                   "diagnosis": shown.after / shown.count})  # fmt: skip
         for text, shown in found.neighbours.items():
             name = text.removeprefix("a ")
-            lost = max(0.0, before[name] - after[name]), max(0.0, shown.before - shown.after) / shown.count
+            lost = before[name] - after[name], max(0.0, shown.before - shown.after) / shown.count
             made.append(common | {"question": "neighbours", "subject": name, "classifier": lost[0], "diagnosis": lost[1]})
     return made
 

@@ -98,10 +98,11 @@ def probe_teacher(
 
 def _others(prompts: PromptTable, matches: list[SynonymMatch], count: int, draws: torch.Generator) -> list[str]:
     """`count` prompts: a half neighbours of the concepts, the nearest of each first, as far as there are any; the rest
-    random words."""
+    random words, none of which may be a concept under another name."""
     ranked = neighbours(matches)
     chosen = ranked[: count // 2]
-    far = [text for word in prompts.words if (text := f"a {word}") not in ranked]
+    near = {*ranked, *(c.text for match in matches for c in (*match.synonyms, *match.undecided))}
+    far = [text for word in prompts.words if (text := f"a {word}") not in near]
     return chosen + [far[i] for i in torch.randperm(len(far), generator=draws)[: count - len(chosen)].tolist()]
 
 
