@@ -60,7 +60,7 @@ def neighbours_of(family: ModelFamily, concept: str) -> list[str]:
 
 
 def classifier_rates(
-    student: Student, prompts: dict[str, list[str]], wanted: dict[str, str], negative: str = ""
+    student: Student, prompts: dict[str, list[str]], wanted: dict[str, str], negative: str = "", **settings: float
 ) -> dict[str, float]:
     """The share of one image of each prompt that shows the wanted label, by group."""
     family = student.family
@@ -69,7 +69,7 @@ def classifier_rates(
     encoded = encode_prompts(family, texts, CPU, torch.float32, [negative] if negative else [])
     pipe = family.pipeline(student.denoiser, CPU, torch.float32)
     places = [(i, 0) for i in range(len(texts))]
-    batches = image_batches(pipe, encoded, places, 32, 5, "calibration", negative=negative)
+    batches = image_batches(pipe, encoded, places, 32, 5, "calibration", negative=negative, **settings)
     labels = family.world.load_classifier().name(torch.cat([images for _, images in batches]))
     rates, start = {}, 0
     for key, group in prompts.items():
@@ -112,6 +112,7 @@ def measure(path: Path, strengths: Sequence[float]) -> list[dict[str, Any]]:
     prompts = {concept: [p.text for p in family.world.named(labels, 24, draws)]}
     prompts |= {name: [p.text for p in family.world.named({domain: name}, IMAGES, draws)] for name in near}
     wanted = {concept: label} | {name: name for name in near}
+    # prompts that say little, at a guidance scale at which negative prompts do much
     open_prompts = {concept: ["", "a picture", *(f"a {name}" for name in near[:2])] * 6}
     base = family.load_denoiser(torch.float32)
     options = BufferOptions(guidance_scale=3.0)
@@ -123,7 +124,7 @@ def measure(path: Path, strengths: Sequence[float]) -> list[dict[str, Any]]:
         found: Diagnosis = diagnose(student, probes, [match], options, seed=1)
         seconds = time.process_time() - start
         after = classifier_rates(student, prompts, wanted)
-        negative = classifier_rates(student, open_prompts, {concept: label}, negative=concept)
+        negative = classifier_rates(student, open_prompts, {concept: label}, negative=concept, guidance_scale=7.5)
         common = {"adapter": path.name, "concept": concept, "strength": strength, "nfe": found.nfe, "cpu_seconds": seconds}
         for shown in found.paraphrases.values():
             made.append(common | {"question": "paraphrases", "subject": concept, "before": before[concept],
