@@ -3,12 +3,12 @@
 python docs/config_reference.py
 """
 
-import importlib
-import re
 from pathlib import Path
 from typing import Any
 
 from esd_peft.options.base import Options, groups_of, readers
+from esd_peft.options.commands import COMMANDS
+from esd_peft.options.study import AnalyseStudyConfig, MakeStudyConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "config.md"
@@ -28,13 +28,8 @@ An option that some values of `--method` do not read says which ones read it, an
 
 
 def commands() -> dict[str, type[Options]]:
-    """The class of options of each command, found where the command line is parsed."""
-    found = {}
-    for path in sorted((ROOT / "esd_peft").rglob("*.py")):
-        for kind, name in re.findall(r'\bparse\((\w+), "python -m esd_peft.([\w. ]+)"', path.read_text(encoding="utf-8")):
-            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-            found[name] = getattr(module, kind)
-    return found
+    """The class of options of each command, those of the study's last."""
+    return COMMANDS | {"study make": MakeStudyConfig, "study analyse": AnalyseStudyConfig}
 
 
 def page() -> str:

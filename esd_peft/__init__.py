@@ -27,6 +27,7 @@ if sys.argv[:1] == ["-m"]:  # as a command: its output is its own, without the l
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    importlib.import_module("esd_peft.options.commands").answer_early(sys.orig_argv)
 
 _HOME = {
     "EraseConfig": "options.erase", "MergeConfig": "options.merge", "EvaluateConfig": "options.evaluate",

@@ -5,9 +5,7 @@ It loads no weights, and of a hub repository it downloads none.
 
 import shutil
 from collections.abc import Iterator
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from esd_peft.erasure.defaults import resolve
 from esd_peft.erasure.planner import MemoryEstimator, amount, describe, fit, imagined
@@ -15,22 +13,16 @@ from esd_peft.errors import UserError
 from esd_peft.io.terminal import say
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.options.base import parse_bytes
-from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.command_line import run_command
+from esd_peft.options.commands import read_command_line
+from esd_peft.options.doctor import DoctorConfig
 from esd_peft.options.erase import EraseConfig
-from esd_peft.options.model import DrawingOptions, ModelOptions
 from esd_peft.options.training import BY_PROMPTS, StudentOptions, TrainingOptions
 from esd_peft.runtime.devices import describe_device, has_triton, is_accelerator, memory_info, resolve_device, resolve_dtype
 from esd_peft.runtime.reproducibility import installed
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 CARDS = {"8 GB": "7GiB", "12 GB": "11GiB", "16 GB": "15GiB", "24 GB": "23GiB"}  # and what driver and desktop leave
-
-
-class DoctorConfig(ModelOptions, DrawingOptions):
-    """Say what a model is, how it would be erased from, what fits which card, and what this machine has."""
-
-    model: Annotated[str, tyro.conf.Positional] = "shapes"
-    """What erase's --model takes."""
 
 
 def examine(config: DoctorConfig) -> Iterator[str]:
@@ -88,7 +80,7 @@ def _method(student: StudentOptions, training: TrainingOptions) -> str:
 
 def main() -> None:
     """The command line."""
-    for line in examine(parse(DoctorConfig, "python -m esd_peft.doctor")):
+    for line in examine(read_command_line(DoctorConfig)):
         say(line)
 
 

@@ -28,11 +28,10 @@ from esd_peft.models import PromptEmbeds, open_family
 from esd_peft.models.compilation import compiled
 from esd_peft.models.sampling import encode_with
 from esd_peft.models.text_encoding import TextEncoder
-from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.command_line import run_command
+from esd_peft.options.commands import read_command_line
 from esd_peft.options.erase import EraseConfig
-from esd_peft.options.renamed import rename_arguments
 from esd_peft.options.training import BY_PROMPTS
-from esd_peft.presets import PRESETS
 from esd_peft.prompts.augmentation import PromptTable, amounts, augment_prompts
 from esd_peft.prompts.table import PairTable, check_told_apart, make_table
 from esd_peft.runtime import distributed
@@ -176,7 +175,7 @@ def save(config: EraseConfig, session: Session, student: Student) -> None:
 
 def main() -> None:
     """The command line."""
-    config = parse(EraseConfig, "python -m esd_peft.erase", rename_arguments(sys.argv[1:]), PRESETS)
+    config = read_command_line(EraseConfig)
     if config.memory.plan:
         family = open_family(config.pretrained.model, options=config.pretrained, weights=False)
         say(plan_table(make_plan(config, *resolve(config, family), family)))

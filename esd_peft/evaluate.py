@@ -24,7 +24,8 @@ from esd_peft.models.dry_run import check_steps
 from esd_peft.models.quantize import check_bitsandbytes
 from esd_peft.models.sampling import encode_prompts
 from esd_peft.options.base import flag
-from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.command_line import run_command
+from esd_peft.options.commands import read_command_line
 from esd_peft.options.evaluate import WITHIN, EvaluateConfig
 from esd_peft.options.model import DrawingOptions
 from esd_peft.runtime.devices import current, resolve_device, resolve_dtype
@@ -190,7 +191,7 @@ def command_of(config: EvaluateConfig) -> str:
 
 def main() -> None:
     """The command line."""
-    config = parse(EvaluateConfig, "python -m esd_peft.evaluate")
+    config = read_command_line(EvaluateConfig)
     say(as_text(evaluate(config)))
     say(f"\nThe report is {config.output / 'report.html'}; report.md, result.json and the images are beside it.")
 

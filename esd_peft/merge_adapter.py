@@ -28,7 +28,8 @@ from esd_peft.models import ModelFamily, open_family
 from esd_peft.models.hub_cache import is_snapshot
 from esd_peft.models.pipeline_files import copy_pipeline
 from esd_peft.models.text_parts import write_for_every_version
-from esd_peft.options.command_line import parse, run_command
+from esd_peft.options.command_line import run_command
+from esd_peft.options.commands import read_command_line
 from esd_peft.options.merge import MergeConfig
 from esd_peft.options.model import ModelOptions
 
@@ -165,7 +166,7 @@ def _record(
 
 def main() -> None:
     """The command line."""
-    config = parse(MergeConfig, "python -m esd_peft.merge_adapter")
+    config = read_command_line(MergeConfig)
     record = merge_adapter(config)
     concepts = ", ".join(record["concept"]) or "the adapter"
     say(f"merged {record['merged_tensors']} tensors: {concepts}")

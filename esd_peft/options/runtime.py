@@ -1,10 +1,11 @@
 """Options that say where and in which number format a job computes."""
 
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from esd_peft.options.base import Options
+
+if TYPE_CHECKING:  # importing it takes longer than everything else here
+    import torch
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -24,11 +25,15 @@ class RuntimeOptions(Options):
     """Where to log the loss, beside the terminal, and the images of --validation-prompt."""
 
     @property
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
         """The device, once `esd_peft.erasure.defaults.resolve` has named it."""
+        import torch
+
         return torch.device(self.device)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The number format, once `esd_peft.erasure.defaults.resolve` has named it."""
+        import torch
+
         return getattr(torch, self.dtype)
