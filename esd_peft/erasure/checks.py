@@ -16,8 +16,6 @@ from esd_peft.options.prompts import PromptOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime import distributed
 from esd_peft.runtime.tracking import check_tracker
-from esd_peft.training.rollout import check_timesteps
-from esd_peft.training.work import LAST_TIMESTEP, probe_rollout
 
 
 def check_environment(config: EraseConfig, device: torch.device) -> None:
@@ -53,15 +51,10 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
         raise UserError(
             "--guidance-scale: this model is distilled to draw without classifier-free guidance; leave it out or use 1"
         )
-    contrastive = config.training.method == "contrastive"
-    if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
+    if config.training.method == "contrastive" and family.noise_schedule.predicts_noise:
         family.noise_schedule.alphas_cumprod()
     if config.buffer.num_inference_steps is not None:
         check_steps(family, config.buffer.num_inference_steps, "--num-inference-steps")
-    if config.buffer.min_timestep or (config.buffer.max_timestep or LAST_TIMESTEP) < LAST_TIMESTEP:
-        by_probe = config.training.method == "denoiser"
-        steps = probe_rollout(config.buffer).num_inference_steps if by_probe else config.buffer.num_inference_steps
-        check_timesteps(family, config.buffer.replace(num_inference_steps=steps))
     given = _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
     family.check_lengths(given)
     family.check_seen(given)

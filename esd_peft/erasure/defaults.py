@@ -12,7 +12,7 @@ from esd_peft.prompts.augmentation import MANY_WORDS
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
 from esd_peft.training.contrastive import epochs_of_references
-from esd_peft.training.work import LAST_TIMESTEP, preservation_samples, sampled
+from esd_peft.training.work import preservation_samples, sampled
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:
@@ -137,15 +137,14 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
     few = 20 + 20 * concepts
     # fast where the null space holds everything else in place (docs/scopes.md), or many prompts do
     fast = 3e-3 if student.adapter_type != "none" else 1e-3
-    ratio, steps, size, rate, norm = {
-        "layers": (0.5, 600 + 200 * concepts, 32, fast, 0.0),
-        "denoiser": (1 / 3, 80 + 80 * concepts, 12, fast, 1.0),
+    ratio, steps, size, rate = {
+        "layers": (0.5, 600 + 200 * concepts, 32, fast),
+        "denoiser": (1 / 3, 80 + 80 * concepts, 12, fast),
         "trajectories": (
             0.25 if prompts.sources else 0.125,
             few if _is_quick(student, prompts) else 8 * few,
             8,
             1e-2 if student.protected else 1e-3,
-            0.0,
         ),
     }[str(method)]
     if given.preservation_ratio is not None:
@@ -155,7 +154,6 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
         max_train_steps=steps if given.max_train_steps is None else given.max_train_steps,
         train_batch_size=given.train_batch_size or size,
         learning_rate=given.learning_rate or rate,
-        max_grad_norm=norm if given.max_grad_norm is None else given.max_grad_norm,
     )
 
 
@@ -164,7 +162,6 @@ def _resolve_contrastive(given: TrainingOptions, concepts: int) -> TrainingOptio
         method="contrastive",
         train_batch_size=given.train_batch_size or 32,
         learning_rate=given.learning_rate or 1e-4,
-        max_grad_norm=1.0 if given.max_grad_norm is None else given.max_grad_norm,
     )
     steps = epochs_of_references(training, concepts) if given.max_train_steps is None else given.max_train_steps
     return training.replace(max_train_steps=steps)
@@ -179,9 +176,6 @@ def _resolve_buffer(
     family: ModelFamily,
 ) -> BufferOptions:
     buffer = sampled(given, family)
-    if method != "layers":
-        latest = LAST_TIMESTEP if given.max_timestep is None else given.max_timestep
-        buffer = buffer.replace(min_timestep=given.min_timestep or 0, max_timestep=latest)
     if method != "trajectories":
         return buffer
     interval, preserved, concepts = given.buffer_refresh_interval, given.preservation_trajectories, len(prompts.concept)

@@ -19,7 +19,7 @@ from esd_peft.options.training import BufferOptions, CheckpointOptions, StudentO
 class EraseConfig(Options):
     """Erase concepts from a text-to-image diffusion model."""
 
-    gone: ClassVar[Mapping[str, str]] = dict.fromkeys(OLD, "--method")
+    gone: ClassVar[Mapping[str, str]] = OLD
     usual: ClassVar[tuple[str, ...]] = (
         "concept", "model", "output", "preserve", "also_erase", "method", "memory_budget", "plan", "resume",
     )  # fmt: skip
@@ -53,10 +53,6 @@ class EraseConfig(Options):
         preserves = prompts.preserve or prompts.preserve_file or prompts.sources
         if buffer.preservation_trajectories and not preserves:
             raise ValueError("--preservation-trajectories needs something to preserve; add --preserve or leave it out")
-        if training.stop_at is not None and any(map(prompts.goal_of, prompts.concept)):
-            raise ValueError("--stop-at does not work with --map-to; leave one of them out")
-        if training.stop_at is not None and training.stop_at <= -max(map(prompts.eta_of, prompts.concept)):
-            raise ValueError("--stop-at must be above -η (--negative-guidance), which is where a finished student stands")
         if training.reference is not None and len(prompts.concept) > 1:
             raise ValueError("--reference shows one concept; name one --concept, or leave it out")
         return self

@@ -1,6 +1,7 @@
-"""Options of the release before this one, under their new names; to be removed with the next release."""
+"""Options of the release before this one: under their new names, or refused; to be removed with the next release."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from esd_peft.errors import UserError
@@ -15,6 +16,8 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 
     Raises `UserError` for an option that is gone.
     """
+    for name in values:
+        _check_there(name)
     made = {**values}
     for old in [name for name in _NEW if name in made]:
         new = _NEW[old](made.pop(old))
@@ -36,6 +39,8 @@ def rename_arguments(argv: list[str]) -> list[str]:
     words = iter(argv)
     for word in words:
         name, has_value, value = word.partition("=")
+        if name.startswith("--"):
+            _check_there(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
         if name in known:
             given[known[name]] = value if has_value else next(words, "")
         else:
@@ -75,4 +80,20 @@ _NEW = {  # where two of them name a method, the first does
     "attention_steps": _attention_steps,
     "robust": _robust,
 }
-OLD = tuple(_NEW)
+_GONE = {  # and what to do instead
+    "lr_warmup_steps": "leave it out, or take a lower --learning-rate",
+    "snr_gamma": "leave it out; all timesteps count alike",
+    "min_timestep": "leave it out; all timesteps of a trajectory are trained on",
+    "max_timestep": "leave it out; all timesteps of a trajectory are trained on",
+    "stop_at": "use --max-train-steps",
+    "max_grad_norm": "leave it out, or take a lower --learning-rate",
+}
+OLD: Mapping[str, str] = {
+    **dict.fromkeys(_NEW, "it is now part of --method; write the config anew"),
+    **{name: f"it is gone; {instead}" for name, instead in _GONE.items()},
+}
+
+
+def _check_there(name: str) -> None:
+    if name in _GONE:
+        raise UserError(f"{flag(name)} is gone; {_GONE[name]}")

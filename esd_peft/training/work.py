@@ -15,7 +15,6 @@ LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidat
 PROBE_TRAJECTORIES = 12  # of the teacher probe, and the steps of each
 OWN_TRAJECTORIES = 3  # of each concept, where concepts are few
 PROBE_STEPS = 10
-LAST_TIMESTEP = 1000  # the default of --max-timestep
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,10 @@ def probe_trajectories(concepts: int) -> int:
     return concepts * own_trajectories(concepts) + other_trajectories(concepts)
 
 
-def held_out_rollout(buffer: BufferOptions) -> BufferOptions:
-    """Trajectories that the teacher drives and that show the concept, from the first timestep to the last."""
-    return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, min_timestep=0, max_timestep=LAST_TIMESTEP)
-
-
 def probe_rollout(buffer: BufferOptions) -> BufferOptions:
-    """The teacher probe's trajectories."""
-    return held_out_rollout(buffer).replace(num_inference_steps=min(PROBE_STEPS, buffer.num_inference_steps))
+    """The teacher probe's trajectories, which the teacher drives and which show the concept."""
+    steps = min(PROBE_STEPS, buffer.num_inference_steps)
+    return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, num_inference_steps=steps)
 
 
 def own_trajectories(concepts: int) -> int:
@@ -107,7 +102,7 @@ def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
 def count_nfe(
     buffer: BufferOptions, training: TrainingOptions, gradient_checkpointing: bool, predictions: int, concepts: int
 ) -> int:
-    """NFE of a run, without early stopping and images; about, where steps are kept at random.
+    """NFE of a run, without images; about, where steps are kept at random.
 
     `predictions` are the teacher's at each step of a trajectory: two, or three where a concept is mapped to something.
     """

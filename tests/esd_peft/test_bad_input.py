@@ -69,10 +69,8 @@ def test_concepts_the_embedded_pipeline_does_not_know(tmp_path, concept, says):
             "--map-to 'a red shape' names",
         ),
         ({"concept": "the"}, "--concept 'the'"),
-        ({"min_timestep": 990, "num_inference_steps": 4}, "--min-timestep"),
         ({"adapter_type": "none"}, "--rank and --alpha"),
         ({"trajectories": 1, "concept": ["circle", "red"]}, "--trajectories"),
-        ({"stop_at": 0.0, "map_to": "square"}, "--stop-at"),
     ],
     ids=str,
 )

@@ -146,13 +146,9 @@ def test_print_config_prints_what_config_reads(tmp_path, capsys):
         (["--concept", "circle", "--map-to", ""], "--map-to"),
         (["--concept", "circle", "--preserve", ""], "--preserve"),
         (["--concept", "circle", "--null-space", "1"], "--null-space"),
-        (["--concept", "circle", "--min-timestep", "500", "--max-timestep", "400"], "--min-timestep"),
-        (["--concept", "circle", "--stop-at", "2"], "--stop-at"),
-        (["--concept", "circle", "--stop-at", "-1"], "--stop-at must be above"),
         (["--concept", "circle", "--adapter-type", "loha", "--null-space", "0.9"], "--null-space works with"),
         (["--concept", "circle", "--preservation-trajectories", "3"], "--preservation-trajectories needs"),
         (["--concept", "circle", "--preservation-ratio", "0.5", "--train-batch-size", "1"], "--preservation-ratio needs"),
-        (["--concept", "circle", "--lr-scheduler", "constant", "--lr-warmup-steps", "3"], "--lr-warmup-steps needs"),
         (
             ["--concept", "circle", "--concept", "red", "--method", "contrastive", "--reference", "x"],
             "--reference shows one",

@@ -3,8 +3,9 @@
 import pytest
 
 from esd_peft import EraseConfig, UserError
+from esd_peft.options.base import flag
 from esd_peft.options.command_line import parse
-from esd_peft.options.renamed import rename_arguments
+from esd_peft.options.renamed import _GONE, rename_arguments
 
 RENAMED = [  # what was given, what it is now
     ({"attention_steps": 700}, {"method": "layers", "max_train_steps": 700}),
@@ -38,6 +39,7 @@ def test_old_names_are_the_new_ones_with_a_note(old, new, capsys):
 @pytest.mark.parametrize(
     ("old", "says"),
     [
+        *(({name: 3}, f"{flag(name)} is gone; ") for name in _GONE),
         ({"robust": 3}, "--robust is gone: --method denoiser withstands"),
         ({"attention_steps": "few"}, "--attention-steps is now --method layers --max-train-steps, a whole number"),
         ({"attention_steps": -1}, "--attention-steps is now --method layers --max-train-steps, a whole number"),

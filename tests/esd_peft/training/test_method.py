@@ -37,7 +37,7 @@ def learn(run):
     """Take all steps of the run; returns its trainer and what was shown."""
     method, seen = method_of(run), Seen(run.student, run.rollout.profiler)
     trainer = Trainer(method, run.config.training, run.config.memory, run.rollout.profiler)
-    for batch in TrainingLoop(trainer, method.source, None, seen, None).batches():
+    for batch in TrainingLoop(trainer, method.source, seen, None).batches():
         trainer.step(batch)
     return method, trainer, seen
 
