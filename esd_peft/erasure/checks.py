@@ -6,7 +6,6 @@ from esd_peft.adapters.save import ADAPTER
 from esd_peft.errors import UserError
 from esd_peft.evaluation.validation import check_concepts
 from esd_peft.io.outputs import check_output
-from esd_peft.io.paths import is_file
 from esd_peft.models import ModelFamily
 from esd_peft.models.compilation import check_compiler
 from esd_peft.models.dry_run import check_steps
@@ -21,9 +20,7 @@ from esd_peft.runtime.tracking import check_tracker
 def check_environment(config: EraseConfig, device: torch.device) -> None:
     """Raise `UserError` if the output cannot be written, or a package or compiler that the options ask for is missing."""
     if distributed.is_main_process():
-        checkpoint, pretrained, file = config.checkpoint, config.pretrained, config.prompts.preserve_file
-        file = file if is_file(file or "") else None  # said later if it is none
-        inputs = [pretrained.model, pretrained.checkpoint_config, config.training.reference, file]
+        checkpoint, inputs = config.checkpoint, [config.pretrained.model, config.pretrained.checkpoint_config]
         check_output(checkpoint.output, ADAPTER, checkpoint.overwrite or checkpoint.resume, inputs)
     check_tracker(config.runtime.report_to)
     check_bitsandbytes(device, config.memory.quantize, config.training.optimizer)

@@ -109,7 +109,7 @@ def _trajectories(given: Materials) -> Method:
 def _contrastive(given: Materials) -> Method:
     """Images of the concept are negative examples. The paper contains none of it (`docs/objectives.md`)."""
     rollout, training, draws = given.rollout, given.training, generator(given.training.seed, "bank")
-    references = contrastive.make_references(rollout, given.concepts, training, given.buffer.rollout_batch_size)
+    references = contrastive.make_references(rollout, given.concepts, training.seed, given.buffer.rollout_batch_size)
     source = contrastive.ReferenceSamples(rollout, given.pairs, references, training.train_batch_size, draws)
     return Method(Denoiser(rollout.student), source, contrastive.contrastive_loss, contrastive.WEIGHT_DECAY, MAX_GRAD_NORM)
 

@@ -21,6 +21,8 @@ from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.buffer import Buffer, concatenate
 from esd_peft.training.student import Student
 
+GUIDED = 0.5  # the share of mixed rollouts that the guided target drives
+
 
 @dataclass
 class Rollout:
@@ -41,21 +43,21 @@ class Rollout:
     ) -> Buffer:
         """One trajectory for each of `pairs` `[M]` (of `table`), which become training samples.
 
-        With `options.rollout == "teacher"` the frozen teacher drives them (the authors' current code); with "student" the
-        denoiser as it is drives them, and the teacher only predicts at the x_t that are kept (the paper). A share
-        `options.guided_rollout_ratio` of the teacher's go where the finished student will go: they are driven by the guided
-        target, which the teacher knows beforehand. The others are driven by the teacher's own guided prediction, and show
-        the concept.
+        With `options.rollout == "teacher"` the frozen teacher's guided prediction drives them, and they show the concept
+        (the authors' current code); with "student" the denoiser as it is drives them, and the teacher only predicts at the
+        x_t that are kept (the paper). With "mixed" half of the teacher's go where the finished student will go: they are
+        driven by the guided target, which the teacher knows beforehand.
 
         Keeps every step of each, or `keep` of these chosen at random; trajectories stop after the last kept step.
         """
         count, size, student = len(pairs), options.rollout_batch_size, self.student
         noise = student.family.initial_latents(count, student.denoiser, generator)
         guided = torch.zeros(count, dtype=torch.bool)
-        if options.rollout == "teacher":
+        if options.rollout != "student":  # "teacher" and "mixed" make the same draws
             erasing = (pairs < table.num_concept_pairs).nonzero().squeeze(1)
-            some = torch.randperm(len(erasing), generator=generator)[: round(options.guided_rollout_ratio * len(erasing))]
-            guided[erasing[some]] = True
+            order = torch.randperm(len(erasing), generator=generator)
+            if options.rollout == "mixed":
+                guided[erasing[order[: round(GUIDED * len(erasing))]]] = True
         parts = zip(noise.split(size), guided.split(size), pairs.split(size), strict=True)
         shown = progress and distributed.is_main_process()
         with tqdm(total=-(-count // size) * options.num_inference_steps, desc="rollout", disable=not shown) as bar:
@@ -74,7 +76,7 @@ class Rollout:
         bar: "tqdm[Any]",
     ) -> Buffer:
         family, device = self.student.family, self.student.device
-        by_teacher = options.rollout == "teacher"
+        by_teacher = options.rollout != "student"
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = family.set_timesteps(noise, options.num_inference_steps)
         kept = _choose(len(pairs), len(scheduler.timesteps), keep, generator)

@@ -45,10 +45,11 @@ def test_trajectories_are_those_of_the_diffusers_pipeline(model):
     assert buffer.pairs.tolist() == [0, 1] * STEPS
 
 
-@pytest.mark.parametrize(("ratio", "scale"), [(0.0, GUIDANCE), (1.0, -ETA * GUIDANCE)])
-def test_steps_and_target_against_the_formula(model, ratio, scale):
+@pytest.mark.parametrize(("driver", "scale"), [("teacher", GUIDANCE), ("mixed", -ETA * GUIDANCE)])
+def test_steps_and_target_against_the_formula(model, driver, scale, monkeypatch):
     """DDIM with η = 0, and eq. 6 of the paper in ε, whatever the model predicts and wherever the trajectory goes."""
-    ours = prepare_short(model, guided_rollout_ratio=ratio)
+    monkeypatch.setattr("esd_peft.training.rollout.GUIDED", 1.0)
+    ours = prepare_short(model, rollout=driver)
     v_prediction = ours.family.load_part("scheduler").config.prediction_type == "v_prediction"
     buffer = ours.collect([0], noise())
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -101,10 +102,10 @@ def test_student_rollouts_follow_the_student_and_ask_the_teacher(model):
 
 def test_the_guided_target_drives_some_erasing_trajectories(model):
     plain, half = (
-        prepare_short(model, guided_rollout_ratio=a, concept=["circle"], preserve=["a square"], rollout_batch_size=4)
+        prepare_short(model, rollout=driver, concept=["circle"], preserve=["a square"], rollout_batch_size=4)
         .collect([0, 0, 1, 1], noise())
         .inputs.unflatten(0, (STEPS, 4))
-        for a in (0, 0.5)
+        for driver in ("teacher", "mixed")
     )
     same = [torch.allclose(plain[-1, i], half[-1, i], atol=1e-5) for i in range(4)]
     assert sorted(same[:2]) == [False, True] and same[2:] == [True, True]
