@@ -171,7 +171,7 @@ def synchronisation() -> Rows:
 
     def check(options: dict) -> dict:
         needs_gpu()
-        job = Job("shapes", options | {"snr_gamma": 5.0, "learning_rate": 1e-4})
+        job = Job("shapes", options | {"learning_rate": 1e-4})
         job.run()  # the first run compiles the kernel and chooses algorithms
         with Readings() as seen:
             losses = job.run()

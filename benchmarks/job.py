@@ -39,7 +39,7 @@ class Job:
         buffer, training, profiler = self.config.buffer, self.config.training, self.rollout.profiler
         method = make_method(Materials(self.rollout, self.pairs, self.prompts, self.plan.concepts, buffer, training))
         trainer = Trainer(method, training, self.config.memory, profiler)
-        loop = TrainingLoop(trainer, method.source, None, Monitor(self.student, profiler), None)
+        loop = TrainingLoop(trainer, method.source, Monitor(self.student, profiler), None)
         for batch in loop.batches():
             trainer.step(batch)
         return trainer.losses

@@ -31,7 +31,6 @@ _SPM = {
     "scope": "full",
     "rank": 1,
     "alpha": 1.0,
-    "null_space": 0,
     "closed_form": False,
     "max_train_steps": 200,
     "preservation_ratio": 0.5,

@@ -38,7 +38,6 @@ from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.checkpoint import Left
 from esd_peft.training.diagnosis import Diagnosis, Probes, choose_probes, diagnose
-from esd_peft.training.early_stopping import make_early_stopping
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor
@@ -89,9 +88,8 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
 
     calls = count_denoiser_calls(config.buffer, training)
     with profiler.phase("train"), compiled(student.denoiser, config.runtime.compile, calls, device):
-        stopping = make_early_stopping(rollout, prompts.pairs, config.buffer, training)
         trainer = Trainer(method, training, config.memory, profiler)
-        loop = TrainingLoop(trainer, method.source, stopping, monitor, checkpoints, left.training, left.buffer)
+        loop = TrainingLoop(trainer, method.source, monitor, checkpoints, left.training, left.buffer)
         del left  # it may be large
         with contextlib.closing(loop.batches()) as batches:
             for batch in batches:
@@ -109,7 +107,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         if prompts.probes is not None:
             diagnosis = diagnose(student, prompts.probes, list(method.source.matches), config.buffer, training.seed)
     result = summary.make_result(
-        config, profiler, trainer, stopping, prompts.validation, plan.concepts, method.source.matches, diagnosis
+        config, profiler, trainer, prompts.validation, plan.concepts, method.source.matches, diagnosis
     )
     if checkpoints is not None:
         summary.write(config.checkpoint.output, result)

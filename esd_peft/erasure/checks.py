@@ -6,7 +6,6 @@ from esd_peft.adapters.save import ADAPTER
 from esd_peft.errors import UserError
 from esd_peft.evaluation.validation import check_concepts
 from esd_peft.io.outputs import check_output
-from esd_peft.io.paths import is_file
 from esd_peft.models import ModelFamily
 from esd_peft.models.compilation import check_compiler
 from esd_peft.models.dry_run import check_steps
@@ -16,16 +15,12 @@ from esd_peft.options.prompts import PromptOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime import distributed
 from esd_peft.runtime.tracking import check_tracker
-from esd_peft.training.rollout import check_timesteps
-from esd_peft.training.work import LAST_TIMESTEP, probe_rollout
 
 
 def check_environment(config: EraseConfig, device: torch.device) -> None:
     """Raise `UserError` if the output cannot be written, or a package or compiler that the options ask for is missing."""
     if distributed.is_main_process():
-        checkpoint, pretrained, file = config.checkpoint, config.pretrained, config.prompts.preserve_file
-        file = file if is_file(file or "") else None  # said later if it is none
-        inputs = [pretrained.model, pretrained.checkpoint_config, config.training.reference, file]
+        checkpoint, inputs = config.checkpoint, [config.pretrained.model, config.pretrained.checkpoint_config]
         check_output(checkpoint.output, ADAPTER, checkpoint.overwrite or checkpoint.resume, inputs)
     check_tracker(config.runtime.report_to)
     check_bitsandbytes(device, config.memory.quantize, config.training.optimizer)
@@ -53,15 +48,10 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
         raise UserError(
             "--guidance-scale: this model is distilled to draw without classifier-free guidance; leave it out or use 1"
         )
-    contrastive = config.training.method == "contrastive"
-    if config.training.snr_gamma is not None or (contrastive and family.noise_schedule.predicts_noise):
+    if config.training.method == "contrastive" and family.noise_schedule.predicts_noise:
         family.noise_schedule.alphas_cumprod()
     if config.buffer.num_inference_steps is not None:
         check_steps(family, config.buffer.num_inference_steps, "--num-inference-steps")
-    if config.buffer.min_timestep or (config.buffer.max_timestep or LAST_TIMESTEP) < LAST_TIMESTEP:
-        by_probe = config.training.method == "denoiser"
-        steps = probe_rollout(config.buffer).num_inference_steps if by_probe else config.buffer.num_inference_steps
-        check_timesteps(family, config.buffer.replace(num_inference_steps=steps))
     given = _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
     family.check_lengths(given)
     family.check_seen(given)

@@ -9,10 +9,10 @@ from esd_peft.options.erase import EraseConfig
 from esd_peft.options.prompts import PromptOptions
 from esd_peft.options.training import BY_PROMPTS, BufferOptions, StudentOptions, TrainingOptions
 from esd_peft.prompts.augmentation import MANY_WORDS
-from esd_peft.prompts.plan import PromptPlan, plan_prompts, read_preserved
+from esd_peft.prompts.plan import PromptPlan, plan_prompts, preserved_prompts
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
 from esd_peft.training.contrastive import epochs_of_references
-from esd_peft.training.work import LAST_TIMESTEP, preservation_samples, sampled
+from esd_peft.training.work import preservation_samples, sampled
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:
@@ -35,7 +35,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         training, buffer = _resolve_contrastive(config.training, len(prompts.concept)), config.buffer
     else:
         training = _resolve_training(training, student, prompts)
-        buffer = _resolve_buffer(config.buffer, method, student, prompts, plan, family)
+        buffer = _resolve_buffer(config.buffer, method, student, prompts, family)
         if method in BY_PROMPTS and not preservation_samples(training):
             raise UserError(f"--method {method} has to preserve; raise --preservation-ratio or --train-batch-size")
         if training.unprompted_guidance and not preservation_samples(training):
@@ -95,7 +95,7 @@ def _resolve_prompts(given: PromptOptions, method: str) -> PromptOptions:
 
     In many contexts at η 0 a concept still shows where a prompt says more, and at 1 it becomes other things, too.
     """
-    given = given.replace(preserve=read_preserved(given), preserve_file=None)
+    given = given.replace(preserve=preserved_prompts(given))
     if method == "contrastive":  # it has no η
         return given
     eta, mapped = given.negative_guidance, 0.5 if method in BY_PROMPTS else 0.0
@@ -110,18 +110,16 @@ def _resolve_prompts(given: PromptOptions, method: str) -> PromptOptions:
 def _resolve_student(given: StudentOptions, prompts: PromptOptions, training: TrainingOptions) -> StudentOptions:
     by_prompts, from_pairs = training.method in BY_PROMPTS, training.method == "trajectories"
     # what no prompt names is drawn by all layers but those that read the prompt (the paper's ESD-u)
-    unprompted = training.unprompted_guidance > 0 and not (given.null_space or given.closed_form)
+    unprompted = training.unprompted_guidance > 0 and not given.closed_form
     scope = given.scope or ("esd-x-ff" if by_prompts else "esd-u" if unprompted else "esd-x-strict")
     # LoHa and LoKr have no factor that would take a projection; the other scopes have no layer that reads the prompt alone
     reads_prompt = given.adapter_type in ("lora", "none") and scope not in ("esd-u", "selfattn")
-    null_space = (0.99 if prompts.sources else 0.999) if given.null_space is None else given.null_space
     usual = None if given.adapter_type == "none" else min((16 if by_prompts else 8) * len(prompts.concept), 64)
     rank = given.rank or usual
     return given.replace(
         scope=scope,
         rank=rank,
         alpha=float(rank) if given.alpha is None and rank is not None else given.alpha,  # as config.yaml reads it
-        null_space=(null_space if reads_prompt else 0.0) if from_pairs else None,
         closed_form=(given.closed_form is not False and reads_prompt) if from_pairs else None,
     )
 
@@ -137,15 +135,14 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
     few = 20 + 20 * concepts
     # fast where the null space holds everything else in place (docs/scopes.md), or many prompts do
     fast = 3e-3 if student.adapter_type != "none" else 1e-3
-    ratio, steps, size, rate, norm = {
-        "layers": (0.5, 600 + 200 * concepts, 32, fast, 0.0),
-        "denoiser": (1 / 3, 80 + 80 * concepts, 12, fast, 1.0),
+    ratio, steps, size, rate = {
+        "layers": (0.5, 600 + 200 * concepts, 32, fast),
+        "denoiser": (1 / 3, 80 + 80 * concepts, 12, fast),
         "trajectories": (
             0.25 if prompts.sources else 0.125,
             few if _is_quick(student, prompts) else 8 * few,
             8,
             1e-2 if student.protected else 1e-3,
-            0.0,
         ),
     }[str(method)]
     if given.preservation_ratio is not None:
@@ -155,7 +152,6 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
         max_train_steps=steps if given.max_train_steps is None else given.max_train_steps,
         train_batch_size=given.train_batch_size or size,
         learning_rate=given.learning_rate or rate,
-        max_grad_norm=norm if given.max_grad_norm is None else given.max_grad_norm,
     )
 
 
@@ -164,10 +160,10 @@ def _resolve_contrastive(given: TrainingOptions, concepts: int) -> TrainingOptio
         method="contrastive",
         train_batch_size=given.train_batch_size or 32,
         learning_rate=given.learning_rate or 1e-4,
-        max_grad_norm=1.0 if given.max_grad_norm is None else given.max_grad_norm,
     )
-    steps = epochs_of_references(training, concepts) if given.max_train_steps is None else given.max_train_steps
-    return training.replace(max_train_steps=steps)
+    if given.max_train_steps is None:
+        training = training.replace(max_train_steps=epochs_of_references(training.train_batch_size, concepts))
+    return training
 
 
 def _resolve_buffer(
@@ -175,21 +171,14 @@ def _resolve_buffer(
     method: str,
     student: StudentOptions,
     prompts: PromptOptions,
-    plan: PromptPlan,
     family: ModelFamily,
 ) -> BufferOptions:
     buffer = sampled(given, family)
-    if method != "layers":
-        latest = LAST_TIMESTEP if given.max_timestep is None else given.max_timestep
-        buffer = buffer.replace(min_timestep=given.min_timestep or 0, max_timestep=latest)
     if method != "trajectories":
         return buffer
-    interval, preserved, concepts = given.buffer_refresh_interval, given.preservation_trajectories, len(prompts.concept)
-    rollout = given.rollout or "teacher"
+    interval, concepts, rollout = given.buffer_refresh_interval, len(prompts.concept), given.rollout or "mixed"
     return buffer.replace(
         rollout=rollout,
-        guided_rollout_ratio=0.5 if given.guided_rollout_ratio is None else given.guided_rollout_ratio,
         trajectories=given.trajectories or (4 + 4 * concepts) * (1 if _is_quick(student, prompts) else 3),
-        preservation_trajectories=len(plan.preserve) if preserved is None else preserved,
-        buffer_refresh_interval=(0 if rollout == "teacher" else 25) if interval is None else interval,
+        buffer_refresh_interval=(25 if rollout == "student" else 0) if interval is None else interval,
     )

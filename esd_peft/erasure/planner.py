@@ -177,7 +177,7 @@ class MemoryEstimator:
         elif method == "contrastive":  # which has no trajectories
             trajectories = keep = together = steps = 0
         else:
-            shape = buffer_shape(buffer, training)
+            shape = buffer_shape(buffer, training, len(self.prompts.preserve))
             trajectories, keep = shape.trajectories, shape.keep or steps
             together = predictions * min(buffer.rollout_batch_size, trajectories)
         phases = {
@@ -202,8 +202,7 @@ class MemoryEstimator:
 
     def _nfe(self, config: EraseConfig) -> int:
         """Of the run as a whole."""
-        checkpointing, concepts = config.memory.gradient_checkpointing, self.prompts.concepts
-        return count_nfe(config.buffer, config.training, checkpointing, self.prompts.predictions, concepts)
+        return count_nfe(config.buffer, config.training, config.memory.gradient_checkpointing, self.prompts)
 
 
 def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, budget: int) -> Plan:

@@ -21,7 +21,6 @@ from esd_peft.options.erase import EraseConfig
 from esd_peft.options.evaluate import WITHIN, EvaluateConfig
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.diagnosis import Diagnosis, Shown
-from esd_peft.training.early_stopping import EarlyStopping
 from esd_peft.training.synonyms import SynonymMatch
 from esd_peft.training.trainer import Trainer
 
@@ -30,7 +29,6 @@ def make_result(
     config: EraseConfig,
     profiler: PhaseProfiler,
     trainer: Trainer,
-    stopping: EarlyStopping | None,
     validation: ValidationSampler | None,
     concepts: list[str],
     matches: Sequence[SynonymMatch],
@@ -53,7 +51,6 @@ def make_result(
             for concept, match in zip(concepts, matches, strict=False)
         },
         "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]} if trainer.losses else {},
-        "direction_left": stopping.curve if stopping else [],
         "diagnosis": diagnosis.to_dict(),
         "nfe": profiler.nfe,
         "training_samples": profiler.training_samples,
@@ -179,9 +176,6 @@ def table(result: dict[str, Any]) -> str:
         for side, says in (("erased", "synonyms of {}, as the teacher sees it, erased with it"), ("preserved", "preserved")):
             if found[side]:
                 lines.append(f"{says.format(concept)}: {_some(found[side])}")
-    if result["direction_left"]:
-        curve = ", ".join(f"{fraction:.2f} ({step})" for step, fraction in result["direction_left"])
-        lines.append(f"left of the concept's direction on held-out samples (at step): {curve}")
     lines += ["", *_diagnosis_lines(result["diagnosis"])]
     return "\n".join(lines)
 

@@ -29,8 +29,8 @@ def compiled(denoiser: ModelMixin, compile: str, calls: int, device: torch.devic
     if it can be done.
 
     Blocks, not the whole: they are few kinds that stand many times, so that less is compiled, and an adapter that is
-    switched on or off changes nothing but the blocks it is in. The batch is a symbol from the start: rollouts, training
-    and early stopping have batches of their own, and none of them compiles anew because of it.
+    switched on or off changes nothing but the blocks it is in. The batch is a symbol from the start: rollouts and
+    training have batches of their own, and none of them compiles anew because of it.
     """
     wanted = compile == "on"
     if compile == "auto" and has_triton(device) and calls >= AUTO_CALLS:

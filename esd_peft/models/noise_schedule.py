@@ -1,10 +1,9 @@
-"""What a pipeline's scheduler says of the noise that its denoiser was trained on, and of how timesteps count it."""
+"""What a pipeline's scheduler says of the noise that its denoiser was trained on."""
 
 import functools
 from pathlib import Path
 
 import diffusers
-import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
@@ -39,19 +38,6 @@ class NoiseSchedule:
         every = getattr(self.scheduler, "timesteps", None)
         return every is not None and float(every.min()) < 0
 
-    def training_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Where a scheduler's `timesteps` stand among those of training, of which 0 is the least noisy; fp32 or as given.
-
-        That is what they are themselves, but for schedulers that count (log σ)/4: these stand between two of training.
-        """
-        if not self._counts_log_sigma:
-            return timesteps
-        every = self.scheduler.timesteps.float().to(timesteps.device).flip(0).contiguous()
-        above = torch.searchsorted(every, timesteps.float().contiguous()).clamp(1, len(every) - 1)
-        low, high = every[above - 1], every[above]
-        between = ((timesteps.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        return (above - 1 + between) * ((self.scheduler.config.num_train_timesteps - 1) / (len(every) - 1))
-
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a denoiser is trained on: inputs x_t, timesteps `[B]`, and the predictions that would be right.
 
@@ -76,26 +62,9 @@ class NoiseSchedule:
         kept = kept[(levels * len(kept)).long()]
         return kept.sqrt(), (1 - kept).sqrt()
 
-    def min_snr_weights(self, gamma: float) -> Tensor:
-        """Loss weights `[num_train_timesteps]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, for v
-        min(SNR, γ)/(SNR + 1).
-
-        Raises `UserError` for a scheduler without the noise schedule (ᾱ) of a diffusion model.
-        """
-        kept = self.alphas_cumprod()
-        snr = kept / (1 - kept)
-        return snr.clamp(max=gamma) / (snr if self.predicts_noise else snr + 1)
-
     def scheduler_timesteps(self, timesteps: Tensor) -> Tensor:
-        """What the denoiser is told at `timesteps` of training, int64: the inverse of `training_timesteps`."""
+        """What the denoiser is told at `timesteps` of training, int64."""
         return self.scheduler.timesteps.flip(0).to(timesteps.device)[timesteps] if self._counts_log_sigma else timesteps
-
-    def at_timesteps(self, table: Tensor, timesteps: Tensor) -> Tensor:
-        """What `table` `[num_train_timesteps]` holds at a scheduler's `timesteps`, also between two of its entries."""
-        last = len(table) - 1
-        places = self.training_timesteps(timesteps).float().clamp(0, last)
-        below = places.long()
-        return torch.lerp(table[below], table[(below + 1).clamp(max=last)], places - below)
 
     @property
     def predicts_noise(self) -> bool:
@@ -106,7 +75,7 @@ class NoiseSchedule:
         """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
         if self.is_flow_matching or not hasattr(self.scheduler, "alphas_cumprod"):
             raise UserError(
-                "--snr-gamma, --method contrastive and attacks that learn need a diffusion model's noise schedule, "
+                "--method contrastive and attacks that learn need a diffusion model's noise schedule, "
                 f"which {self.path} with its {type(self.scheduler).__name__} has not; leave them out"
             )
         return self.scheduler.alphas_cumprod.float()

@@ -65,7 +65,7 @@ class Options(BaseModel):
     """A group of options, or a command's config. Raises `UserError` for a value that does not fit its field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-    gone: ClassVar[Mapping[str, str]] = {}  # options of earlier versions, and which one has their part now
+    gone: ClassVar[Mapping[str, str]] = {}  # options of earlier versions, and what to do instead
     usual: ClassVar[tuple[str, ...]] = ()  # the options that `--help` shows; left empty: all
 
     def __init__(self, **values: Any) -> None:

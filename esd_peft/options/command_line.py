@@ -133,7 +133,7 @@ def _check_names(path: Path, values: dict[Any, Any], known: Collection[str], gon
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--print-config lists the options"
             if key in gone:
-                hint = f"it was of an earlier version, and is now part of {gone[key]}; write the config anew"
+                hint = f"it was of an earlier version: {gone[key]}"
             raise UserError(f"--config {path} has the unknown option {key}; {hint}")
 
 

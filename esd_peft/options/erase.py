@@ -19,7 +19,7 @@ from esd_peft.options.training import BufferOptions, CheckpointOptions, StudentO
 class EraseConfig(Options):
     """Erase concepts from a text-to-image diffusion model."""
 
-    gone: ClassVar[Mapping[str, str]] = dict.fromkeys(OLD, "--method")
+    gone: ClassVar[Mapping[str, str]] = OLD
     usual: ClassVar[tuple[str, ...]] = (
         "concept", "model", "output", "preserve", "also_erase", "method", "memory_budget", "plan", "resume",
     )  # fmt: skip
@@ -39,9 +39,7 @@ class EraseConfig(Options):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EraseConfig":
-        prompts, student, buffer, training, memory = (
-            self.prompts, self.student, self.buffer, self.training, self.memory
-        )  # fmt: skip
+        prompts, student, buffer, memory = self.prompts, self.student, self.buffer, self.memory
         if not prompts.concept:  # the group's default has none, for a command line to name one
             raise ValueError("--concept: name what to erase, for example --concept circle")
         if memory.quantize != "none" and student.adapter_type != "lora":
@@ -50,15 +48,6 @@ class EraseConfig(Options):
             raise ValueError("--offload does not work with --adapter-type none or --compile on; leave one of them out")
         if buffer.trajectories is not None and buffer.trajectories < len(prompts.concept):
             raise ValueError(f"--trajectories must be at least the number of concepts, {len(prompts.concept)}")
-        preserves = prompts.preserve or prompts.preserve_file or prompts.sources
-        if buffer.preservation_trajectories and not preserves:
-            raise ValueError("--preservation-trajectories needs something to preserve; add --preserve or leave it out")
-        if training.stop_at is not None and any(map(prompts.goal_of, prompts.concept)):
-            raise ValueError("--stop-at does not work with --map-to; leave one of them out")
-        if training.stop_at is not None and training.stop_at <= -max(map(prompts.eta_of, prompts.concept)):
-            raise ValueError("--stop-at must be above -η (--negative-guidance), which is where a finished student stands")
-        if training.reference is not None and len(prompts.concept) > 1:
-            raise ValueError("--reference shows one concept; name one --concept, or leave it out")
         return self
 
     def of_result(self) -> "EraseConfig":

@@ -1,6 +1,5 @@
 """Options that say what is erased, and what must stay."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -93,10 +92,8 @@ class PromptOptions(Options):
     """auto: train on the concept in several templates and beside other things; bare: only as given (the paper)."""
     preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """A prompt that must stay as it is, beside a built-in list of common ones (the retain set): the student is held to the
-    teacher at it, or along trajectories of it, and under --null-space layers that read the prompt learn outside of it;
-    repeat for several."""
-    preserve_file: Path | None = None
-    """A text file of prompts to preserve, one a line."""
+    teacher at it, or along a trajectory of it, and under --closed-form layers that read the prompt learn outside of it;
+    repeat for several, or list them in the file of --config."""
 
     @field_validator("concept", "preserve", "also_erase", mode="before")
     @classmethod

@@ -11,7 +11,6 @@ from esd_peft.options.model import GuidanceScale, InferenceSteps, Scope
 Method = Literal["layers", "denoiser", "trajectories", "contrastive"]
 BY_PROMPTS = ("layers", "denoiser")  # methods that learn from many prompts
 _GUIDED = ReadBy(*BY_PROMPTS, "trajectories")  # those with a guided target
-_DENOISER = ReadBy("denoiser", "trajectories")
 _TRAJECTORIES = ReadBy("trajectories")
 AdapterType = Literal["lora", "loha", "lokr", "none"]
 Optimizer = Literal["AdamW", "AdamW8bit", "PagedAdamW8bit"]
@@ -31,61 +30,43 @@ class StudentOptions(Options):
     alpha: Auto[Annotated[float, Field(gt=0, le=1e6)]] = LEFT_OUT
     """The adapter's output is scaled by alpha / rank; left out: alpha = rank."""
     closed_form: Annotated[Auto[bool], _TRAJECTORIES] = LEFT_OUT
-    """Start the layers that read the prompt from a closed-form edit like UCE's instead of from zero (docs/objectives.md). It
-    needs --adapter-type lora or none; left out: yes."""
-    null_space: Annotated[Auto[Annotated[float, Field(ge=0, lt=1)]], _TRAJECTORIES] = LEFT_OUT
-    """Layers that read the prompt learn only outside the subspace that explains this share of the variance of the retain
-    set (--preserve and a built-in list); 0: no such bound. It needs --adapter-type lora or none; left out: 0.999, or 0.99
-    with --erase-from."""
+    """Start the layers that read the prompt from a closed-form edit like UCE's instead of from zero, and let them learn only
+    in the null space of the retain set (--preserve and a built-in list): outside the subspace that explains 99.9 % of its
+    variance, 99 % with --erase-from (docs/objectives.md). It needs --adapter-type lora or none; left out: yes."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudentOptions":
         if self.adapter_type == "none" and not (self.rank is None and self.alpha is None):
             raise ValueError("--rank and --alpha are an adapter's, and --adapter-type none has none; leave them out")
-        if self.null_space and (self.adapter_type in ("loha", "lokr") or self.scope in ("esd-u", "selfattn")):
-            raise ValueError("--null-space works with --adapter-type lora or none where keys and values learn; leave it out")
+        if self.closed_form and (self.adapter_type in ("loha", "lokr") or self.scope in ("esd-u", "selfattn")):
+            raise ValueError("--closed-form needs --adapter-type lora or none, where keys and values learn; leave it out")
         return self
 
     @property
     def protected(self) -> bool:
         """Whether all that learns is a LoRA kept off the retain set, so that it may learn fast."""
-        return bool(self.null_space) and self.scope == "esd-x-strict" and self.adapter_type == "lora"
+        return bool(self.closed_form) and self.scope == "esd-x-strict" and self.adapter_type == "lora"
 
 
 class BufferOptions(Options):
     """The denoising trajectories whose steps are the training samples, and the buffer that holds these."""
 
-    rollout: Annotated[Auto[Literal["teacher", "student"]], _TRAJECTORIES] = LEFT_OUT
-    """Who drives the trajectories: the frozen teacher, or the student as it is now (the paper); left out: the teacher."""
+    rollout: Annotated[Auto[Literal["teacher", "mixed", "student"]], _TRAJECTORIES] = LEFT_OUT
+    """What drives the trajectories: the frozen teacher's prediction of the concept; mixed: for half of them its guided
+    target instead, as the finished student will sample; or the student as it is now (the paper); left out: mixed."""
     trajectories: Annotated[Auto[Annotated[int, Field(ge=1, le=10**5)]], _TRAJECTORIES] = LEFT_OUT
-    """Denoising trajectories of the concepts in the buffer; left out: 4 + 4 for each concept; three times that with
-    --erase-from, or with another scope or adapter than the defaults. The methods layers and denoiser have twelve
-    trajectories or more, two or three for each concept, of ten steps at most."""
-    preservation_trajectories: Annotated[Auto[Annotated[int, Field(ge=0, le=10**5)]], _TRAJECTORIES] = LEFT_OUT
-    """Trajectories of --preserve prompts in the buffer; left out: one for each prompt."""
+    """Denoising trajectories of the concepts in the buffer, beside one for each --preserve prompt; left out: 4 + 4 for each
+    concept; three times that with --erase-from, or with another scope or adapter than the defaults. The methods
+    layers and denoiser have twelve trajectories or more, two or three for each concept, of ten steps at most."""
     num_inference_steps: Annotated[Auto[InferenceSteps], _GUIDED] = LEFT_OUT
     """Denoising steps of a trajectory; left out: 25, or 4 for few-step models."""
     guidance_scale: Annotated[Auto[GuidanceScale], _GUIDED] = LEFT_OUT
     """Classifier-free guidance of the trajectories; left out: 3, or 1 (none) for models that are made to go without."""
-    guided_rollout_ratio: Annotated[Auto[Annotated[float, Field(ge=0, le=1)]], _TRAJECTORIES] = LEFT_OUT
-    """With --rollout teacher: the share of the trajectories that are sampled with the guided target in place of the
-    concept's prediction, as the finished student will sample them; left out: 0.5."""
-    min_timestep: Annotated[Auto[Annotated[int, Field(ge=0, le=10**6)]], _DENOISER] = LEFT_OUT
-    """Train from this timestep on; left out: 0, which is the last, least noisy one."""
-    max_timestep: Annotated[Auto[Annotated[int, Field(ge=0, le=10**6)]], _DENOISER] = LEFT_OUT
-    """Train up to this timestep; left out: 1000. What keys and values learn acts at all timesteps nevertheless."""
     rollout_batch_size: Annotated[int, Field(ge=1, le=10**5)] = 12
     """Trajectories that are denoised side by side."""
     buffer_refresh_interval: Annotated[Auto[Annotated[int, Field(ge=0, le=10**9)]], _TRAJECTORIES] = LEFT_OUT
     """Optimizer steps after which the buffer is filled anew; 0: it is filled once; 1 is the paper's procedure (with
-    --rollout student) and that of the authors' scripts (with teacher); left out: 0 with teacher rollouts, 25 with
-    student rollouts."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "BufferOptions":
-        if self.max_timestep is not None and (self.min_timestep or 0) >= self.max_timestep:
-            raise ValueError("--min-timestep must be below --max-timestep")
-        return self
+    --rollout student) and that of the authors' scripts (with teacher); left out: 0, or 25 with student rollouts."""
 
 
 class TrainingOptions(Options):
@@ -98,8 +79,6 @@ class TrainingOptions(Options):
     images of the concept are negative examples, which some summaries of the paper describe and which erases nothing
     (docs/objectives.md). Left out: layers for Stable Diffusion 1.x, 2.x and XL, denoiser for all others, trajectories
     where the tokenizer knows less than 500 words."""
-    reference: Annotated[Path | None, ReadBy("contrastive")] = None
-    """A folder of images of the concept; left out: the teacher makes them."""
     preservation_ratio: Annotated[Auto[Annotated[float, Field(ge=0, lt=1)]], _GUIDED] = LEFT_OUT
     """The share of each batch that holds the student to the teacher: at prompts without the concept, and at --preserve
     prompts; left out: 0.5 with the method layers, 1/3 with denoiser, 0.125 with trajectories (0.25 with --erase-from)."""
@@ -107,11 +86,6 @@ class TrainingOptions(Options):
     """How far prompts that do not name the concept are guided away from it, like η, at what the model draws along the
     concept's own trajectories: for what shows without being named, as nudity and watermarks do; 3 is strong. What resembles
     the concept pays for it (docs/attention.md); left out: 0."""
-    snr_gamma: Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, _DENOISER] = None
-    """Weigh timesteps in the loss by min-SNR with this gamma (5 is usual); left out: all count alike."""
-    stop_at: Annotated[Annotated[float, Field(gt=-100, lt=1)] | None, _GUIDED] = None
-    """Stop early, as soon as the student's prediction on held-out trajectories has come so far: 1 is e_concept, where it
-    begins, 0 is e_null, and −η is the guided target; left out: all steps are taken."""
     max_train_steps: Auto[Annotated[int, Field(ge=0, le=10**9)]] = LEFT_OUT
     """Optimizer steps; left out: 600 + 200 for each concept with the method layers, 80 + 80 with denoiser, 20 + 20 with
     trajectories (8 times that with --erase-from, or with another scope or adapter than the defaults), and 10 epochs with
@@ -121,16 +95,11 @@ class TrainingOptions(Options):
     trajectories."""
     learning_rate: Auto[Annotated[float, Field(gt=0, le=1)]] = LEFT_OUT
     """Peak learning rate; left out: 0.003 for an adapter with the methods layers and denoiser, 0.01 for a LoRA on
-    esd-x-strict under --null-space, 0.0001 with contrastive, otherwise 0.001."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    esd-x-strict under --closed-form, 0.0001 with contrastive, otherwise 0.001."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate changes from step to step."""
-    lr_warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
-    """Steps of warm-up, for the schedulers that have one."""
     optimizer: Optimizer = "AdamW"
     """PyTorch's AdamW, or one of bitsandbytes' with 8-bit states."""
-    max_grad_norm: Auto[Annotated[float, Field(ge=0, le=1e6)]] = LEFT_OUT
-    """Gradients are clipped to this norm; 0: not at all; left out: 1 with the methods denoiser and contrastive, otherwise
-    0."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed and config give the same adapter."""
 
@@ -138,8 +107,6 @@ class TrainingOptions(Options):
     def _fits_together(self) -> "TrainingOptions":
         if self.preservation_ratio and self.train_batch_size == 1:
             raise ValueError("--preservation-ratio needs a --train-batch-size of at least 2; leave it out or raise that")
-        if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            raise ValueError("--lr-warmup-steps needs another --lr-scheduler, for example constant_with_warmup")
         return self
 
 

@@ -8,8 +8,8 @@ from importlib.resources import files
 from typing import TypeVar
 
 from esd_peft.errors import UserError
-from esd_peft.io.text import UnreadableError, read_lines
-from esd_peft.options.base import check_text, is_blank
+from esd_peft.io.text import read_lines
+from esd_peft.options.base import is_blank
 from esd_peft.options.prompts import Concept, PromptOptions
 from esd_peft.worlds import World
 
@@ -52,6 +52,7 @@ class PromptPlan:
     retain: list[str]  # the retain set, on whose embeddings the adapter must not act
     given: list[str] = field(default_factory=list)  # what the options ask to preserve
     other_names: list[list[str]] = field(default_factory=list)  # of each concept, as far as the options say them
+    sources: list[str] = field(default_factory=list)  # what concepts are erased from, where something is named
 
     @property
     def all_concept_pairs(self) -> list[Pair]:
@@ -102,9 +103,9 @@ def plan_prompts(options: PromptOptions, world: World | None) -> PromptPlan:
 
     The concept beside other things is paired with the other things alone ("a red circle" with "a red shape"): what
     stands between the two is the concept, and nothing else is pushed away. The paper's pair is the first one.
-    Raises `UserError` if `preserve_file` cannot be read, or for words that contradict each other.
+    Raises `UserError` for words that contradict each other.
     """
-    given = read_preserved(options)
+    given = preserved_prompts(options)
     for prompt in given:
         if _names_any(options.erased_names, prompt):
             raise UserError(f"--preserve {prompt!r} names what is to be erased; leave it out or reword it")
@@ -116,7 +117,7 @@ def plan_prompts(options: PromptOptions, world: World | None) -> PromptPlan:
     preserved = dict.fromkeys([*given, *_sources_otherwise(options)])
     other_names = [options.names_of(concept)[1:] for concept in options.concept]
     preserve = [Pair(prompt, "") for prompt in preserved]
-    return PromptPlan(options.concept_names, erasing, preserve, retain, given, other_names)
+    return PromptPlan(options.concept_names, erasing, preserve, retain, given, other_names, options.sources)
 
 
 def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> list[Pair]:
@@ -208,28 +209,12 @@ def _sources_otherwise(options: PromptOptions) -> list[str]:
     return prompts
 
 
-def read_preserved(options: PromptOptions) -> list[str]:
-    """The prompts of --preserve and --preserve-file, once.
-
-    Raises `UserError` if the file cannot be read, or holds none, or if there are too many.
-    """
-    prompts = [*options.preserve]
-    if options.preserve_file is not None:
-        try:
-            prompts += read_lines(options.preserve_file)
-        except UnreadableError as error:
-            raise UserError(f"--preserve-file {options.preserve_file} cannot be read: {error}") from None
-        if not prompts:
-            raise UserError(f"--preserve-file {options.preserve_file} holds no prompt; write one a line")
-        for prompt in prompts:  # they become options in the config that is written
-            try:
-                check_text(prompt, is_name=False)
-            except ValueError as error:
-                raise UserError(f"--preserve-file {options.preserve_file}: {error}") from None
-    prompts = list(dict.fromkeys(prompts))
+def preserved_prompts(options: PromptOptions) -> list[str]:
+    """The prompts of --preserve, once. Raises `UserError` if there are too many."""
+    prompts = list(dict.fromkeys(options.preserve))
     if len(prompts) > MOST_PRESERVED:
         raise UserError(
-            f"--preserve and --preserve-file name {len(prompts):,} prompts, each with embeddings in memory and a trajectory "
+            f"--preserve names {len(prompts):,} prompts, each with embeddings in memory and a trajectory "
             f"of its own; {MOST_PRESERVED:,} at most, so keep those that differ most"
         )
     return prompts

@@ -25,6 +25,8 @@ from esd_peft.prompts.plan import PromptPlan
 from esd_peft.runtime.devices import exact, is_accelerator
 
 PromptMaps = dict[str, Tensor]  # for each kind of prompt embeddings that a layer reads, a map [width, width] fp32
+EXPLAINED = 0.999  # of the retain set's variance, by the subspace in which nothing is learned
+NEAR = 0.99  # where a concept is erased from one thing only: the retain set has words of it
 RIDGE = 1e-3  # λ as a share of the largest eigenvalue
 SMALL = 512  # the shorter side of a layer, up to which a full decomposition takes no time
 OVERSAMPLING, ITERATIONS = 8, 4
@@ -36,7 +38,7 @@ def prompt_maps(
 ) -> tuple[PromptMaps, PromptMaps]:
     """The projections of the null space and the changes of the closed form, for the layers in `options.scope`.
 
-    Either is empty where the options do without it, or where none of the layers reads the prompt and nothing else.
+    Both are empty where the options do without them, or where none of the layers reads the prompt and nothing else.
     `embeds` are those of `plan.texts`, on the denoiser's device.
     """
     layers = family.scope_modules(denoiser, options.scope)
@@ -51,12 +53,11 @@ def prompt_maps(
             index = torch.tensor([row[prompt] for prompt in prompts], device=rows.device)
             return rows[index][counts[index]]
 
-        if options.null_space:
-            projections[kind] = null_space_projection(tokens(plan.retain), options.null_space)
         if options.closed_form:
+            projections[kind] = null_space_projection(tokens(plan.retain), NEAR if plan.sources else EXPLAINED)
             pairs = torch.tensor([(row[p.prompt], row[p.goal]) for p in plan.all_concept_pairs], device=rows.device)
             concept, target = _token_by_token(rows, counts, *pairs.T)
-            changes[kind] = solve(concept, target, tokens(plan.kept), projections.get(kind))
+            changes[kind] = solve(concept, target, tokens(plan.kept), projections[kind])
     return projections, changes
 
 

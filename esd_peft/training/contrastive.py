@@ -7,11 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from esd_peft.errors import UserError
-from esd_peft.io.images import checked_images
-from esd_peft.io.pixels import read_images
 from esd_peft.models.family import index_embeds
 from esd_peft.models.sampling import encode_prompts, make_images
-from esd_peft.options.training import TrainingOptions
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
 from esd_peft.runtime.seeds import generator as named_generator
@@ -21,7 +18,7 @@ from esd_peft.training.rollout import Rollout
 
 TEMPERATURE, NEGATIVE_WEIGHT, EPOCHS = 0.07, 0.5, 10
 WEIGHT_DECAY = 1e-4
-IMAGES = 64  # of a concept, where the teacher makes them
+IMAGES = 64  # of a concept
 
 
 def contrastive_loss(made: Outputs, batch: Batch) -> Tensor:
@@ -36,13 +33,9 @@ def contrastive_loss(made: Outputs, batch: Batch) -> Tensor:
     return (batch.weight * (torch.logaddexp(positive, negative) - positive)).mean()
 
 
-def epochs_of_references(training: TrainingOptions, concepts: int) -> int:
-    """Optimizer steps in which each variation of each reference image is seen once.
-
-    Raises `UserError` if the folder of references holds no image that can be read.
-    """
-    images = IMAGES if training.reference is None else len(checked_images(training.reference, "--reference"))
-    return math.ceil(concepts * images * EPOCHS / training.train_batch_size)
+def epochs_of_references(batch_size: int, concepts: int) -> int:
+    """Optimizer steps in which each variation of each reference image is seen once."""
+    return math.ceil(concepts * IMAGES * EPOCHS / batch_size)
 
 
 class ReferenceSamples(Source):
@@ -87,24 +80,21 @@ class ReferenceSamples(Source):
             raise ValueError("an order of other images")
 
 
-def make_references(rollout: Rollout, concepts: list[str], training: TrainingOptions, batch_size: int) -> Tensor:
-    """Latents `[concepts, N, ...]` of the images in the folder of references, or of some that the teacher makes.
+def make_references(rollout: Rollout, concepts: list[str], seed: int, batch_size: int) -> Tensor:
+    """Latents `[concepts, N, ...]` of images that the teacher makes, each augmented anew for every epoch.
 
-    Each is augmented anew for every epoch. Raises `UserError` if the folder holds no image that can be read.
+    Raises `UserError` for a model that does not predict noise.
     """
     student, family = rollout.student, rollout.student.family
     if not family.noise_schedule.predicts_noise:
         raise UserError("--method contrastive compares with noise, which this model does not predict; use another --method")
-    generator = named_generator(training.seed, "references")
+    generator = named_generator(seed, "references")
     with rollout.profiler.phase("references"):
-        if training.reference is not None:
-            made = read_images(training.reference, family.image_size(student.denoiser), "--reference").unsqueeze(0)
-        else:
-            prompts = encode_prompts(family, concepts, student.device, student.dtype)
-            with student.teacher(), student.autocast():
-                pipe = family.pipeline(student.denoiser, student.device, student.dtype)
-                made = make_images(pipe, prompts, IMAGES, batch_size, training.seed, "references")
-            rollout.profiler.nfe += 2 * family.num_inference_steps * made.shape[0] * made.shape[1]
+        prompts = encode_prompts(family, concepts, student.device, student.dtype)
+        with student.teacher(), student.autocast():
+            pipe = family.pipeline(student.denoiser, student.device, student.dtype)
+            made = make_images(pipe, prompts, IMAGES, batch_size, seed, "references")
+        rollout.profiler.nfe += 2 * family.num_inference_steps * made.shape[0] * made.shape[1]
         latents = []
         for images in made:
             varied = torch.cat([augment(images, generator) for _ in range(EPOCHS)])

@@ -1,4 +1,4 @@
-"""What surrounds the training steps: resuming, checkpoints, early stopping, signals, and the loss that is shown."""
+"""What surrounds the training steps: resuming, checkpoints, signals, and the loss that is shown."""
 
 import contextlib
 from collections.abc import Generator
@@ -14,7 +14,6 @@ from esd_peft.errors import UserError
 from esd_peft.runtime import distributed, interrupts
 from esd_peft.training.batch import Batch, Source
 from esd_peft.training.checkpoint import Checkpoints, fitting
-from esd_peft.training.early_stopping import EarlyStopping
 from esd_peft.training.monitor import Monitor
 from esd_peft.training.synonyms import to_texts
 from esd_peft.training.trainer import Trainer
@@ -24,7 +23,7 @@ LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the de
 
 @dataclass
 class TrainingLoop:
-    """Deals out batches until all steps are taken, or early stopping says enough.
+    """Deals out batches until all steps are taken.
 
     It goes on from what a run has left, if there is any, and leaves a checkpoint every `checkpoints.every` steps, and on
     Ctrl-C or a SIGTERM, which end it after the step at hand. Only the main process has `checkpoints`.
@@ -32,7 +31,6 @@ class TrainingLoop:
 
     trainer: Trainer
     source: Source
-    early_stopping: EarlyStopping | None
     monitor: Monitor
     checkpoints: Checkpoints | None
     left: dict[str, Any] | None = None  # by a run that was stopped
@@ -48,8 +46,6 @@ class TrainingLoop:
             with fitting():
                 self._restore(self.left)
             self.left = self.buffer = None  # they may be large
-        elif self.early_stopping is not None:
-            self.early_stopping.measure(0)
         self.begun, shown = trainer.taken, distributed.is_main_process()
         self.monitor.look(trainer.taken)  # it is due yet if the run was interrupted after that step
         with (
@@ -82,11 +78,9 @@ class TrainingLoop:
 
     def _look(self, signalled: bool, bar: "tqdm[Any]") -> tuple[bool, bool]:
         """Whether the run was interrupted, and whether it is done, after a step."""
-        trainer, stopping = self.trainer, self.early_stopping
-        due = stopping is not None and trainer.taken % stopping.every == 0
-        enough = due and distributed.any_process(stopping is not None and stopping.enough(trainer.taken))
+        trainer = self.trainer
         interrupted = distributed.any_process(signalled)
-        done = enough or trainer.taken == trainer.steps
+        done = trainer.taken == trainer.steps
         if trainer.taken % LOSS_EVERY == 0 or done:
             self.monitor.log(trainer.read_loss(), trainer.taken)
             bar.set_postfix(loss=f"{trainer.losses[-1]:.5f}", refresh=False)
@@ -108,15 +102,12 @@ class TrainingLoop:
         raise interrupts.ended(f"step {self.trainer.taken} of {self.trainer.steps}", kept=self.trainer.taken > 0)
 
     def _state(self, done: bool = False) -> dict[str, Any]:
-        curve = self.early_stopping.curve if self.early_stopping else []
         source = {"matches": to_texts(self.source.matches)} if done else self.source.state_dict()
-        return self.trainer.state_dict(done) | {"curve": curve, "source": source}
+        return self.trainer.state_dict(done) | {"source": source}
 
     def _restore(self, left: dict[str, Any]) -> None:
         state = cast(dict[str, Any], _STATE.validate_python(left))
         self.trainer.load_state_dict(state)
-        if self.early_stopping is not None:
-            self.early_stopping.curve = [(step, fraction) for step, fraction in state["curve"]]
         if state["done"]:
             self.source.load_matches(state["source"]["matches"])
         else:
@@ -136,7 +127,6 @@ class _State(TypedDict):
     losses: list[float]
     unread: list[tuple[Tensor, Tensor | None]]
     source: dict[str, Any]
-    curve: list[tuple[int, float]]
     nfe: int
     training_samples: int
 

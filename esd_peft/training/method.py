@@ -23,11 +23,13 @@ from esd_peft.training.batch import Source
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.learners import PREDICTION, CrossAttention, Denoiser, HiddenStates, Learner, pairs_of_samples
 from esd_peft.training.prompted_samples import Collected, PromptedSamples
-from esd_peft.training.rollout import Rollout, inside
+from esd_peft.training.rollout import Rollout
 from esd_peft.training.synonyms import SynonymMatch, TeacherProbe, probe_teacher
-from esd_peft.training.target import WEIGHT_DECAY, Loss, guided_loss, min_snr_loss
+from esd_peft.training.target import WEIGHT_DECAY, Loss, guided_loss
 from esd_peft.training.trajectory_samples import TrajectorySamples
 from esd_peft.training.work import own_trajectories
+
+MAX_GRAD_NORM = 1.0  # where a few samples can have large gradients
 
 
 @dataclass
@@ -50,14 +52,12 @@ class Method:
     source: Source
     loss: Loss = guided_loss
     weight_decay: float = WEIGHT_DECAY
+    max_grad_norm: float | None = None  # gradients are clipped to it
 
 
 def make_method(given: Materials) -> Method:
     """The method that the options name. Raises `UserError` if it does not fit the model."""
-    made = METHODS[given.training.method](given)
-    if given.training.snr_gamma is not None:
-        made.loss = min_snr_loss(made.loss, given.rollout.student.family, given.training.snr_gamma)
-    return made
+    return METHODS[given.training.method](given)
 
 
 def _layers(given: Materials) -> Method:
@@ -72,7 +72,7 @@ def _layers(given: Materials) -> Method:
         own, rest = (len(next(iter(part.values()))) for part in states.parts)
         pairs = pairs_of_samples(torch.arange(probe.own), given.buffer.rollout_batch_size, own)
         shown = torch.cat([probe.concept_of(pairs), torch.full((rest,), -1)])
-        return Collected(samples, shown, torch.arange(len(shown)), probe.matches, {})
+        return Collected(samples, shown, probe.matches, {})
 
     at_once = 3 * given.training.train_batch_size  # a layer's answers are small
     return Method(learner, PromptedSamples(learner, given.rollout, table, given.training, collect, at_once, draws))
@@ -89,14 +89,14 @@ def _denoiser(given: Materials) -> Method:
         else:
             probe = probe_teacher(rollout, table, buffer, draws, known=known)
         there = probe.samples
-        within = inside(rollout.student.family, there.timesteps, buffer).nonzero().squeeze(1)
         null, named = there.teacher[:, there.pairs < probe.own].float()
         sizes = {PREDICTION: send((named - null).square().mean(), rollout.student.device)}
         samples = {"inputs": there.inputs, "timesteps": there.timesteps}
-        return Collected(samples, probe.concept_of(there.pairs), within, probe.matches, sizes, there)
+        return Collected(samples, probe.concept_of(there.pairs), probe.matches, sizes, there)
 
     at_once = 2 * buffer.rollout_batch_size
-    return Method(learner, PromptedSamples(learner, rollout, table, given.training, collect, at_once, draws))
+    source = PromptedSamples(learner, rollout, table, given.training, collect, at_once, draws)
+    return Method(learner, source, max_grad_norm=MAX_GRAD_NORM)
 
 
 def _trajectories(given: Materials) -> Method:
@@ -109,9 +109,9 @@ def _trajectories(given: Materials) -> Method:
 def _contrastive(given: Materials) -> Method:
     """Images of the concept are negative examples. The paper contains none of it (`docs/objectives.md`)."""
     rollout, training, draws = given.rollout, given.training, generator(given.training.seed, "bank")
-    references = contrastive.make_references(rollout, given.concepts, training, given.buffer.rollout_batch_size)
+    references = contrastive.make_references(rollout, given.concepts, training.seed, given.buffer.rollout_batch_size)
     source = contrastive.ReferenceSamples(rollout, given.pairs, references, training.train_batch_size, draws)
-    return Method(Denoiser(rollout.student), source, contrastive.contrastive_loss, contrastive.WEIGHT_DECAY)
+    return Method(Denoiser(rollout.student), source, contrastive.contrastive_loss, contrastive.WEIGHT_DECAY, MAX_GRAD_NORM)
 
 
 METHODS: dict[str, Callable[[Materials], Method]] = {

@@ -33,7 +33,6 @@ class Collected:
 
     samples: Samples  # [samples, ...] each
     shown: Tensor  # [samples] int64, the concept along whose trajectory each lies; −1: none
-    inside: Tensor  # int64, the samples within the timesteps that are trained on
     matches: list[SynonymMatch]  # of each concept
     sizes: Outputs  # [] each: the mean square of what the concept does; an output that is missing is measured on a batch
     buffer: Buffer | None = None  # what a checkpoint keeps, if anything
@@ -74,9 +73,9 @@ class PromptedSamples(Source):
     def __next__(self) -> Batch:
         there = self.collected or self._begin()
         prompts = next(self.prompts)
-        chosen = torch.randint(len(there.inside), (len(prompts.prompts),), generator=self.draws)
+        chosen = torch.randint(len(there.shown), (len(prompts.prompts),), generator=self.draws)
         self.taken += 1
-        return self._batch(there, prompts, there.inside[chosen])
+        return self._batch(there, prompts, chosen)
 
     def _begin(self, known: Sequence[SynonymMatch] = (), buffer: Buffer | None = None) -> Collected:
         """Collect the samples; if that is interrupted the source stands where it stood."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from esd_peft.errors import UserError
-from esd_peft.models.family import ModelFamily, index_embeds
+from esd_peft.models.family import index_embeds
 from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime import distributed
@@ -21,6 +20,8 @@ from esd_peft.runtime.devices import fetch, finish, send
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.buffer import Buffer, concatenate
 from esd_peft.training.student import Student
+
+GUIDED = 0.5  # the share of mixed rollouts that the guided target drives
 
 
 @dataclass
@@ -42,22 +43,21 @@ class Rollout:
     ) -> Buffer:
         """One trajectory for each of `pairs` `[M]` (of `table`), which become training samples.
 
-        With `options.rollout == "teacher"` the frozen teacher drives them (the authors' current code); with "student" the
-        denoiser as it is drives them, and the teacher only predicts at the x_t that are kept (the paper). A share
-        `options.guided_rollout_ratio` of the teacher's go where the finished student will go: they are driven by the guided
-        target, which the teacher knows beforehand. The others are driven by the teacher's own guided prediction, and show
-        the concept.
+        With `options.rollout == "teacher"` the frozen teacher's guided prediction drives them, and they show the concept
+        (the authors' current code); with "student" the denoiser as it is drives them, and the teacher only predicts at the
+        x_t that are kept (the paper). With "mixed" half of the teacher's go where the finished student will go: they are
+        driven by the guided target, which the teacher knows beforehand.
 
-        Keeps every step of each within the timesteps of `options`, or `keep` of these chosen at random; trajectories stop
-        after the last kept step. Raises `UserError` if no step lies within the timesteps.
+        Keeps every step of each, or `keep` of these chosen at random; trajectories stop after the last kept step.
         """
         count, size, student = len(pairs), options.rollout_batch_size, self.student
         noise = student.family.initial_latents(count, student.denoiser, generator)
         guided = torch.zeros(count, dtype=torch.bool)
-        if options.rollout == "teacher":
+        if options.rollout != "student":  # "teacher" and "mixed" make the same draws
             erasing = (pairs < table.num_concept_pairs).nonzero().squeeze(1)
-            some = torch.randperm(len(erasing), generator=generator)[: round(options.guided_rollout_ratio * len(erasing))]
-            guided[erasing[some]] = True
+            order = torch.randperm(len(erasing), generator=generator)
+            if options.rollout == "mixed":
+                guided[erasing[order[: round(GUIDED * len(erasing))]]] = True
         parts = zip(noise.split(size), guided.split(size), pairs.split(size), strict=True)
         shown = progress and distributed.is_main_process()
         with tqdm(total=-(-count // size) * options.num_inference_steps, desc="rollout", disable=not shown) as bar:
@@ -76,10 +76,10 @@ class Rollout:
         bar: "tqdm[Any]",
     ) -> Buffer:
         family, device = self.student.family, self.student.device
-        by_teacher = options.rollout == "teacher"
+        by_teacher = options.rollout != "student"
         # the scheduler is on the CPU, where it looks up its tables: the host would have to wait for a timestep on a GPU
         scheduler, latents = family.set_timesteps(noise, options.num_inference_steps)
-        kept = _choose(len(pairs), inside(self.student.family, scheduler.timesteps, options), keep, generator)
+        kept = _choose(len(pairs), len(scheduler.timesteps), keep, generator)
         latents, guided, pairs = (send(x, device) for x in (latents, guided, pairs))
         timesteps = send(scheduler.timesteps, device)
         buffers = []
@@ -140,25 +140,9 @@ def _directions(table: PairTable, predictions: Tensor, guided: Tensor, pairs: Te
     return null, torch.where(guided.view(column), target, concept)
 
 
-def _choose(trajectories: int, inside: Tensor, keep: int | None, generator: torch.Generator) -> Tensor:
-    """Which steps of each trajectory become samples, of those `inside` `[steps]`: `[M, steps]` bool."""
-    if keep is None or keep >= int(inside.sum()):
-        return inside.expand(trajectories, -1)
-    draws = torch.rand(trajectories, len(inside), generator=generator).masked_fill(~inside, 2.0)
+def _choose(trajectories: int, steps: int, keep: int | None, generator: torch.Generator) -> Tensor:
+    """Which steps of each trajectory become samples: `[M, steps]` bool."""
+    if keep is None or keep >= steps:
+        return torch.ones(trajectories, steps, dtype=torch.bool)
+    draws = torch.rand(trajectories, steps, generator=generator)
     return draws.argsort(dim=1).argsort(dim=1) < keep
-
-
-def check_timesteps(family: ModelFamily, options: BufferOptions) -> None:
-    """Raise `UserError` if no step of a trajectory lies within the timesteps of `options`."""
-    noise = family.initial_latents(1, family.empty_denoiser(), torch.Generator())
-    inside(family, family.set_timesteps(noise, options.num_inference_steps)[0].timesteps, options)
-
-
-def inside(family: ModelFamily, timesteps: Tensor, options: BufferOptions) -> Tensor:
-    """Which of a scheduler's `timesteps` lie within those of `options`, bool. Raises `UserError` if none does."""
-    places = family.noise_schedule.training_timesteps(timesteps)
-    chosen = (places >= options.min_timestep) & (places <= options.max_timestep)
-    if not chosen.any():
-        there = ", ".join(str(int(t)) for t in places)
-        raise UserError(f"--min-timestep and --max-timestep leave no step of a trajectory, which has {there}")
-    return chosen

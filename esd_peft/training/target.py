@@ -7,14 +7,11 @@ has a target of the same form.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from esd_kernels import guided_mse
-from esd_peft.models import ModelFamily
-from esd_peft.runtime.devices import send
 from esd_peft.training.batch import Batch
 from esd_peft.training.learners import Outputs
 
@@ -36,20 +33,3 @@ def guided_loss(made: Outputs, batch: Batch) -> Tensor:
         for name, output in made.items()
     ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-
-
-def min_snr_loss(loss: Loss, family: ModelFamily, gamma: float) -> Loss:
-    """`loss` with each sample weighted by min-SNR (arXiv 2303.09556) at its timestep.
-
-    Raises `UserError` for a model without a diffusion noise schedule.
-    """
-    schedule = family.noise_schedule
-    table = schedule.min_snr_weights(gamma)
-
-    def weighted(made: Outputs, batch: Batch) -> Tensor:
-        nonlocal table
-        timesteps = batch.samples["timesteps"]
-        table = send(table, timesteps.device)
-        return loss(made, replace(batch, weight=batch.weight * schedule.at_timesteps(table, timesteps)))
-
-    return weighted

@@ -45,12 +45,12 @@ class Trainer:
     def __init__(self, method: Method, training: TrainingOptions, memory: MemoryOptions, profiler: PhaseProfiler) -> None:
         self.learner, self.loss, self.profiler = method.learner, method.loss, profiler
         self.student = student = method.learner.student
-        self.per_device_batch_size, self.max_grad_norm = memory.per_device_batch_size, training.max_grad_norm
+        self.per_device_batch_size, self.max_grad_norm = memory.per_device_batch_size, method.max_grad_norm
         self.steps = training.max_train_steps
         self.optimizer = make_optimizer(
             training.optimizer, self.learner.parameters, training.learning_rate, method.weight_decay
         )
-        courses = {"num_warmup_steps": training.lr_warmup_steps, "num_training_steps": self.steps}
+        courses = {"num_warmup_steps": 0, "num_training_steps": self.steps}
         self.schedule = get_scheduler(training.lr_scheduler, self.optimizer, **courses)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
         self.nfe_per_sample = self.learner.evaluations * nfe_per_sample(memory.gradient_checkpointing)
@@ -72,7 +72,7 @@ class Trainer:
             total += loss.detach()
         self._sum_over_processes(total)
         self.scaler.unscale_(self.optimizer)
-        if self.max_grad_norm:
+        if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.learner.parameters, self.max_grad_norm)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # a skipped fp16 step is no mistake
@@ -105,7 +105,7 @@ class Trainer:
             where = "" if timesteps is None else f" (timesteps {', '.join(f'{t:g}' for t in timesteps.tolist())})"
             raise UserError(
                 f"the loss is no longer a number at step {self.taken - len(losses) + first + 1}{where}; "
-                "lower --learning-rate or --max-grad-norm, or use --dtype float32"
+                "lower --learning-rate, or use --dtype float32"
             )
         self.losses.append(mean)
         self.unread = []
@@ -128,12 +128,10 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what `state_dict` was taken of. Raises `ValueError` or `TypeError` for one that does not fit."""
-        if not 0 < state["step"] <= self.steps:
+        if not 0 < state["step"] <= self.steps or state["done"] != (state["step"] == self.steps):
             raise ValueError(f"step {state['step']} of {self.steps}")
         self.student.take(state["parameters"])
-        if state["done"]:
-            self.steps = state["step"]
-        else:
+        if not state["done"]:
             restore(self.optimizer, self.schedule, state)
             self.scaler.load_state_dict(state["scaler"])
         self.taken, self.losses = state["step"], state["losses"]

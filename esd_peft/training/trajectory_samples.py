@@ -68,7 +68,7 @@ class TrajectorySamples(Source):
         self.num_preserve_samples = preservation_samples(training)
         self.num_concept_samples = training.train_batch_size - self.num_preserve_samples
         self.unprompted_guidance = training.unprompted_guidance
-        self.shape = buffer_shape(buffer, training)
+        self.shape = buffer_shape(buffer, training, len(table) - table.num_concept_pairs)
         self.taken = self.fills = 0
         self.sizes: Outputs = {}
         self.orders = [torch.randperm(len(pairs) - 1, generator=generator).tolist() for pairs in table.concepts]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from esd_peft.models import ModelFamily
 from esd_peft.options.training import BufferOptions, TrainingOptions
 from esd_peft.prompts.augmentation import NEAR_WORDS, SHARING, Amounts, amounts, phrases
+from esd_peft.prompts.plan import PromptPlan
 
 LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is a synonym
 PROBE_TRAJECTORIES = 12  # of the teacher probe, and the steps of each
 OWN_TRAJECTORIES = 3  # of each concept, where concepts are few
 PROBE_STEPS = 10
-LAST_TIMESTEP = 1000  # the default of --max-timestep
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ def preservation_samples(training: TrainingOptions) -> int:
     return max(int(share * size), min(1, size - 1)) if share else 0
 
 
-def buffer_shape(buffer: BufferOptions, training: TrainingOptions) -> BufferShape:
-    """Of a buffer that is refreshed, no more than is used up until then."""
+def buffer_shape(buffer: BufferOptions, training: TrainingOptions, preserved: int) -> BufferShape:
+    """With one trajectory for each of so many `preserved` prompts; of a buffer that is refreshed, no more than is used up
+    until then."""
     interval, num_preserve = buffer.buffer_refresh_interval, preservation_samples(training)
-    preserved = buffer.preservation_trajectories if num_preserve else 0
+    preserved = preserved if num_preserve else 0
     if not interval:
         return BufferShape(buffer.trajectories, preserved, None)
     num_concept = training.train_batch_size - num_preserve
@@ -72,14 +73,10 @@ def probe_trajectories(concepts: int) -> int:
     return concepts * own_trajectories(concepts) + other_trajectories(concepts)
 
 
-def held_out_rollout(buffer: BufferOptions) -> BufferOptions:
-    """Trajectories that the teacher drives and that show the concept, from the first timestep to the last."""
-    return buffer.replace(rollout="teacher", guided_rollout_ratio=0.0, min_timestep=0, max_timestep=LAST_TIMESTEP)
-
-
 def probe_rollout(buffer: BufferOptions) -> BufferOptions:
-    """The teacher probe's trajectories."""
-    return held_out_rollout(buffer).replace(num_inference_steps=min(PROBE_STEPS, buffer.num_inference_steps))
+    """The teacher probe's trajectories, which the teacher drives and which show the concept."""
+    steps = min(PROBE_STEPS, buffer.num_inference_steps)
+    return buffer.replace(rollout="teacher", num_inference_steps=steps)
 
 
 def own_trajectories(concepts: int) -> int:
@@ -107,19 +104,15 @@ def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
     return math.ceil(steps / (buffer.buffer_refresh_interval or steps)) if steps else 0
 
 
-def count_nfe(
-    buffer: BufferOptions, training: TrainingOptions, gradient_checkpointing: bool, predictions: int, concepts: Sequence[str]
-) -> int:
-    """NFE of a run, without early stopping and images; about, where steps are kept at random.
-
-    `predictions` are the teacher's at each step of a trajectory: two, or three where a concept is mapped to something.
-    """
+def count_nfe(buffer: BufferOptions, training: TrainingOptions, gradient_checkpointing: bool, prompts: PromptPlan) -> int:
+    """NFE of a run, without images; about, where steps are kept at random."""
+    predictions = prompts.predictions
     sample, samples = nfe_per_sample(gradient_checkpointing), training.max_train_steps * training.train_batch_size
     if training.method == "contrastive":
         return samples * sample
     if training.method == "trajectories":
-        return _count_rollout_nfe(buffer, training, predictions) + samples * sample
-    probe = count_probe_nfe(buffer, predictions, concepts, amounts(training.method))
+        return _count_rollout_nfe(buffer, training, prompts) + samples * sample
+    probe = count_probe_nfe(buffer, predictions, prompts.concepts, amounts(training.method))
     if training.method == "layers":
         return probe
     preserving = preservation_samples(training)  # of what erases the teacher is asked `predictions` times
@@ -127,15 +120,16 @@ def count_nfe(
     return probe + training.max_train_steps * asked + samples * sample
 
 
-def _count_rollout_nfe(buffer: BufferOptions, training: TrainingOptions, predictions: int) -> int:
+def _count_rollout_nfe(buffer: BufferOptions, training: TrainingOptions, prompts: PromptPlan) -> int:
     """NFE of filling the buffer of the method `trajectories`, as often as that is done."""
-    shape, steps = buffer_shape(buffer, training), buffer.num_inference_steps
+    shape, steps = buffer_shape(buffer, training, len(prompts.preserve)), buffer.num_inference_steps
+    predictions = prompts.predictions
     keep = min(shape.keep or steps, steps)
     # trajectories that lie side by side end with the last step that is kept of one of them, which is drawn at random
     together = keep * min(shape.trajectories, buffer.rollout_batch_size)
     last = steps if keep == steps else together * (steps + 1) / (together + 1)
     # a student's own two predictions up to there, and the teacher's at what is kept
-    trajectory = last * predictions if buffer.rollout == "teacher" else 2 * (last - 1) + keep * predictions
+    trajectory = last * predictions if buffer.rollout != "student" else 2 * (last - 1) + keep * predictions
     return round(buffer_fills(buffer, training) * shape.trajectories * trajectory)
 
 
@@ -146,6 +140,6 @@ def count_denoiser_calls(buffer: BufferOptions, training: TrainingOptions) -> in
         return steps
     if training.method != "trajectories":  # the denoiser and in each step the teacher; or the probe alone
         return 2 * probe_rollout(buffer).num_inference_steps + (2 * steps if training.method == "denoiser" else 0)
-    batches = math.ceil(buffer_shape(buffer, training).concept_trajectories / buffer.rollout_batch_size)
-    of_a_step = 1 if buffer.rollout == "teacher" else 2
+    batches = math.ceil(buffer_shape(buffer, training, 0).concept_trajectories / buffer.rollout_batch_size)
+    of_a_step = 2 if buffer.rollout == "student" else 1
     return steps + buffer_fills(buffer, training) * batches * buffer.num_inference_steps * of_a_step

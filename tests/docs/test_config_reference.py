@@ -45,9 +45,9 @@ def test_a_row_has_the_values_and_the_default_of_its_field(reference):
     text = reference.page()
     assert "| `rank` | a whole number ≥ 1, ≤ 1024 |  | Rank of the adapter;" in text
     assert "| `adapter_type` | `lora`, `loha`, `lokr`, `none` | `lora` |" in text
-    assert text.count("Read by `contrastive`. |") == 1 and text.count("Read by `trajectories`. |") == 7
-    (row,) = (line for line in text.splitlines() if line.startswith("| `snr_gamma` |"))
-    assert row.endswith(" Read by `denoiser`, `trajectories`. |")
+    assert text.count("Read by `trajectories`. |") == 4
+    (row,) = (line for line in text.splitlines() if line.startswith("| `guidance_scale` |") and "`layers`" in line)
+    assert row.endswith(" Read by `layers`, `denoiser`, `trajectories`. |")
     assert "| `plan` | true, false | `false` |" in text
     assert "| `output` | a path | required | Where the merged pipeline goes" in text
     assert "| `seed` | a whole number ≥ 0 | `0` |" in text

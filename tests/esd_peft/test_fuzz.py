@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from esd_peft import EraseConfig, MergeConfig
 from esd_peft.adapters.model_card import _evaluation, public_config
 from esd_peft.adapters.saved import read_adapter
+from esd_peft.attacks.prompts import Prompts
 from esd_peft.errors import UserError
 from esd_peft.evaluation.suites import load_suite, select_prompts
 from esd_peft.io.tensors import open_tensors, read_tensors
@@ -32,10 +33,8 @@ from esd_peft.models.weight_files import needed_weights
 from esd_peft.options.base import groups_of
 from esd_peft.options.command_line import read_yaml
 from esd_peft.options.evaluate import EvaluateConfig
-from esd_peft.options.prompts import Concept, PromptOptions
-from esd_peft.prompts.plan import plan_prompts
+from esd_peft.options.prompts import Concept
 from esd_peft.training.checkpoint import Checkpoints
-from esd_peft.worlds import WORLDS
 
 MEMORY = 512 * 2**20  # what a lie about sizes may cost at most, in bytes
 
@@ -235,7 +234,7 @@ def test_prompts_csv(folder, suite, content):
 def test_prompt_file(folder, content):
     path = folder / "prompts.txt"
     path.write_bytes(content)
-    read(folder, lambda: plan_prompts(PromptOptions(concept="circle", preserve_file=path), WORLDS["shapes"]))
+    read(folder, lambda: Prompts(path))
 
 
 LORA = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["to_k"]}

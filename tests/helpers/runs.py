@@ -98,7 +98,7 @@ STEPS, GUIDANCE, ETA = 6, 3.0, 1.5
 def prepare_short(model: Path, **options: object) -> Run:
     """The run of a few steps along the paper's trajectories, with one pair for each concept."""
     defaults = {"concept": ["circle", "striped"], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE,
-                "guided_rollout_ratio": 0.0, "negative_guidance": ETA, "prompt_templates": "bare",
+                "rollout": "teacher", "negative_guidance": ETA, "prompt_templates": "bare",
                 "rollout_batch_size": 2}  # fmt: skip
     return prepare(model, **(defaults | options))
 

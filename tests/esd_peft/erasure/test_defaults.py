@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from esd_peft import EraseConfig, UserError
 from esd_peft.erasure.checks import check_model
@@ -42,20 +41,19 @@ CONFIGS = {  # and what else stays left out, beside options that the method does
     "negative_guidance and map_to": ({"map_to": "square", "negative_guidance": 0.5}, ABSENT),
     "erase_from": ({"concept": "striped", "erase_from": "circle"}, ABSENT),
     "layers": ({"method": "layers"}, ABSENT),
-    "denoiser": ({"method": "denoiser", "max_timestep": 800}, ABSENT),
+    "denoiser": ({"method": "denoiser"}, ABSENT),
     "denoiser, several concepts": ({"method": "denoiser", "concept": ["circle", "red"]}, ABSENT),
     "no adapter": ({"adapter_type": "none"}, ABSENT | {"rank", "alpha"}),
     "loha": ({"adapter_type": "loha"}, ABSENT),
     "lokr of all layers": ({"adapter_type": "lokr", "scope": "full", "alpha": 3.0}, ABSENT),
     "esd-u": ({"scope": "esd-u"}, ABSENT),
-    "no null space": ({"null_space": 0.0}, ABSENT),
+    "no null space": ({"closed_form": False}, ABSENT),
     "student rollouts": ({"rollout": "student"}, ABSENT),
     "a buffer of one step": ({"buffer_refresh_interval": 1}, ABSENT),
     "contrastive": ({"method": "contrastive"}, ABSENT),
     "contrastive, several concepts": ({"method": "contrastive", "concept": ["circle", "red"]}, ABSENT),
     "one sample a step": ({"train_batch_size": 1}, ABSENT),
     "preserve": ({"preserve": ["a star", "a red square"]}, ABSENT),
-    "stop_at": ({"stop_at": -0.5}, ABSENT),
     "offload": ({"offload": True, "gradient_checkpointing": True}, ABSENT),
     "validation_prompt": ({"validation_prompt": ["a circle"]}, set()),
     "half precision": ({"dtype": "bfloat16", "quantize": "nf4"}, ABSENT),
@@ -110,34 +108,15 @@ def test_left_out_names_every_option_that_a_default_stands_for():
         "max_sequence_length",
         "variant",
         "checkpoint_config",
-        "reference",
-        "snr_gamma",
-        "stop_at",
         "hub_model_id",
     }
     assert {*left_out(EraseConfig(concept="circle"))} == optional - stays
 
 
-def test_the_prompts_of_a_file_are_in_the_config(shapes, tmp_path):
-    file = tmp_path / "keep.txt"
-    file.write_text("# mine\na red square\n\na star\n", encoding="utf-8")
-    resolved, prompts = resolve(config(preserve=["a star", "a heart"], preserve_file=file), shapes)
-    file.unlink()
-    assert resolved.prompts.preserve == ["a star", "a heart", "a red square"] and resolved.prompts.preserve_file is None
-    assert [pair.prompt for pair in prompts.preserve] == prompts.given == resolved.prompts.preserve
-    assert resolved.buffer.preservation_trajectories == 3
+def test_prompts_to_preserve_are_taken_once(shapes):
+    resolved, prompts = resolve(config(preserve=["a star", "a heart", "a star"]), shapes)
+    assert [pair.prompt for pair in prompts.preserve] == prompts.given == resolved.prompts.preserve == ["a star", "a heart"]
     assert resolve(EraseConfig(**yaml.safe_load(resolved.to_yaml())), shapes) == (resolved, prompts)
-
-
-@pytest.mark.parametrize("line", ["a\tstar", "a star\x1b[2J", "x" * 4001])
-def test_a_file_of_prompts_holds_what_options_may_hold(shapes, tmp_path, line):
-    """Otherwise the config that is written beside the adapter could not be read again."""
-    file = tmp_path / "keep.txt"
-    file.write_text(f"a heart\n{line}\n", encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"--preserve-file .*keep.txt: (.* is no character of a|longer than any) name or prompt"
-    ):
-        resolve(config(preserve_file=file), shapes)
 
 
 def test_the_device_and_the_dtype_are_those_it_runs_on(shapes):
@@ -152,15 +131,13 @@ MAPPED = {"concept": [{"name": "circle", "map_to": "square"}, "red"]}
 RANK = "8 for each concept (16 with the methods layers and denoiser), at most 64"
 ETA = "1, or for what is mapped to something 0, with the methods layers and denoiser 0.5"
 SCOPE = "esd-x-ff with the methods layers and denoiser, esd-u with --unprompted-guidance, otherwise esd-x-strict"
-NULL_SPACE = "It needs --adapter-type lora or none; left out: 0.999, or 0.99 with --erase-from"
 STEPS = "600 + 200 for each concept with the method layers, 80 + 80 with denoiser, 20 + 20 with trajectories"
 EIGHT_TIMES = "(8 times that with --erase-from, or with another scope or adapter than the defaults)"
 SHARE = "0.5 with the method layers, 1/3 with denoiser, 0.125 with trajectories (0.25 with --erase-from)"
 SAMPLES = "32 with the methods layers and contrastive, 12 with denoiser, 8 with trajectories"
 RATE = (
-    "0.003 for an adapter with the methods layers and denoiser, 0.01 for a LoRA on esd-x-strict under --null-space, 0.0001"
+    "0.003 for an adapter with the methods layers and denoiser, 0.01 for a LoRA on esd-x-strict under --closed-form, 0.0001"
 )
-NORM = "1 with the methods denoiser and contrastive, otherwise 0"
 MANY = ["circle", "square", "star", "heart", "cross", "red", "blue", "green", "cyan"]
 LAYERS, DENOISER, CONTRASTIVE = ({"method": name} for name in ("layers", "denoiser", "contrastive"))
 ROWS = [  # an option, what its help says, with which options, and the value
@@ -169,7 +146,7 @@ ROWS = [  # an option, what its help says, with which options, and the value
     ("negative_guidance", ETA, {"map_to": "square"}, 0.0),
     ("negative_guidance", ETA, DENOISER | {"map_to": "square"}, 0.5),
     ("scope", SCOPE, {}, "esd-x-strict"),
-    ("scope", SCOPE, {"unprompted_guidance": 1, "null_space": 0, "closed_form": False}, "esd-u"),
+    ("scope", SCOPE, {"unprompted_guidance": 1, "closed_form": False}, "esd-u"),
     ("scope", SCOPE, LAYERS, "esd-x-ff"),
     ("scope", SCOPE, DENOISER | {"unprompted_guidance": 1}, "esd-x-ff"),
     ("rank", RANK, {}, 8),
@@ -178,26 +155,18 @@ ROWS = [  # an option, what its help says, with which options, and the value
     ("rank", RANK, {"concept": MANY}, 64),
     ("alpha", "alpha = rank", {}, 8),
     ("alpha", "alpha = rank", {"rank": 5}, 5),
-    ("null_space", NULL_SPACE, {}, 0.999),
-    ("null_space", NULL_SPACE, {"erase_from": "striped"}, 0.99),
-    ("null_space", NULL_SPACE, {"adapter_type": "lokr"}, 0.0),
     ("closed_form", "It needs --adapter-type lora or none; left out: yes", {}, True),
     ("closed_form", "It needs --adapter-type lora or none; left out: yes", {"adapter_type": "loha"}, False),
-    ("rollout", "left out: the teacher", {}, "teacher"),
+    ("rollout", "left out: mixed", {}, "mixed"),
     ("trajectories", "4 + 4 for each concept", {}, 8),
     ("trajectories", "4 + 4 for each concept", {"concept": ["circle", "red", "star"]}, 16),
     ("trajectories", "three times that with --erase-from", {"erase_from": "striped"}, 24),
     ("trajectories", "with another scope or adapter than the defaults", {"scope": "esd-x"}, 24),
     ("trajectories", "with another scope or adapter than the defaults", {"adapter_type": "none"}, 24),
-    ("preservation_trajectories", "one for each prompt", {}, 0),
-    ("preservation_trajectories", "one for each prompt", {"preserve": ["a star", "red"]}, 2),
     ("num_inference_steps", "25, or 4 for few-step models", {}, 25),
     ("guidance_scale", "3, or 1 (none) for models that are made to go without", {}, 3.0),
-    ("guided_rollout_ratio", "left out: 0.5", {}, 0.5),
-    ("min_timestep", "left out: 0", {}, 0),
-    ("max_timestep", "left out: 1000", {}, 1000),
-    ("buffer_refresh_interval", "0 with teacher rollouts, 25 with student rollouts", {}, 0),
-    ("buffer_refresh_interval", "0 with teacher rollouts, 25 with student rollouts", {"rollout": "student"}, 25),
+    ("buffer_refresh_interval", "0, or 25 with student rollouts", {}, 0),
+    ("buffer_refresh_interval", "0, or 25 with student rollouts", {"rollout": "student"}, 25),
     ("preservation_ratio", SHARE, {}, 0.125),
     ("preservation_ratio", SHARE, {"erase_from": "striped"}, 0.25),
     ("preservation_ratio", SHARE, LAYERS, 0.5),
@@ -221,10 +190,7 @@ ROWS = [  # an option, what its help says, with which options, and the value
     ("learning_rate", RATE, DENOISER, 0.003),
     ("learning_rate", RATE, CONTRASTIVE, 0.0001),
     *(("learning_rate", "otherwise 0.001", options, 0.001) for options in (
-        {"scope": "esd-x"}, {"adapter_type": "none"}, {"null_space": 0.0}, DENOISER | {"adapter_type": "none"},
-    )),
-    *(("max_grad_norm", NORM, options, norm) for options, norm in (
-        ({}, 0.0), (LAYERS, 0.0), (DENOISER, 1.0), (CONTRASTIVE, 1.0),
+        {"scope": "esd-x"}, {"adapter_type": "none"}, {"closed_form": False}, DENOISER | {"adapter_type": "none"},
     )),
     ("checkpointing_steps", "25, or an eighth of all steps where that is more", {}, 25),
     ("checkpointing_steps", "25, or an eighth of all steps where that is more", LAYERS, 100),
@@ -252,16 +218,6 @@ def test_a_concept_that_is_mapped_by_itself_says_so_itself(shapes):
     assert [c.negative_guidance for c in resolved.prompts.concept] == [0.0, None]
     assert resolved.prompts.negative_guidance == 1.0
     assert [*map(resolved.prompts.eta_of, resolved.prompts.concept)] == [0.0, 1.0]
-
-
-def test_epochs_are_of_the_references_in_the_folder(shapes, tmp_path):
-    for i in range(3):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    resolved, _ = resolve(config(method="contrastive", reference=tmp_path, train_batch_size=4), shapes)
-    assert resolved.training.max_train_steps == math.ceil(3 * 10 / 4)
-    (tmp_path / "0.png").write_text("no image")
-    with pytest.raises(UserError, match=r"--reference .*0.png cannot be read as an image"):
-        resolve(config(method="contrastive", reference=tmp_path), shapes)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,7 @@ from esd_peft.evaluation.suites import load_suite, suite_prompts
 from esd_peft.io import text as text_files
 from esd_peft.io.text import UnreadableError, read_bytes, read_csv, read_json, read_lines, read_text, read_yaml, shown
 from esd_peft.options.command_line import parse
-from esd_peft.options.prompts import PromptOptions
 from esd_peft.options.study import AnalyseStudyConfig
-from esd_peft.prompts.plan import plan_prompts
 from esd_peft.study.analyse import analyse_study
 
 KEY = {"study": "s", "question": "Q?", "conditions": ["a"], "items": {"1": {"condition": "a"}}}
@@ -37,10 +35,6 @@ def key(path):
 # every option that names a text file: what reads it, and a good one
 OPTIONS = {
     "--config": (lambda path: parse(EraseConfig, "erase", ["--config", str(path)]), "concept: circle\n"),
-    "--preserve-file": (
-        lambda path: plan_prompts(PromptOptions(concept="circle", preserve_file=path), None),
-        "# mine\na red square\na star\n",
-    ),
     "--attack-prompts": (lambda path: Prompts(path).templates, "# mine\na {}\n"),
     "--prompts": (lambda path: suite_prompts(load_suite("csv"), ["circle"], str(path)), "prompt\na circle\na star\n"),
     "--suite": (lambda path: load_suite(str(path)), "about: mine\nprompts: concept\nseeds: 1\n"),
@@ -201,7 +195,7 @@ def test_what_cannot_be_seen_is_shown():
 
 @pytest.mark.parametrize("text", ["a\0b", "a\udcff", "\ud800"])
 def test_options_that_could_not_be_written(text):
-    for options in ({"output": text}, {"preserve": ["a star", text]}, {"model": text}, {"preserve_file": text}):
+    for options in ({"output": text}, {"preserve": ["a star", text]}, {"model": text}):
         flag = "--" + next(iter(options)).replace("_", "-")
         with pytest.raises(UserError, match=f"{flag}.* is no character of a name or prompt; leave it out"):
             EraseConfig(concept="circle", **options)

@@ -48,7 +48,7 @@ def roll(path, monkeypatch, scale):
     plan = PromptPlan([CONCEPT], [[Pair(CONCEPT, "")]], [], [])
     table = make_table(plan, family.encode(plan.texts, CPU, torch.float32))
     denoiser = family.load_denoiser(torch.float32)
-    options = {"num_inference_steps": STEPS, "guidance_scale": scale, "guided_rollout_ratio": 0, "device": "cpu"}
+    options = {"num_inference_steps": STEPS, "guidance_scale": scale, "rollout": "teacher", "device": "cpu"}
     config, _ = resolve(EraseConfig(concept="circle", model=str(path), **options), family)
     student = make_student(family, denoiser, config.student, CPU, torch.float32)  # which changes nothing yet
     noise, latents, generator, states = [], [], torch.Generator().manual_seed(0), []

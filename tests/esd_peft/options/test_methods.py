@@ -2,7 +2,6 @@
 
 import pytest
 import yaml
-from PIL import Image
 
 from esd_peft import EraseConfig, UserError, erase
 from esd_peft.erasure.defaults import resolve
@@ -18,28 +17,19 @@ VALUES = {
     "map_to": ["owl"],
     "negative_guidance": [0.0, 1.0],
     "closed_form": [False, True],
-    "null_space": [0.0, 0.999],
-    "rollout": ["teacher", "student"],
+    "rollout": ["teacher", "mixed", "student"],
     "trajectories": [8],
-    "preservation_trajectories": [0],
     "num_inference_steps": [25],
     "guidance_scale": [0.0, 3.0],
-    "guided_rollout_ratio": [0.0, 0.5],
-    "min_timestep": [0],
-    "max_timestep": [1000],
     "buffer_refresh_interval": [0],
-    "reference": ["images"],
     "preservation_ratio": [0.125],
     "unprompted_guidance": [0.0, 3.0],
-    "snr_gamma": [5.0],
-    "stop_at": [0.0],
 }
 OTHERS = [  # of options that every method reads, other values than the defaults; some need others beside them
     {"erase_from": "hat"}, {"also_erase": ["vulpes"]}, {"prompt_templates": "bare"}, {"preserve": ["an owl"]},
-    {"preserve_file": "keep.txt"},
     {"scope": "esd-x-strict"}, {"adapter_type": "none"}, {"adapter_type": "lokr"}, {"rank": 4}, {"alpha": 2.0},
     {"rollout_batch_size": 2}, {"max_train_steps": 40}, {"train_batch_size": 4}, {"learning_rate": 1e-4},
-    {"lr_scheduler": "linear", "lr_warmup_steps": 3}, {"optimizer": "AdamW8bit"}, {"max_grad_norm": 0.5}, {"seed": 3},
+    {"lr_scheduler": "linear"}, {"optimizer": "AdamW8bit"}, {"seed": 3},
     {"per_device_batch_size": 2}, {"gradient_checkpointing": True, "offload": True}, {"quantize": "nf4"},
     {"memory_budget": "12GiB"}, {"plan": True}, {"device": "cpu"}, {"dtype": "bfloat16"}, {"compile": "off"},
     {"report_to": "tensorboard"}, {"output": "there"}, {"overwrite": True}, {"checkpointing_steps": 3}, {"resume": True},
@@ -58,10 +48,7 @@ def emoji():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory that has the files that options name."""
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "fox.png")
-    (tmp_path / "keep.txt").write_text("an owl\n")
+    """A working directory of its own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -133,7 +120,7 @@ def test_the_model_alone_chooses_the_default(emoji, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_config_of_a_run_holds_what_its_method_reads_and_resolves_to_itself(method, here):
     short = {"rank": 2, "max_train_steps": 1, "num_validation_images": 0, "device": "cpu"}
-    short |= {"reference": "images"} if method == "contrastive" else {"num_inference_steps": 2}
+    short |= {} if method == "contrastive" else {"num_inference_steps": 2}
     output = here / "erased"
     result = erase(EraseConfig(concept="circle", model="shapes", method=method, output=output, **short))
     groups = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))

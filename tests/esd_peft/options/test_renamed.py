@@ -3,8 +3,9 @@
 import pytest
 
 from esd_peft import EraseConfig, UserError
+from esd_peft.options.base import flag
 from esd_peft.options.command_line import parse
-from esd_peft.options.renamed import rename_arguments
+from esd_peft.options.renamed import _GONE, rename_arguments
 
 RENAMED = [  # what was given, what it is now
     ({"attention_steps": 700}, {"method": "layers", "max_train_steps": 700}),
@@ -18,6 +19,9 @@ RENAMED = [  # what was given, what it is now
     ({"objective": "contrastive", "attention_steps": 0}, {"method": "contrastive"}),
     ({"objective": "esd"}, {}),
     ({"robust": 0}, {}),
+    ({"guided_rollout_ratio": 0.0}, {"rollout": "teacher"}),
+    ({"guided_rollout_ratio": 0}, {"rollout": "teacher"}),
+    ({"null_space": 0.0}, {"closed_form": False}),
 ]
 
 
@@ -38,6 +42,10 @@ def test_old_names_are_the_new_ones_with_a_note(old, new, capsys):
 @pytest.mark.parametrize(
     ("old", "says"),
     [
+        *(({name: 3}, f"{flag(name)} is gone; ") for name in _GONE),
+        ({"guided_rollout_ratio": 0.3}, "--guided-rollout-ratio is gone; use --rollout mixed"),
+        ({"null_space": 0.9}, "--null-space is gone; use --closed-form True"),
+        ({"null_space": 0, "closed_form": True}, "--null-space is now --closed-form False, and --closed-form True"),
         ({"robust": 3}, "--robust is gone: --method denoiser withstands"),
         ({"attention_steps": "few"}, "--attention-steps is now --method layers --max-train-steps, a whole number"),
         ({"attention_steps": -1}, "--attention-steps is now --method layers --max-train-steps, a whole number"),

@@ -80,10 +80,8 @@ def test_concepts_bring_their_own_settings():
     assert {(p.eta, p.weight) for p in made.concept_pairs[1]} == {(0.5, 1.0)}
 
 
-def test_what_names_a_concept_is_not_protected(tmp_path):
-    file = tmp_path / "keep.txt"
-    file.write_text("# mine\na green heart\n\na blue star\n")
-    made = plan(concept=["circle", "red"], preserve=["a square"], preserve_file=file)
+def test_what_names_a_concept_is_not_protected():
+    made = plan(concept=["circle", "red"], preserve=["a square", "a green heart", "a blue star"])
     assert [p.prompt for p in made.preserve] == ["a square", "a green heart", "a blue star"]
     assert {"", "a square", "a green heart", "a blue star", "striped"} <= set(made.retain)
     assert not [p for p in made.retain if {"circle", "red"} & set(p.split())]
@@ -115,20 +113,11 @@ def test_what_cannot_be_seen_names_nothing(option, blank):
     assert natural_plan(concept="circle \u200b").concepts == ["circle \u200b"]  # it is beside what can
 
 
-def test_prompts_to_preserve_are_bounded(tmp_path):
-    file = tmp_path / "keep.txt"
-    file.write_text("\n".join(f"a thing {i}" for i in range(10_000)) + "\n")
-    assert len(natural_plan(concept="circle", preserve_file=file).given) == 10_000
-    with pytest.raises(UserError, match=r"--preserve and --preserve-file name 10,001 prompts, each with .*; 10,000 at most"):
-        natural_plan(concept="circle", preserve="a square", preserve_file=file)
-
-
-def test_preserve_files_that_do_not_work(tmp_path):
-    with pytest.raises(UserError, match=r"--preserve-file .* cannot be read"):
-        plan(concept="circle", preserve_file=tmp_path / "nothing.txt")
-    (tmp_path / "empty.txt").write_text("# nothing\n")
-    with pytest.raises(UserError, match="holds no prompt"):
-        plan(concept="circle", preserve_file=tmp_path / "empty.txt")
+def test_prompts_to_preserve_are_bounded():
+    many = [f"a thing {i}" for i in range(10_000)]
+    assert len(natural_plan(concept="circle", preserve=many).given) == 10_000
+    with pytest.raises(UserError, match=r"--preserve names 10,001 prompts, each with .*; 10,000 at most"):
+        natural_plan(concept="circle", preserve=[*many, "a square"])
 
 
 def test_prompts_that_are_cut_short_teach_nothing_and_hold_nothing():

@@ -63,7 +63,7 @@ def test_accelerate_starts_two_that_train_what_one_does(tmp_path):
 
 
 def test_so_do_two_with_rollouts_by_the_student(tmp_path):
-    options = ["--rollout", "student", "--buffer-refresh-interval", "3", "--stop-at", "-0.9"]
+    options = ["--rollout", "student", "--buffer-refresh-interval", "3"]
     done = [each.wait() for each in start(tmp_path, *options, "--output", "two")]
     assert [each.returncode for each in done] == [0, 0], done
     assert_alike(tmp_path, options, "".join(each.stdout for each in done))

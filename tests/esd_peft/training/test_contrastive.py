@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from PIL import Image
 
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
@@ -47,21 +46,12 @@ def test_images_vary_and_stay_images():
     assert torch.equal(varied, augment(images, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_it_trains(small_sd, tmp_path, folder, monkeypatch):
+def test_it_trains(small_sd, tmp_path, monkeypatch):
     monkeypatch.setattr("esd_peft.training.contrastive.IMAGES", 2)
-    options = {}
-    if folder:
-        (tmp_path / "images").mkdir()
-        for i in range(3):
-            Image.new("RGB", (40, 20), (80 * i, 20, 100)).save(tmp_path / "images" / f"{i}.png")
-        options = {"reference": tmp_path / "images"}
-    names = ["circle"] if folder else ["circle", "striped"]
-    config = EraseConfig(concept=names, model=str(small_sd), output=tmp_path / "out", num_validation_images=0,
-                         method="contrastive", device="cpu", rank=2, **options)  # fmt: skip
+    config = EraseConfig(concept=["circle", "striped"], model=str(small_sd), output=tmp_path / "out",
+                         num_validation_images=0, method="contrastive", device="cpu", rank=2)  # fmt: skip
     result = erase(config)
-    # one concept of three images, or two of two, in ten variations each, in batches of 32
-    assert result["training_samples"] == (3 if folder else 2 * 2) * 10
+    assert result["training_samples"] == 2 * 2 * 10, "two concepts of two images, in ten variations each"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

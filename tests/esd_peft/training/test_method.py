@@ -37,7 +37,7 @@ def learn(run):
     """Take all steps of the run; returns its trainer and what was shown."""
     method, seen = method_of(run), Seen(run.student, run.rollout.profiler)
     trainer = Trainer(method, run.config.training, run.config.memory, run.rollout.profiler)
-    for batch in TrainingLoop(trainer, method.source, None, seen, None).batches():
+    for batch in TrainingLoop(trainer, method.source, seen, None).batches():
         trainer.step(batch)
     return method, trainer, seen
 
@@ -148,9 +148,9 @@ def test_the_denoiser_learns_where_cross_attention_cannot_by_itself(monkeypatch)
     resolved, prompts = resolve(EraseConfig(concept="fox", device="cpu"), emoji)
     student, training = resolved.student, resolved.training
     assert (training.method, student.scope, student.rank) == ("denoiser", "esd-x-ff", 16)
-    assert (student.null_space, student.closed_form) == (None, None)
+    assert student.closed_form is None
     assert (training.max_train_steps, training.train_batch_size, training.learning_rate) == (160, 12, 3e-3)
     assert resolve(resolved, emoji) == (resolved, prompts)
-    for options in ({"trajectories": 8}, {"null_space": 0.9}, {"rollout": "student"}):
+    for options in ({"trajectories": 8}, {"closed_form": True}, {"rollout": "student"}):
         with pytest.raises(UserError, match="is not read by --method denoiser"):
             resolve(EraseConfig(concept="fox", device="cpu", **options), emoji)

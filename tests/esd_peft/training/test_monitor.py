@@ -19,7 +19,7 @@ from esd_peft.models.stable_diffusion import StableDiffusion
 from esd_peft.training.trainer import Trainer
 
 QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 5, "train_batch_size": 4, "rank": 2,
-         "learning_rate": 0.1, "closed_form": False, "null_space": 0, "checkpointing_steps": 2, "device": "cpu"}  # fmt: skip
+         "learning_rate": 0.1, "closed_form": False, "checkpointing_steps": 2, "device": "cpu"}  # fmt: skip
 PROMPTS = ["a circle", "<b>a star</b>"]
 LOOKS = ["base", "step_000002", "step_000004", "step_000005", "strength_0.5", "strength_1.5"]
 IMAGES = [f"prompt_{i}_image_0.png" for i in range(2)]

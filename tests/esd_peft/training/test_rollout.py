@@ -45,10 +45,11 @@ def test_trajectories_are_those_of_the_diffusers_pipeline(model):
     assert buffer.pairs.tolist() == [0, 1] * STEPS
 
 
-@pytest.mark.parametrize(("ratio", "scale"), [(0.0, GUIDANCE), (1.0, -ETA * GUIDANCE)])
-def test_steps_and_target_against_the_formula(model, ratio, scale):
+@pytest.mark.parametrize(("driver", "scale"), [("teacher", GUIDANCE), ("mixed", -ETA * GUIDANCE)])
+def test_steps_and_target_against_the_formula(model, driver, scale, monkeypatch):
     """DDIM with η = 0, and eq. 6 of the paper in ε, whatever the model predicts and wherever the trajectory goes."""
-    ours = prepare_short(model, guided_rollout_ratio=ratio)
+    monkeypatch.setattr("esd_peft.training.rollout.GUIDED", 1.0)
+    ours = prepare_short(model, rollout=driver)
     v_prediction = ours.family.load_part("scheduler").config.prediction_type == "v_prediction"
     buffer = ours.collect([0], noise())
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -99,23 +100,12 @@ def test_student_rollouts_follow_the_student_and_ask_the_teacher(model):
     assert (buffer.inputs[-1] - plain.inputs[-1]).abs().max() > 0.05  # but another path
 
 
-def test_only_the_chosen_timesteps_become_samples(model):
-    ours = prepare_short(model, min_timestep=400, max_timestep=800)
-    everything = prepare_short(model).collect([0], noise())
-    buffer = ours.collect([0], noise())
-    inside = (everything.timesteps >= 400) & (everything.timesteps <= 800)
-    assert 0 < len(buffer) < STEPS
-    torch.testing.assert_close(buffer.inputs, everything.inputs[inside])
-    few = ours.collect([0, 1], noise(), keep=1)
-    assert len(few) == 2 and all(400 <= t <= 800 for t in few.timesteps)
-
-
 def test_the_guided_target_drives_some_erasing_trajectories(model):
     plain, half = (
-        prepare_short(model, guided_rollout_ratio=a, concept=["circle"], preserve=["a square"], rollout_batch_size=4)
+        prepare_short(model, rollout=driver, concept=["circle"], preserve=["a square"], rollout_batch_size=4)
         .collect([0, 0, 1, 1], noise())
         .inputs.unflatten(0, (STEPS, 4))
-        for a in (0, 0.5)
+        for driver in ("teacher", "mixed")
     )
     same = [torch.allclose(plain[-1, i], half[-1, i], atol=1e-5) for i in range(4)]
     assert sorted(same[:2]) == [False, True] and same[2:] == [True, True]
@@ -134,41 +124,20 @@ def test_edm_timesteps_below_zero_are_steps_like_others(small_sd, tmp_path):
     path = with_scheduler(small_sd, tmp_path / "edm", EDMDPMSolverMultistepScheduler)
     buffer = prepare_short(path).collect([0], noise())
     assert len(buffer) == STEPS and buffer.timesteps.min() < -1 < 1 < buffer.timesteps.max()
-    # EDM's steps are even in σ^(1/7) (arXiv 2206.00364, eq. 5), so they divide the timesteps of training evenly
-    places = prepare_short(path).family.noise_schedule.training_timesteps(buffer.timesteps)
-    torch.testing.assert_close(places, torch.linspace(999, 0, STEPS), atol=1.0, rtol=0)
-    early = prepare_short(path, min_timestep=500).collect([0], noise())
-    assert early.timesteps.tolist() == buffer.timesteps[: STEPS // 2].tolist()
     with pytest.raises(UserError, match="noise schedule"):
-        prepare_short(path).family.noise_schedule.min_snr_weights(5.0)
+        prepare_short(path).family.noise_schedule.alphas_cumprod()
 
 
-def test_continuous_timesteps_have_the_weights_of_their_noise(small_sd, tmp_path):
+def test_continuous_timesteps_are_those_of_their_noise(small_sd, tmp_path):
     options = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
     path = with_scheduler(small_sd, tmp_path / "continuous", EulerDiscreteScheduler, **options)
-    ours = prepare_short(path, snr_gamma=5.0)
+    ours = prepare_short(path)
     buffer = ours.collect([0], noise())
     assert len(buffer) == STEPS and buffer.timesteps.min() < 0
-    plain = EulerDiscreteScheduler(prediction_type="v_prediction")
-    plain.set_timesteps(STEPS)
-    torch.testing.assert_close(
-        ours.family.noise_schedule.training_timesteps(buffer.timesteps), plain.timesteps, atol=1.0, rtol=0
-    )
-    weights = ours.family.noise_schedule.at_timesteps(ours.family.noise_schedule.min_snr_weights(5.0), buffer.timesteps)
-    snr = (-8 * buffer.timesteps.double()).exp()  # timesteps are (log σ)/4, and SNR is σ^-2
-    torch.testing.assert_close(weights.double(), snr.clamp(max=5) / (snr + 1), atol=5e-3, rtol=5e-3)
-    every = torch.arange(1000)
-    told = ours.family.noise_schedule.scheduler_timesteps(every)
-    torch.testing.assert_close(ours.family.noise_schedule.training_timesteps(told), every.float(), atol=1e-2, rtol=0)
-
-
-def test_timesteps_between_two_of_training(small_sd):
-    family = open_family(str(small_sd))
-    table = family.noise_schedule.min_snr_weights(5.0)
-    assert torch.equal(family.noise_schedule.at_timesteps(table, torch.tensor([0, 7, 999])), table[[0, 7, 999]])
-    torch.testing.assert_close(
-        family.noise_schedule.at_timesteps(table, torch.tensor([900.25])), 0.75 * table[[900]] + 0.25 * table[[901]]
-    )
+    schedule = ours.family.noise_schedule
+    kept = schedule.alphas_cumprod()
+    told = schedule.scheduler_timesteps(torch.arange(1000))  # (log σ)/4, σ² being (1 − ᾱ) / ᾱ
+    torch.testing.assert_close((8 * told.double()).exp(), (1 - kept.double()) / kept, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def on_meta(monkeypatch):
             patch.setattr(torch, "tensor", on_the_host)
             patch.setattr(torch.Tensor, "new_tensor", on_the_host)  # fails: it would be on the device
             trainer = Trainer(method, run.config.training, run.config.memory, run.rollout.profiler)
-            loop = TrainingLoop(trainer, method.source, None, Monitor(run.student, run.rollout.profiler), None)
+            loop = TrainingLoop(trainer, method.source, Monitor(run.student, run.rollout.profiler), None)
             for batch in loop.batches():
                 trainer.step(batch)
         return trainer.losses, traffic
@@ -80,8 +80,8 @@ def on_meta(monkeypatch):
 
 
 BY_METHOD = {
-    "trajectories": {"trajectories": 3, "snr_gamma": 5.0},
-    "denoiser": {"snr_gamma": 5.0, "rank": 2},
+    "trajectories": {"trajectories": 3},
+    "denoiser": {"rank": 2},
     "layers": {"rank": 2},
 }
 GUIDED = {
@@ -142,7 +142,7 @@ def test_so_it_is_where_the_teacher_is_asked_in_every_step(small_sd, on_meta, fe
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana"])
 def test_in_every_family(tmp_path, on_meta, monkeypatch, name):
     draw_small(monkeypatch)
-    run = setup(save_family(name, tmp_path / "model"), "trajectories", snr_gamma=None)
+    run = setup(save_family(name, tmp_path / "model"), "trajectories")
     losses, traffic = on_meta(run, method_of(run))
     assert traffic.readings == len(losses)
 
