@@ -12,7 +12,7 @@ from esd_peft.prompts.augmentation import MANY_WORDS
 from esd_peft.prompts.plan import PromptPlan, plan_prompts, preserved_prompts
 from esd_peft.runtime.devices import resolve_device, resolve_dtype
 from esd_peft.training.contrastive import epochs_of_references
-from esd_peft.training.work import preservation_samples, sampled
+from esd_peft.training.work import PROBE_STEPS, preservation_samples, sampled
 
 
 def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, PromptPlan]:
@@ -174,6 +174,8 @@ def _resolve_buffer(
     family: ModelFamily,
 ) -> BufferOptions:
     buffer = sampled(given, family)
+    if method in BY_PROMPTS and given.num_inference_steps is None:
+        buffer = buffer.replace(num_inference_steps=min(PROBE_STEPS, family.num_inference_steps))
     if method != "trajectories":
         return buffer
     interval, concepts, rollout = given.buffer_refresh_interval, len(prompts.concept), given.rollout or "mixed"

@@ -24,7 +24,7 @@ from esd_peft.runtime.devices import IMAGINED, is_accelerator, usable_memory
 from esd_peft.runtime.memory_meter import track_memory, weight_bytes
 from esd_peft.training.learners import POSITIONS, AttentionLayer
 from esd_peft.training.student import make_student
-from esd_peft.training.work import PROBE_STEPS, buffer_shape, count_nfe, probe_trajectories
+from esd_peft.training.work import buffer_shape, count_nfe, probe_trajectories
 
 META = torch.device("meta")
 GIB = 2**30
@@ -171,7 +171,7 @@ class MemoryEstimator:
         weights = self.block if memory.offload else self.bases[memory.quantize]
         working = weights + self.learning + self.embeds
         if method in BY_PROMPTS:
-            trajectories, keep = probe_trajectories(len(self.prompts.concepts)), PROBE_STEPS
+            trajectories, keep = probe_trajectories(len(self.prompts.concepts)), steps
             # candidates for synonyms are probed twice as many at a time
             together = max(predictions * min(buffer.rollout_batch_size, trajectories), 2 * buffer.rollout_batch_size)
         elif method == "contrastive":  # which has no trajectories

@@ -57,9 +57,10 @@ class BufferOptions(Options):
     trajectories: Annotated[Auto[Annotated[int, Field(ge=1, le=10**5)]], _TRAJECTORIES] = LEFT_OUT
     """Denoising trajectories of the concepts in the buffer, beside one for each --preserve prompt; left out: 4 + 4 for each
     concept; three times that with --erase-from, or with another scope or adapter than the defaults. The methods
-    layers and denoiser have twelve trajectories or more, two or three for each concept, of ten steps at most."""
+    layers and denoiser have twelve trajectories or more, two or three for each concept."""
     num_inference_steps: Annotated[Auto[InferenceSteps], _GUIDED] = LEFT_OUT
-    """Denoising steps of a trajectory; left out: 25, or 4 for few-step models."""
+    """Denoising steps of a trajectory; left out: 25, or 4 for few-step models, and at most
+    10 with the methods layers and denoiser."""
     guidance_scale: Annotated[Auto[GuidanceScale], _GUIDED] = LEFT_OUT
     """Classifier-free guidance of the trajectories; left out: 3, or 1 (none) for models that are made to go without."""
     rollout_batch_size: Annotated[int, Field(ge=1, le=10**5)] = 12

@@ -16,7 +16,7 @@ from esd_peft.prompts.plan import PromptPlan
 LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidate is a synonym
 PROBE_TRAJECTORIES = 12  # of the teacher probe, and the steps of each
 OWN_TRAJECTORIES = 3  # of each concept, where concepts are few
-PROBE_STEPS = 10
+PROBE_STEPS = 10  # where no others are asked for
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def probe_trajectories(concepts: int) -> int:
 
 def probe_rollout(buffer: BufferOptions) -> BufferOptions:
     """The teacher probe's trajectories, which the teacher drives and which show the concept."""
-    steps = min(PROBE_STEPS, buffer.num_inference_steps)
-    return buffer.replace(rollout="teacher", num_inference_steps=steps)
+    return buffer.replace(rollout="teacher")
 
 
 def own_trajectories(concepts: int) -> int:

@@ -164,6 +164,7 @@ ROWS = [  # an option, what its help says, with which options, and the value
     ("trajectories", "with another scope or adapter than the defaults", {"scope": "esd-x"}, 24),
     ("trajectories", "with another scope or adapter than the defaults", {"adapter_type": "none"}, 24),
     ("num_inference_steps", "25, or 4 for few-step models", {}, 25),
+    ("num_inference_steps", "at most 10 with the methods layers and denoiser", {"method": "denoiser"}, 10),
     ("guidance_scale", "3, or 1 (none) for models that are made to go without", {}, 3.0),
     ("buffer_refresh_interval", "0, or 25 with student rollouts", {}, 0),
     ("buffer_refresh_interval", "0, or 25 with student rollouts", {"rollout": "student"}, 25),
