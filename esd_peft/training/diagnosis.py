@@ -138,11 +138,12 @@ def choose_probes(family: ModelFamily, plan: PromptPlan, table: PromptTable | No
         return family.read_whole(template.format(text) for template in draws.sample(TEMPLATES, min(count, len(TEMPLATES))))
 
     def contexts(text: str, count: int) -> list[str]:
-        """A third in templates, the rest beside random words."""
+        """A third in templates, a third with a random word before the name, as styles stand, the rest beside others."""
         made = templates(text, count // 3)
-        for _ in range(count - len(made)):
+        for i in range(count - len(made)):
             first, second = draws.sample(words, 2)
-            made.append(draws.choice((f"{first} {second}, {text}", f"{text}, {first} {second}", f"{text} and {first}")))
+            among = (f"{first} {second}, {text}", f"{text}, {first} {second}", f"{text} and {first}")
+            made.append(f"a {first} {text.removeprefix('a ')}" if i < count // 3 else draws.choice(among))
         return family.read_whole(made)
 
     each = PARAPHRASES // number
