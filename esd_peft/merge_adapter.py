@@ -31,6 +31,7 @@ from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.options.command_line import parse, run_command
 from esd_peft.options.merge import MergeConfig
 from esd_peft.options.model import ModelOptions
+from esd_peft.options.renamed import rename_arguments
 
 MERGED = "a merged model"  # what the output is
 
@@ -46,7 +47,7 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     if a merged layer differs from base + adapter by more than rounding, or if an upload that was asked for fails.
     """
     with only_job(), hold(config.output):
-        repository = check_upload(config, config.output)
+        repository = check_upload(config)
         record = _merge(config)
         if repository is not None:
             repository.upload(config.output)
@@ -165,7 +166,7 @@ def _record(
 
 def main() -> None:
     """The command line."""
-    config = parse(MergeConfig, "python -m esd_peft.merge_adapter")
+    config = parse(MergeConfig, "python -m esd_peft.merge_adapter", rename_arguments(sys.argv[1:]))
     record = merge_adapter(config)
     concepts = ", ".join(record["concept"]) or "the adapter"
     say(f"merged {record['merged_tensors']} tensors: {concepts}")
