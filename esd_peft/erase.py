@@ -44,7 +44,7 @@ from esd_peft.training.monitor import Monitor
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import Student, load_student
 from esd_peft.training.trainer import Trainer
-from esd_peft.training.work import count_denoiser_calls
+from esd_peft.training.work import count_denoiser_calls, look_interval
 
 
 def erase(config: EraseConfig) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     # what learns, and batches of samples and prompts with the teacher's answers to them, as the method says;
     # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖² / ‖e_concept − e_null‖², ê being its answer
     rollout = Rollout(student, profiler)
-    monitor = Monitor(student, profiler, session.dashboard, prompts.timeline, config.validation.validation_steps)
+    monitor = Monitor(student, profiler, session.dashboard, prompts.timeline, look_interval(training))
     with summary.before_training():
         monitor.look_at_base()
         if prompts.validation is not None:
@@ -140,7 +140,7 @@ def encode_prompts(config: EraseConfig, session: Session, encoder: TextEncoder) 
         probes.texts.add(probes.all, encoder.encode(probes.all))
     images, side_by_side = validation.num_validation_images, config.buffer.rollout_batch_size
     sampler = None
-    if validation.during_training:
+    if images:
         sampler = ValidationSampler(encoder, plan.concepts, images, side_by_side, training.seed, plan.given)
     timeline = make_timeline(config, session, encoder)
     return EncodedRun(embeds, make_table(plan, embeds), table, probes, sampler, timeline)

@@ -47,7 +47,7 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     if a merged layer differs from base + adapter by more than rounding, or if an upload that was asked for fails.
     """
     with only_job(), hold(config.output):
-        repository = check_upload(config, config.output)
+        repository = check_upload(config)
         record = _merge(config)
         if repository is not None:
             repository.upload(config.output)

@@ -27,16 +27,17 @@ class Repository:
     """Where an upload goes."""
 
     name: str  # OWNER/NAME
-    private: bool
+    is_there: bool  # it keeps its visibility
 
     def upload(self, folder: Path, files: tuple[str, ...] = ()) -> None:
-        """Upload the folder, or those `files` in it (patterns), and say where it is; make the repository if there is none.
+        """Upload the folder, or those `files` in it (patterns), and say where it is; make a private repository if there is
+        none.
 
         Raises `UserError` that says how to do it again: what was made stays where it is.
         """
         try:
             api = HfApi()
-            address = api.create_repo(self.name, private=self.private or None, exist_ok=True)
+            address = api.create_repo(self.name, private=True, exist_ok=True)
             api.upload_folder(
                 repo_id=self.name, folder_path=folder, commit_message="Upload with esd_peft",
                 allow_patterns=[*files] or None, ignore_patterns=[MARK, f"**/{MARK}"],
@@ -44,30 +45,29 @@ class Repository:
         except _FAILED as error:
             again = self._command(folder, files)
             raise UserError(f"{folder} is finished, but not uploaded ({in_brief(error)}); for that: {again}") from None
-        say(f"uploaded to {address}")
+        say(f"uploaded to {address}" + ("" if self.is_there else "; it is private until you make it public in its settings"))
 
     def _command(self, folder: Path, files: tuple[str, ...]) -> str:
         """The same upload by the hub's own command."""
         chosen = [word for file in files for word in ("--include", file)] or ["--exclude", f"*{MARK}"]
-        return shlex.join(["hf", "upload", self.name, str(folder), ".", *chosen, *(["--private"] if self.private else [])])
+        return shlex.join(["hf", "upload", self.name, str(folder), ".", *chosen, "--private"])
 
 
-def check_upload(options: HubOptions, output: Path) -> Repository | None:
+def check_upload(options: HubOptions) -> Repository | None:
     """Where the output is to be uploaded to; none if that is not asked for. Nothing is made on the hub yet.
 
-    Raises `UserError` without a token that may write, for a name that is none, for somebody else's, and where what is to be
-    private would go to a repository that everybody may read.
+    Raises `UserError` without a token that may write, for a name that is none, and for somebody else's.
     """
-    if not options.push_to_hub:
+    if options.push_to_hub is None:
         return None
-    name, api = options.hub_model_id or output.resolve().name, HfApi()
+    name, api = options.push_to_hub, HfApi()
     try:
         validate_repo_id(name)
         repository = _own(name, api.whoami())
-        public = api.repo_exists(repository) and not api.repo_info(repository).private
+        is_there = api.repo_exists(repository)
     except errors.HFValidationError:
         raise UserError(
-            f"--hub-model-id {name!r} is no name of a repository; write OWNER/NAME, of letters, digits, -, _ and ."
+            f"--push-to-hub {name!r} is no name of a repository; write OWNER/NAME, of letters, digits, -, _ and ."
         ) from None
     except errors.LocalTokenNotFoundError:
         raise UserError("--push-to-hub needs a token of the hub; run hf auth login, or set HF_TOKEN") from None
@@ -77,9 +77,7 @@ def check_upload(options: HubOptions, output: Path) -> Repository | None:
         raise UserError(f"--push-to-hub: the hub refuses ({in_brief(error)}); try again later, or leave it out") from None
     except _FAILED as error:
         raise UserError(f"--push-to-hub: the hub cannot be reached ({in_brief(error)}); leave it out") from None
-    if public and options.hub_private:
-        raise UserError(f"--hub-private: {repository} is there and public; make it private, or name another --hub-model-id")
-    return Repository(repository, options.hub_private)
+    return Repository(repository, is_there)
 
 
 def _own(name: str, account: dict[str, Any]) -> str:
@@ -87,7 +85,7 @@ def _own(name: str, account: dict[str, Any]) -> str:
     owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
     owner, _, repository = name.rpartition("/")
     if owner and owner not in owners:
-        raise UserError(f"--hub-model-id {name}: the token is of {', '.join(owners)}; name a repository of theirs")
+        raise UserError(f"--push-to-hub {name}: the token is of {', '.join(owners)}; name a repository of theirs")
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError("--push-to-hub: the token may only read; make one that may write, and run hf auth login")
     return f"{owner or owners[0]}/{repository}"

@@ -1,7 +1,5 @@
 """Every default that depends on something: on the method, on other options, on the model, on the machine."""
 
-import math
-
 from esd_peft.errors import UserError
 from esd_peft.models import ModelFamily
 from esd_peft.options.base import flag
@@ -42,12 +40,10 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
             raise UserError("--unprompted-guidance needs preservation samples; raise --preservation-ratio or leave it out")
     if training.max_train_steps == 0 and not student.closed_form:
         raise UserError("--max-train-steps 0 needs --method trajectories with --closed-form True; train for 1 or more")
-    steps = training.max_train_steps
-    every = config.checkpoint.checkpointing_steps or max(25, math.ceil(steps / 8))
-    validation = config.validation
-    if validation.validation_prompt:
-        validation = validation.replace(validation_steps=validation.validation_steps or max(1, math.ceil(steps / 5)))
-    memory = config.memory.replace(per_device_batch_size=config.memory.per_device_batch_size or training.train_batch_size)
+    memory = config.memory.replace(
+        per_device_batch_size=config.memory.per_device_batch_size or training.train_batch_size,
+        gradient_checkpointing=config.memory.gradient_checkpointing or config.memory.offload,
+    )
     resolved = config.replace(
         prompts=prompts,
         student=student,
@@ -55,8 +51,6 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
         training=training,
         memory=memory,
         runtime=runtime.replace(compile="off") if memory.offload or method == "layers" else runtime,
-        checkpoint=config.checkpoint.replace(checkpointing_steps=every),
-        validation=validation,
     )
     return resolved, plan
 

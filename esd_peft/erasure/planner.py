@@ -258,7 +258,7 @@ def _settings(given: EraseConfig, batch_size: int) -> Iterator[Settings]:
     rollouts = _halves(default) if side_by_side == default else [side_by_side]
     fixed = memory.per_device_batch_size
     for base in bases:
-        for checkpointing in sorted({memory.gradient_checkpointing, True}):
+        for checkpointing in sorted({memory.gradient_checkpointing or memory.offload, True}):
             for samples in [fixed] if fixed else _divisors(batch_size):
                 for trajectories in rollouts:
                     yield {

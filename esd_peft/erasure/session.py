@@ -39,7 +39,7 @@ Train = Callable[[EraseConfig, Session], dict[str, Any]]  # `esd_peft.erase.trai
 
 
 def in_session(given: EraseConfig, train: Train) -> dict[str, Any]:
-    """What `train` returns for the resolved config, and what an evaluation found, if the config asks for one.
+    """What `train` returns for the resolved config.
 
     Raises `UserError` for input that cannot work, before any work where that can be known.
     """
@@ -48,10 +48,8 @@ def in_session(given: EraseConfig, train: Train) -> dict[str, Any]:
         device = resolve_device(given.runtime.device)
         output, is_main = given.checkpoint.output, distributed.is_main_process()
         with hold(output) if is_main else contextlib.nullcontext(), current(device):
-            repository = check_upload(given.hub, output) if is_main else None
+            repository = check_upload(given.hub) if is_main else None
             result = _train(given, train, device)
-            if given.validation.evaluate and is_main:  # what training held is free again
-                summary.add_evaluation(given, result)
             if repository is not None:
                 summary.upload(given, repository)
     return result

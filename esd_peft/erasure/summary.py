@@ -11,14 +11,13 @@ from esd_peft.adapters.hub import ADAPTER_FILES, Repository
 from esd_peft.adapters.model_card import adapter_card
 from esd_peft.adapters.saved import read_adapter
 from esd_peft.errors import UnusableImages, UserError, out_of_memory
-from esd_peft.evaluate import command_of, evaluate
+from esd_peft.evaluate import command_of
 from esd_peft.evaluation.rates import Accuracies
-from esd_peft.evaluation.text import MARKS
 from esd_peft.evaluation.validation import ValidationSampler
 from esd_peft.io.outputs import new_file
 from esd_peft.models import open_family
 from esd_peft.options.erase import EraseConfig
-from esd_peft.options.evaluate import WITHIN, EvaluateConfig
+from esd_peft.options.evaluate import EvaluateConfig
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.diagnosis import Diagnosis, Shown
 from esd_peft.training.synonyms import SynonymMatch
@@ -77,14 +76,13 @@ def write(output: Path, result: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def finished(config: EraseConfig, command: str | None = None) -> Iterator[None]:
-    """The adapter that is there is not trained again because its images need too much memory, or time, or show nothing;
-    `command` makes them.
+def finished(config: EraseConfig) -> Iterator[None]:
+    """The adapter that is there is not trained again because its images need too much memory, or time, or show nothing.
 
     Raises `UserError` for the first and the last.
     """
     output = config.checkpoint.output
-    command = command or command_of(EvaluateConfig(erased=output, **config.pretrained.drawing()))
+    command = command_of(EvaluateConfig(erased=output, **config.pretrained.drawing()))
     try:
         yield
     except KeyboardInterrupt:
@@ -113,17 +111,6 @@ def before_training() -> Iterator[None]:
         ) from None
 
 
-def add_evaluation(config: EraseConfig, result: dict[str, Any]) -> None:
-    """Evaluate the finished adapter, and add what was found to its `result`."""
-    options = _evaluation(config, result["config"])
-    with finished(config, command_of(options)):
-        found = evaluate(options)
-    if found.accuracies is not None:
-        result |= recognised(found.accuracies)
-    result["evaluation"] = found.to_dict()
-    write(config.checkpoint.output, result)
-
-
 def upload(config: EraseConfig, repository: Repository) -> None:
     """Upload the finished adapter, and its card, which is written beside it. Raises `UserError` if that does not work."""
     output, pretrained = config.checkpoint.output, config.pretrained
@@ -133,26 +120,9 @@ def upload(config: EraseConfig, repository: Repository) -> None:
     repository.upload(output, ADAPTER_FILES)
 
 
-def _evaluation(config: EraseConfig, used: dict[str, Any]) -> EvaluateConfig:
-    """With as much memory as training `used`, which may be less than `config` says."""
-    output, seeds = config.checkpoint.output, config.validation.num_validation_images
-    return EvaluateConfig(
-        erased=output,
-        output=output / WITHIN,
-        seeds=seeds,
-        batch_size=used["buffer"]["rollout_batch_size"],
-        quantize=used["memory"]["quantize"],
-        seed=config.training.seed,
-        device=config.runtime.device,
-        dtype=config.runtime.dtype,
-        **config.pretrained.drawing(),
-    )
-
-
 def table(result: dict[str, Any]) -> str:
     """What `result.json` holds, for people: rates where there are any, then losses and costs."""
-    verdicts = result.get("evaluation", {}).get("verdict", [])
-    lines = [*(f"{MARKS[verdict['level']]} {verdict['text']}" for verdict in verdicts), *([""] if verdicts else [])]
+    lines: list[str] = []
     if result["strata"]:
         lines += _strata_lines(result["strata"])
     elif result["concepts"]:

@@ -12,7 +12,7 @@ from esd_peft.errors import UserError, system_reason
 from esd_peft.io import locks
 
 _CONTENT = b"esd_peft\n"  # of a lock file: nobody else's file is taken for one, and removed; an empty one serves, and stays
-_job = threading.RLock()  # a job may run another one inside, as erase runs evaluate
+_job = threading.RLock()  # a job may run another one inside
 
 
 @contextlib.contextmanager

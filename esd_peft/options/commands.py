@@ -30,9 +30,8 @@ def read_command_line(kind: type[Config], argv: Sequence[str] | None = None) -> 
     """The options that a command was given: `kind` is its class in `COMMANDS`. Raises as `parse` does."""
     name = next(name for name, known in COMMANDS.items() if known is kind)
     words = [*(sys.argv[1:] if argv is None else argv)]
-    if kind is EraseConfig:
-        return parse(kind, f"python -m esd_peft.{name}", rename_arguments(words), PRESETS)
-    return parse(kind, f"python -m esd_peft.{name}", words)
+    words = rename_arguments(words) if kind in (EraseConfig, MergeConfig) else words
+    return parse(kind, f"python -m esd_peft.{name}", words, PRESETS if kind is EraseConfig else None)
 
 
 def answer_early(argv: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, field_validator, model_validator
 
-from esd_peft.options.base import LEFT_OUT, Auto, Options, is_blank
+from esd_peft.options.base import Options, is_blank
 from esd_peft.options.model import DrawingOptions, GuidanceScale, InferenceSteps
 from esd_peft.options.runtime import Dtype
 
@@ -21,15 +21,10 @@ class ValidationOptions(Options):
     num_validation_images: Annotated[int, Field(ge=0, le=10**4)] = 2
     """Images of each prompt, before and after; on the embedded pipeline they are judged. 0: none."""
     validation_prompt: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
-    """A prompt to look at while it trains: --num-validation-images images of it, from the same noise each time, on the
-    dashboard of --report-to and in OUTPUT.checkpoint/validation, at the end in OUTPUT/validation; report.html there shows
-    them all, and at the end the adapter at other strengths; repeat for several."""
-    validation_steps: Auto[Annotated[int, Field(ge=1, le=10**9)]] = LEFT_OUT
-    """Steps between two looks at --validation-prompt; the base and the last step are looked at anyway; left out: a fifth of
-    all steps."""
-    evaluate: bool = False
-    """Make and judge the images by python -m esd_peft.evaluate once the adapter is there; its report goes to evaluation/ in
-    the output directory (docs/evaluation.md)."""
+    """A prompt to look at before it trains and after each fifth of the steps: --num-validation-images images of it, from the
+    same noise each time, on the dashboard of --report-to and in OUTPUT.checkpoint/validation, at the end in
+    OUTPUT/validation; report.html there shows them all, and in the end the adapter at other strengths; repeat for
+    several."""
 
     @field_validator("validation_prompt", mode="before")
     @classmethod
@@ -45,17 +40,9 @@ class ValidationOptions(Options):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ValidationOptions":
-        for name, asked in (("--evaluate", self.evaluate), ("--validation-prompt", self.validation_prompt)):
-            if asked and not self.num_validation_images:
-                raise ValueError(f"{name} needs images; leave --num-validation-images 0 out")
-        if self.validation_steps is not None and not self.validation_prompt:
-            raise ValueError("--validation-steps needs a --validation-prompt to look at; add one or leave it out")
+        if self.validation_prompt and not self.num_validation_images:
+            raise ValueError("--validation-prompt needs images; leave --num-validation-images 0 out")
         return self
-
-    @property
-    def during_training(self) -> bool:
-        """Whether images are made beside training; otherwise there are none, or the evaluation makes them."""
-        return self.num_validation_images > 0 and not self.evaluate
 
 
 class EvaluateConfig(DrawingOptions):

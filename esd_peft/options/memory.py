@@ -18,8 +18,8 @@ class MemoryOptions(Options):
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Hold the frozen base's linear layers in 4 or 8 bits (bitsandbytes)."""
     offload: bool = False
-    """Keep the frozen base in host memory and bring its layers to the device one by one: little memory, and slow. It needs
-    --gradient-checkpointing."""
+    """Keep the frozen base in host memory and bring its layers to the device one by one: little memory, and slow. It
+    implies --gradient-checkpointing."""
     memory_budget: str = "auto"
     """Device memory to stay within, 12GiB for example: micro-batches, gradient checkpointing, the base quantized or
     offloaded as far as that takes. auto: what the GPU has free; no bound on a CPU."""
@@ -38,6 +38,4 @@ class MemoryOptions(Options):
     def _fits_together(self) -> "MemoryOptions":
         if self.offload and self.quantize != "none":
             raise ValueError("--offload does not work with --quantize; leave one of them out")
-        if self.offload and not self.gradient_checkpointing:
-            raise ValueError("--offload needs --gradient-checkpointing; add it")
         return self

@@ -1,37 +1,30 @@
 """The options of the merge command, and those of an upload, which the erase command has too."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from pydantic import Field, field_validator, model_validator
 
 from esd_peft.options.base import Options
 from esd_peft.options.model import ModelOptions
+from esd_peft.options.renamed import OLD, renamed
 
 
 class HubOptions(Options):
     """Whether the result is uploaded to the Hugging Face hub, with its model card."""
 
-    push_to_hub: bool = False
-    """Upload the result to the hub at the end, with its card. The token is that of hf auth login, or HF_TOKEN; whether it
-    may write there is looked at before any work."""
-    hub_model_id: str | None = None
-    """With --push-to-hub: the repository, as OWNER/NAME; left out: the output directory's name, under your own."""
-    hub_private: bool = False
-    """With --push-to-hub: make the repository a private one."""
-
-    @model_validator(mode="after")
-    def _something_is_pushed(self) -> "HubOptions":
-        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
-            option = "--hub-private" if self.hub_model_id is None else "--hub-model-id"
-            raise ValueError(f"{option} is for --push-to-hub; add that or leave it out")
-        return self
+    push_to_hub: str | None = None
+    """Upload the result at the end, with its card, to this repository of the hub: OWNER/NAME, or a NAME under your own. One
+    that is not there yet is made, and is private until you make it public there. The token is that of hf auth login, or
+    HF_TOKEN; whether it may write there is looked at before any work. Left out: nothing is uploaded."""
 
 
 class MergeConfig(ModelOptions, HubOptions):
     """Merge an adapter into its base: a plain pipeline that needs neither peft nor this package."""
 
+    gone: ClassVar[Mapping[str, str]] = OLD
     adapter: Annotated[list[Path], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """The directory that `python -m esd_peft.erase` wrote; repeat the option for several, which add up."""
     output: Path
@@ -48,6 +41,9 @@ class MergeConfig(ModelOptions, HubOptions):
     """Compare each merged layer, as it is on disk, with base + adapter."""
     unmerge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = Field(default=False, exclude=True)
     """Refused: it would undo an erasure."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**renamed(values))
 
     @field_validator("adapter", "scale", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from esd_peft.errors import UserError
 from esd_peft.options.base import flag
 
 _TRUE = (True, "True", "true", "yes")
-_TODAY = ("method", "max_train_steps", "rollout", "closed_form")  # what these are now
+_TODAY = ("method", "max_train_steps", "rollout", "closed_form", "push_to_hub")  # what these are now
 _NONE = (None, 0, "0")  # max_train_steps 0 meant that nothing followed --attention-steps
 
 
@@ -20,6 +20,8 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     for name in values:
         _check_there(name)
     made = {**values}
+    if made.get("push_to_hub") is True and made.pop("push_to_hub") and made.get("hub_model_id") is None:
+        raise UserError("--push-to-hub now takes the repository, as OWNER/NAME; name it")
     for old in [name for name in _NEW if name in made]:
         new = _NEW[old](made.pop(old))
         if new.get("max_train_steps") and made.get("max_train_steps") not in _NONE:
@@ -45,6 +47,8 @@ def rename_arguments(argv: list[str]) -> list[str]:
         name, has_value, value = word.partition("=")
         if name.startswith("--"):
             _check_there(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
+        if word == "--push-to-hub" and any(other.startswith("--hub-model-id") for other in argv):
+            continue  # it had no value, and that one is it now
         if name in known:
             given[known[name]] = value if has_value else next(words, "")
         else:
@@ -90,6 +94,10 @@ def _null_space(value: Any) -> dict[str, Any]:
     raise UserError("--null-space is gone; use --closed-form True, which has one of 0.999, and of 0.99 with --erase-from")
 
 
+def _hub_model_id(value: Any) -> dict[str, Any]:
+    return {} if value is None else {"push_to_hub": value}
+
+
 def _is_zero(value: Any) -> bool:
     try:
         return float(value) == 0
@@ -104,6 +112,7 @@ _NEW = {  # where two of them name a method, the first does
     "robust": _robust,
     "guided_rollout_ratio": _guided_rollout_ratio,
     "null_space": _null_space,
+    "hub_model_id": _hub_model_id,
 }
 _GONE = {  # and what to do instead
     "lr_warmup_steps": "leave it out, or take a lower --learning-rate",
@@ -114,10 +123,17 @@ _GONE = {  # and what to do instead
     "preservation_trajectories": "leave it out; there is one for each --preserve prompt",
     "preserve_file": "list the prompts under preserve in the YAML file of --config",
     "reference": "leave it out; the teacher makes the images",
+    "validation_steps": "leave it out; each fifth of the steps is looked at",
+    "evaluate": "run python -m esd_peft.evaluate --erased OUTPUT",
+    "checkpointing_steps": "leave it out; a checkpoint is written every two minutes, and on Ctrl-C",
+    "hub_private": "leave it out; a repository that --push-to-hub makes is private",
     "max_grad_norm": "leave it out, or take a lower --learning-rate",
 }
 OLD: Mapping[str, str] = {
     **dict.fromkeys(_NEW, "it is now part of --method; write the config anew"),
+    "guided_rollout_ratio": "it is now part of rollout; 0 is rollout: teacher",
+    "null_space": "it is now part of closed_form; 0 is closed_form: false",
+    "hub_model_id": "it is now push_to_hub: OWNER/NAME",
     **{name: f"it is gone; {instead}" for name, instead in _GONE.items()},
 }
 

@@ -118,8 +118,6 @@ class CheckpointOptions(Options):
     """The directory for the adapter, the images and result.json."""
     overwrite: bool = False
     """Replace the adapter in the output directory, if nothing else lies there (docs/formats.md)."""
-    checkpointing_steps: Auto[Annotated[int, Field(ge=1, le=10**9)]] = LEFT_OUT
-    """Optimizer steps between checkpoints in OUTPUT.checkpoint, which go when the run is done; one is also written on
-    Ctrl-C; left out: 25, or an eighth of all steps where that is more."""
     resume: bool = False
-    """Go on from the checkpoint of a run that was interrupted: the adapter becomes the same, bit for bit."""
+    """Go on from the checkpoint of a run that was interrupted: the adapter becomes the same, bit for bit. One is written to
+    OUTPUT.checkpoint every two minutes and on Ctrl-C, and goes when the run is done."""

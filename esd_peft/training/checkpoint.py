@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from os.path import isfile
@@ -30,16 +31,17 @@ from esd_peft.errors import UserError, in_brief, system_reason
 from esd_peft.io import marks
 from esd_peft.io.outputs import empty_folder, new_file, remove_left, take_folder
 from esd_peft.io.text import UnreadableError, parse_json
+from esd_peft.options.renamed import OLD
 from esd_peft.options.training import CheckpointOptions
 from esd_peft.runtime import interrupts
 
+SECONDS = 120.0  # between two checkpoints at least: about what a kill may cost
 _STEP = re.compile(r"step-\d{8,}\.safetensors")
 _BUFFER = re.compile(r"buffer-[0-9a-f]{16}\.safetensors")
 _IN_BUFFER = {"inputs", "timesteps", "teacher", "pairs"}
 # what may differ between a run and its resumption: it changes nothing in the adapter
 _FREE = {
-    "output", "overwrite", "resume", "plan", "checkpointing_steps", "report_to", "num_validation_images", "evaluate",
-    "validation_prompt", "validation_steps", "push_to_hub", "hub_model_id", "hub_private",
+    "output", "overwrite", "resume", "plan", "report_to", "num_validation_images", "validation_prompt", "push_to_hub",
     "memory_budget", "device", "dtype",  # what the last two came to is compared
 }  # fmt: skip
 
@@ -68,7 +70,7 @@ class Checkpoints:
         self.base = base
         self.made_with = {**(made_with or {}), "threads": str(torch.get_num_threads())}
         self.folder = options.output.with_name(f"{options.output.name}.checkpoint")
-        self.every = options.checkpointing_steps
+        self.written = time.monotonic()
         self.made, option = f"the checkpoint of {options.output.name}", f"--output {options.output}:"  # in errors
         take_folder(self.folder, self.made, option=option)
         try:
@@ -114,6 +116,10 @@ class Checkpoints:
         self.config = _compared(config)
         return bool(self._steps())
 
+    def is_due(self) -> bool:
+        """Whether the last one was written long enough ago."""
+        return time.monotonic() - self.written >= SECONDS
+
     def save(
         self,
         step: int,
@@ -137,6 +143,7 @@ class Checkpoints:
         name = f"step-{step:08d}.safetensors"
         self._write(name, dict(tensors.values()), values)
         self._remove(keep=(name, buffer_name))
+        self.written = time.monotonic()
 
     def load(self) -> Left:
         """The newest.
@@ -156,7 +163,8 @@ class Checkpoints:
             config, base, buffer_name, made_with = (values[key] for key in ("config", "base", "buffer", "made_with"))
             state = _put_together(values["state"], tensors)
             maps = all(isinstance(value, dict) for value in (config, state, made_with))
-            if not maps or "source" not in state or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
+            older = not maps or not OLD.keys().isdisjoint(config)
+            if older or "source" not in state or (buffer_name and not _BUFFER.fullmatch(buffer_name)):
                 raise of_another_version
         except (KeyError, TypeError, ValueError, RecursionError):
             raise of_another_version from None

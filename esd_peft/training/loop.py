@@ -25,8 +25,9 @@ LOSS_EVERY = 10  # steps between readings of the loss: each one waits for the de
 class TrainingLoop:
     """Deals out batches until all steps are taken.
 
-    It goes on from what a run has left, if there is any, and leaves a checkpoint every `checkpoints.every` steps, and on
-    Ctrl-C or a SIGTERM, which end it after the step at hand. Only the main process has `checkpoints`.
+    It goes on from what a run has left, if there is any, and leaves a checkpoint when one is due, and on Ctrl-C or a
+    SIGTERM, which end it after the step at hand. Only the main process has `checkpoints`: it alone says when, and the others
+    wait for it in the next step.
     """
 
     trainer: Trainer
@@ -90,7 +91,7 @@ class TrainingLoop:
 
     def _save(self, interrupted: bool) -> None:
         step = self.trainer.taken
-        if self.checkpoints is not None and step > self.begun and (interrupted or step % self.checkpoints.every == 0):
+        if self.checkpoints is not None and step > self.begun and (interrupted or self.checkpoints.is_due()):
             state = self._state()
             self._write(self.checkpoints, state, state["source"].pop("buffer"))
 

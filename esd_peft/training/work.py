@@ -17,6 +17,7 @@ LOOKED_AT = (0.2, 0.5)  # of a trajectory: where its x_t tell whether a candidat
 PROBE_TRAJECTORIES = 12  # of the teacher probe, and the steps of each
 OWN_TRAJECTORIES = 3  # of each concept, where concepts are few
 PROBE_STEPS = 10  # where no others are asked for
+LOOKS = 5  # at --validation-prompt while it trains
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ def preservation_samples(training: TrainingOptions) -> int:
     """How many samples of a batch hold the student to the teacher."""
     share, size = training.preservation_ratio, training.train_batch_size
     return max(int(share * size), min(1, size - 1)) if share else 0
+
+
+def look_interval(training: TrainingOptions) -> int:
+    """Optimizer steps between two looks at --validation-prompt."""
+    return max(1, math.ceil(training.max_train_steps / LOOKS))
 
 
 def buffer_shape(buffer: BufferOptions, training: TrainingOptions, preserved: int) -> BufferShape:

@@ -18,7 +18,6 @@ import esd_peft
 from detectors import small_classifier, small_clip
 from esd_peft import EraseConfig, EvaluateConfig, MergeConfig, UserError, erase, evaluate, merge_adapter
 from esd_peft.adapters.saved import read_adapter
-from esd_peft.erasure.summary import table
 from esd_peft.errors import UnusableImages
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation import suites
@@ -222,21 +221,6 @@ def test_quantized_models(small_sd, adapter, tmp_path):
         evaluate(EvaluateConfig(output=tmp_path / "other", **options | {"erased": weights}))
 
 
-def test_erase_evaluates_at_the_end(small_sd, tmp_path, monkeypatch):
-    monkeypatch.setattr(suites, "RETAINED", 2)
-    config = EraseConfig(
-        concept="circle", model=str(small_sd), output=tmp_path / "out", evaluate=True, **QUICK | {"num_validation_images": 1}
-    )
-    result = erase(config)
-    assert json.loads((tmp_path / "out" / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert result["evaluation"]["suite"] == "concept" and result["concepts"] == {}
-    assert (tmp_path / "out" / "evaluation" / "report.html").is_file()
-    assert not (tmp_path / "out" / "before_after.png").exists()  # the report has the images
-    assert "look at them" in table(result)
-    with pytest.raises(UserError, match="--evaluate needs images"):
-        EraseConfig(concept="circle", evaluate=True, num_validation_images=0)
-
-
 def drawing(monkeypatch, images):
     """Let pipelines draw what `images` makes of the images that they draw."""
     draw = StableDiffusion.draw
@@ -272,11 +256,10 @@ def test_no_verdict_comes_from_images_that_show_nothing(half, shown, adapter, mo
         assert evaluate(config).verdicts, "some images of one colour may be"
 
 
-@pytest.mark.parametrize("evaluates", [False, True], ids=["validation", "evaluate"])
-def test_a_finished_adapter_is_kept_where_its_images_show_nothing(evaluates, small_sd, tmp_path, monkeypatch):
+def test_a_finished_adapter_is_kept_where_its_images_show_nothing(small_sd, tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "RETAINED", 2)
     output = tmp_path / "out"
-    options = QUICK | {"num_validation_images": 1, "evaluate": evaluates}
+    options = QUICK | {"num_validation_images": 1}
     drawing(monkeypatch, lambda images: not_numbers(images) if output.exists() else images)
     with pytest.raises(UserError, match=r"the adapter in .*out is finished, but images \(.*\) are NaN .*esd_peft.evaluate"):
         erase(EraseConfig(concept="circle", model=str(small_sd), output=output, **options))

@@ -52,7 +52,7 @@ def erase_there(tmp_path_factory, small_sd):
         {"dtype": "float16", "scope": "full"},  # with loss scaling
         {"dtype": "bfloat16", "optimizer": "AdamW8bit"},
         {"dtype": "bfloat16", "adapter_type": "none", "scope": "esd-x"},  # under autocast
-        {"dtype": "float32", "offload": True, "gradient_checkpointing": True},
+        {"dtype": "float32", "offload": True},
         {"dtype": "float32", "rollout": "student", "buffer_refresh_interval": 1, "adapter_type": "lokr"},
         {"dtype": "float32", "per_device_batch_size": 1, "map_to": "square"},
     ],
@@ -75,7 +75,7 @@ def test_as_on_the_cpu(small_sd, tmp_path, erase_there, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "layers", "dtype": "float16", "offload": True, "gradient_checkpointing": True},
+        {"method": "layers", "dtype": "float16", "offload": True},
         {"method": "layers", "dtype": "bfloat16", "adapter_type": "none", "map_to": "square"},
         {"method": "layers", "dtype": "float32", "per_device_batch_size": 1, "unprompted_guidance": 1.0},
         {"method": "denoiser", "dtype": "float16", "per_device_batch_size": 2},

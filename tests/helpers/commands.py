@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esd_peft.options.command_line import run_command
+from esd_peft.training import checkpoint
 
 COMMANDS = ("erase", "evaluate", "merge_adapter", "study.__main__")
 
@@ -65,4 +66,5 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], files: list[P
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words
+    checkpoint.SECONDS = 0.0  # a checkpoint after each step: runs are short
     run_command(importlib.import_module(f"esd_peft.{words[0]}").main)

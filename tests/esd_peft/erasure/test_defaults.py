@@ -32,31 +32,29 @@ def unread_by(method: str) -> set[str]:
     return {name for name, field in fields if readers(field) and method not in readers(field)}
 
 
-ABSENT = {"validation_steps"}  # without --validation-prompt
 CONFIGS = {  # and what else stays left out, beside options that the method does not read
-    "the defaults": ({}, ABSENT),
-    "several concepts": ({"concept": ["circle", "red", "striped"]}, ABSENT),
-    "a concept of its own": ({"concept": ["star", {"name": "circle", "map_to": "square", "weight": 2}]}, ABSENT),
-    "map_to": ({"map_to": "square"}, ABSENT),
-    "negative_guidance and map_to": ({"map_to": "square", "negative_guidance": 0.5}, ABSENT),
-    "erase_from": ({"concept": "striped", "erase_from": "circle"}, ABSENT),
-    "layers": ({"method": "layers"}, ABSENT),
-    "denoiser": ({"method": "denoiser"}, ABSENT),
-    "denoiser, several concepts": ({"method": "denoiser", "concept": ["circle", "red"]}, ABSENT),
-    "no adapter": ({"adapter_type": "none"}, ABSENT | {"rank", "alpha"}),
-    "loha": ({"adapter_type": "loha"}, ABSENT),
-    "lokr of all layers": ({"adapter_type": "lokr", "scope": "full", "alpha": 3.0}, ABSENT),
-    "esd-u": ({"scope": "esd-u"}, ABSENT),
-    "no null space": ({"closed_form": False}, ABSENT),
-    "student rollouts": ({"rollout": "student"}, ABSENT),
-    "a buffer of one step": ({"buffer_refresh_interval": 1}, ABSENT),
-    "contrastive": ({"method": "contrastive"}, ABSENT),
-    "contrastive, several concepts": ({"method": "contrastive", "concept": ["circle", "red"]}, ABSENT),
-    "one sample a step": ({"train_batch_size": 1}, ABSENT),
-    "preserve": ({"preserve": ["a star", "a red square"]}, ABSENT),
-    "offload": ({"offload": True, "gradient_checkpointing": True}, ABSENT),
-    "validation_prompt": ({"validation_prompt": ["a circle"]}, set()),
-    "half precision": ({"dtype": "bfloat16", "quantize": "nf4"}, ABSENT),
+    "the defaults": ({}, set()),
+    "several concepts": ({"concept": ["circle", "red", "striped"]}, set()),
+    "a concept of its own": ({"concept": ["star", {"name": "circle", "map_to": "square", "weight": 2}]}, set()),
+    "map_to": ({"map_to": "square"}, set()),
+    "negative_guidance and map_to": ({"map_to": "square", "negative_guidance": 0.5}, set()),
+    "erase_from": ({"concept": "striped", "erase_from": "circle"}, set()),
+    "layers": ({"method": "layers"}, set()),
+    "denoiser": ({"method": "denoiser"}, set()),
+    "denoiser, several concepts": ({"method": "denoiser", "concept": ["circle", "red"]}, set()),
+    "no adapter": ({"adapter_type": "none"}, {"rank", "alpha"}),
+    "loha": ({"adapter_type": "loha"}, set()),
+    "lokr of all layers": ({"adapter_type": "lokr", "scope": "full", "alpha": 3.0}, set()),
+    "esd-u": ({"scope": "esd-u"}, set()),
+    "no null space": ({"closed_form": False}, set()),
+    "student rollouts": ({"rollout": "student"}, set()),
+    "a buffer of one step": ({"buffer_refresh_interval": 1}, set()),
+    "contrastive": ({"method": "contrastive"}, set()),
+    "contrastive, several concepts": ({"method": "contrastive", "concept": ["circle", "red"]}, set()),
+    "one sample a step": ({"train_batch_size": 1}, set()),
+    "preserve": ({"preserve": ["a star", "a red square"]}, set()),
+    "offload": ({"offload": True, "gradient_checkpointing": True}, set()),
+    "half precision": ({"dtype": "bfloat16", "quantize": "nf4"}, set()),
 }
 
 
@@ -108,7 +106,7 @@ def test_left_out_names_every_option_that_a_default_stands_for():
         "max_sequence_length",
         "variant",
         "checkpoint_config",
-        "hub_model_id",
+        "push_to_hub",
     }
     assert {*left_out(EraseConfig(concept="circle"))} == optional - stays
 
@@ -123,8 +121,8 @@ def test_the_device_and_the_dtype_are_those_it_runs_on(shapes):
     resolved, _ = resolve(EraseConfig(concept="circle"), shapes)
     gpu = torch.cuda.is_available()
     assert (resolved.runtime.device, resolved.runtime.dtype) == (("cuda:0", "bfloat16") if gpu else ("cpu", "float32"))
-    resolved, _ = resolve(config(offload=True, gradient_checkpointing=True), shapes)
-    assert resolved.runtime.compile == "off"
+    resolved, _ = resolve(config(offload=True), shapes)
+    assert resolved.runtime.compile == "off" and resolved.memory.gradient_checkpointing
 
 
 MAPPED = {"concept": [{"name": "circle", "map_to": "square"}, "red"]}
@@ -193,9 +191,6 @@ ROWS = [  # an option, what its help says, with which options, and the value
     *(("learning_rate", "otherwise 0.001", options, 0.001) for options in (
         {"scope": "esd-x"}, {"adapter_type": "none"}, {"closed_form": False}, DENOISER | {"adapter_type": "none"},
     )),
-    ("checkpointing_steps", "25, or an eighth of all steps where that is more", {}, 25),
-    ("checkpointing_steps", "25, or an eighth of all steps where that is more", LAYERS, 100),
-    ("validation_steps", "a fifth of all steps", {"validation_prompt": "circle"}, 8),
     ("per_device_batch_size", "left out: all", {}, 8),
     ("per_device_batch_size", "left out: all", {"train_batch_size": 5}, 5),
 ]  # fmt: skip

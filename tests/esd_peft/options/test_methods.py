@@ -30,11 +30,11 @@ OTHERS = [  # of options that every method reads, other values than the defaults
     {"scope": "esd-x-strict"}, {"adapter_type": "none"}, {"adapter_type": "lokr"}, {"rank": 4}, {"alpha": 2.0},
     {"rollout_batch_size": 2}, {"max_train_steps": 40}, {"train_batch_size": 4}, {"learning_rate": 1e-4},
     {"lr_scheduler": "linear"}, {"optimizer": "AdamW8bit"}, {"seed": 3},
-    {"per_device_batch_size": 2}, {"gradient_checkpointing": True, "offload": True}, {"quantize": "nf4"},
+    {"per_device_batch_size": 2}, {"gradient_checkpointing": True}, {"offload": True}, {"quantize": "nf4"},
     {"memory_budget": "12GiB"}, {"plan": True}, {"device": "cpu"}, {"dtype": "bfloat16"}, {"compile": "off"},
-    {"report_to": "tensorboard"}, {"output": "there"}, {"overwrite": True}, {"checkpointing_steps": 3}, {"resume": True},
-    {"num_validation_images": 1}, {"validation_prompt": ["a fox"], "validation_steps": 2}, {"evaluate": True},
-    {"push_to_hub": True, "hub_model_id": "me/it", "hub_private": True},
+    {"report_to": "tensorboard"}, {"output": "there"}, {"overwrite": True}, {"resume": True},
+    {"num_validation_images": 1}, {"validation_prompt": ["a fox"]},
+    {"push_to_hub": "me/it"},
 ]  # fmt: skip
 WHICH_MODEL = {  # options that say which model it is, and how it is read
     "model", "revision", "variant", "checkpoint_config", "allow_pickle", "resolution", "max_sequence_length",
@@ -55,6 +55,10 @@ def here(tmp_path, monkeypatch):
 
 def config(**options):
     return EraseConfig(**{"concept": "fox", "model": "emoji"} | options)
+
+
+def test_there_are_no_more_than_fifty_options():
+    assert len(FIELDS) <= 50, "one more replaces another, or has a measurement that shows what it is for"
 
 
 def test_the_tables_have_every_option():

@@ -2,10 +2,10 @@
 
 import pytest
 
-from esd_peft import EraseConfig, UserError
+from esd_peft import EraseConfig, MergeConfig, UserError
 from esd_peft.options.base import flag
 from esd_peft.options.command_line import parse
-from esd_peft.options.renamed import _GONE, rename_arguments
+from esd_peft.options.renamed import _GONE, OLD, rename_arguments
 
 RENAMED = [  # what was given, what it is now
     ({"attention_steps": 700}, {"method": "layers", "max_train_steps": 700}),
@@ -22,6 +22,7 @@ RENAMED = [  # what was given, what it is now
     ({"guided_rollout_ratio": 0.0}, {"rollout": "teacher"}),
     ({"guided_rollout_ratio": 0}, {"rollout": "teacher"}),
     ({"null_space": 0.0}, {"closed_form": False}),
+    ({"hub_model_id": "me/it"}, {"push_to_hub": "me/it"}),
 ]
 
 
@@ -58,6 +59,25 @@ def test_what_is_gone_is_refused(old, says):
         EraseConfig(concept="circle", **old)
     with pytest.raises(UserError, match=says):
         rename_arguments([f"--{name.replace('_', '-')}={value}" for name, value in old.items()])
+
+
+def test_the_repository_is_now_the_value_of_push_to_hub(capsys):
+    assert EraseConfig(concept="circle", push_to_hub=True, hub_model_id="me/it").hub.push_to_hub == "me/it"
+    words = ["--concept", "circle", "--push-to-hub", "--hub-model-id", "me/it", "--seed", "3"]
+    assert rename_arguments(words) == ["--concept", "circle", "--seed", "3", "--push-to-hub=me/it"]
+    assert capsys.readouterr().err.count("note: --hub-model-id is now --push-to-hub me/it") == 2
+    merged = MergeConfig(adapter="erased", output="merged", hub_model_id="me/it")
+    assert merged.push_to_hub == "me/it"
+    with pytest.raises(UserError, match="--push-to-hub now takes the repository, as OWNER/NAME; name it"):
+        EraseConfig(concept="circle", push_to_hub=True)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_yaml_file_is_told_what_to_write_instead(name, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"concept: circle\n{name}: 0\n")
+    with pytest.raises(UserError, match=f"unknown option {name}; it was of an earlier version: it is (gone|now)"):
+        parse(EraseConfig, "python -m esd_peft.erase", ["--config", str(file)])
 
 
 def test_a_command_line_of_today_is_left_as_it_is(capsys):

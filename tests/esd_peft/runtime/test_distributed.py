@@ -45,7 +45,7 @@ def wait_for(condition):
 
 def endless(tmp_path, *arguments):
     """A run of two that has left a checkpoint and goes on."""
-    run = start(tmp_path, "--max-train-steps", "100000", "--checkpointing-steps", "2", "--output", "erased", *arguments)
+    run = start(tmp_path, "--max-train-steps", "100000", "--output", "erased", *arguments)
     wait_for(lambda: [*tmp_path.glob("erased.checkpoint/step-*")] or not all(each.process.is_alive() for each in run))
     assert all(each.process.is_alive() for each in run), [each.wait().stderr for each in run]
     return run
@@ -78,7 +78,7 @@ def test_so_do_two_with_many_prompts(method, tmp_path):
 
 
 def test_a_signal_to_one_stops_both_while_cross_attention_learns(tmp_path):
-    options = ["--method", "layers", "--max-train-steps", "80", "--checkpointing-steps", "10", "--output", "two"]
+    options = ["--method", "layers", "--max-train-steps", "80", "--output", "two"]
     run = start(tmp_path, *options, usual=BY_PROMPTS)
     wait_for(lambda: [*tmp_path.glob("two.checkpoint/step-*")])
     run[1].send_signal(signal.SIGTERM)

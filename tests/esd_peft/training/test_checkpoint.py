@@ -13,13 +13,15 @@ from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.io.marks import MARK
 from esd_peft.io.outputs import new_directory
+from esd_peft.options.training import CheckpointOptions
+from esd_peft.training import checkpoint
 from esd_peft.training.checkpoint import Checkpoints, _digest, _read, fitting
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.student import _AdapterStudent
 from esd_peft.training.trainer import Trainer
 from runs import read_by
 
-QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 2,
+QUICK = {"num_inference_steps": 4, "trajectories": 3, "max_train_steps": 8, "train_batch_size": 4,
          "device": "cpu", "num_validation_images": 0}  # fmt: skip
 
 
@@ -28,8 +30,17 @@ SAME = ("loss", "training_samples", "synonyms", "diagnosis", "nfe", "trained_par
 
 
 @pytest.fixture(autouse=True)
-def quick(few, eager):
-    """Few prompts and images, and the plain loss."""
+def quick(few, eager, monkeypatch):
+    """Few prompts and images, the plain loss, and a checkpoint after each step."""
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+
+
+def test_a_kill_costs_two_minutes_at_most(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    times = iter([0.0, 119.0, 120.0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(times))
+    with Checkpoints(CheckpointOptions(output=tmp_path / "out"), {}, {}) as there:
+        assert [there.is_due(), there.is_due()] == [False, True]
 
 
 def config(model, output, method="trajectories", **options):
@@ -111,7 +122,7 @@ def test_resumed_runs_end_the_same(small_sd, tmp_path, stopped_at, monkeypatch, 
     taken, take = [], Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda trainer, batch: taken.append(trainer.taken) or take(trainer, batch))
     parts = erase(config(small_sd, tmp_path / "parts", resume=True, **options))
-    assert taken == [*range(step - step % 2, 8)], "from the last checkpoint on"
+    assert taken == [*range(step, 8)], "from the last checkpoint on"
     assert same(adapter(tmp_path / "parts"), expected)
     for key in SAME:
         assert parts[key] == result[key], key
@@ -180,7 +191,7 @@ def test_an_output_that_cannot_be_written_costs_no_training(small_sd, tmp_path, 
         output.mkdir(exist_ok=True)
         (output / "mine").write_text("precious")
 
-    given = config(small_sd, output, checkpointing_steps=100)
+    given = config(small_sd, output)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"--output .* is not empty"):
         patch.setattr(Trainer, "step", spoils)
         erase(given)

@@ -29,7 +29,7 @@ def quick(few, eager):
 
 
 def config(model, output, method, **options):
-    given = {"max_train_steps": STEPS, "checkpointing_steps": 100, "train_batch_size": 4}
+    given = {"max_train_steps": STEPS, "train_batch_size": 4}
     return EraseConfig(concept="circle", model=str(model), output=output, **shortest(method) | given | options)
 
 
@@ -88,7 +88,7 @@ def test_a_signal_ends_it_after_the_step(small_sd, tmp_path, monkeypatch, whole,
 @pytest.mark.parametrize("method", ["layers", "trajectories"])
 def test_nothing_is_lost_if_it_is_interrupted_while_samples_are_collected(small_sd, tmp_path, monkeypatch, whole, method):
     """Once more from the beginning, and when it goes on: layers collect theirs anew, a buffer may be damaged."""
-    given = config(small_sd, tmp_path / "out", method, checkpointing_steps=2)
+    given = config(small_sd, tmp_path / "out", method)
     where = (Rollout, "collect") if method == "layers" else (TrajectorySamples, "_fill")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         signalled(patch, *where)
@@ -125,7 +125,7 @@ def test_a_full_disk_at_the_end_costs_nothing(small_sd, tmp_path, monkeypatch, w
 def test_signals_leave_a_checkpoint_and_say_so(tmp_path, number):
     output = tmp_path / "erased"
     words = ["erase", *["--concept", "circle", "--device", "cpu", "--num-validation-images", "0", "--output"], output]
-    run = commands.Command(*words, "--max-train-steps", "100000", "--checkpointing-steps", "2")
+    run = commands.Command(*words, "--max-train-steps", "100000")
     deadline = time.monotonic() + 120
     while not [*tmp_path.glob("erased.checkpoint/step-*")] and time.monotonic() < deadline:
         time.sleep(0.1)

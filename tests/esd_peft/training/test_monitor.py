@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from esd_peft import EraseConfig, UserError, erase
 from esd_peft.io import marks
 from esd_peft.models.stable_diffusion import StableDiffusion
+from esd_peft.training import checkpoint, work
+from esd_peft.training.checkpoint import Checkpoints
 from esd_peft.training.trainer import Trainer
 
 QUICK = {"num_inference_steps": 2, "trajectories": 2, "max_train_steps": 5, "train_batch_size": 4, "rank": 2,
-         "learning_rate": 0.1, "closed_form": False, "checkpointing_steps": 2, "device": "cpu"}  # fmt: skip
+         "learning_rate": 0.1, "closed_form": False, "device": "cpu"}  # fmt: skip
 PROMPTS = ["a circle", "<b>a star</b>"]
 LOOKS = ["base", "step_000002", "step_000004", "step_000005", "strength_0.5", "strength_1.5"]
 IMAGES = [f"prompt_{i}_image_0.png" for i in range(2)]
@@ -27,12 +29,20 @@ IMAGES = [f"prompt_{i}_image_0.png" for i in range(2)]
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Images of few steps."""
-    monkeypatch.setattr(StableDiffusion, "num_inference_steps", 2)
+    """Images of few steps, a look and a checkpoint after each second step."""
+    shorten(monkeypatch)
+
+
+def shorten(patch):
+    patch.setattr(StableDiffusion, "num_inference_steps", 2)
+    patch.setattr(work, "LOOKS", 3)  # of five steps
+    saved = Checkpoints.save
+    patch.setattr(checkpoint, "SECONDS", 0.0)
+    patch.setattr(Checkpoints, "save", lambda self, step, *state: saved(self, step, *state) if step != 3 else None)
 
 
 def run(model, output, **options):
-    asked = {"num_validation_images": 1, "validation_prompt": PROMPTS, "validation_steps": 2}
+    asked = {"num_validation_images": 1, "validation_prompt": PROMPTS}
     return erase(EraseConfig(concept="circle", model=str(model), output=output, **(QUICK | asked | options)))
 
 
@@ -47,7 +57,7 @@ def looked_at(small_sd, tmp_path_factory):
     """The output of a run that logs to TensorBoard; its log lies beside it."""
     folder = tmp_path_factory.mktemp("looked_at")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StableDiffusion, "num_inference_steps", 2)
+        shorten(patch)
         patch.chdir(folder)
         run(small_sd, folder / "out", report_to="tensorboard")
     return folder / "out"
@@ -86,7 +96,7 @@ def test_they_reach_the_dashboard_at_their_steps(looked_at):
 
 
 def test_looking_changes_nothing_that_is_learned(looked_at, small_sd, tmp_path):
-    run(small_sd, tmp_path / "out", num_validation_images=0, validation_prompt=[], validation_steps=None)
+    run(small_sd, tmp_path / "out", num_validation_images=0, validation_prompt=[])
     assert not (tmp_path / "out" / "validation").exists()
     learned, alone = (load_file(path / "adapter_model.safetensors") for path in (looked_at, tmp_path / "out"))
     assert learned.keys() == alone.keys() and all(torch.equal(learned[name], value) for name, value in alone.items())
@@ -141,7 +151,7 @@ def test_other_prompts_join_those_before(stopped, small_sd, tmp_path):
 
 def test_looks_outlive_a_resumed_run_that_takes_none(stopped, small_sd, tmp_path):
     before = looks(stopped)
-    none = {"num_validation_images": 0, "validation_prompt": [], "validation_steps": None}
+    none = {"num_validation_images": 0, "validation_prompt": []}
     run(small_sd, tmp_path / "out", resume=True, **none)
     folder = tmp_path / "out" / "validation"
     assert looks(folder) == before and not (tmp_path / "out.checkpoint").exists()
