@@ -115,7 +115,7 @@ class Diagnosis:
                     "erased there, or lower --negative-guidance"
                 )
         if fine:
-            yield "the concept is gone from held-out prompts, and what is like it is drawn as before"
+            yield "no held-out draw shows the concept, and what is like it is drawn as before"
 
 
 def _quoted(names: list[str]) -> str:
@@ -138,12 +138,11 @@ def choose_probes(family: ModelFamily, plan: PromptPlan, table: PromptTable | No
         return family.read_whole(template.format(text) for template in draws.sample(TEMPLATES, min(count, len(TEMPLATES))))
 
     def contexts(text: str, count: int) -> list[str]:
-        """A third in templates, a third with a random word before the name, as styles stand, the rest beside others."""
+        """A third in templates, the rest beside random words."""
         made = templates(text, count // 3)
-        for i in range(count - len(made)):
+        for _ in range(count - len(made)):
             first, second = draws.sample(words, 2)
-            among = (f"{first} {second}, {text}", f"{text}, {first} {second}", f"{text} and {first}")
-            made.append(f"a {first} {text.removeprefix('a ')}" if i < count // 3 else draws.choice(among))
+            made.append(draws.choice((f"{first} {second}, {text}", f"{text}, {first} {second}", f"{text} and {first}")))
         return family.read_whole(made)
 
     each = PARAPHRASES // number

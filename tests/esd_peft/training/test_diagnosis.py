@@ -98,7 +98,7 @@ GONE = {"fox": Shown(16, 0, 16)}
     [
         (
             Diagnosis(GONE, neighbours={"a dog": Shown(4, 4, 4)}),
-            "the concept is gone from held-out prompts",
+            "no held-out draw shows the concept",
         ),
         (Diagnosis({"fox": Shown(16, 4, 16)}), "'fox' is still drawn by 4 of 16 paraphrases: train longer"),
         (
