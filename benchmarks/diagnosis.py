@@ -129,9 +129,7 @@ def measure(path: Path, strengths: Sequence[float]) -> list[dict[str, Any]]:
         for shown in found.paraphrases.values():
             made.append(common | {"question": "paraphrases", "subject": concept, "before": before[concept],
                                   "classifier": after[concept], "diagnosis": shown.after / shown.count})  # fmt: skip
-        for shown in found.negative_prompt.values():
-            made.append(common | {"question": "negative prompt", "subject": concept, "classifier": negative[concept],
-                                  "diagnosis": shown.after / shown.count})  # fmt: skip
+        made.append(common | {"question": "negative prompt", "subject": concept, "classifier": negative[concept]})
         for text, shown in found.neighbours.items():
             name = text.removeprefix("a ")
             lost = before[name] - after[name], max(0.0, shown.before - shown.after) / shown.count
@@ -142,7 +140,7 @@ def measure(path: Path, strengths: Sequence[float]) -> list[dict[str, Any]]:
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
     """Rows and correlations."""
     found = {}
-    for question in ("paraphrases", "negative prompt", "neighbours"):
+    for question in ("paraphrases", "neighbours"):
         some = [row for row in rows if row["question"] == question]
         rank = _rank([r["classifier"] for r in some], [r["diagnosis"] for r in some])
         found[question] = {"rows": len(some), "spearman": rank}

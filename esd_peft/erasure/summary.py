@@ -146,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
         for side, says in (("erased", "synonyms of {}, as the teacher sees it, erased with it"), ("preserved", "preserved")):
             if found[side]:
                 lines.append(f"{says.format(concept)}: {_some(found[side])}")
-    lines += ["", *_diagnosis_lines(result["diagnosis"])]
+    lines += ["", *_diagnosis_lines(result["diagnosis"]), *_negative_prompt_note(result["config"])]
     return "\n".join(lines)
 
 
@@ -156,7 +156,6 @@ def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
         ("paraphrases", "paraphrases that show {}"),
         ("synonyms", "draws of {} that show the concept"),
         ("neighbours", "draws of {} that show it"),
-        ("negative_prompt", "other prompts that show {} with it as the negative prompt"),
     )
     if any(diagnosis[question] for question, _ in rows):
         yield f"{'short draws of held-out prompts, as the teacher judges them':<70}{'before → after':>18}  95 %"
@@ -166,6 +165,13 @@ def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
             low, high = shown.interval
             yield f"  {says.format(repr(subject)):<68}{shown!s:>18}  {low:.0%} to {high:.0%}"
     yield from (f"→ {advice}" for advice in diagnosis["advice"])
+
+
+def _negative_prompt_note(config: dict[str, Any]) -> list[str]:
+    """What a target beyond e_null (η > 0) does to negative prompts; the diagnosis does not see it reliably."""
+    if not config["prompts"].get("negative_guidance"):
+        return []
+    return ["note: as a negative prompt a concept's name may draw it now; leave it out there (docs/evaluation.md)"]
 
 
 def _some(texts: list[str], count: int = 8) -> str:

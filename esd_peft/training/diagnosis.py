@@ -1,9 +1,9 @@
 """The diagnosis at the end of a run, on a model for which there is no classifier: is the concept gone, and what is harmed?
 
 Teacher and student draw the same prompts from the same noise, prompts that training has not had, and the teacher judges what
-each draw shows (`draws.Judge`). Four questions are answered: do paraphrases still show the concept; under which synonyms is
-it still there; are neighbours still drawn, those that share a word with the concept first; and does the concept's name as a
-negative prompt draw it. How well this agrees with a classifier of images is in docs/evaluation.md.
+each draw shows (`draws.Judge`). Three questions are answered: do paraphrases still show the concept; under which synonyms is
+it still there; and are neighbours still drawn, those that share a word with the concept first. How well this agrees with a
+classifier of images is in docs/evaluation.md.
 """
 
 import random
@@ -27,7 +27,7 @@ from esd_peft.training.student import Student
 from esd_peft.training.synonyms import SynonymMatch, neighbours
 
 CONCEPTS = 4  # that are diagnosed, where there are more
-PARAPHRASES, NAMES, NEIGHBOURS, NEGATIVES = 16, 6, 8, 12  # prompts of each kind, of all concepts together
+PARAPHRASES, NAMES, NEIGHBOURS = 16, 6, 8  # prompts of each kind, of all concepts together
 DRAWS = {"synonyms": 2, "neighbours": 4}  # of each synonym and each neighbour
 TEMPLATES = ("an image of {}", "{} on a table", "a drawing of {}", "there is {} here", "{}, close up")  # not of training
 LEFT, LOST = 0.1, 0.4  # shares from which on the advice is to change something
@@ -81,7 +81,6 @@ class Diagnosis:
     paraphrases: dict[str, Shown] = field(default_factory=dict)  # by concept: draws that show it
     synonyms: dict[str, Shown] = field(default_factory=dict)  # by synonym: draws that show the concept
     neighbours: dict[str, Shown] = field(default_factory=dict)  # by neighbour: draws that show itself, the worst first
-    negative_prompt: dict[str, Shown] = field(default_factory=dict)  # by concept: draws of other prompts that show it
     nfe: int = 0
     pictures: Image.Image | None = None  # of each question its worst draw, by the teacher above and by the student below
 
@@ -107,13 +106,6 @@ class Diagnosis:
         if harmed:
             fine = False
             yield f"no longer drawn as before: {_quoted(harmed)}: add --preserve with that name"
-        for concept, shown in self.negative_prompt.items():
-            if shown.after - shown.before > LEFT * shown.count:
-                fine = False
-                yield (
-                    f"{concept!r} as a negative prompt draws it ({shown.after} of {shown.count} draws): do not name what is "
-                    "erased there, or lower --negative-guidance"
-                )
         if fine:
             yield "no held-out draw shows the concept, and what is like it is drawn as before"
 
@@ -162,9 +154,7 @@ def diagnose(student: Student, probes: Probes, matches: list[SynonymMatch], opti
     if not student.family.noise_schedule.is_known:
         return Diagnosis()
     judge = Judge(student, probes.texts, float(options.guidance_scale or 1.0), 2 * options.rollout_batch_size)
-    groups = [
-        group for group in _groups(probes, matches) if judge.guidance_scale != 1 or group.question != "negative_prompt"
-    ]
+    groups = _groups(probes, matches)
     made = _drawn(judge, [draw for group in groups for draw in group.draws], seed_for(seed, "diagnosis") % 2**62)
     result, start, rows = Diagnosis(nfe=judge.nfe), 0, []
     for group in groups:
@@ -200,11 +190,6 @@ def _groups(probes: Probes, matches: list[SynonymMatch]) -> list[_Group]:
         for name in known[: NAMES // number]:
             draws = [Draw(text, among) for text in probes.contexts[name][: DRAWS["synonyms"]]]
             groups.append(_Group("synonyms", name, draws))
-        # prompts that say little are the easiest to draw the concept into
-        others = [text for other in near or [neutral] for text in (neutral, other)] * NEGATIVES
-        among = (concept, neutral, *near[:1])
-        draws = [Draw(text, tuple(dict.fromkeys((*among, text))), concept) for text in others[: NEGATIVES // number]]
-        groups.append(_Group("negative_prompt", concept, draws))
     for text in near:
         among = tuple(dict.fromkeys((text, *probes.concepts[:1], "", *[t for t in near if t != text][:1])))
         prompts = (probes.contexts.get(text) or [text]) * DRAWS["neighbours"]
@@ -230,9 +215,9 @@ def _drawn(judge: Judge, draws: list[Draw], seed: int) -> _Made:
 
 
 def _chosen(worst: list[tuple[str, float, int]]) -> list[int]:
-    """Of paraphrases, synonyms and negative prompts two draws each, and of the neighbours those that lost the most."""
+    """Of paraphrases and synonyms two draws each, and of the neighbours those that lost the most."""
     chosen = []
-    for question in ("paraphrases", "synonyms", "neighbours", "negative_prompt"):
+    for question in ("paraphrases", "synonyms", "neighbours"):
         some = sorted((item for item in worst if item[0] == question), key=lambda item: -item[1])
         chosen += [row for *_, row in some[: 3 if question == "neighbours" else 2]]
     return chosen
@@ -242,6 +227,6 @@ def _sheet(student: Student, made: _Made, rows: list[int]) -> Image.Image | None
     """These draws as pictures."""
     if not rows:
         return None
-    names = [f"{d.prompt} (not: {d.negative})".strip() if d.negative else d.prompt for d in (made.draws[i] for i in rows)]
+    names = [made.draws[i].prompt for i in rows]
     before, after = ([[to_image(image)] for image in decode(student, latents[rows])] for latents in made.latents)
     return before_after_grid(names, before, after)

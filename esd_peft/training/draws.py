@@ -22,11 +22,10 @@ LEVELS = (0.3, 0.5)  # shares of the training timesteps at which the judge adds 
 
 @dataclass(frozen=True)
 class Draw:
-    """One picture to draw: its prompt and negative prompt, and the prompts among which the judge decides."""
+    """One picture to draw: its prompt, and the prompts among which the judge decides."""
 
     prompt: str
     candidates: tuple[str, ...]  # the first one is what is asked for: the concept, or the prompt's own subject
-    negative: str = ""
 
 
 @dataclass
@@ -80,7 +79,7 @@ class Judge:
         scheduler, latents = family.set_timesteps(noise, min(STEPS, family.num_inference_steps))
         latents, timesteps = send(latents, device), send(scheduler.timesteps, device)
         texts = [draw.prompt for draw in draws]
-        embeds = self.texts.get([*(draw.negative for draw in draws), *texts] if guided else texts, device)
+        embeds = self.texts.get([*[""] * len(texts), *texts] if guided else texts, device)
         for i, timestep in enumerate(scheduler.timesteps):
             distributed.stop_here()
             inputs = family.scale_input(scheduler, latents, timestep)

@@ -36,7 +36,7 @@ class Deaf:
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    for name, count in {"PARAPHRASES": 6, "NEIGHBOURS": 2, "NEGATIVES": 4}.items():
+    for name, count in {"PARAPHRASES": 6, "NEIGHBOURS": 2}.items():
         monkeypatch.setattr(diagnosis, name, count)
 
 
@@ -55,8 +55,6 @@ def test_before_training_everything_is_drawn_as_before(few_draws):
     (fox,) = found.paraphrases.values()
     assert fox.before == fox.after > 3
     assert [*found.neighbours.values()] == [Shown(4, 4, 4)] * 2
-    (negative,) = found.negative_prompt.values()
-    assert negative.after == negative.before
     (advice,) = found.advice()
     assert advice.startswith("'fox' is still drawn by") and "--max-train-steps" in advice
 
@@ -109,7 +107,6 @@ GONE = {"fox": Shown(16, 0, 16)}
             Diagnosis(GONE, neighbours={"a dog": Shown(4, 1, 4), "a cat": Shown(4, 3, 4)}),
             "no longer drawn as before: 'a dog': add",
         ),
-        (Diagnosis(GONE, negative_prompt={"fox": Shown(0, 3, 12)}), "'fox' as a negative prompt draws it (3 of 12 draws)"),
     ],
 )
 def test_what_it_advises(found, says):
