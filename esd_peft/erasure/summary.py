@@ -160,8 +160,10 @@ def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
     if any(diagnosis[question] for question, _ in rows):
         yield f"{'short draws of held-out prompts, as the teacher judges them':<70}{'before → after':>18}  95 %"
     for question, says in rows:
-        for subject, found in [*diagnosis[question].items()][:4]:
-            shown = Shown(**found)
+        found = {subject: Shown(**counts) for subject, counts in diagnosis[question].items()}
+        if question == "neighbours":
+            found = {subject: shown for subject, shown in found.items() if shown.known}
+        for subject, shown in [*found.items()][:4]:
             low, high = shown.interval
             yield f"  {says.format(repr(subject)):<68}{shown!s:>18}  {low:.0%} to {high:.0%}"
     yield from (f"→ {advice}" for advice in diagnosis["advice"])

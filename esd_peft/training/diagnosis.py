@@ -30,7 +30,7 @@ CONCEPTS = 4  # that are diagnosed, where there are more
 PARAPHRASES, NAMES, NEIGHBOURS = 16, 6, 8  # prompts of each kind, of all concepts together
 DRAWS = {"synonyms": 2, "neighbours": 4}  # of each synonym and each neighbour
 TEMPLATES = ("an image of {}", "{} on a table", "a drawing of {}", "there is {} here", "{}, close up")  # not of training
-LEFT, LOST = 0.1, 0.4  # shares from which on the advice is to change something
+LEFT, LOST = 0.1, 0.5  # shares from which on the advice is to change something
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Shown:
     def interval(self) -> tuple[float, float]:
         """95 % interval of the share after erasing."""
         return wilson(self.after, self.count)
+
+    @property
+    def known(self) -> bool:
+        """Whether the teacher itself draws it in three draws of four: otherwise what is lost says nothing."""
+        return 4 * self.before >= 3 * self.count
 
     @property
     def lost(self) -> float:
@@ -102,7 +107,7 @@ class Diagnosis:
         if still:
             fine = False
             yield f"still drawn under {_quoted(still)}: add --also-erase with that name"
-        harmed = [name for name, shown in self.neighbours.items() if shown.before > 1 and shown.lost >= LOST]
+        harmed = [name for name, shown in self.neighbours.items() if shown.known and shown.lost >= LOST]
         if harmed:
             fine = False
             yield f"no longer drawn as before: {_quoted(harmed)}: add --preserve with that name"
@@ -165,7 +170,7 @@ def diagnose(student: Student, probes: Probes, matches: list[SynonymMatch], opti
         wrong = [i for i in range(start, end) if made.after[i] != (group.question == "neighbours")]
         rows.append((group.question, shown.lost, (wrong or [start])[0]))
         start = end
-    result.neighbours = dict(sorted(result.neighbours.items(), key=lambda item: -item[1].lost))
+    result.neighbours = dict(sorted(result.neighbours.items(), key=lambda item: item[1].after - item[1].before))
     result.pictures = _sheet(student, made, _chosen(rows))
     return result
 

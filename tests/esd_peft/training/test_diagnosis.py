@@ -104,7 +104,7 @@ GONE = {"fox": Shown(16, 0, 16)}
             "still drawn under 'a vixen': add",
         ),
         (
-            Diagnosis(GONE, neighbours={"a dog": Shown(4, 1, 4), "a cat": Shown(4, 3, 4)}),
+            Diagnosis(GONE, neighbours={"a dog": Shown(4, 1, 4), "a cat": Shown(2, 0, 4)}),
             "no longer drawn as before: 'a dog': add",
         ),
     ],
