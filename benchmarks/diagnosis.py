@@ -1,10 +1,11 @@
-"""How well the diagnosis at the end of a run agrees with a classifier of images.
+"""Compare the diagnosis at the end of a run with a classifier of images.
 
     python benchmarks/diagnosis.py ADAPTER... --output benchmarks/results/diagnosis
 
 Each ADAPTER of the embedded emoji pipeline, as `python -m esd_peft.erase` wrote it, acts at several strengths, so that it
 erases and harms more or less. At each the diagnosis is made, and the classifier that ships with the pipeline names what
-images of other prompts show. A row is a concept or a neighbour at one strength; questions have Spearman's correlation.
+images of other prompts show. A row is a concept or a neighbour at one strength; questions have Spearman's correlation. It
+needs scipy.
 """
 
 import argparse

@@ -33,6 +33,7 @@ from world_training import (
     LatentPool,
     make_scheduler,
     make_text_encoder,
+    make_unet,
     make_vae,
     mean_of_last,
     replayed,
@@ -81,22 +82,6 @@ def make_tokenizer() -> CLIPTokenizer:
     common = " ".join([*retain_prompts(), *TEMPLATES, *SCENES]).replace("{}", "")
     words = all_words() | {word.strip(",.;") for word in common.lower().split()} | {","}
     return world_training.make_tokenizer(words - {""}, CONTEXT, vocab_size=8192)
-
-
-def make_unet() -> UNet2DConditionModel:
-    """Two levels, cross-attention on both."""
-    return UNet2DConditionModel(
-        sample_size=pictures.SIZE // 4,
-        in_channels=8,
-        out_channels=8,
-        block_out_channels=(80, 160),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(4, 5),
-        norm_num_groups=16,
-    )
 
 
 def train_vae(
@@ -217,7 +202,11 @@ def train_denoiser(
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32).to(device)
     text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).to(device).eval()
     scheduler = make_scheduler()
-    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", dtype=torch.float32) if refine else make_unet()
+    unet = (
+        UNet2DConditionModel.from_pretrained(pipeline / "unet", dtype=torch.float32)
+        if refine
+        else make_unet(pictures.SIZE, (80, 160), TEXT_WIDTH, (4, 5))
+    )
     unet.to(device).train()
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     pool, captions = LatentPool(vae, pictures.sample, generator, POOL), Captions(generator)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -27,6 +27,7 @@ from world_training import (
     LatentPool,
     make_scheduler,
     make_text_encoder,
+    make_unet,
     make_vae,
     mean_of_last,
     save_pipeline,
@@ -63,22 +64,6 @@ def make_tokenizer() -> CLIPTokenizer:
     words = {w for values in world.ATTRIBUTES.values() for w in values} | {world.NOUN}
     words |= {w for template in world.TEMPLATES for w in template.replace("{}", "").split()}
     return world_training.make_tokenizer(words, CONTEXT)
-
-
-def make_unet() -> UNet2DConditionModel:
-    """Two levels, cross-attention on both."""
-    return UNet2DConditionModel(
-        sample_size=world.SIZE // 4,
-        in_channels=8,
-        out_channels=8,
-        block_out_channels=(64, 96),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=128,
-        attention_head_dim=(2, 3),
-        norm_num_groups=16,
-    )
 
 
 def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[AutoencoderKL, float | None]:
@@ -124,7 +109,9 @@ def train_denoiser(
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
     scheduler = make_scheduler()
-    model = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer, 128, 512)}).train()
+    model = nn.ModuleDict(
+        {"unet": make_unet(world.SIZE, (64, 96), 128, (2, 3)), "text": make_text_encoder(tokenizer, 128, 512)}
+    ).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     pool = LatentPool(vae, world.sample, generator, POOL)
 

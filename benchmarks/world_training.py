@@ -84,6 +84,22 @@ def make_vae(image_size: int) -> AutoencoderKL:
     )
 
 
+def make_unet(image_size: int, channels: tuple[int, int], text_width: int, heads: tuple[int, int]) -> UNet2DConditionModel:
+    """Two levels of so many `channels`, cross-attention on both with so many `heads`, for the latents of `make_vae`."""
+    return UNet2DConditionModel(
+        sample_size=image_size // 4,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=text_width,
+        attention_head_dim=heads,
+        norm_num_groups=16,
+    )
+
+
 class LatentPool:
     """Labels and latents of `size` images that `sample` makes, so that the autoencoder runs once.
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from esd_peft import models
+from esd_peft.training import checkpoint
 from pipelines import small_stable_diffusion
 
 # the same examples every time; tests/programs/fuzz.py asks for --hypothesis-profile=large
@@ -51,3 +52,8 @@ def whole_models_are_checked_once():
 def small_sd(tmp_path_factory):
     """A small random Stable Diffusion directory in fp16, ε-prediction. Do not write to it."""
     return small_stable_diffusion(tmp_path_factory.mktemp("models") / "sd", dtype=torch.float16)
+
+
+@pytest.fixture
+def a_checkpoint_after_each_step(monkeypatch):
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)

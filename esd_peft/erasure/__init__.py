@@ -1,1 +1,1 @@
-"""What surrounds a training run: defaults, checks, the memory plan, a second try on less memory, and its result."""
+"""The surroundings of a training run: defaults, checks, the memory plan, a second try on less memory, its result."""

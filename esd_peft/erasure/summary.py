@@ -151,7 +151,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
-    """What short draws of held-out prompts show, as the teacher judges them, and what to do."""
+    """Short draws of held-out prompts, as the teacher judges them, and what to do."""
     rows = (
         ("paraphrases", "paraphrases that show {}"),
         ("synonyms", "draws of {} that show the concept"),
@@ -170,8 +170,9 @@ def _diagnosis_lines(diagnosis: dict[str, Any]) -> Iterator[str]:
 
 
 def _negative_prompt_note(config: dict[str, Any]) -> list[str]:
-    """What a target beyond e_null (η > 0) does to negative prompts; the diagnosis does not see it reliably."""
-    if not config["prompts"].get("negative_guidance"):
+    """A note on negative prompts, for a target beyond e_null (η > 0); the diagnosis does not see their effect reliably."""
+    own = [concept.get("negative_guidance") for concept in config["prompts"]["concept"] if isinstance(concept, dict)]
+    if not any([config["prompts"].get("negative_guidance"), *own]):
         return []
     return ["note: as a negative prompt a concept's name may draw it now; leave it out there (docs/evaluation.md)"]
 

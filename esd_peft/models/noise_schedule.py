@@ -29,7 +29,7 @@ class NoiseSchedule:
 
     @property
     def is_known(self) -> bool:
-        """Whether `add_noise` can say what noise the denoiser was trained on; not of EDM's schedulers."""
+        """`add_noise` can say what noise the denoiser was trained on: it cannot for EDM's schedulers."""
         return self.is_flow_matching or hasattr(self.scheduler, "alphas_cumprod")
 
     @functools.cached_property

@@ -117,7 +117,7 @@ class Checkpoints:
         return bool(self._steps())
 
     def is_due(self) -> bool:
-        """Whether the last one was written long enough ago."""
+        """Return whether the last one was written long enough ago."""
         return time.monotonic() - self.written >= SECONDS
 
     def save(

@@ -25,6 +25,7 @@ from esd_peft.runtime.seeds import seed_for
 from esd_peft.training.draws import Draw, EncodedTexts, Judge, decode
 from esd_peft.training.student import Student
 from esd_peft.training.synonyms import SynonymMatch, neighbours
+from esd_peft.training.work import sampled
 
 CONCEPTS = 4  # that are diagnosed, where there are more
 PARAPHRASES, NAMES, NEIGHBOURS = 16, 6, 8  # prompts of each kind, of all concepts together
@@ -48,7 +49,7 @@ class Shown:
 
     @property
     def known(self) -> bool:
-        """Whether the teacher itself draws it in three draws of four: otherwise what is lost says nothing."""
+        """The teacher itself draws it in three draws of four: otherwise what is lost says nothing."""
         return 4 * self.before >= 3 * self.count
 
     @property
@@ -81,7 +82,7 @@ class Probes:
 
 @dataclass
 class Diagnosis:
-    """What was found. Empty where nothing was drawn."""
+    """The findings; empty where nothing was drawn."""
 
     paraphrases: dict[str, Shown] = field(default_factory=dict)  # by concept: draws that show it
     synonyms: dict[str, Shown] = field(default_factory=dict)  # by synonym: draws that show the concept
@@ -91,10 +92,12 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """For `result.json`."""
-        return asdict(replace(self, pictures=None)) | {"advice": [*self.advice()]}
+        found = asdict(replace(self, pictures=None)) | {"advice": [*self.advice()]}
+        del found["pictures"]
+        return found
 
     def advice(self) -> Iterator[str]:
-        """What to do, one line a finding; one line says so where nothing has to be done."""
+        """Yield what to do, one line a finding; one line says so where nothing has to be done."""
         fine = bool(self.paraphrases)
         for concept, shown in self.paraphrases.items():
             if shown.after > LEFT * shown.count:
@@ -158,9 +161,10 @@ def diagnose(student: Student, probes: Probes, matches: list[SynonymMatch], opti
     """
     if not student.family.noise_schedule.is_known:
         return Diagnosis()
-    judge = Judge(student, probes.texts, float(options.guidance_scale or 1.0), 2 * options.rollout_batch_size)
+    scale = float(sampled(options, student.family).guidance_scale)
+    judge = Judge(student, probes.texts, scale, options.rollout_batch_size, seed)
     groups = _groups(probes, matches)
-    made = _drawn(judge, [draw for group in groups for draw in group.draws], seed_for(seed, "diagnosis") % 2**62)
+    made = _drawn(judge, [draw for group in groups for draw in group.draws])
     result, start, rows = Diagnosis(nfe=judge.nfe), 0, []
     for group in groups:
         end = start + len(group.draws)
@@ -183,7 +187,7 @@ class _Group:
 
 
 def _groups(probes: Probes, matches: list[SynonymMatch]) -> list[_Group]:
-    """What is drawn to answer the questions, without what has no draws."""
+    """The draws that answer the questions, without groups that have none."""
     number, near = max(1, len(probes.concepts)), neighbours(matches) or probes.listed
     near = [text for text in near if text in probes.texts.rows and text not in probes.concepts][:NEIGHBOURS]
     groups = []
@@ -210,17 +214,16 @@ class _Made:
     after: list[bool]
 
 
-def _drawn(judge: Judge, draws: list[Draw], seed: int) -> _Made:
-    """All draws by teacher and student, and what the teacher finds in them."""
-    noise = judge.noise(len(draws), torch.Generator().manual_seed(seed))
+def _drawn(judge: Judge, draws: list[Draw]) -> _Made:
+    """All draws by teacher and student, from the same noise, and what the teacher finds in them."""
     with judge.student.teacher():
-        before = judge.draw(draws, noise, seed)
-    after = judge.draw(draws, noise, seed)
-    return _Made(draws, (before, after), *(judge.shows_first(latents, draws, seed) for latents in (before, after)))
+        before = judge.draw(draws)
+    after = judge.draw(draws)
+    return _Made(draws, (before, after), judge.shows_first(before, draws), judge.shows_first(after, draws))
 
 
 def _chosen(worst: list[tuple[str, float, int]]) -> list[int]:
-    """Of paraphrases and synonyms two draws each, and of the neighbours those that lost the most."""
+    """Two draws of paraphrases, two of synonyms, and three of the neighbours that lost the most."""
     chosen = []
     for question in ("paraphrases", "synonyms", "neighbours"):
         some = sorted((item for item in worst if item[0] == question), key=lambda item: -item[1])

@@ -14,6 +14,7 @@ from esd_peft.models import PromptEmbeds
 from esd_peft.models.family import in_its_dtype, index_embeds
 from esd_peft.runtime import distributed
 from esd_peft.runtime.devices import send
+from esd_peft.runtime.seeds import generator
 from esd_peft.training.student import Student
 
 STEPS = 8  # of a draw
@@ -58,23 +59,20 @@ class Judge:
     texts: EncodedTexts
     guidance_scale: float
     batch_size: int  # predictions at a time
+    seed: int
     nfe: int = 0
 
-    def noise(self, count: int, generator: torch.Generator) -> Tensor:
-        """Initial latents `[count, ...]` fp32 on the CPU."""
-        return self.student.family.initial_latents(count, self.student.denoiser, generator)
-
     @torch.no_grad()
-    def draw(self, draws: Sequence[Draw], noise: Tensor, seed: int) -> Tensor:
-        """The final latents `[N, ...]` of each draw from its `noise`, fp32 on the CPU."""
-        made = []
-        size = max(1, self.batch_size // 2)
+    def draw(self, draws: Sequence[Draw]) -> Tensor:
+        """The final latents `[N, ...]` of each draw, fp32 on the CPU. The noise that they begin with depends on the seed."""
+        student, made, size = self.student, [], max(1, self.batch_size // 2)
+        noise = student.family.initial_latents(len(draws), student.denoiser, generator(self.seed, "diagnosis/noise"))
         for start in range(0, len(draws), size):
-            some = draws[start : start + size]
-            made.append(self._draw(some, noise[start : start + size], torch.Generator().manual_seed(seed + start)))
+            some = slice(start, start + size)
+            made.append(self._draw(draws[some], noise[some], generator(self.seed, f"diagnosis/draw/{start}")))
         return torch.cat(made)
 
-    def _draw(self, draws: Sequence[Draw], noise: Tensor, generator: torch.Generator) -> Tensor:
+    def _draw(self, draws: Sequence[Draw], noise: Tensor, draws_of_steps: torch.Generator) -> Tensor:
         family, device, guided = self.student.family, self.student.device, self.guidance_scale != 1
         scheduler, latents = family.set_timesteps(noise, min(STEPS, family.num_inference_steps))
         latents, timesteps = send(latents, device), send(scheduler.timesteps, device)
@@ -89,17 +87,17 @@ class Judge:
             if guided:
                 null, towards = predicted.chunk(2)
                 predicted = family.guide(null, towards, self.guidance_scale)
-            latents = family.scheduler_step(scheduler, predicted, timestep, latents, generator)
+            latents = family.scheduler_step(scheduler, predicted, timestep, latents, draws_of_steps)
         return latents.float().cpu()
 
     @torch.no_grad()
-    def shows_first(self, latents: Tensor, draws: Sequence[Draw], seed: int) -> list[bool]:
+    def shows_first(self, latents: Tensor, draws: Sequence[Draw]) -> list[bool]:
         """Return for each of the `latents` `[N, ...]` whether the teacher finds the first of its draw's candidates in it."""
         schedule, device = self.student.family.noise_schedule, self.student.device
         pairs = [(i, text) for i, draw in enumerate(draws) for text in draw.candidates]
         errors = torch.zeros(len(pairs))
+        noise = torch.randn(latents.shape, generator=generator(self.seed, "diagnosis/judge"))
         for level in LEVELS:
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
             noisy, timesteps, right = schedule.add_noise(latents, noise, torch.full((len(latents),), level))
             for part in torch.arange(len(pairs)).split(self.batch_size):
                 distributed.stop_here()
@@ -110,21 +108,17 @@ class Judge:
                     predicted = self.student.predict(send(noisy[at], device), send(timesteps[at], device), embeds)
                 errors[part] += (predicted.float().cpu() - right[at]).flatten(1).square().mean(dim=1)
                 self.nfe += len(part)
-        found, start = [], 0
-        for draw in draws:
-            own = errors[start : start + len(draw.candidates)]
-            found.append(int(own.argmin()) == 0)
-            start += len(draw.candidates)
-        return found
+        return [int(own.argmin()) == 0 for own in errors.split([len(draw.candidates) for draw in draws])]
 
 
 @torch.no_grad()
 def decode(student: Student, latents: Tensor) -> Tensor:
     """Images `[N, 3, H, W]` fp32 in [0, 1] of final latents `[N, ...]`, on the CPU; of a video its first frame."""
     family = student.family
-    vae = in_its_dtype(family.load_part("vae", student.dtype).to(student.device))
-    images = torch.cat([
-        vae.decode(family.vae_latents(vae, send(part, student.device).to(student.dtype)), return_dict=False)[0].float().cpu()
-        for part in latents.split(4)
-    ])  # fmt: skip
-    return ((images[:, :, 0] if images.dim() == 5 else images) / 2 + 0.5).clamp(0, 1)
+    dtype = family.decoding_dtype(student.dtype)
+    vae = in_its_dtype(family.load_part("vae", dtype).to(student.device))
+    images = []
+    for latent in latents.split(1):  # one at a time: at 512² each takes about a gigabyte
+        image = vae.decode(family.vae_latents(vae, send(latent, student.device).to(dtype)), return_dict=False)[0]
+        images.append((image[:, :, 0] if image.dim() == 5 else image).float().cpu())
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)

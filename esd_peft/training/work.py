@@ -97,7 +97,7 @@ def other_trajectories(concepts: int) -> int:
 def count_probe_nfe(buffer: BufferOptions, predictions: int, concepts: Sequence[str], size: Amounts) -> int:
     """NFE of the teacher probe, at most: where candidates are few it takes less."""
     number, each = len(concepts), own_trajectories(len(concepts))
-    rollouts = probe_rollout(buffer).num_inference_steps * (predictions * number * each + 2 * other_trajectories(number))
+    rollouts = buffer.num_inference_steps * (predictions * number * each + 2 * other_trajectories(number))
     sharing = sum(SHARING for concept in concepts if len(concept.split()) > 1)
     candidates = number * (NEAR_WORDS + phrases(size, number)) + sharing
     return rollouts + each * len(LOOKED_AT) * candidates
@@ -144,7 +144,7 @@ def count_denoiser_calls(buffer: BufferOptions, training: TrainingOptions) -> in
     if training.method == "contrastive":
         return steps
     if training.method != "trajectories":  # the denoiser and in each step the teacher; or the probe alone
-        return 2 * probe_rollout(buffer).num_inference_steps + (2 * steps if training.method == "denoiser" else 0)
+        return 2 * buffer.num_inference_steps + (2 * steps if training.method == "denoiser" else 0)
     batches = math.ceil(buffer_shape(buffer, training, 0).concept_trajectories / buffer.rollout_batch_size)
     of_a_step = 2 if buffer.rollout == "student" else 1
     return steps + buffer_fills(buffer, training) * batches * buffer.num_inference_steps * of_a_step

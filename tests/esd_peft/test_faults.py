@@ -15,16 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.errors import UserError
-from esd_peft.training import checkpoint
 from esd_peft.training.trainer import Trainer
 
 QUICK = {"num_inference_steps": 4, "trajectories": 1, "max_train_steps": 4, "train_batch_size": 2,
          "device": "cpu", "num_validation_images": 0, "rank": 2}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def a_checkpoint_after_each_step(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("a_checkpoint_after_each_step")
 
 
 def config(model, output, **options):

@@ -18,15 +18,12 @@ from esd_peft.erasure.planner import MemoryEstimator, smaller
 from esd_peft.errors import OutOfMemory, UserError
 from esd_peft.models import open_family
 from esd_peft.options.command_line import run_command
-from esd_peft.training import checkpoint
 
 QUICK = {"num_inference_steps": 2, "trajectories": 8, "max_train_steps": 4, "train_batch_size": 8,
          "device": "cpu", "num_validation_images": 0, "rank": 2}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def a_checkpoint_after_each_step(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("a_checkpoint_after_each_step")
 
 
 def config(model, output, **options):

@@ -40,14 +40,14 @@ def few_draws(monkeypatch):
         monkeypatch.setattr(diagnosis, name, count)
 
 
-def diagnosed(deaf):
+def diagnosed(deaf, guidance_scale=3.0):
     run = prepare("emoji", concept=["fox"], method="trajectories")
-    probes = choose_probes(run.family, run.prompts, None, 0)
+    probes = choose_probes(run.family, run.prompts, None, 1)
     probes.contexts = {f"a {name}": [f"an image of a {name}"] for name in ("violin", "car")}
     probes.texts.add(probes.all, run.family.encode(probes.all, CPU, torch.float32))
     student = Deaf(run.student, run.family.encode([""], CPU, torch.float32)) if deaf else run.student
     match = SynonymMatch([], [Candidate("a violin", [], True), Candidate("a car", [], True)])
-    return diagnose(student, probes, [match], BufferOptions(guidance_scale=3.0), 0)
+    return diagnose(student, probes, [match], BufferOptions(guidance_scale=guidance_scale), 1)
 
 
 def test_before_training_everything_is_drawn_as_before(few_draws):
@@ -57,6 +57,12 @@ def test_before_training_everything_is_drawn_as_before(few_draws):
     assert [*found.neighbours.values()] == [Shown(4, 4, 4)] * 2
     (advice,) = found.advice()
     assert advice.startswith("'fox' is still drawn by") and "--max-train-steps" in advice
+
+
+def test_without_a_guidance_scale_it_draws_with_the_familys_own(few_draws):
+    """The method contrastive reads none."""
+    left_out, given = (diagnosed(deaf=False, guidance_scale=scale).to_dict() for scale in (None, 3.0))
+    assert left_out == given and "pictures" not in given
 
 
 def test_a_student_that_hears_nothing_has_lost_everything(few_draws):

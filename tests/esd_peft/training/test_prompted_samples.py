@@ -49,9 +49,13 @@ def places_of(batch, collected):
 @BOTH
 @pytest.mark.parametrize(
     "options",
-    [{}, {"map_to": "owl", "negative_guidance": 0.3}, {"concept": ["fox", "rose"], "unprompted_guidance": 2.0, "seed": 1}],
+    [
+        {},
+        {"map_to": "owl", "negative_guidance": 0.3},
+        {"concept": ["fox", "rose"], "unprompted_guidance": 2.0, "train_batch_size": 36},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_loss_is_the_guided_one_for_every_prompt_and_output(drawn, method, options):
     """Against the formula in fp64, of the teacher's answers to one prompt at a time."""
     concepts = options.get("concept", ["fox"])
@@ -59,7 +63,7 @@ def test_the_loss_is_the_guided_one_for_every_prompt_and_output(drawn, method, o
     learner, source, table = ours.learner, ours.source, prompt_table(run)
     batch, ((prompts, neutrals, goals),) = next(source), [(d.prompts, d.neutrals, d.goals) for d in drawn]
     erasing, texts = batch.num_concept_samples, [*table.rows]
-    assert len(batch) == 12 and erasing == 8
+    assert len(batch) == options.get("train_batch_size", 12) and 3 * erasing == 2 * len(batch)
     assert all(torch.equal(batch.embeds[name], value[prompts]) for name, value in table.embeds.items())
     known = {(p.prompt, p.neutral, p.goal) for group in (*table.plain, *table.contexts) for p in group}
     known |= {(p.prompt, p.neutral, p.goal) for m in source.matches for c in m.synonyms for p in c.pairs}
@@ -74,7 +78,7 @@ def test_the_loss_is_the_guided_one_for_every_prompt_and_output(drawn, method, o
         return {name: output[0].double() for name, output in answer.items()}
 
     eta, pushed = options.get("negative_guidance", 1.0), options.get("unprompted_guidance", 0.0)
-    answers = [[taught(rows[i], i) for rows in (prompts, neutrals, goals)] for i in range(12)]
+    answers = [[taught(rows[i], i) for rows in (prompts, neutrals, goals)] for i in range(len(batch))]
     shown = source.collected.shown[places_of(batch, source.collected)].tolist()
     if pushed:
         assert min(shown[erasing:]) < 0 <= max(shown[erasing:]), "some are guided away, and some are not"
@@ -97,7 +101,7 @@ def test_the_loss_is_the_guided_one_for_every_prompt_and_output(drawn, method, o
             buffer = source.collected.buffer
             null, named = buffer.teacher[:, source.collected.shown >= 0].double()
             size = (named - null).square().mean()
-        weight = torch.tensor([1.0] * erasing + [PRESERVATION_WEIGHT] * 4, dtype=torch.float64)
+        weight = torch.tensor([1.0] * erasing + [PRESERVATION_WEIGHT] * (len(batch) - erasing), dtype=torch.float64)
         missed = (output.double() - torch.stack(targets)).square().flatten(1).mean(1)
         expected += (weight * missed).mean() / size / len(student)
     assert guided_loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-4)
