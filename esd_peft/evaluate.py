@@ -80,7 +80,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     result = Evaluation(
         suite=suite_name,
         about=suite.about,
-        concepts=list(roles.asking) or models.concepts,
+        concepts=list(roles.concept_prompts) or models.concepts,
         prompts=len(prompts),
         seeds=suite.seeds,
         num_inference_steps=suite.num_inference_steps or models.base.family.num_inference_steps,

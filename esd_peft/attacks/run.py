@@ -69,7 +69,7 @@ class AttackRunner:
     def run(self, attacks: list[Attack]) -> list[result.Attack]:
         """Every attack on every concept; each meets the erased model as it was."""
         made: list[result.Attack] = []
-        for concept, rows in self.roles.asking.items() if attacks else ():
+        for concept, rows in self.roles.concept_prompts.items() if attacks else ():
             named = [i for i in rows if concept in self.prompts[i].text]
             if not named:
                 raise UserError(f"--attack: no prompt of this --suite names {concept!r} as one piece; use another --suite")
@@ -129,6 +129,6 @@ class AttackRunner:
 
     def _judge(self, concept: str, images: list[Any]) -> Rate:
         assert self.detector is not None  # `make_attacks` sees to that
-        size, wanted = self.config.batch_size, self.roles.wanted[concept]
+        size, wanted = self.config.batch_size, self.roles.labels[concept]
         seen = [s for start in range(0, len(images), size) for s in self.detector.see(images[start : start + size])]
         return rate(wanted, seen)

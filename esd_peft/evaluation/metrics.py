@@ -26,7 +26,7 @@ from esd_peft.models.sampling import SampleIndex
 from esd_peft.options.evaluate import EvaluateConfig
 from esd_peft.worlds.world import Prompt
 
-ASKING, OTHER = "prompts that ask for it", "other prompts"
+CONCEPT_PROMPTS, OTHER_PROMPTS = "concept prompts", "other prompts"
 HALVES = ("before", "after")
 
 
@@ -117,10 +117,10 @@ def _look_at(metrics: Metrics, found: Findings, half: str, images: list[Image.Im
 
 def measures(metrics: Metrics, found: Findings, roles: Roles, places: list[SampleIndex], seed: int) -> list[Measure]:
     """CLIP score, LPIPS, pixels, FID and KID, as far as they were asked for."""
-    asked = {i for rows in roles.asking.values() for i in rows}
+    asked = {i for rows in roles.concept_prompts.values() for i in rows}
     groups = {
-        ASKING: [n for n, (i, _) in enumerate(places) if i in asked],
-        OTHER: [n for n, (i, _) in enumerate(places) if i not in asked],
+        CONCEPT_PROMPTS: [n for n, (i, _) in enumerate(places) if i in asked],
+        OTHER_PROMPTS: [n for n, (i, _) in enumerate(places) if i not in asked],
     }
 
     def scored(values: list[float], rows: list[int]) -> Score:

@@ -34,9 +34,9 @@ def write_report(
     seed = result.config["seed"]
     figures = {
         f"Asked for: {concept}": _figures(rows, prompts, result.seeds, before, after, seed)
-        for concept, rows in roles.asking.items()
+        for concept, rows in roles.concept_prompts.items()
     }
-    figures["Asked for something else"] = _figures(roles.kept, prompts, result.seeds, before, after, seed)
+    figures["Asked for something else"] = _figures(roles.other_prompts, prompts, result.seeds, before, after, seed)
     with new_file(output / "result.json") as draft:
         draft.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with new_file(output / "report.md") as draft:

@@ -39,7 +39,7 @@ class Emoji(World):
     attributes: ClassVar[dict[str, tuple[str, ...]]] = {d: tuple(filter(None, names)) for d, names in LABELS.items()}
 
     def attributes_in(self, text: str) -> Labels:
-        """Things by their longest name ("hot dog", and no dog in it); grounds only where they are said to be one."""
+        """Match things by their longest name ("hot dog", not "dog"), and grounds only where the text calls them one."""
         found: Labels = {}
         words = " ".join(re.findall(r"[a-z]+", text.lower()))
         names = [name for name in NAMES if re.search(rf"\b{name}\b", words)]
@@ -53,19 +53,19 @@ class Emoji(World):
             found["ground"] = words
         return found | ({"mark": WATERMARK} if WATERMARK in words.split() else {})
 
-    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+    def paraphrases(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
         return [self._prompt(labels, Captions(draws)) for _ in range(count)]
 
-    def described(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """A thing by its other names and its description, by turns."""
+    def synonyms(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Name a thing by its synonyms and its description in turn."""
         if "thing" not in labels:
             return []
         thing, captions = THINGS[labels["thing"]], Captions(draws)
         texts = [text for synonym in thing.synonyms for text in (synonym, thing.description)]
         return [self._prompt(labels, captions, texts[i % len(texts)]) for i in range(count)]
 
-    def unnamed(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """Of a thing its kind, of the watermark what else is drawn in the styles that have it."""
+    def implicit(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Name only the kind of a thing; for the watermark, name other things in the styles that have it."""
         captions = Captions(draws)
         if "mark" in labels:
             return [
@@ -78,13 +78,13 @@ class Emoji(World):
         return []
 
     def neighbours(self, domain: str, label: str) -> list[str]:
-        """Of a thing what its pictures and its name are nearest to (`train` finds them); of others all the rest."""
+        """Return a thing's nearest pictures and names, as training found them; in other domains all other labels."""
         if domain == "thing":
             return _neighbours()[label]
         return [other for other in self.attributes[domain] if other != label]
 
     def full_prompts(self) -> list[Prompt]:
-        """Every thing in every style, the grounds by turns."""
+        """Return every thing in every style, with the grounds in turn."""
         pairs = [(thing, style) for thing in NAMES for style in STYLES]
         grounds = [GROUNDS[i % len(GROUNDS)] for i in range(len(pairs))]
         return [
@@ -101,7 +101,7 @@ class Emoji(World):
         return [{domain: label for domain, label in labels.items() if label} for labels in named], images
 
     def _prompt(self, labels: Labels, captions: Captions, reference: str | None = None) -> Prompt:
-        """What names `labels`, beside a style and a ground that nothing was said of, or not; and a thing, in any case."""
+        """Draw a prompt that names `labels` and a thing, and at random a style and a ground that `labels` leaves open."""
         shown = dict(labels)
         if not reference and "thing" not in labels and labels:
             shown["thing"] = captions.pick(NAMES)

@@ -23,8 +23,8 @@ class Shapes(World):
     def attributes_in(self, text: str) -> Labels:
         return world.attributes_in(text)
 
-    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """Full prompts, by turns in templates that erasures do not use."""
+    def paraphrases(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Draw full prompts, in turn in templates that no erasure trains on."""
         fitting = [full for full in map(world.attributes_in, world.full_prompts()) if labels.items() <= full.items()]
         chosen = torch.randint(len(fitting), (count,), generator=draws).tolist()
         texts = [world.prompt(fitting[k], world.WORDINGS[i % len(world.WORDINGS)]) for i, k in enumerate(chosen)]

@@ -32,7 +32,7 @@ def evaluation(target=None, others=None, **options):
         "suite": "shapes", "about": "Shapes", "concepts": ["circle"], "prompts": 10, "seeds": 5, "num_inference_steps": 25,
         "guidance_scale": 3.0, "detector": About("judge", "1.0", "the most likely"), "accuracies": found,
         "counts": {"before": {}, "after": {}}, "notes": [], "seconds": {"before": 1.0},
-        "measures": [Measure(About("CLIP score", "clip 1", "cosine"), {"prompts that ask for it": scores})],
+        "measures": [Measure(About("CLIP score", "clip 1", "cosine"), {"concept prompts": scores})],
         "command": "python -m esd_peft.evaluate --erased erased", "config": {"seed": 0}, "version": "1",
     }  # fmt: skip
     return Evaluation(**defaults | options)

@@ -86,17 +86,17 @@ def test_what_a_text_names(text, labels):
 
 def test_prompts_ask_for_what_they_are_to_measure():
     world = Emoji()
-    for prompt in world.named({"thing": "fox"}, 40, draws()):
+    for prompt in world.paraphrases({"thing": "fox"}, 40, draws()):
         assert prompt.labels["thing"] == "fox" and world.attributes_in(prompt.text) == prompt.labels
-    for prompt in world.described({"thing": "fox"}, 40, draws()):
+    for prompt in world.synonyms({"thing": "fox"}, 40, draws()):
         assert prompt.labels["thing"] == "fox" and "fox" not in prompt.text.split()
-    for prompt in world.named({"style": "ink"}, 40, draws()):
+    for prompt in world.paraphrases({"style": "ink"}, 40, draws()):
         assert prompt.labels["style"] == "ink" and prompt.labels["thing"] in NAMES
-    unnamed = world.unnamed({"mark": "watermark"}, 40, draws())
-    assert {prompt.labels["style"] for prompt in unnamed} == {*MARKED_STYLES}
-    assert not any("watermark" in prompt.text for prompt in unnamed)
-    assert all("animal" in prompt.text for prompt in world.unnamed({"thing": "fox"}, 40, draws()))
-    texts = Counter(prompt.text for prompt in world.named({"thing": "owl"}, 40, draws()))
+    implicit = world.implicit({"mark": "watermark"}, 40, draws())
+    assert {prompt.labels["style"] for prompt in implicit} == {*MARKED_STYLES}
+    assert not any("watermark" in prompt.text for prompt in implicit)
+    assert all("animal" in prompt.text for prompt in world.implicit({"thing": "fox"}, 40, draws()))
+    texts = Counter(prompt.text for prompt in world.paraphrases({"thing": "owl"}, 40, draws()))
     assert len(texts) > 30
 
 
