@@ -1,11 +1,11 @@
-"""Can an erased concept be brought back? An embedded pipeline, erased, under attack.
+"""Attacks on erased embedded pipelines: can the concept be brought back?
 
     python benchmarks/attacks.py --output benchmarks/results/attacks --seeds 0
     python benchmarks/attacks.py --model shapes --concepts circle red striped --output benchmarks/results/attacks_shapes
 
 Every run erases a concept and evaluates it with attacks (`python -m esd_peft.evaluate --attack ...`).
-Writes OUTPUT.json (every run) and OUTPUT.md (means over concepts and seeds) after every run; what OUTPUT.json already
-holds is not run again.
+Writes OUTPUT.json (every run) and OUTPUT.md (means over concepts and seeds) after every run; runs in
+OUTPUT.json are not repeated.
 """
 
 import argparse
@@ -34,12 +34,12 @@ def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         erased, report = Path(folder) / "erased", Path(folder) / "evaluation"
         fixed = {"model": args.model, "seed": seed, "output": erased, "num_validation_images": 0, "device": "cpu"}
-        made = erase(EraseConfig(concept=concept, **fixed, **METHODS[method]))
+        erasure = erase(EraseConfig(concept=concept, **fixed, **METHODS[method]))
         options = {"limit": args.limit, "seeds": 1, "attack": args.attacks, "attack_images": args.images}
         options |= {"num_inference_steps": args.num_inference_steps, "attack_steps": args.attack_steps}
-        found = evaluate(EvaluateConfig(erased=erased, output=report, device="cpu", seed=seed, **options))
-    assert found.accuracies is not None and found.accuracies.others_total is not None
-    neighbours = found.accuracies.groups.get("neighbours")  # a concept that every image shows has none
+        evaluation = evaluate(EvaluateConfig(erased=erased, output=report, device="cpu", seed=seed, **options))
+    assert evaluation.accuracies is not None and evaluation.accuracies.others_total is not None
+    neighbours = evaluation.accuracies.groups.get("neighbours")  # a concept that every image shows has none
     return {
         "method": method,
         "model": args.model,
@@ -47,13 +47,13 @@ def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
         "concept": concept,
         "seed": seed,
         "budget": options,
-        "named": found.accuracies.targets[concept].after.share,
+        "named": evaluation.accuracies.targets[concept].after.share,
         "neighbours_lost": neighbours and neighbours.total.lost,
-        "others_lost": found.accuracies.others_total.lost,
-        "attacks": found.to_dict()["attacks"],
-        "nfe": made["nfe"],
-        "erase_seconds": sum(made["seconds"].values()),
-        "evaluate_seconds": found.seconds,
+        "others_lost": evaluation.accuracies.others_total.lost,
+        "attacks": evaluation.to_dict()["attacks"],
+        "nfe": erasure["nfe"],
+        "erase_seconds": sum(erasure["seconds"].values()),
+        "evaluate_seconds": evaluation.seconds,
     }
 
 

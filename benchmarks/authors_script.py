@@ -21,7 +21,7 @@ STEPS, SAMPLED, GUIDANCE = 50, 24, 3.0
 
 
 def seconds_an_iteration(path: Path, device: torch.device, count: int = 3) -> float:
-    """Of an iteration that samples to the middle of the trajectory, the mean of all, after one to warm up."""
+    """Return the mean seconds of iterations that sample to the middle of the trajectory, after one warm-up."""
     iterate, _ = make_iteration(path, device)
     iterate()
     finish(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.models import ModelFamily
-from esd_peft.prompts.plan import names, retain_prompts
+from esd_peft.prompts.plan import mentions, retain_prompts
 
 EXPANDED = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}")  # UCE's, for objects
 
@@ -79,11 +79,11 @@ CLOSED_FORMS: dict[str, Callable] = {"uce": uce, "speed": speed}
 
 
 def _retained(concepts: list[str]) -> list[str]:
-    return [text for text in retain_prompts() if not any(names(concept, text) for concept in concepts)]
+    return [text for text in retain_prompts() if not any(mentions(concept, text) for concept in concepts)]
 
 
 def _embedder(family: ModelFamily, texts: list[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Of each text its token embeddings `[tokens, width]` fp64, and the place of its last word's token."""
+    """Return each text's token embeddings `[tokens, width]` fp64, and the index of its last word's token."""
     texts = list(dict.fromkeys(texts))
     tokens = family.encode(texts, torch.device("cpu"), torch.float32)["encoder_hidden_states"].double()
     tokenizer = family.load_part("tokenizer")
@@ -92,7 +92,7 @@ def _embedder(family: ModelFamily, texts: list[str]) -> tuple[dict[str, Tensor],
 
 
 def _most_moved(keys: Tensor, change: Tensor) -> Tensor:
-    """Those that the change of a layer moves more than the average one."""
+    """Return the prompts whose layer output changes more than average."""
     moved = (keys @ change.T).norm(dim=1)
     return keys[moved > moved.mean()]
 

@@ -19,20 +19,20 @@ def summary(runs: list[dict]) -> dict[str, Any]:
 
     groups: dict[str, dict] = {}
     for key in dict.fromkeys(key for r in runs for key in r["prompt_groups"]):
-        found = [r["prompt_groups"][key] for r in runs if key in r["prompt_groups"]]
-        erased = found[0]["erased"]
-        values = [s["after"]["share"] if erased else s["lost"] for s in found]
+        group_rates = [r["prompt_groups"][key] for r in runs if key in r["prompt_groups"]]
+        erased = group_rates[0]["erased"]
+        values = [s["after"]["share"] if erased else s["lost"] for s in group_rates]
         by_concept: dict[str, list[float]] = {}
         for r, value in zip((r for r in runs if key in r["prompt_groups"]), values, strict=True):
             by_concept.setdefault(r["concept"], []).append(value)
         means = [sum(v) / len(v) for v in by_concept.values()]
         groups[key] = {
-            "title": found[0]["title"],
+            "title": group_rates[0]["title"],
             "erased": erased,
-            "seen": found[0]["seen"],
-            "before": sum(s["before"]["share"] for s in found) / len(found),
+            "seen": group_rates[0]["seen"],
+            "before": sum(s["before"]["share"] for s in group_rates) / len(group_rates),
             "mean": sum(means) / len(means),
-            "interval": bootstrap_mean(means, 0) if len(means) > 1 else _single_run_interval(found),
+            "interval": bootstrap_mean(means, 0) if len(means) > 1 else _single_run_interval(group_rates),
             "worst": max(values),
         }
     seconds = [r["seconds"] for r in runs if r["seconds"] is not None]  # unknown for some runs
@@ -44,16 +44,16 @@ def summary(runs: list[dict]) -> dict[str, Any]:
     }
 
 
-def _single_run_interval(found: list[dict]) -> list[float] | None:
+def _single_run_interval(group_rates: list[dict]) -> list[float] | None:
     """Return the interval of one run: what is left, over images or over concepts; what is lost, over prompts."""
     from esd_peft.evaluation.intervals import bootstrap_mean
 
-    if len(found) > 1:
+    if len(group_rates) > 1:
         return None
-    if not found[0]["erased"]:
-        return found[0]["lost_interval"]
-    each = [rates["after"]["share"] for rates in found[0]["each"].values()]
-    return bootstrap_mean(each, 0) if len(each) > 1 else found[0]["after"]["interval"]
+    if not group_rates[0]["erased"]:
+        return group_rates[0]["lost_interval"]
+    each = [rates["after"]["share"] for rates in group_rates[0]["each"].values()]
+    return bootstrap_mean(each, 0) if len(each) > 1 else group_rates[0]["after"]["interval"]
 
 
 COLUMNS = {
@@ -75,11 +75,11 @@ def in_common(by_method: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return {m: [r for r in runs if (r["concept"], r["seed"]) in shared] for m, runs in by_method.items()}
 
 
-def short_table(found: dict[str, dict]) -> str:
+def short_table(summaries: dict[str, dict]) -> str:
     """Return a table with a line for each method: mean and worst run, in per cent left and in points lost."""
     heads = [f"| | runs | {' | '.join(COLUMNS.values())} | NFE |", "|---" * (len(COLUMNS) + 3) + "|"]
     lines = []
-    for name, s in found.items():
+    for name, s in summaries.items():
         rates = [s["prompt_groups"].get(key) for key in COLUMNS]
         cells = ["" if r is None else f"{100 * r['mean']:z.1f} ({100 * r['worst']:z.0f})" for r in rates]
         lines.append(f"| {name} | {s['runs']} | {' | '.join(cells)} | {s['nfe']:,.0f} |")
@@ -92,13 +92,13 @@ def commands(file: Path) -> list[str]:
     return [*dict.fromkeys([*known, shlex.join(["python", *sys.argv])])]
 
 
-def markdown(found: dict[str, dict], shared: dict[str, dict], command_lines: list[str]) -> str:
+def markdown(summaries: dict[str, dict], shared: dict[str, dict], command_lines: list[str]) -> str:
     """Return the summaries as tables: the runs in common in short, then all runs of each method."""
     lines = [line for command in command_lines for line in (f"`{command}`", "")]
     if any(s["runs"] for s in shared.values()):
         lines += ["The runs that all rows have in common: means (worst run), in per cent left and in points lost.", ""]
         lines += [short_table(shared), ""]
-    lines += _tables(found)
+    lines += _tables(summaries)
     lines += [
         "A single run has the interval over its images, or its concepts if it has several; of a loss, over its prompts.",
         "",
@@ -106,9 +106,9 @@ def markdown(found: dict[str, dict], shared: dict[str, dict], command_lines: lis
     return "\n".join(lines)
 
 
-def _tables(found: dict[str, dict]) -> list[str]:
+def _tables(summaries: dict[str, dict]) -> list[str]:
     """Return tables of what is left of concepts, and of what other prompts lose, with intervals."""
-    groups = {key: s for summed in found.values() for key, s in summed["prompt_groups"].items()}
+    groups = {key: s for summed in summaries.values() for key, s in summed["prompt_groups"].items()}
     lines = []
     for erased, title in ((True, "left of the concept, in per cent of images"), (False, "lost on other prompts, in points")):
         keys = [key for seen in (False, True) for key, s in groups.items() if (s["erased"], s["seen"]) == (erased, seen)]
@@ -117,7 +117,7 @@ def _tables(found: dict[str, dict]) -> list[str]:
         heads = [groups[key]["title"] + (" (seen)" if groups[key]["seen"] else "") for key in keys]
         lines += [f"All runs, {title}: mean over concepts (95 %; worst run)", ""]
         lines += [f"| | runs | {' | '.join(heads)} | NFE | CPU seconds |", "|---" * (len(keys) + 4) + "|"]
-        for name, s in found.items():
+        for name, s in summaries.items():
             cells = [_cell(s["prompt_groups"].get(key)) for key in keys]
             seconds = "" if s["seconds"] is None else f"{s['seconds']:.1f}"
             lines.append(f"| {name} | {s['runs']} | {' | '.join(cells)} | {s['nfe']:,.0f} | {seconds} |")
@@ -132,7 +132,7 @@ def _cell(s: dict | None) -> str:
     return f"{100 * s['mean']:.1f} ({between}{100 * s['worst']:.0f})"
 
 
-def plot(found: dict[str, dict], path: Path) -> None:
+def plot(summaries: dict[str, dict], path: Path) -> None:
     """Plot what is left for paraphrases against what neighbours lose, and against the cost."""
     import matplotlib
 
@@ -140,11 +140,11 @@ def plot(found: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     # a concept that every image shows has no neighbours
-    found = {name: s for name, s in found.items() if {"paraphrases", "neighbours"} <= {*s["prompt_groups"]}}
-    if not found:
+    summaries = {name: s for name, s in summaries.items() if {"paraphrases", "neighbours"} <= {*s["prompt_groups"]}}
+    if not summaries:
         return
     figure, (loss, cost) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for number, (name, s) in enumerate(found.items()):
+    for number, (name, s) in enumerate(summaries.items()):
         left = 100 * s["prompt_groups"]["paraphrases"]["mean"]
         for axes, x in ((loss, 100 * s["prompt_groups"]["neighbours"]["mean"]), (cost, max(1, s["nfe"]))):
             axes.plot(x, left, "os^D"[number // 10], label=name)  # the colours repeat after ten
@@ -159,16 +159,18 @@ def save(output: Path, suite: dict[str, dict], runs: list[dict]) -> str:
     """Write the results of the rows of `suite`; return the tables."""
     by_method = {m: [r for r in runs if r["method"] == m] for m in suite}
     by_method = {m: rows for m, rows in by_method.items() if rows}
-    found = {m: summary(rows) for m, rows in by_method.items()}
+    summaries = {m: summary(rows) for m, rows in by_method.items()}
     shared = {m: summary(rows) for m, rows in in_common(by_method).items()}
-    options = {m: suite[m] for m in found}
+    options = {m: suite[m] for m in summaries}
     command_lines = commands(output.with_suffix(".json"))
-    head = json.dumps({"commands": command_lines, "cpus": os.cpu_count(), "options": options, "summary": found}, indent=1)
+    head = json.dumps(
+        {"commands": command_lines, "cpus": os.cpu_count(), "options": options, "summary": summaries}, indent=1
+    )
     lines = ",\n".join(json.dumps(run) for run in runs)  # one each, so that a difference shows which is new
     draft = output.with_suffix(".tmp")
     draft.write_text(f'{head.removesuffix("}").rstrip()},\n "runs": [\n{lines}\n ]\n}}\n')
     draft.replace(output.with_suffix(".json"))
-    tables = markdown(found, shared, command_lines)
+    tables = markdown(summaries, shared, command_lines)
     output.with_suffix(".md").write_text(tables)
-    plot(shared if any(s["runs"] for s in shared.values()) else found, output.with_suffix(".png"))
+    plot(shared if any(s["runs"] for s in shared.values()) else summaries, output.with_suffix(".png"))
     return tables

@@ -56,19 +56,19 @@ def run(
         measured = [name for name in PROMPT_GROUPS if name != "samplers"]
     withheld = _withheld(family.world.name, concept) if "withheld" in options else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, withheld, _only(measured):
-        started = sum(os.times()[:4])  # of this process and of those that it waited for
-        made = _erased(family, own, concept, seed, Path(folder), checkouts)
-        made["seconds"] = sum(os.times()[:4]) - started
-        preserved = made.pop("preserved", [])
+        started = sum(os.times()[:4])  # of this process and its children
+        erasure = _erased(family, own, concept, seed, Path(folder), checkouts)
+        erasure["seconds"] = sum(os.times()[:4]) - started
+        preserved = erasure.pop("preserved", [])
         # the same noise for all; prompts that a row preserves by name count as retain set
         with TextEncoder(family, torch.device("cpu"), torch.float32) as encoder:
-            sampler = ValidationSampler(encoder, made["concepts"], images, 48, 0, preserved)
+            sampler = ValidationSampler(encoder, erasure["concepts"], images, 48, 0, preserved)
         sampler.stores["before"] = _before(sampler)
         if "without_concept" in own:
             _remove_concept_from_prompts(sampler, concept)
-        sampler.make(made.pop("denoiser"), "after")
-        found = {key: rates.to_dict() for key, rates in sampler.accuracies().groups.items()}
-        found = {key: rates for key, rates in found.items() if "without_concept" not in own or key in NAMED}
+        sampler.make(erasure.pop("denoiser"), "after")
+        groups_found = {key: rates.to_dict() for key, rates in sampler.accuracies().groups.items()}
+        groups_found = {key: rates for key, rates in groups_found.items() if "without_concept" not in own or key in NAMED}
     return {
         "method": method,
         "options": options,
@@ -76,8 +76,8 @@ def run(
         "seed": seed,
         "images": images,
         "only": groups,
-        "prompt_groups": found,
-    } | made
+        "prompt_groups": groups_found,
+    } | erasure
 
 
 def _opened(options: dict[str, Any]) -> Any:
@@ -133,8 +133,11 @@ def _erased(
     preserved: list[str] = []
     for number, named in enumerate(steps):  # each on the merged model before it
         output = folder / f"erased{number}"
-        given = {name: value for name, value in options.items() if name != "sequence"} | {"concept": named, "model": model}
-        config = EraseConfig(**given, seed=seed, output=output, num_validation_images=0, device="cpu")
+        row_options = {name: value for name, value in options.items() if name != "sequence"} | {
+            "concept": named,
+            "model": model,
+        }
+        config = EraseConfig(**row_options, seed=seed, output=output, num_validation_images=0, device="cpu")
         result = erase(config)
         concepts += config.prompts.concept_names
         preserved += result["config"]["prompts"]["preserve"]
@@ -228,7 +231,7 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     file = args.output.with_suffix(".json")
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
-    # what was run with other options under the same name, or judged on other images, is run anew
+    # runs with other options under the same name, or with other images, are repeated
     judged = (args.images, args.prompt_groups)
     runs = [r for r in runs if r.get("options") == suite.get(r["method"]) and (r["images"], r.get("only")) == judged]
     done = {(r["method"], r["concept"], r["seed"]) for r in runs}

@@ -1,4 +1,4 @@
-"""How long the host is busy with `guided_mse` and its gradient: everything but the driver's share of a launch.
+"""Host time of `guided_mse` and its gradient, without the driver's share of a launch.
 
     python benchmarks/host_overhead.py --output benchmarks/results/host_overhead.json
     python benchmarks/host_overhead.py --output benchmarks/results/host_overhead.json --against COMMIT
@@ -71,7 +71,7 @@ def as_it_was(commit: str, directory: Path) -> ModuleType:
 
 
 def microseconds(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Of one call of each: the least of the rounds' means, since other processes, by way of the caches, only add to it."""
+    """Return the microseconds of a call of each: the smallest mean of all rounds, since other processes only add to it."""
     means: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():

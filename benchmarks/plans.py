@@ -1,4 +1,4 @@
-"""What `--plan` predicts for the real models on cards of several sizes. Needs no weights and no GPU.
+"""Memory plans (`--plan`) of the real models on cards of several sizes. Needs no weights and no GPU.
 
 python benchmarks/plans.py
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from esd_peft import EraseConfig, UserError, doctor
 from esd_peft.erasure.defaults import resolve
-from esd_peft.erasure.planner import WHEN, MemoryEstimator, Plan, amount, describe, fit, imagined
+from esd_peft.erasure.planner import WHEN, MemoryEstimator, MemoryPlan, amount, describe, fit, imagined
 from esd_peft.models import open_family
 from esd_peft.options.base import parse_bytes
 from esd_peft.prompts.augmentation import MANY_WORDS
@@ -23,7 +23,7 @@ TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "qui
 CONCEPT = "Van Gogh"
 CARDS = {"4 GB": "3GiB"} | doctor.CARDS
 PHASES = [*WHEN]
-# what --model takes
+# values of --model
 SOURCES = {
     "SD 1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16",
     "SD 2.1": "path/to/stable-diffusion-2-1",
@@ -64,7 +64,7 @@ are gated on the hub need `hf auth login`.
 class Entry:
     """One model on one card: a plan, or why there is none."""
 
-    plan: Plan | None
+    plan: MemoryPlan | None
     refusal: str = ""
 
 

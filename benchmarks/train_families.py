@@ -4,11 +4,11 @@
 
 writes DIR/KIND, a pipeline directory in diffusers' layout, and DIR/KIND.json (steps, loss, seconds, and in how many images
 the classifier recognises what the prompt names). A kind whose KIND.json is there is not trained again, and a denoiser's
-training that was stopped goes on from its last state. Text encoders that are not the shapes pipeline's are first taught to
-say what a prompt names, and then frozen. The denoiser is trained as its own pipeline calls it,
+training that was stopped goes on from its last state. Text encoders other than the shapes pipeline's are first trained to
+encode the labels of a prompt, and then frozen. The denoiser is trained as its own pipeline calls it,
 through `ModelFamily.predict`. Transformers learn from what the shapes pipeline's UNet predicts of the same noisy latents,
-in their own parameterization, wherever it knows such noise: there is less chance in that than in the noise itself. FLUX's
-is then taught the guidance that it is told, as FLUX.1 dev was (arXiv 2210.03142).
+in their own parameterization, at noise levels that it covers: that target has less variance than the noise itself. FLUX's is
+then guidance-distilled, as FLUX.1 dev was (arXiv 2210.03142).
 """
 
 import argparse
@@ -74,7 +74,7 @@ def teach_encoder(family: ModelFamily, steps: int, generator: torch.Generator) -
 
     def mean_token(rows: list[int]) -> Tensor:
         embeds = family.encode_prompts(pipe, [prompts[i] for i in rows], CPU)
-        states = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3's come after those of CLIP
+        states = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3 appends them to those of CLIP
         counts = embeds.get(MASK, torch.ones(states.shape[:2]))[..., None]
         return (states * counts).sum(1) / counts.sum(1)
 
@@ -104,7 +104,7 @@ def train_denoiser(
 
 
 class Lessons:
-    """What the denoiser of `family` is to predict, and of what."""
+    """Training data of the denoiser of `family`: noisy latents and target predictions."""
 
     def __init__(self, family: ModelFamily, generator: torch.Generator, taught: bool) -> None:
         self.family, self.generator, self.vae = family, generator, family.load_part("vae")
@@ -126,8 +126,8 @@ class Lessons:
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents x_t, timesteps, the right predictions, the rows of the prompts, and the errors' weights `[B]`.
 
-        Of a transformer that predicts noise an error counts as if it predicted a flow: it has to learn at much noise what a
-        UNet's skip connections pass on, and it decides there what it draws.
+        For a transformer that predicts noise, errors are weighted as those of a flow: at high noise, where the content is
+        decided, it has to learn what a U-Net's skip connections pass on.
         """
         labels, scaled = self.pool.sample(BATCH, self.generator)
         latents = self.family.denoiser_latents(self.vae, scaled / self.vae.config.scaling_factor)
@@ -146,8 +146,10 @@ class Lessons:
         return x_t, timesteps, right, said, weight
 
     def _levels(self, sigmas: Tensor) -> Tensor:
-        """Where x_t has so much noise beside 1 − σ of the image. Where it is decided what is drawn is as often as the
-        schedulers of flow matching ask there."""
+        """Return the levels at which x_t has noise `sigmas` and image 1 − σ.
+
+        High noise, where the content is decided, is as frequent as for the schedulers of flow matching.
+        """
         schedule = self.family.noise_schedule
         if schedule.is_flow_matching:
             return sigmas
@@ -207,7 +209,7 @@ def train(kind: str, path: Path, steps: int) -> dict:
 
 
 def quality(path: Path) -> dict[str, float]:
-    """In which share of images of all full prompts the classifier recognises what they name."""
+    """Return the share of images of all full prompts whose labels the classifier recognises."""
     _, names, wanted = as_prompted(opened(path), WORLDS["shapes"], seeds=1)
     pairs = [*zip(names, wanted, strict=True)]
     return {kind: sum(seen[kind] == label[kind] for seen, label in pairs) / len(pairs) for kind in world.ATTRIBUTES}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esd_peft.prompts.plan import names, prompts_naming
+from esd_peft.prompts.plan import mentions, prompts_naming
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds.world import Labels, Prompt, Sampling, World
 
@@ -91,7 +91,7 @@ def _retained_labels(world: World, retain: Iterable[str]) -> set[tuple[str, str]
         (domain, label)
         for domain, labels in world.attributes.items()
         for label in labels
-        if any(names(label, text) for text in texts)
+        if any(mentions(label, text) for text in texts)
     }
 
 

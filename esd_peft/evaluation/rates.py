@@ -81,7 +81,7 @@ class Accuracies:
 
     @property
     def others_total(self) -> Change | None:
-        """All labels in prompts without a concept."""
+        """The change over all labels in prompts without a concept."""
         return _sum([c for labels in self.others.values() for c in labels.values()])
 
     @property

@@ -12,18 +12,18 @@ from typing import Annotated, Any, Literal
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError, one_line
 from esd_peft.evaluation.prompt_groups import ERASURE_GROUPS, PRESERVATION_GROUPS, group_prompts
 from esd_peft.io import text as text_files
 from esd_peft.io.paths import exists, is_file
 from esd_peft.options.base import check_text
 from esd_peft.options.evaluate import Seeds
 from esd_peft.options.model import GuidanceScale, InferenceSteps
-from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
+from esd_peft.prompts.plan import TEMPLATES, mentions, retain_prompts, spread
 from esd_peft.worlds import WORLDS, World
 from esd_peft.worlds.world import Prompt, Sampling
 
-Words = str | list[str] | dict[str, list[str]]  # a template, a list's labels, or what says each of its labels
+Words = str | list[str] | dict[str, list[str]]  # a template, a list of labels, or texts for each label
 RETAINED = 24  # of the built-in prompts, in suite concept
 MOST_PROMPTS = 10**5  # that a suite's lists may make together, and
 MOST_IMAGES = 10**6  # that an evaluation may ask for: at one a second, more than eleven days
@@ -82,16 +82,16 @@ class Suite(BaseModel):
     @property
     def image_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the pipeline call, without the prompts."""
-        given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        return {name: value for name, value in given.items() if value is not None}
+        settings = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def load_suite(name: str) -> Suite:
     """Load the built-in suite `name`, or the YAML file. Raises `UserError` if it is missing or damaged."""
     path = _FOLDER / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
     if not (is_file(path) if isinstance(path, Path) else path.is_file()):
-        known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
-        raise UserError(f"--suite {name} is not there; use {known}, or a YAML file")
+        available = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
+        raise UserError(f"--suite {name} is not there; use {available}, or a YAML file")
     try:
         return Suite(**text_files.read_yaml(path))
     except (text_files.UnreadableError, TypeError) as error:
@@ -123,9 +123,9 @@ def suite_prompts(suite: Suite, concepts: list[str], source: str | None, preserv
 def _concept_prompts(concepts: list[str]) -> list[Prompt]:
     if not concepts:
         raise UserError("--concept is missing, and --erased does not say what was erased")
-    asked = [template.format(concept) for concept in concepts for template in TEMPLATES]
-    retained = [prompt for prompt in retain_prompts() if not any(names(concept, prompt) for concept in concepts)]
-    return [Prompt(text) for text in [*asked, *spread(retained, RETAINED)]]
+    concept_prompts = [template.format(concept) for concept in concepts for template in TEMPLATES]
+    retained = [prompt for prompt in retain_prompts() if not any(mentions(concept, prompt) for concept in concepts)]
+    return [Prompt(text) for text in [*concept_prompts, *spread(retained, RETAINED)]]
 
 
 def _combinations(declared: dict[str, Words], suite: Suite) -> list[Prompt]:
@@ -191,8 +191,8 @@ def _local(source: str) -> Path:
         return Path(source)
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
-    except Exception as error:  # the hub's errors are of many kinds: offline, no such file, no access
-        raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({in_brief(error)})") from None
+    except Exception as error:  # the hub raises many kinds of errors: offline, no such file, no access
+        raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({one_line(error)})") from None
 
 
 def select_prompts(
@@ -236,7 +236,7 @@ def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Ro
         return Roles({name: suite.labels}, {name: list(range(len(prompts)))}, [])
     if not concepts:
         raise UserError("--concept is missing, and --erased does not say what was erased")
-    if blank := [concept for concept in concepts if names(concept, "")]:
+    if blank := [concept for concept in concepts if mentions(concept, "")]:
         raise UserError(f"--concept {blank[0]!r} names nothing; say what was erased")
     if suite.prompts == "world" and suite.world is not None:
         return _group_roles(suite.world, prompts, concepts)
@@ -263,10 +263,10 @@ def _group_roles(world: World, prompts: list[Prompt], concepts: list[str]) -> Ro
 
 def _labels_of(concept: str, prompts: list[Prompt]) -> dict[str, str]:
     """Return the labels of the suite that the concept names: the longest one of each domain."""
-    known = {(domain, label) for prompt in prompts for domain, label in prompt.labels.items()}
-    named = [(d, label) for d, label in known if names(label, concept) or names(concept, label)]
-    if known and not named:
-        raise UserError(_not_in_suite(concept, [label for _, label in known]))
+    suite_labels = {(domain, label) for prompt in prompts for domain, label in prompt.labels.items()}
+    named = [(d, label) for d, label in suite_labels if mentions(label, concept) or mentions(concept, label)]
+    if suite_labels and not named:
+        raise UserError(_not_in_suite(concept, [label for _, label in suite_labels]))
     return dict(sorted(named, key=lambda pair: (len(pair[1]), pair[1])))
 
 
@@ -277,4 +277,4 @@ def _not_in_suite(concept: str, labels: list[str]) -> str:
 
 
 def _asks_for(concept: str, labels: dict[str, str], prompt: Prompt) -> bool:
-    return labels.items() <= prompt.labels.items() if labels else names(concept, prompt.text)
+    return labels.items() <= prompt.labels.items() if labels else mentions(concept, prompt.text)

@@ -33,8 +33,8 @@ def check_concepts(world: World, concepts: list[str]) -> None:
     """Raise `UserError` for a concept that names no label of `world`: its erasure could not be measured."""
     for concept in concepts:
         if not world.attributes_in(concept):
-            known = ", ".join(word for values in world.attributes.values() for word in values)
-            raise UserError(f"--concept {concept!r} names nothing the embedded pipeline draws; it draws {known}")
+            labels = ", ".join(word for values in world.attributes.values() for word in values)
+            raise UserError(f"--concept {concept!r} names nothing the embedded pipeline draws; it draws {labels}")
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ValidationSampler:
 
     def accuracies(self) -> Accuracies | None:
         """Return recognition rates before and after; None without a detector."""
-        return self.evaluator.accuracies(self.evaluator.look(self.stores["before"], self.stores["after"]))
+        return self.evaluator.accuracies(self.evaluator.score(self.stores["before"], self.stores["after"]))
 
     def grid(self) -> Image.Image:
         """Return a grid of a few prompts, before above after."""

@@ -1,4 +1,4 @@
-"""What a pipeline's scheduler says of the noise that its denoiser was trained on, and of how timesteps count it."""
+"""The noise schedule of a pipeline's scheduler: noise levels of training, and their timesteps."""
 
 import functools
 from pathlib import Path
@@ -12,32 +12,32 @@ from esd_peft.errors import UserError
 
 
 def as_kind(scheduler: SchedulerMixin, kind: str | None) -> SchedulerMixin:
-    """The same scheduler as another class of diffusers, if one is named."""
+    """Return the scheduler, or the same config as the class `kind` of diffusers."""
     return scheduler if kind is None else getattr(diffusers, kind).from_config(scheduler.config)
 
 
 class NoiseSchedule:
-    """Of the pipeline in the directory `path`, by its `scheduler`, which is only read."""
+    """The noise schedule of the pipeline in `path`; it only reads `scheduler`."""
 
     def __init__(self, scheduler: SchedulerMixin, path: Path) -> None:
         self.scheduler, self.path = scheduler, path
 
     @property
     def is_flow_matching(self) -> bool:
-        """Whether the denoiser predicts a flow from noise to images."""
+        """True if the denoiser predicts a flow from noise to images."""
         has_noise_schedule = hasattr(self.scheduler, "alphas_cumprod") or self._counts_log_sigma
         return not has_noise_schedule or bool(self.scheduler.config.get("use_flow_sigmas"))
 
     @functools.cached_property
     def _counts_log_sigma(self) -> bool:
-        """Whether timesteps are (log σ)/4, from about 1 down to below 0, as EDM's and continuous Euler's are."""
+        """True if timesteps are (log σ)/4, from about 1 down to below 0, as for EDM and continuous Euler."""
         every = getattr(self.scheduler, "timesteps", None)
         return every is not None and float(every.min()) < 0
 
     def training_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Where a scheduler's `timesteps` stand among those of training, of which 0 is the least noisy; fp32 or as given.
+        """Convert a scheduler's `timesteps` to timesteps of training (0 is the least noisy); fp32 or as given.
 
-        That is what they are themselves, but for schedulers that count (log σ)/4: these stand between two of training.
+        They are equal, except for schedulers with timesteps (log σ)/4, whose timesteps lie between two of training.
         """
         if not self._counts_log_sigma:
             return timesteps
@@ -48,7 +48,7 @@ class NoiseSchedule:
         return (above - 1 + between) * ((self.scheduler.config.num_train_timesteps - 1) / (len(every) - 1))
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a denoiser is trained on: inputs x_t, timesteps `[B]`, and the predictions that would be right.
+        """Return training inputs x_t, timesteps `[B]`, and the correct predictions.
 
         Diffusion: x_t = √ᾱ x_0 + √(1−ᾱ) ε, predicted is ε, or v = √ᾱ ε − √(1−ᾱ) x_0. Flow matching: x_t = (1−σ) x_0 + σ ε,
         predicted is ε − x_0. `levels` `[B]` in [0, 1) are shares of the training timesteps, of which 0 is the least noisy;
@@ -64,7 +64,7 @@ class NoiseSchedule:
         return noisy, self.scheduler_timesteps(timesteps), right
 
     def shares(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """What x_t has of the image and of noise at `levels` of `add_noise`, each `[B]`."""
+        """Return the coefficients of image and noise in x_t at `levels` of `add_noise`, each `[B]`."""
         if self.is_flow_matching:
             return 1 - levels, levels
         kept = self.alphas_cumprod().to(levels.device)
@@ -72,8 +72,8 @@ class NoiseSchedule:
         return kept.sqrt(), (1 - kept).sqrt()
 
     def min_snr_weights(self, gamma: float) -> Tensor:
-        """Loss weights `[num_train_timesteps]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε, for v
-        min(SNR, γ)/(SNR + 1).
+        """Return the loss weights `[num_train_timesteps]` fp32 of min-SNR (arXiv 2303.09556): min(SNR, γ)/SNR for ε,
+        min(SNR, γ)/(SNR + 1) for v.
 
         Raises `UserError` for a scheduler without the noise schedule (ᾱ) of a diffusion model.
         """
@@ -82,11 +82,11 @@ class NoiseSchedule:
         return snr.clamp(max=gamma) / (snr if self.predicts_noise else snr + 1)
 
     def scheduler_timesteps(self, timesteps: Tensor) -> Tensor:
-        """What the denoiser is told at `timesteps` of training, int64: the inverse of `training_timesteps`."""
+        """Convert `timesteps` of training to those of the denoiser, int64: the inverse of `training_timesteps`."""
         return self.scheduler.timesteps.flip(0).to(timesteps.device)[timesteps] if self._counts_log_sigma else timesteps
 
     def at_timesteps(self, table: Tensor, timesteps: Tensor) -> Tensor:
-        """What `table` `[num_train_timesteps]` holds at a scheduler's `timesteps`, also between two of its entries."""
+        """Interpolate `table` `[num_train_timesteps]` at a scheduler's `timesteps`."""
         last = len(table) - 1
         places = self.training_timesteps(timesteps).float().clamp(0, last)
         below = places.long()
@@ -94,11 +94,11 @@ class NoiseSchedule:
 
     @property
     def predicts_noise(self) -> bool:
-        """Whether the denoiser's prediction is ε, and not v or a flow."""
+        """True if the denoiser predicts ε; False for v or a flow."""
         return self.scheduler.config.get("prediction_type") == "epsilon"
 
     def alphas_cumprod(self) -> Tensor:
-        """ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
+        """Return ᾱ `[num_train_timesteps]` fp32. Raises `UserError` for a scheduler that is not of a diffusion model."""
         if self.is_flow_matching or not hasattr(self.scheduler, "alphas_cumprod"):
             raise UserError(
                 "--snr-gamma, --method contrastive and attacks that learn need a diffusion model's noise schedule, "

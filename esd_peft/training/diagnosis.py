@@ -21,7 +21,7 @@ from torch import Tensor
 from esd_peft.models import ModelFamily, PromptEmbeds
 from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.augmentation import MANY_WORDS
-from esd_peft.prompts.plan import Pair, PromptPlan, names, spread
+from esd_peft.prompts.plan import Pair, PromptPlan, mentions, spread
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.seeds import generator, seed_for
@@ -107,9 +107,9 @@ def choose_probes(family: ModelFamily, plan: PromptPlan, seed: int) -> Probes:
 
     Where the tokenizer knows few words there is nothing unlisted, and the concepts come in prompts of the plan.
     """
-    said = [*plan.concepts, *itertools.chain(*plan.other_names), *plan.given]
-    words = [word for word in family.whole_words() if not any(names(text, word) for text in said)]
-    listed = spread([text for text in plan.kept if text], EACH)
+    said = [*plan.concepts, *itertools.chain(*plan.synonyms), *plan.user_preserved]
+    words = [word for word in family.whole_words() if not any(mentions(text, word) for text in said)]
+    listed = spread([text for text in plan.preserved_texts if text], EACH)
     looked_at = spread(plan.concept_pairs, CONCEPTS)
     if len(words) < MANY_WORDS:
         return Probes([spread(pairs, EACH) for pairs in looked_at], listed, [])

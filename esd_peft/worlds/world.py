@@ -18,7 +18,7 @@ Labels = dict[str, str]  # by domain: {"thing": "fox", "style": "ink"}
 class Classifier(Protocol):
     """Labels images."""
 
-    def name(self, images: Tensor) -> list[Labels]:
+    def classify(self, images: Tensor) -> list[Labels]:
         """Return the labels of each of the images `[B, 3, H, W]`, with values in [0, 1]."""
 
 
@@ -39,8 +39,8 @@ class Sampling:
     @property
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the pipeline call, without the prompts."""
-        given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        return {name: value for name, value in given.items() if value is not None}
+        settings = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True)

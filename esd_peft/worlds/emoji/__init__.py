@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.worlds.emoji import pictures
-from esd_peft.worlds.emoji.classifier import LABELS, Classifier
+from esd_peft.worlds.emoji.classifier import LABELS, EmojiClassifier
 from esd_peft.worlds.emoji.vocabulary import (
     FRAMES,
     GROUNDS,
@@ -40,18 +40,18 @@ class Emoji(World):
 
     def attributes_in(self, text: str) -> Labels:
         """Match things by their longest name ("hot dog", not "dog"), and grounds only where the text calls them one."""
-        found: Labels = {}
+        labels: Labels = {}
         words = " ".join(re.findall(r"[a-z]+", text.lower()))
         names = [name for name in NAMES if re.search(rf"\b{name}\b", words)]
         if names:
-            found["thing"] = max(names, key=len)
+            labels["thing"] = max(names, key=len)
         if styles := [style for style in STYLES if style in words.split()]:
-            found["style"] = styles[0]
+            labels["style"] = styles[0]
         if ground := _GROUND.search(words):
-            found["ground"] = ground[3] or ground[4]
+            labels["ground"] = ground[3] or ground[4]
         elif words in GROUNDS:
-            found["ground"] = words
-        return found | ({"mark": WATERMARK} if WATERMARK in words.split() else {})
+            labels["ground"] = words
+        return labels | ({"mark": WATERMARK} if WATERMARK in words.split() else {})
 
     def paraphrases(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
         return [self._prompt(labels, Captions(draws)) for _ in range(count)]
@@ -102,24 +102,26 @@ class Emoji(World):
 
     def _prompt(self, labels: Labels, captions: Captions, reference: str | None = None) -> Prompt:
         """Draw a prompt that names `labels` and a thing, and at random a style and a ground that `labels` leaves open."""
-        shown = dict(labels)
+        all_labels = dict(labels)
         if not reference and "thing" not in labels and labels:
-            shown["thing"] = captions.pick(NAMES)
+            all_labels["thing"] = captions.pick(NAMES)
         for domain, choices, share in (("style", STYLES, 0.7), ("ground", GROUNDS, 0.5)):
-            if domain not in shown and captions.happens(share):
-                shown[domain] = captions.pick(choices)
-        said = reference or shown.get("thing") or captions.pick(NOUNS)
+            if domain not in all_labels and captions.happens(share):
+                all_labels[domain] = captions.pick(choices)
+        subject = reference or all_labels.get("thing") or captions.pick(NOUNS)
         text = ""
         while not text or len(_WORDS.findall(text)) > _LONGEST:
-            beside = captions.happens(0.3)
-            text = captions.say(said, shown.get("style"), shown.get("ground"), "mark" in labels, beside, _FRAMES)
-        return Prompt(text, shown)
+            in_scene = captions.happens(0.3)
+            text = captions.say(
+                subject, all_labels.get("style"), all_labels.get("ground"), "mark" in labels, in_scene, _FRAMES
+            )
+        return Prompt(text, all_labels)
 
-    def load_classifier(self) -> Classifier:
-        return Classifier.load(Path(__file__).with_name("classifier.safetensors"))
+    def load_classifier(self) -> EmojiClassifier:
+        return EmojiClassifier.load(Path(__file__).with_name("classifier.safetensors"))
 
 
 @functools.cache
 def _neighbours() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = json.loads(Path(__file__).with_name("neighbours.json").read_text(encoding="utf-8"))
-    return found
+    neighbours: dict[str, list[str]] = json.loads(Path(__file__).with_name("neighbours.json").read_text(encoding="utf-8"))
+    return neighbours

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.shapes.classifier import Classifier
+from esd_peft.worlds.shapes.classifier import ShapesClassifier
 from esd_peft.worlds.world import Labels, Prompt, World
 
 
@@ -44,5 +44,5 @@ class Shapes(World):
     def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]]:
         return world.prompt_templates(texts)
 
-    def load_classifier(self) -> Classifier:
-        return Classifier.load(Path(__file__).with_name("classifier.safetensors"))
+    def load_classifier(self) -> ShapesClassifier:
+        return ShapesClassifier.load(Path(__file__).with_name("classifier.safetensors"))

@@ -124,7 +124,7 @@ def test_the_prompts_of_a_file_are_in_the_config(shapes, tmp_path):
     resolved, prompts = resolve(config(preserve=["a star", "a heart"], preserve_file=file), shapes)
     file.unlink()
     assert resolved.prompts.preserve == ["a star", "a heart", "a red square"] and resolved.prompts.preserve_file is None
-    assert [pair.prompt for pair in prompts.preserve] == prompts.given == resolved.prompts.preserve
+    assert [pair.prompt for pair in prompts.preserve] == prompts.user_preserved == resolved.prompts.preserve
     assert resolved.buffer.preservation_trajectories == 3
     assert resolve(EraseConfig(**yaml.safe_load(resolved.to_yaml())), shapes) == (resolved, prompts)
 

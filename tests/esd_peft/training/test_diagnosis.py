@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from esd_peft.prompts.plan import names
+from esd_peft.prompts.plan import mentions
 from esd_peft.training import diagnosis
 from esd_peft.training.diagnosis import Diagnosis, choose_probes, diagnose
 from esd_peft.training.student import Student
@@ -53,7 +53,7 @@ def test_before_training_all_is_left_and_nothing_has_moved(model, monkeypatch):
     assert found.near == {"a star": 0.0}  # the others of what was found stand on the list already
     assert len(found.listed) == 6 and set(found.listed.values()) == {0.0}
     assert len(found.unlisted) == 6 and set(found.unlisted.values()) == {0.0}
-    assert not any(names(concept, text) for concept in ("circle", "red") for text in [*probes.listed, *probes.unlisted])
+    assert not any(mentions(concept, text) for concept in ("circle", "red") for text in [*probes.listed, *probes.unlisted])
     (advice,) = found.advice()
     assert advice.startswith("100% of the concept's direction is left")
 

@@ -102,7 +102,7 @@ def test_prompts_ask_for_what_they_are_to_measure():
 
 def test_the_classifier_names_what_is_drawn_anew():
     labels, images = pictures.sample(1024, draws(2**40))
-    seen = Emoji().load_classifier().name(images)
+    seen = Emoji().load_classifier().classify(images)
     for i, (domain, names) in enumerate(LABELS.items()):
         right = sum(found.get(domain, "") == names[int(label[i])] for found, label in zip(seen, labels, strict=True))
         assert right / len(labels) >= 0.97, domain
@@ -157,7 +157,7 @@ def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
     prompts = world.full_prompts()[::11]
     texts = [prompt.text for prompt in prompts]
     images = pipe(texts, num_inference_steps=20, guidance_scale=3.0, generator=draws(), output_type="pt").images
-    seen = world.load_classifier().name(images)
+    seen = world.load_classifier().classify(images)
     for domain, least in {"thing": 0.92, "style": 0.75, "ground": 0.97}.items():
         right = [found.get(domain) == prompt.labels[domain] for found, prompt in zip(seen, prompts, strict=True)]
         assert sum(right) / len(right) >= least, domain
