@@ -46,9 +46,9 @@ def make_iteration(
     noise = family.initial_latents(1, student, torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
 
     def predict(denoiser, latents, timestep, rows: list[int]):
-        told: PromptEmbeds = {name: value[rows] for name, value in embeds.items()}
+        prompt_embeds: PromptEmbeds = {name: value[rows] for name, value in embeds.items()}
         times = timestep.to(device).expand(len(rows))
-        return family.predict(denoiser, latents.repeat(len(rows), 1, 1, 1), times, told)
+        return family.predict(denoiser, latents.repeat(len(rows), 1, 1, 1), times, prompt_embeds)
 
     def iterate() -> None:
         latents = noise

@@ -79,12 +79,12 @@ def needs_gpu(gib: float = 0) -> torch.device:
 
 def environment() -> dict:
     """Return the environment of the figures."""
-    found = {name: version(name) for name in ("torch", "triton", "diffusers", "peft", "bitsandbytes")}
+    versions = {name: version(name) for name in ("torch", "triton", "diffusers", "peft", "bitsandbytes")}
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found |= {"driver": subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]}
-        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+        versions |= {"driver": subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]}
+        versions |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return versions
 
 
 def correctness() -> Rows:
@@ -343,16 +343,16 @@ def run_section(name: str, file: Path) -> list[str]:
         start = time.perf_counter()
         try:
             result[row] = measure()
-            said = "done"
+            status = "done"
         except Skip as why:
-            said = f"skipped: {why}"
+            status = f"skipped: {why}"
         except Exception as error:  # it must not cost the others' figures
             traceback.print_exc()
-            said = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            result[row] = {"failed": said}
+            status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            result[row] = {"failed": status}
         if result:
             file.write_text(json.dumps(result, indent=1) + "\n")
-        lines.append(f"- {name}, {row}: {said} ({time.perf_counter() - start:.0f} s)")
+        lines.append(f"- {name}, {row}: {status} ({time.perf_counter() - start:.0f} s)")
         print(lines[-1], flush=True)
     return lines
 

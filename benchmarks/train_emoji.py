@@ -189,8 +189,8 @@ def train_text_encoder(
     def loss_of() -> Tensor:
         labels, latents = pool.sample(batch, generator)
         # Tokens after a caption's end do not change its vector, so captions need no padding.
-        said = tokens(tokenizer, [captions(label) for label in labels], padding="longest")
-        texts = functional.normalize(project(text(said.to(device)).pooler_output), dim=-1)
+        caption_tokens = tokens(tokenizer, [captions(label) for label in labels], padding="longest")
+        texts = functional.normalize(project(text(caption_tokens.to(device)).pooler_output), dim=-1)
         logits = LOGIT_SCALE * texts @ tower(latents).T
         target = torch.arange(batch, device=device)
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
@@ -228,8 +228,8 @@ def train_denoiser(
     def inputs() -> tuple[tuple[Tensor, ...], Tensor]:
         labels, latents = pool.sample(batch, generator)
         with torch.no_grad():
-            said = tokens(tokenizer, [captions(label) for label in labels])
-            embeds = text(said.to(device)).last_hidden_state
+            caption_tokens = tokens(tokenizer, [captions(label) for label in labels])
+            embeds = text(caption_tokens.to(device)).last_hidden_state
         noise = torch.randn(latents.shape, generator=generator).to(device)
         timesteps = odds.multinomial(batch, replacement=True, generator=generator).to(device)
         return (scheduler.add_noise(latents, noise, timesteps), timesteps, embeds), noise
@@ -237,8 +237,8 @@ def train_denoiser(
     denoise = replayed(unet, inputs()[0])
 
     def loss_of() -> Tensor:
-        told, noise = inputs()
-        return functional.mse_loss(denoise(*told), noise)
+        denoiser_inputs, noise = inputs()
+        return functional.mse_loss(denoise(*denoiser_inputs), noise)
 
     losses = [*Fit("refine" if refine else "denoiser", unet, steps, 1e-3, generator, state, average=average).run(loss_of)]
     save_pipeline(pipeline, vae, text, tokenizer, average)
@@ -250,21 +250,21 @@ def find_neighbours(pipeline: Path, classifier: EmojiClassifier, generator: torc
     """Return the nearest labels of each thing, by the classifier's confusions and by name similarity in the text encoder,
     with equal weight.
     """
-    looks, seen = torch.zeros(len(NAMES), len(NAMES)), torch.zeros(len(NAMES), 1)
+    confusions, image_counts = torch.zeros(len(NAMES), len(NAMES)), torch.zeros(len(NAMES), 1)
     for _ in range(40):
         labels, pixels = pictures.sample(512, generator)
-        looks.index_add_(0, labels[:, 0], classifier(worn(pixels, generator))["thing"].log_softmax(1))
-        seen.index_add_(0, labels[:, 0], torch.ones(len(labels), 1))
-    looks = looks / seen
-    looks = looks - looks.mean(1, keepdim=True)
-    looks = looks - looks.mean(0)  # subtract the mean: some names are likelier for every image
+        confusions.index_add_(0, labels[:, 0], classifier(worn(pixels, generator))["thing"].log_softmax(1))
+        image_counts.index_add_(0, labels[:, 0], torch.ones(len(labels), 1))
+    confusions = confusions / image_counts
+    confusions = confusions - confusions.mean(1, keepdim=True)
+    confusions = confusions - confusions.mean(0)  # subtract the mean: some names are likelier for every image
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).eval()
     embeds = text(tokens(tokenizer, [with_article(name) for name in NAMES])).pooler_output
     embeds = functional.normalize(embeds - embeds.mean(0), dim=1)
     others = ~torch.eye(len(NAMES), dtype=torch.bool)
-    near = torch.stack([(x - x[others].mean()) / x[others].std() for x in (looks, embeds @ embeds.T)]).sum(0)
-    order = near.where(others, -torch.inf).argsort(1, descending=True)[:, :NEIGHBOURS]
+    similarity = torch.stack([(x - x[others].mean()) / x[others].std() for x in (confusions, embeds @ embeds.T)]).sum(0)
+    order = similarity.where(others, -torch.inf).argsort(1, descending=True)[:, :NEIGHBOURS]
     return {name: [NAMES[i] for i in row] for name, row in zip(NAMES, order.tolist(), strict=True)}
 
 

@@ -66,11 +66,13 @@ def captions() -> dict[str, dict[str, str]]:
 
 def teach_encoder(family: ModelFamily, steps: int, generator: torch.Generator) -> None:
     """The text encoder that is none of CLIP's learns to say, in the mean of its tokens, all that a prompt names."""
-    pipe, said = family.load_encoders(CPU, torch.float32), captions()
+    pipe, captions_by_prompt = family.load_encoders(CPU, torch.float32), captions()
     part = next(name for name in family.text_parts if "CLIP" not in type(getattr(pipe, name)).__name__ and "encoder" in name)
-    encoder, prompts = getattr(pipe, part).requires_grad_(True).train(), [*said]
+    encoder, prompts = getattr(pipe, part).requires_grad_(True).train(), [*captions_by_prompt]
     names = {kind: [None, *names] for kind, names in world.ATTRIBUTES.items()}
-    wanted = torch.tensor([[known.index(named.get(kind)) for kind, known in names.items()] for named in said.values()])
+    label_ids = torch.tensor(
+        [[values.index(named.get(kind)) for kind, values in names.items()] for named in captions_by_prompt.values()]
+    )
 
     def mean_token(rows: list[int]) -> Tensor:
         embeds = family.encode_prompts(pipe, [prompts[i] for i in rows], CPU)
@@ -78,12 +80,12 @@ def teach_encoder(family: ModelFamily, steps: int, generator: torch.Generator) -
         counts = embeds.get(MASK, torch.ones(states.shape[:2]))[..., None]
         return (states * counts).sum(1) / counts.sum(1)
 
-    probes = nn.ModuleList(nn.Linear(mean_token([0]).shape[1], len(known)) for known in names.values())
+    probes = nn.ModuleList(nn.Linear(mean_token([0]).shape[1], len(values)) for values in names.values())
 
     def loss_of() -> Tensor:
         rows = torch.randint(len(prompts), (BATCH,), generator=generator)
         token = mean_token(rows.tolist())
-        losses = [cross_entropy(probe(token), right) for probe, right in zip(probes, wanted[rows].T, strict=True)]
+        losses = [cross_entropy(probe(token), right) for probe, right in zip(probes, label_ids[rows].T, strict=True)]
         return torch.stack(losses).mean()
 
     losses = [*Fit("encoder", nn.ModuleList([encoder, probes]), steps, 1e-3, generator).run(loss_of)]
@@ -119,9 +121,9 @@ class Lessons:
 
     def loss(self, denoiser: ModelMixin) -> Tensor:
         """The mean squared error of its predictions, each with its weight."""
-        x_t, timesteps, right, said, weight = self.draw()
-        made = self.family.predict(denoiser, x_t, timesteps, index_embeds(self.embeds, said))
-        return ((made - right).square().flatten(1).mean(1) * weight).mean()
+        x_t, timesteps, target, rows, weight = self.draw()
+        predictions = self.family.predict(denoiser, x_t, timesteps, index_embeds(self.embeds, rows))
+        return ((predictions - target).square().flatten(1).mean(1) * weight).mean()
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents x_t, timesteps, the right predictions, the rows of the prompts, and the errors' weights `[B]`.
@@ -135,15 +137,15 @@ class Lessons:
         schedule = self.family.noise_schedule
         if self.taught:
             levels = self._levels(2 * levels / (1 + levels))
-        x_t, timesteps, right = schedule.add_noise(latents, noise, levels)
-        said = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
+        x_t, timesteps, target = schedule.add_noise(latents, noise, levels)
+        rows = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
         signal, rest = schedule.shares(levels)
         weight = torch.ones(BATCH)
         if self.taught:
-            right = self._taught(x_t, signal, rest, right, said)
+            target = self._taught(x_t, signal, rest, target, rows)
             if not schedule.is_flow_matching:
                 weight = ((signal + rest) / signal).square().clamp(max=MOST)
-        return x_t, timesteps, right, said, weight
+        return x_t, timesteps, target, rows, weight
 
     def _levels(self, sigmas: Tensor) -> Tensor:
         """Return the levels at which x_t has noise `sigmas` and image 1 − σ.
@@ -158,19 +160,21 @@ class Lessons:
         return levels[torch.searchsorted((rest / (signal + rest)).contiguous(), sigmas).clamp(max=999)]
 
     @torch.no_grad()
-    def _taught(self, x_t: Tensor, signal: Tensor, rest: Tensor, right: Tensor, said: Tensor) -> Tensor:
-        """`right`, by the shapes pipeline's UNet where it knows as much noise beside as much signal (both `[B]`)."""
-        kept = self.teacher.noise_schedule.alphas_cumprod()
-        ratios = kept / (1 - kept)  # of signal to noise, falling
-        wanted = (signal / rest).square()
-        known = (wanted <= ratios[0]) & (wanted >= ratios[-1])
-        timesteps = torch.searchsorted(-ratios, -wanted).clamp(max=len(ratios) - 1)
+    def _taught(self, x_t: Tensor, signal: Tensor, rest: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+        """Replace `target` by the prediction of the shapes pipeline's U-Net, where that covers the signal-to-noise ratio;
+        both shares `[B]`.
+        """
+        alphas_cumprod = self.teacher.noise_schedule.alphas_cumprod()
+        ratios = alphas_cumprod / (1 - alphas_cumprod)  # of signal to noise, falling
+        ratio = (signal / rest).square()
+        covered = (ratio <= ratios[0]) & (ratio >= ratios[-1])
+        timesteps = torch.searchsorted(-ratios, -ratio).clamp(max=len(ratios) - 1)
         x, a, s = self.family.unpack_latents(x_t), signal.view(-1, 1, 1, 1), rest.view(-1, 1, 1, 1)
         alike = x / (a.square() + s.square()).sqrt()  # in the UNet's parameterization the squares add up to 1
-        noise = self.teacher.predict(self.unet, alike, timesteps, index_embeds(self.teacher_embeds, said))
+        noise = self.teacher.predict(self.unet, alike, timesteps, index_embeds(self.teacher_embeds, rows))
         if self.family.noise_schedule.is_flow_matching:
             noise = noise - (x - s * noise) / a.clamp(min=1e-3)
-        return torch.where(known.view(-1, *[1] * (right.dim() - 1)), self.family.pack_latents(noise), right)
+        return torch.where(covered.view(-1, *[1] * (target.dim() - 1)), self.family.pack_latents(noise), target)
 
 
 def train(kind: str, path: Path, steps: int) -> dict:
@@ -194,13 +198,13 @@ def train(kind: str, path: Path, steps: int) -> dict:
         teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
         def guided() -> Tensor:
-            x_t, timesteps, _, said, _ = lessons.draw()
+            x_t, timesteps, _, rows, _ = lessons.draw()
             with torch.no_grad():
                 null, towards = (
-                    family.predict(teacher, x_t, timesteps, index_embeds(embeds, row)) for row in (0 * said, said)
+                    family.predict(teacher, x_t, timesteps, index_embeds(embeds, row)) for row in (0 * rows, rows)
                 )
-            wanted = family.guide(null, towards, EMBEDDED_GUIDANCE)
-            return mse_loss(family.predict(denoiser, x_t, timesteps, index_embeds(embeds, said)), wanted)
+            target = family.guide(null, towards, EMBEDDED_GUIDANCE)
+            return mse_loss(family.predict(denoiser, x_t, timesteps, index_embeds(embeds, rows)), target)
 
         record["guidance loss"] = train_denoiser(
             "guidance", family, denoiser, guided, STEPS["guidance"], 3e-4, state, generator
@@ -210,8 +214,8 @@ def train(kind: str, path: Path, steps: int) -> dict:
 
 def quality(path: Path) -> dict[str, float]:
     """Return the share of images of all full prompts whose labels the classifier recognises."""
-    _, names, wanted = as_prompted(opened(path), WORLDS["shapes"], seeds=1)
-    pairs = [*zip(names, wanted, strict=True)]
+    _, names, prompted = as_prompted(opened(path), WORLDS["shapes"], seeds=1)
+    pairs = [*zip(names, prompted, strict=True)]
     return {kind: sum(seen[kind] == label[kind] for seen, label in pairs) / len(pairs) for kind in world.ATTRIBUTES}
 
 

@@ -21,10 +21,10 @@ from esd_peft.worlds.world import Labels
 HELD_OUT = 4096
 
 
-def report(who: str, names: list[Labels], wanted: list[Labels]) -> None:
+def report(who: str, names: list[Labels], prompted: list[Labels]) -> None:
     """Return the accuracy of each domain, and the labels with the lowest."""
-    for domain in dict.fromkeys(domain for labels in wanted for domain in labels):
-        rows = [(name.get(domain), labels[domain]) for name, labels in zip(names, wanted, strict=True) if domain in labels]
+    for domain in dict.fromkeys(domain for labels in prompted for domain in labels):
+        rows = [(name.get(domain), labels[domain]) for name, labels in zip(names, prompted, strict=True) if domain in labels]
         right = sum(seen == label for seen, label in rows)
         print(f"{who}, {domain}: {right / len(rows):.2%} of {len(rows)}")
         wrong = Counter(f"{label} as {seen}" for seen, label in rows if seen != label)
@@ -50,12 +50,12 @@ def main() -> None:
     world = WORLDS[args.world]
     classifier = world.load_classifier()
 
-    wanted, pixels = world.rendered(HELD_OUT, torch.Generator().manual_seed(2**40))
+    prompted, pixels = world.rendered(HELD_OUT, torch.Generator().manual_seed(2**40))
     names = [name for part in pixels.split(256) for name in classifier.classify(part)]
-    report("classifier, held-out rendered images", names, wanted)
+    report("classifier, held-out rendered images", names, prompted)
 
-    images, names, wanted = as_prompted(open_family(args.world), world, args.seeds)
-    report("pipeline, images as prompted", names, wanted)
+    images, names, prompted = as_prompted(open_family(args.world), world, args.seeds)
+    report("pipeline, images as prompted", names, prompted)
     if args.image:
         side = int(len(images) ** 0.5)
         sheet = images[: side * side, 0].unflatten(0, (side, side)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)

@@ -260,8 +260,10 @@ def run_stages(
         log = output / "training.json"
         check_folder(output, _WORLD, writes=[log.name, STATE])
         take_folder(output, _WORLD)
-        known = marks.recorded(output) or set()
-        others = {path for path in output.rglob("*") if is_file(path) and path.relative_to(output).as_posix() not in known}
+        recorded = marks.recorded(output) or set()
+        others = {
+            path for path in output.rglob("*") if is_file(path) and path.relative_to(output).as_posix() not in recorded
+        }
         try:
             record = {**read_json(log)} if exists(log) else {}
         except (UnreadableError, TypeError) as error:

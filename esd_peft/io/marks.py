@@ -41,9 +41,9 @@ def kind_of(path: Path) -> str | None:
         return _json_kind(path)
 
 
-def signed(values: dict[str, Any], made: str) -> dict[str, Any]:
+def signed(values: dict[str, Any], kind: str) -> dict[str, Any]:
     """Sign the values of a JSON file that is an output by itself; any later change voids the signature."""
-    values = {**values, KEY: made}
+    values = {**values, KEY: kind}
     return {**values, _DIGEST: _digest(values)}
 
 
@@ -54,8 +54,8 @@ def _json_kind(file: Path) -> str | None:
         return None
     if not isinstance(values, dict) or values.pop(_DIGEST, None) != _digest(values):
         return None
-    made = values.get(KEY)
-    return made if isinstance(made, str) else None
+    kind = values.get(KEY)
+    return kind if isinstance(kind, str) else None
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -64,8 +64,8 @@ def _digest(values: dict[str, Any]) -> str:
 
 def recorded(folder: Path) -> set[str] | None:
     """Return the files recorded in the mark of the directory; None without a mark."""
-    made, names = _read(folder)
-    return None if made is None else names
+    kind, names = _read(folder)
+    return None if kind is None else names
 
 
 def _read(folder: Path) -> tuple[str | None, set[str]]:
@@ -81,12 +81,12 @@ def _read(folder: Path) -> tuple[str | None, set[str]]:
     return lines[0]["made"], {line for line in lines[1:] if isinstance(line, str)}
 
 
-def begin(folder: Path, made: str) -> None:
-    """Mark the directory, which is empty or has the same mark, as `made`."""
-    if kind_of(folder) == made:
+def begin(folder: Path, kind: str) -> None:
+    """Mark the directory, which is empty or has the same mark, as `kind`."""
+    if kind_of(folder) == kind:
         return
     try:
-        _write(folder / MARK, [{"made": made}])
+        _write(folder / MARK, [{"made": kind}])
     except OSError:
         (folder / MARK).unlink(missing_ok=True)
         raise
@@ -103,12 +103,12 @@ def add(folder: Path, names: Iterable[str]) -> None:
 
 def drop(folder: Path, names: Iterable[str]) -> None:
     """Remove files from the record: later files of these names are not of this package."""
-    made, known = _read(folder)
-    if made is None or not known & {*names}:
+    kind, recorded_names = _read(folder)
+    if kind is None or not recorded_names & {*names}:
         return
     new = folder / _NEW
     with contextlib.suppress(OSError):  # on a full disk they stay on the list, which does no harm
-        _write(new, [{"made": made}, *sorted(known - {*names})])
+        _write(new, [{"made": kind}, *sorted(recorded_names - {*names})])
         new.replace(folder / MARK)
 
 

@@ -21,11 +21,11 @@ from esd_peft.io.marks import MARK, filled
 Inputs = Iterable[str | Path | None]  # inputs of the command: files, folders, hub ids, None
 
 
-def check_output(path: Path, kind_of_output: str, overwrite: bool, inputs: Inputs = (), option: str = "--output") -> None:
+def check_output(path: Path, kind: str, overwrite: bool, inputs: Inputs = (), option: str = "--output") -> None:
     """Raise `UserError` now, before any work, if `path` could not be written as a new directory later.
 
-    It is `made` ("an adapter"), and replaces nothing else. Nor may it be, hold or lie in one of `inputs`, be the working
-    directory or a mount point: it is replaced as a whole.
+    It is of that kind ("an adapter"), and replaces nothing else. Nor may it be, hold or lie in one of `inputs`, be the
+    working directory or a mount point: it is replaced as a whole.
     """
     with _user_errors(path, option):
         real = path.resolve()
@@ -35,23 +35,23 @@ def check_output(path: Path, kind_of_output: str, overwrite: bool, inputs: Input
         if os.path.lexists(real) and not real.is_dir():
             raise UserError(f"{option} {path} is a file; name a directory")
         if filled(real):
-            if not overwrite and marks.kind_of(real) in (None, kind_of_output):
+            if not overwrite and marks.kind_of(real) in (None, kind):
                 raise UserError(f"{option} {path} is not empty; name another directory or add --overwrite")
-            _check_own(path, kind_of_output, option)
+            _check_own(path, kind, option)
         _check_writable(real)
 
 
-def check_new_file(path: Path, kind_of_output: str, overwrite: bool, inputs: Inputs = ()) -> None:
+def check_new_file(path: Path, kind: str, overwrite: bool, inputs: Inputs = ()) -> None:
     """Raise `UserError` now, before any work, if `path` could not be written as a new file later, or is or lies in an input.
 
-    It is `made` ("a merged model"), says so in its header (`marks.KEY`), and replaces nothing else.
+    It is of that kind ("a merged model"), says so in its header (`marks.KEY`), and replaces nothing else.
     """
     with _user_errors(path):
         if path.is_dir():
             raise UserError(f"--output {path} is a directory; name a file in it")
         keep_apart(path, inputs)
         if os.path.lexists(path.resolve()):
-            if marks.kind_of(path) != kind_of_output:
+            if marks.kind_of(path) != kind:
                 raise UserError(f"--output {path} is there and was not written by this command; name another file")
             if not overwrite:
                 raise UserError(f"--output {path} is already there; name another file or add --overwrite")
@@ -79,10 +79,8 @@ def _within(inner: Path, outer: Path) -> bool:
     return outer.exists() and any(p.exists() and outer.samefile(p) for p in (inner, *inner.parents))
 
 
-def check_folder(
-    path: Path, kind_of_output: str, inputs: Inputs = (), writes: Iterable[str] = (), option: str = "--output"
-) -> None:
-    """Raise `UserError` now, before any work, if `path` could not be a folder that is added to: new, empty or `made` before.
+def check_folder(path: Path, kind: str, inputs: Inputs = (), writes: Iterable[str] = (), option: str = "--output") -> None:
+    """Raise `UserError` now, before any work, if `path` could not be a folder that is added to: new, empty or of that kind.
 
     Nor may it be, hold or lie in one of `inputs`, or hold a file that the caller `writes` and that did not come with it.
     """
@@ -92,7 +90,7 @@ def check_folder(
         if os.path.lexists(real) and not real.is_dir():
             raise UserError(f"{option} {path} is a file; name a directory")
         if filled(real, but=".lock"):  # a lock of `esd_peft.io.jobs`
-            _check_kind(path, kind_of_output, option)
+            _check_kind(path, kind, option)
         listed = marks.recorded(real) or ()
         for name in writes:
             if os.path.lexists(real / name) and name not in listed:
@@ -100,21 +98,21 @@ def check_folder(
         _try_draft(real / "draft" if real.is_dir() else real)
 
 
-def take_folder(path: Path, kind_of_output: str, part_of: Path | None = None, option: str = "--output") -> None:
-    """Create the folder, or continue with one that is `made`; it belongs to the directory `part_of`.
+def take_folder(path: Path, kind: str, part_of: Path | None = None, option: str = "--output") -> None:
+    """Create the folder, or continue with one of that kind; it belongs to the directory `part_of`.
 
     Raises `UserError` as `check_folder` does.
     """
-    check_folder(path, kind_of_output, option=option)
+    check_folder(path, kind, option=option)
     with _user_errors(path, option):
         path.resolve().mkdir(parents=True, exist_ok=True)
         _add_to(part_of, path)
-        marks.begin(path.resolve(), kind_of_output)
+        marks.begin(path.resolve(), kind)
 
 
-def empty_folder(path: Path, kind_of_output: str, option: str = "--output") -> None:
+def empty_folder(path: Path, kind: str, option: str = "--output") -> None:
     """Remove the folder that `take_folder` took. Raises `UserError`, and removes nothing, if it has foreign files."""
-    _check_own(path, kind_of_output, option)
+    _check_own(path, kind, option)
     _remove(path.resolve())
 
 
@@ -124,22 +122,22 @@ def _add_to(outer: Path | None, path: Path) -> None:
         marks.add(outer.resolve(), [f"{path.resolve().relative_to(outer.resolve()).as_posix()}/"])
 
 
-def _check_kind(path: Path, kind_of_output: str, option: str) -> None:
+def _check_kind(path: Path, kind: str, option: str) -> None:
     found_kind = marks.kind_of(path.resolve())
-    if found_kind != kind_of_output:
-        what = f"{found_kind}, not {kind_of_output}" if found_kind else "files that esd_peft did not write"
+    if found_kind != kind:
+        what = f"{found_kind}, not {kind}" if found_kind else "files that esd_peft did not write"
         raise UserError(f"{option} {path} holds {what}; name another directory")
 
 
-def _check_own(path: Path, kind_of_output: str, option: str) -> None:
-    """Raise `UserError` if something there is neither `made` nor recorded as a part of it."""
+def _check_own(path: Path, kind: str, option: str) -> None:
+    """Raise `UserError` if something there is neither of that kind nor recorded as a part of it."""
     real = path.resolve()
     try:
         other = marks.foreign(real)
     except BlockingIOError:
         raise UserError(f"{option} {path}: another run is writing there; wait for it, or name another directory") from None
     if marks.recorded(real) is not None:
-        _check_kind(path, kind_of_output, option)
+        _check_kind(path, kind, option)
     if other:
         raise UserError(
             f"{option} {path} holds {other.relative_to(real)}, which esd_peft did not write as a part of it and does not "
@@ -165,7 +163,7 @@ def _try_draft(real: Path) -> None:
 @contextlib.contextmanager
 def new_directory(
     path: Path,
-    kind_of_output: str,
+    kind: str,
     overwrite: bool,
     part_of: Path | None = None,
     option: str = "--output",
@@ -173,21 +171,21 @@ def new_directory(
 ) -> Iterator[Path]:
     """Yield a directory to fill; it becomes `path` if the block succeeds, and is removed otherwise.
 
-    It is of kind `made`, and recorded in the directory `part_of`, if given. Files get the modes of the umask, without
+    It is recorded in the directory `part_of`, if given. Files get the modes of the umask, without
     readers who may not read one of `private_as`. Raises `UserError` as `check_output` does, and for a full or failing disk.
     """
-    check_output(path, kind_of_output, overwrite, option=option)
+    check_output(path, kind, overwrite, option=option)
     real = path.resolve()
     try:
         with _working(real, "draft") as draft:
             new = draft / real.name
             new.mkdir()
             yield new
-            marks.begin(new, kind_of_output)
+            marks.begin(new, kind)
             settle(new, private_as)
             _add_to(part_of, path)
             if filled(real):
-                _check_own(path, kind_of_output, option)
+                _check_own(path, kind, option)
                 with _working(real, "old") as old:
                     real.rename(old / real.name)
                     new.rename(real)
