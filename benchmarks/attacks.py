@@ -1,11 +1,11 @@
-"""Can an erased concept be brought back? An embedded pipeline, erased, under attack.
+"""Attacks on erased embedded pipelines: can the concept be brought back?
 
     python benchmarks/attacks.py --output benchmarks/results/attacks --seeds 0
     python benchmarks/attacks.py --model shapes --concepts circle red striped --output benchmarks/results/attacks_shapes
 
 Every run erases a concept and evaluates it with attacks (`python -m esd_peft.evaluate --attack ...`).
-Writes OUTPUT.json (every run) and OUTPUT.md (means over concepts and seeds) after every run; what OUTPUT.json already
-holds is not run again.
+Writes OUTPUT.json (every run) and OUTPUT.md (means over concepts and seeds) after every run; runs in
+OUTPUT.json are not repeated.
 """
 
 import argparse
@@ -25,7 +25,7 @@ METHODS: dict[str, dict] = {
 
 
 def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
-    """Erase, attack, judge."""
+    """Erase a concept and evaluate the result under attack."""
     import torch
 
     torch.set_num_threads(args.threads)
@@ -34,12 +34,12 @@ def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         erased, report = Path(folder) / "erased", Path(folder) / "evaluation"
         fixed = {"model": args.model, "seed": seed, "output": erased, "num_validation_images": 0, "device": "cpu"}
-        made = erase(EraseConfig(concept=concept, **fixed, **METHODS[method]))
+        erasure = erase(EraseConfig(concept=concept, **fixed, **METHODS[method]))
         options = {"limit": args.limit, "seeds": 1, "attack": args.attacks, "attack_images": args.images}
         options |= {"num_inference_steps": args.num_inference_steps, "attack_steps": args.attack_steps}
-        found = evaluate(EvaluateConfig(erased=erased, output=report, device="cpu", seed=seed, **options))
-    assert found.accuracies is not None and found.accuracies.kept is not None
-    neighbours = found.accuracies.strata.get("neighbours")  # of what is drawn everywhere there are none
+        evaluation = evaluate(EvaluateConfig(erased=erased, output=report, device="cpu", seed=seed, **options))
+    assert evaluation.accuracies is not None and evaluation.accuracies.others_total is not None
+    neighbours = evaluation.accuracies.groups.get("neighbours")  # a concept that every image shows has none
     return {
         "method": method,
         "model": args.model,
@@ -47,19 +47,19 @@ def run(method: str, concept: str, seed: int, args: argparse.Namespace) -> dict:
         "concept": concept,
         "seed": seed,
         "budget": options,
-        "named": found.accuracies.targets[concept].after.share,
+        "named": evaluation.accuracies.targets[concept].after.share,
         "neighbours_lost": neighbours and neighbours.total.lost,
-        "others_lost": found.accuracies.kept.lost,
-        "attacks": found.to_dict()["attacks"],
-        "nfe": made["nfe"],
-        "erase_seconds": sum(made["seconds"].values()),
-        "evaluate_seconds": found.seconds,
+        "others_lost": evaluation.accuracies.others_total.lost,
+        "attacks": evaluation.to_dict()["attacks"],
+        "nfe": erasure["nfe"],
+        "erase_seconds": sum(erasure["seconds"].values()),
+        "evaluate_seconds": evaluation.seconds,
     }
 
 
-def markdown(runs: list[dict], made_by: list[str]) -> str:
-    """Means over concepts and seeds; then every run."""
-    lines = [line for command in made_by for line in (f"`{command}`", "")]
+def markdown(runs: list[dict], command_lines: list[str]) -> str:
+    """Return tables of means over concepts and seeds, then by concept."""
+    lines = [line for command in command_lines for line in (f"`{command}`", "")]
     for title, groups in (("", [""]), ("By concept", sorted({r["concept"] for r in runs}))):
         lines += [f"## {title}", ""] if title else []
         for group in groups:
@@ -70,9 +70,9 @@ def markdown(runs: list[dict], made_by: list[str]) -> str:
 
 
 def table(runs: list[dict]) -> list[str]:
-    """One line a method: what is left when the concept is asked for, after each attack, and what is lost of the rest."""
+    """Return a table with a line for each method: the concept's rate when prompted and after each attack, and losses."""
     attacks = {a["name"]: a["unit"] for r in runs for a in r["attacks"]}
-    header = ["", "runs", "asked for", *attacks, "neighbours lose", "others lose", "NFE", "seconds"]
+    header = ["", "runs", "prompted", *attacks, "neighbours lose", "others lose", "NFE", "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for method in METHODS:
         rows = [r for r in runs if r["method"] == method]
@@ -92,7 +92,7 @@ def table(runs: list[dict]) -> list[str]:
 
 
 def mean(values: list[float]) -> float:
-    """Of some."""
+    """Return the arithmetic mean."""
     return sum(values) / len(values)
 
 
@@ -126,13 +126,13 @@ def main() -> None:
 
 
 def save(output: Path, runs: list[dict]) -> str:
-    """Write all results; returns the tables."""
-    made_by = commands(output.with_suffix(".json"))
+    """Write all results; return the tables."""
+    command_lines = commands(output.with_suffix(".json"))
     draft = output.with_suffix(".tmp")
-    draft.write_text(json.dumps({"commands": made_by, "cpus": os.cpu_count(), "runs": runs}, indent=1) + "\n")
+    draft.write_text(json.dumps({"commands": command_lines, "cpus": os.cpu_count(), "runs": runs}, indent=1) + "\n")
     draft.replace(output.with_suffix(".json"))
-    output.with_suffix(".md").write_text(markdown(runs, made_by))
-    return markdown(runs, made_by)
+    output.with_suffix(".md").write_text(markdown(runs, command_lines))
+    return markdown(runs, command_lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ STEPS, SAMPLED, GUIDANCE = 50, 24, 3.0
 
 
 def seconds_an_iteration(path: Path, device: torch.device, count: int = 3) -> float:
-    """Of an iteration that samples to the middle of the trajectory, the mean of all, after one to warm up."""
+    """Return the mean seconds of iterations that sample to the middle of the trajectory, after one warm-up."""
     iterate, _ = make_iteration(path, device)
     iterate()
     finish(device)
@@ -46,9 +46,9 @@ def make_iteration(
     noise = family.initial_latents(1, student, torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
 
     def predict(denoiser, latents, timestep, rows: list[int]):
-        told: PromptEmbeds = {name: value[rows] for name, value in embeds.items()}
+        prompt_embeds: PromptEmbeds = {name: value[rows] for name, value in embeds.items()}
         times = timestep.to(device).expand(len(rows))
-        return family.predict(denoiser, latents.repeat(len(rows), 1, 1, 1), times, told)
+        return family.predict(denoiser, latents.repeat(len(rows), 1, 1, 1), times, prompt_embeds)
 
     def iterate() -> None:
         latents = noise

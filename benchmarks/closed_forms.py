@@ -1,7 +1,7 @@
 """Peers that edit keys and values of cross-attention in closed form, as their public code does it, for any diffusers UNet.
 
 All of them move key vectors c (embeddings of tokens of the concept's prompts) to targets g (those of what it becomes), with
-a ridge, and hold retained vectors r where they are.
+a ridge, and preserve retained vectors r.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.models import ModelFamily
-from esd_peft.prompts.plan import names, retain_prompts
+from esd_peft.prompts.plan import mentions, retain_prompts
 
 EXPANDED = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}")  # UCE's, for objects
 
@@ -20,27 +20,27 @@ def uce(family: ModelFamily, concepts: list[str], form: str, expand: bool = Fals
 
     `form` "current" (trainscripts/uce_sd_erase.py): the last word's token alone moves to the null prompt's. "old"
     (train-scripts/train_erase.py of 2023, technique "replace"): that token and all after it move to those of " ", and ""
-    is always held. `expand` adds their five templates, `retain` holds our built-in list. λ is 0.5, as both set it.
+    is always preserved. `expand` adds their five templates, `retain` our built-in retain set. λ is 0.5, as both set it.
     """
-    kept = _retained(concepts) if retain else []
+    retain_texts = _retained(concepts) if retain else []
     templates = ("{}", *(EXPANDED if expand else ()))
     pairs = [(t.format(c), t.format("") if form == "current" else " ") for c in concepts for t in templates]
-    embed, last = _embedder(family, [*(text for pair in pairs for text in pair), *kept, ""])
+    embed, last = _embedder(family, [*(text for pair in pairs for text in pair), *retain_texts, ""])
     if form == "current":
-        left = [embed[guide][last[guide]][None] for _, guide in pairs]
-        right = [embed[named][last[named]][None] for named, _ in pairs]
-        held, weight = [embed[text][last[text]][None] for text in kept], 1.0
+        target_keys = [embed[guide][last[guide]][None] for _, guide in pairs]
+        concept_keys = [embed[named][last[named]][None] for named, _ in pairs]
+        retained_keys, weight = [embed[text][last[text]][None] for text in retain_texts], 1.0
     else:
-        left, right = [], []
+        target_keys, concept_keys = [], []
         for named, guide in pairs:
             count = len(embed[named]) - max(last[named], last[guide])
-            left.append(embed[guide][last[guide] :][:count])
-            right.append(embed[named][last[named] :][:count])
-        held, weight = [embed[text] for text in ["", *kept]], max(0.1, 1 / (1 + len(kept)))
-    targets, keys = torch.cat(left), torch.cat(right)
-    retained = torch.cat(held) if held else keys[:0]
-    hold = weight * retained.T @ retained + 0.5 * torch.eye(keys.shape[1], dtype=keys.dtype)
-    matrix = (targets.T @ keys + hold) @ torch.linalg.inv(keys.T @ keys + hold)
+            target_keys.append(embed[guide][last[guide] :][:count])
+            concept_keys.append(embed[named][last[named] :][:count])
+        retained_keys, weight = [embed[text] for text in ["", *retain_texts]], max(0.1, 1 / (1 + len(retain_texts)))
+    targets, keys = torch.cat(target_keys), torch.cat(concept_keys)
+    retained = torch.cat(retained_keys) if retained_keys else keys[:0]
+    regularizer = weight * retained.T @ retained + 0.5 * torch.eye(keys.shape[1], dtype=keys.dtype)
+    matrix = (targets.T @ keys + regularizer) @ torch.linalg.inv(keys.T @ keys + regularizer)
     return _edited(family, lambda weight: weight @ matrix)
 
 
@@ -51,12 +51,12 @@ def speed(family: ModelFamily, concepts: list[str], augmented: int = 10, thresho
     copies of each, with noise where the layer hears least, likewise. The null prompt's tokens (the first, and three means of
     the others) stay exactly. The null space is that of energies below `threshold`.
     """
-    kept = _retained(concepts)
-    embed, last = _embedder(family, [*concepts, *kept, ""])
+    retain_texts = _retained(concepts)
+    embed, last = _embedder(family, [*concepts, *retain_texts, ""])
     keys = torch.stack([embed[c][last[c]] for c in concepts])
     square, null = keys.T @ keys / len(keys), embed[""]
     moving = null[last[""]].outer(keys.mean(dim=0)) - square
-    retained, eye = torch.stack([embed[text][last[text]] for text in kept]), torch.eye(len(square), dtype=keys.dtype)
+    retained, eye = torch.stack([embed[text][last[text]] for text in retain_texts]), torch.eye(len(square), dtype=keys.dtype)
     exact = torch.cat([null[:1], _means(null[1:], 3)]).T
     draws = torch.Generator().manual_seed(0)
 
@@ -79,11 +79,11 @@ CLOSED_FORMS: dict[str, Callable] = {"uce": uce, "speed": speed}
 
 
 def _retained(concepts: list[str]) -> list[str]:
-    return [text for text in retain_prompts() if not any(names(concept, text) for concept in concepts)]
+    return [text for text in retain_prompts() if not any(mentions(concept, text) for concept in concepts)]
 
 
 def _embedder(family: ModelFamily, texts: list[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Of each text its token embeddings `[tokens, width]` fp64, and the place of its last word's token."""
+    """Return each text's token embeddings `[tokens, width]` fp64, and the index of its last word's token."""
     texts = list(dict.fromkeys(texts))
     tokens = family.encode(texts, torch.device("cpu"), torch.float32)["encoder_hidden_states"].double()
     tokenizer = family.load_part("tokenizer")
@@ -92,7 +92,7 @@ def _embedder(family: ModelFamily, texts: list[str]) -> tuple[dict[str, Tensor],
 
 
 def _most_moved(keys: Tensor, change: Tensor) -> Tensor:
-    """Those that the change of a layer moves more than the average one."""
+    """Return the prompts whose layer output changes more than average."""
     moved = (keys @ change.T).norm(dim=1)
     return keys[moved > moved.mean()]
 

@@ -1,4 +1,4 @@
-"""Render the sheets of `drawings/` anew: what designers drew, a style a file. Needs resvg-py and the packages of `SOURCES`.
+"""Render the sheets of `drawings/`, one style a file. Needs resvg-py and the packages of `SOURCES`.
 
     npm pack @iconify-json/noto @iconify-json/noto-v1 @iconify-json/twemoji @iconify-json/fluent-emoji \\
         @iconify-json/fluent-emoji-high-contrast

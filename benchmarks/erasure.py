@@ -1,18 +1,18 @@
-"""Compare ways to erase on an embedded pipeline: same model, seeds and evaluation, by strata.
+"""Compare ways to erase on an embedded pipeline: same model, seeds and evaluation, by prompt group.
 
     python benchmarks/erasure.py procedures --output benchmarks/results/procedures
     python benchmarks/erasure.py sweep --output benchmarks/results/sweep --seeds 0
-    python benchmarks/erasure.py unnamed --output benchmarks/results/unnamed --seeds 0 --images 6 --concepts watermark \
-        --strata unnamed
+    python benchmarks/erasure.py implicit --output benchmarks/results/implicit --seeds 0 --images 6 --concepts watermark \
+        --prompt-groups implicit
     python benchmarks/train_families.py --output DIR; python benchmarks/erasure.py families --pipelines DIR \
         --output benchmarks/results/families --seeds 0 --images 1
     git clone https://github.com/rohitgandikota/erasing PEERS/erasing; git clone https://github.com/p1atdev/LECO PEERS/LECO
     python benchmarks/erasure.py scripts --checkouts PEERS --output benchmarks/results/scripts --seeds 0 --images 1
 
-Writes OUTPUT.json (every run), OUTPUT.md (tables of means and worsts: of the runs that all rows have in common, and of all
-runs) and OUTPUT.png (what is left against what neighbours lose, and against the cost; needs matplotlib), anew after every
-run. What OUTPUT.json already holds is not run again, so an interrupted command goes on where it was, and one suite can be
-run in parts. Rows are in `methods.py`. Seconds are those that the CPU works on an erasure, loading included.
+Writes OUTPUT.json (every run), OUTPUT.md (means and worst runs: of the runs that all rows have in common, and of all runs)
+and OUTPUT.png (what is left against what neighbours lose, and against the cost; needs matplotlib) after every run. Runs in
+OUTPUT.json are not repeated, so an interrupted command continues, and a suite can run in parts. The rows are in
+`methods.py`. Seconds are CPU seconds of an erasure, with loading.
 """
 
 import argparse
@@ -34,54 +34,54 @@ from comparison import OWN, save
 from methods import CONCEPTS, SHAPES, SUITES, families, scripts
 
 MODEL = "emoji"
-NAMED = ("trained", "wordings", "sampling", "beside")  # strata whose prompts have the concept's name in them
+NAMED = ("training", "paraphrases", "samplers", "co_occurring")  # groups of prompts with the concept's name
 
 
 def run(
-    job: tuple[str, dict, str, int], images: int, strata: list[str] | None = None, checkouts: Path | None = None
+    job: tuple[str, dict, str, int], images: int, groups: list[str] | None = None, checkouts: Path | None = None
 ) -> dict:  # fmt: skip
-    """Erase one way with one seed; the rates of the result, by strata."""
+    """Erase a concept with one row's options and one seed; return the rates by prompt group."""
     import torch
 
     torch.set_num_threads(1)  # workers share the cores
-    from esd_peft.evaluation.strata import STRATA
+    from esd_peft.evaluation.prompt_groups import PROMPT_GROUPS
     from esd_peft.evaluation.validation import ValidationSampler
     from esd_peft.models.text_encoding import TextEncoder
 
     method, options, concept, seed = job
     own = {name: value for name, value in options.items() if name not in ("withheld", "trained")}
     family = _opened(own)
-    measured = strata
-    if strata is None and family.noise_schedule.is_flow_matching:  # there the world's other samplers do not work
-        measured = [name for name in STRATA if name != "sampling"]
+    measured = groups
+    if groups is None and family.noise_schedule.is_flow_matching:  # the other samplers do not support it
+        measured = [name for name in PROMPT_GROUPS if name != "samplers"]
     withheld = _withheld(family.world.name, concept) if "withheld" in options else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, withheld, _only(measured):
-        started = sum(os.times()[:4])  # of this process and of those that it waited for
-        made = _erased(family, own, concept, seed, Path(folder), checkouts)
-        made["seconds"] = sum(os.times()[:4]) - started
-        preserved = made.pop("preserved", [])
-        # the same noise for all; what a row preserves by name counts as listed
+        started = sum(os.times()[:4])  # of this process and its children
+        erasure = _erased(family, own, concept, seed, Path(folder), checkouts)
+        erasure["seconds"] = sum(os.times()[:4]) - started
+        preserved = erasure.pop("preserved", [])
+        # the same noise for all; prompts that a row preserves by name count as retain set
         with TextEncoder(family, torch.device("cpu"), torch.float32) as encoder:
-            sampler = ValidationSampler(encoder, made["concepts"], images, 48, 0, preserved)
+            sampler = ValidationSampler(encoder, erasure["concepts"], images, 48, 0, preserved)
         sampler.stores["before"] = _before(sampler)
-        if "asked_without" in own:
-            _ask_without(sampler, concept)
-        sampler.make(made.pop("denoiser"), "after")
-        found = {key: rates.to_dict() for key, rates in sampler.accuracies().strata.items()}
-        found = {key: rates for key, rates in found.items() if "asked_without" not in own or key in NAMED}
+        if "without_concept" in own:
+            _remove_concept_from_prompts(sampler, concept)
+        sampler.make(erasure.pop("denoiser"), "after")
+        groups_found = {key: rates.to_dict() for key, rates in sampler.accuracies().groups.items()}
+        groups_found = {key: rates for key, rates in groups_found.items() if "without_concept" not in own or key in NAMED}
     return {
         "method": method,
         "options": options,
         "concept": concept,
         "seed": seed,
         "images": images,
-        "only": strata,
-        "strata": found,
-    } | made
+        "only": groups,
+        "prompt_groups": groups_found,
+    } | erasure
 
 
 def _opened(options: dict[str, Any]) -> Any:
-    """The family of the model that `options` are for; one of `train_families.py` draws the shapes world."""
+    """Open the model of `options`; pipelines of `train_families.py` draw the shapes world."""
     from esd_peft.models import open_family
     from esd_peft.options.model import DrawingOptions, PretrainedOptions
     from esd_peft.worlds import WORLDS
@@ -92,8 +92,8 @@ def _opened(options: dict[str, Any]) -> Any:
     return family
 
 
-def _ask_without(sampler: Any, concept: str) -> None:
-    """Let `sampler` make its images of prompts without the words that name the concept."""
+def _remove_concept_from_prompts(sampler: Any, concept: str) -> None:
+    """Remove the words of the concept from the prompts of `sampler`."""
     import torch
 
     from esd_peft.models.sampling import encode_prompts
@@ -106,7 +106,7 @@ def _ask_without(sampler: Any, concept: str) -> None:
 def _erased(
     family: Any, options: dict[str, Any], concept: str, seed: int, folder: Path, checkouts: Path | None
 ) -> dict:  # fmt: skip
-    """The denoiser of `family` without the concepts, which these are, and what that cost."""
+    """Erase the concepts; return the denoiser, the concepts, and the cost."""
     import torch
 
     from closed_forms import CLOSED_FORMS
@@ -116,7 +116,7 @@ def _erased(
     from esd_peft.options.merge import MergeConfig
     from peer_scripts import PEERS
 
-    if "asked_without" in options:
+    if "without_concept" in options:
         return {"concepts": [concept], "denoiser": family.load_denoiser(torch.float32), "nfe": 0}
     if "closed_form_of" in options:
         edit = CLOSED_FORMS[options["closed_form_of"]]
@@ -133,8 +133,11 @@ def _erased(
     preserved: list[str] = []
     for number, named in enumerate(steps):  # each on the merged model before it
         output = folder / f"erased{number}"
-        given = {name: value for name, value in options.items() if name != "sequence"} | {"concept": named, "model": model}
-        config = EraseConfig(**given, seed=seed, output=output, num_validation_images=0, device="cpu")
+        row_options = {name: value for name, value in options.items() if name != "sequence"} | {
+            "concept": named,
+            "model": model,
+        }
+        config = EraseConfig(**row_options, seed=seed, output=output, num_validation_images=0, device="cpu")
         result = erase(config)
         concepts += config.prompts.concept_names
         preserved += result["config"]["prompts"]["preserve"]
@@ -151,33 +154,34 @@ def _erased(
 
 @contextlib.contextmanager
 def _withheld(world: str, concept: str) -> Iterator[None]:
-    """Within it no tokenizer knows the names of what is measured as kept beside the concept, and is on no list."""
-    from esd_peft.evaluation.strata import KEPT
+    """Hide the measured neighbours and unrelated labels from the vocabulary of every tokenizer."""
+    from esd_peft.evaluation.prompt_groups import PRESERVATION_GROUPS
     from esd_peft.evaluation.suites import load_suite, suite_prompts
     from esd_peft.models.family import ModelFamily
 
-    measured = {p.about for p in suite_prompts(load_suite(world), [concept], None) if p.stratum in KEPT}
+    prompts = suite_prompts(load_suite(world), [concept], None)
+    measured = {p.subject for p in prompts if p.group in PRESERVATION_GROUPS}
     words, known = {word for label in measured for word in label.split()}, ModelFamily.whole_words
     with mock.patch.object(ModelFamily, "whole_words", lambda self: [w for w in known(self) if w not in words]):
         yield
 
 
 @contextlib.contextmanager
-def _only(strata: list[str] | None) -> Iterator[None]:
-    """Within it images are made of prompts of these strata only; of all, where none are named."""
+def _only(groups: list[str] | None) -> Iterator[None]:
+    """Restrict validation prompts to `groups`; None: all."""
     from esd_peft.evaluation import validation
 
     known = validation.suite_prompts
 
-    def chosen(*given: Any) -> list[Any]:
-        return [prompt for prompt in known(*given) if not strata or prompt.stratum in strata]
+    def restricted(*args: Any) -> list[Any]:
+        return [prompt for prompt in known(*args) if not groups or prompt.group in groups]
 
-    with mock.patch.object(validation, "suite_prompts", chosen):
+    with mock.patch.object(validation, "suite_prompts", restricted):
         yield
 
 
 def _before(sampler):  # type: ignore[no-untyped-def]
-    """The base's images, made once a concept: they are the same for every method and seed."""
+    """Return the images of the base, drawn once for each concept: they are the same for every method and seed."""
     import torch
 
     from esd_peft.evaluation.image_cache import ImageMemory
@@ -199,7 +203,7 @@ def _before(sampler):  # type: ignore[no-untyped-def]
 
 
 def main() -> None:
-    from esd_peft.evaluation.strata import STRATA
+    from esd_peft.evaluation.prompt_groups import PROMPT_GROUPS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=SUITES)
@@ -210,7 +214,7 @@ def main() -> None:
     parser.add_argument("--checkouts", type=Path, help="of suite scripts: where the peers' repositories lie")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=2, help="a prompt")
-    parser.add_argument("--strata", nargs="+", choices=STRATA, help="only prompts of these; left out: all")
+    parser.add_argument("--prompt-groups", nargs="+", choices=PROMPT_GROUPS, help="only prompts of these; left out: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     args = parser.parse_args()
     suite = SUITES[args.suite]
@@ -227,8 +231,8 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     file = args.output.with_suffix(".json")
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
-    # what was run with other options under the same name, or judged on other images, is run anew
-    judged = (args.images, args.strata)
+    # runs with other options under the same name, or with other images, are repeated
+    judged = (args.images, args.prompt_groups)
     runs = [r for r in runs if r.get("options") == suite.get(r["method"]) and (r["images"], r.get("only")) == judged]
     done = {(r["method"], r["concept"], r["seed"]) for r in runs}
     jobs = [
@@ -240,11 +244,11 @@ def main() -> None:
     jobs = [job for job in jobs if (job[0], *job[2:]) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kill ends the workers too
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        one = functools.partial(run, images=args.images, strata=args.strata, checkouts=args.checkouts)
+        one = functools.partial(run, images=args.images, groups=args.prompt_groups, checkouts=args.checkouts)
         for result in pool.imap_unordered(one, jobs):
             runs.append(result)
             save(args.output, suite, runs)
-            left = next(iter(result["strata"].values()))["after"]["share"]
+            left = next(iter(result["prompt_groups"].values()))["after"]["share"]
             print(f"{len(runs)} {result['method']}, {result['concept']}: {left:.1%} left", flush=True)
     print(save(args.output, suite, runs))
 

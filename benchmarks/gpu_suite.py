@@ -3,9 +3,9 @@
     python benchmarks/gpu_suite.py --output benchmarks/results            # all of it
     python benchmarks/gpu_suite.py --output benchmarks/results --part 1   # or in three calls, of 9 minutes at most each
 
-Writes OUTPUT/<device>/<section>.json row by row, each as soon as it is measured, and OUTPUT/<device>/summary.md (with
---part N summary_N.md) with the driver and library versions. What fails loses its own row, and says why in it. Needs no
-network and no weights: models are built at their real size with random ones. What needs a GPU, or more of its memory than
+Writes OUTPUT/<device>/<section>.json row by row, each as soon as it is measured, and OUTPUT/<device>/summary.md (with --part
+N summary_N.md) with the driver and library versions. A check that fails loses only its own row, which has the reason. Needs
+no network and no weights: models are built at their real size with random ones. What needs a GPU, or more of its memory than
 there is, is skipped and says so.
 
 The most important figures come first. How long a part takes no run has confirmed yet; the budgets, in seconds, are: part 1
@@ -55,9 +55,9 @@ from real_models import make_model
 GIB = 2**30
 BATCH = 4  # of the step timings
 GOALS = {"SD 1.5": 4, "SD 2.1": 6, "SDXL": 8, "FLUX.1": 11}  # GiB, of a 12 GB card
-LIMIT = 11.2  # GiB that are left of 12 beside CUDA's own context
+LIMIT = 11.2  # GiB of 12 that are free next to CUDA's context
 OURS = ("load", "rollout", "train")  # the phases that training samples cost: with loading and the closed form
-Rows = dict[str, Callable[[], object]]  # what is measured, by the name of its row
+Rows = dict[str, Callable[[], object]]  # measurements, by the name of their row
 
 
 _models = tempfile.TemporaryDirectory()
@@ -78,13 +78,13 @@ def needs_gpu(gib: float = 0) -> torch.device:
 
 
 def environment() -> dict:
-    """What all figures belong to."""
-    found = {name: version(name) for name in ("torch", "triton", "diffusers", "peft", "bitsandbytes")}
+    """Return the environment of the figures."""
+    versions = {name: version(name) for name in ("torch", "triton", "diffusers", "peft", "bitsandbytes")}
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found |= {"driver": subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]}
-        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+        versions |= {"driver": subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]}
+        versions |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return versions
 
 
 def correctness() -> Rows:
@@ -107,7 +107,7 @@ def _kernel_errors(dtype: torch.dtype) -> dict:
         teacher = torch.randn(2 * shape[0], *shape[1:], **draw).to(dtype)
         eta = torch.rand(shape[0], **draw) * 3
         poison = torch.full((8 * student.numel(),), torch.nan, device=device)
-        del poison  # what the allocator hands out next holds NaN
+        del poison  # the next allocations contain NaN
         loss = guided_mse(student, teacher, eta)
         (grad,) = torch.autograd.grad(loss, student)
         null, concept = teacher.double().chunk(2)
@@ -236,7 +236,7 @@ def _plain_steps(device: torch.device, path: Path) -> dict[str, float]:
 
 
 def _seconds(step: Callable[[], None], count: int = 20) -> float:
-    """Of one step, after a few to warm up."""
+    """Return the seconds of one step, after a few warm-up steps."""
     for _ in range(5):
         step()
     torch.cuda.synchronize()
@@ -313,7 +313,7 @@ def model(name: str) -> Path:
 
 def _erase(path: Path, options: dict) -> dict:
     """The result of one erasure, without what differs from run to run by name only."""
-    release(resolve_device("auto"))  # what earlier rows held is not this one's peak
+    release(resolve_device("auto"))  # memory of earlier rows does not count for this peak
     with tempfile.TemporaryDirectory() as folder:
         base = {"concept": "circle", "model": str(path), "output": Path(folder) / "erased", "num_validation_images": 0}
         result = erase(EraseConfig(**base | options))
@@ -343,16 +343,16 @@ def run_section(name: str, file: Path) -> list[str]:
         start = time.perf_counter()
         try:
             result[row] = measure()
-            said = "done"
+            status = "done"
         except Skip as why:
-            said = f"skipped: {why}"
+            status = f"skipped: {why}"
         except Exception as error:  # it must not cost the others' figures
             traceback.print_exc()
-            said = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            result[row] = {"failed": said}
+            status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            result[row] = {"failed": status}
         if result:
             file.write_text(json.dumps(result, indent=1) + "\n")
-        lines.append(f"- {name}, {row}: {said} ({time.perf_counter() - start:.0f} s)")
+        lines.append(f"- {name}, {row}: {status} ({time.perf_counter() - start:.0f} s)")
         print(lines[-1], flush=True)
     return lines
 

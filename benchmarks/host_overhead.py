@@ -1,4 +1,4 @@
-"""How long the host is busy with `guided_mse` and its gradient: everything but the driver's share of a launch.
+"""Host time of `guided_mse` and its gradient, without the driver's share of a launch.
 
     python benchmarks/host_overhead.py --output benchmarks/results/host_overhead.json
     python benchmarks/host_overhead.py --output benchmarks/results/host_overhead.json --against COMMIT
@@ -71,7 +71,7 @@ def as_it_was(commit: str, directory: Path) -> ModuleType:
 
 
 def microseconds(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Of one call of each: the least of the rounds' means, since other processes, by way of the caches, only add to it."""
+    """Return the microseconds of a call of each: the smallest mean of all rounds, since other processes only add to it."""
     means: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
@@ -95,16 +95,16 @@ def ways_to_the_gradient(before: ModuleType | None) -> dict[str, Callable[[], ob
     def custom_op() -> Tensor:
         return torch.ops.esd_kernels.guided_mse(student, teacher, 0.0, *inputs[2:])[0]
 
-    def known(loss: Callable[[], Tensor]) -> object:
-        found = loss()
-        return torch.autograd.grad(found, student, unit_gradient(found))
+    def with_unit_gradient(loss: Callable[[], Tensor]) -> object:
+        value = loss()
+        return torch.autograd.grad(value, student, unit_gradient(value))
 
     ways = {
-        "kernel, unit_gradient": lambda: known(kernel),
+        "kernel, unit_gradient": lambda: with_unit_gradient(kernel),
         "kernel": lambda: torch.autograd.grad(kernel(), student),
         "custom op": lambda: torch.autograd.grad(custom_op(), student),
         "eager formula": lambda: torch.autograd.grad(guided_mse_reference(*inputs), student),
-        "eager formula, unit_gradient": lambda: known(lambda: guided_mse_reference(*inputs)),
+        "eager formula, unit_gradient": lambda: with_unit_gradient(lambda: guided_mse_reference(*inputs)),
     }
     return ways | ({"kernel as it was": lambda: torch.autograd.grad(kernel(before), student)} if before else {})
 
@@ -119,10 +119,10 @@ def main() -> None:
     public._fuses = lambda _: True
     with tempfile.TemporaryDirectory() as directory:
         before = as_it_was(args.against, Path(directory)) if args.against else None
-        found = microseconds(ways_to_the_gradient(before))
-    said = {"microseconds": found, "torch": torch.__version__} | ({"as it was": args.against} if args.against else {})
-    args.output.write_text(json.dumps(said, indent=1) + "\n")
-    print(json.dumps(found))
+        timings = microseconds(ways_to_the_gradient(before))
+    record = {"microseconds": timings, "torch": torch.__version__} | ({"as it was": args.against} if args.against else {})
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(timings))
 
 
 if __name__ == "__main__":

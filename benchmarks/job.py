@@ -1,4 +1,4 @@
-"""What `esd_peft.erase` trains, ready to start, for benchmarks that time its steps."""
+"""A training of `esd_peft.erase`, ready to start, for benchmarks that time its steps."""
 
 from esd_peft import EraseConfig
 from esd_peft.erasure.defaults import resolve
@@ -17,7 +17,7 @@ from esd_peft.training.trainer import Trainer
 
 
 class Job:
-    """What `esd_peft.erase` trains and on what, ready to start, several times."""
+    """A training of `esd_peft.erase` that can be started several times."""
 
     def __init__(self, path: str, options: dict) -> None:
         given = EraseConfig(concept="circle", model=path, **options)
@@ -35,7 +35,7 @@ class Job:
         self.rollout = Rollout(self.student, PhaseProfiler(device))
 
     def run(self) -> list[float]:
-        """All training steps; returns the losses that were read."""
+        """Run all training steps; return the losses."""
         buffer, training, profiler = self.config.buffer, self.config.training, self.rollout.profiler
         method = make_method(Materials(self.rollout, self.pairs, self.prompts, self.plan.concepts, buffer, training))
         trainer = Trainer(method, training, self.config.memory, profiler)

@@ -49,7 +49,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """What any implementation must move: three reads, and the gradient's write."""
+        """Return the least traffic of any implementation: three reads, and one write of the gradient."""
         return 4 * self.student.numel() * self.student.element_size()
 
     def step(self, loss: Callable[..., Tensor]) -> Step:
@@ -127,7 +127,7 @@ def measure(case: Case, name: str, loss: Callable[..., Tensor], graph: bool, ban
 
 
 def row(case: Case, name: str, graph: bool) -> dict[str, object]:
-    """What was run."""
+    """Return the settings of the measurement."""
     return {
         "kernel": "guided_mse",
         "size": case.name,

@@ -1,4 +1,4 @@
-"""How fast a merge is, and in how much memory: a sharded model with random weights, made on this disk.
+"""Speed and memory of a merge: a sharded model with random weights on this disk.
 
     python benchmarks/merge_speed.py --gib 12 --width 320 --output benchmarks/results/merge_speed.json
 
@@ -122,7 +122,7 @@ def copy_seconds(model: Path, target: Path) -> float:
 
 
 def merge_seconds(model: Path, adapter: Path, target: Path) -> tuple[float, int, dict[str, Any]]:
-    """In a process of its own: seconds, peak resident bytes of that process, and what was recorded."""
+    """Merge in a separate process; return seconds, its peak resident bytes, and its record."""
     on_disk(model)
     start = time.perf_counter()
     record = merge_adapter(MergeConfig(adapter=adapter, base=str(model), output=target))
@@ -173,7 +173,7 @@ def main() -> None:
         "peak_above_largest_shard_gib": (max(peaks) - largest) / GIB,
         "machine": {
             "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[1],  # what else ran at the same time
+            "load_average": os.getloadavg()[1],  # other load at the same time
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# eight things with near neighbours, one of two words, two styles, and what shows without being named
+# eight things with close neighbours, one name of two words, two styles, and an implicit concept
 CONCEPTS = (
     "fox", "tiger", "tangerine", "violin", "rose", "taxi", "owl", "soccer ball", "red apple", "ink", "blob",
     "watermark",
@@ -50,7 +50,7 @@ CLOSED: dict[str, dict] = {
     "UCE, old, expanded, retain": {"closed_form_of": "uce", "form": "old", "expand": True, "retain": True},
     "SPEED": {"closed_form_of": "speed"},
 }
-# at the two that are best here: by what they leave, and by what they spare
+# the two best rates here: one leaves least, the other damages least
 TRAINED: dict[str, dict] = {
     name: PEER_RATES[name]
     for name in (
@@ -60,15 +60,15 @@ TRAINED: dict[str, dict] = {
 }  # fmt: skip
 OURS: dict[str, dict] = {
     "ours": {},
-    # the words of what is measured as kept are not in the vocabulary that it sees: so none of them is held by name
-    "ours, their words withheld": {"withheld": True},
-    "ours, the denoiser as a whole": {"method": "denoiser"},
-    "ours, the denoiser as a whole, their words withheld": {"method": "denoiser", "withheld": True},
-    "ours, closed form": {"method": "trajectories"},
+    # the vocabulary lacks the measured neighbours and unrelated words: none of them can be preserved by name
+    "ours, vocabulary withheld": {"withheld": True},
+    "ours, denoiser": {"method": "denoiser"},
+    "ours, denoiser, vocabulary withheld": {"method": "denoiser", "withheld": True},
+    "ours, trajectories": {"method": "trajectories"},
 }
-# what the guided target aims at, at η 0: the model as it is, given the same prompts without the concept's name
-ASKED_WITHOUT: dict[str, dict] = {"the model, asked without it": {"asked_without": True}}
-PROCEDURES: dict[str, dict] = OURS | CLOSED | TRAINED | ASKED_WITHOUT
+# the guided target at η 0: the base, given the same prompts without the concept's name
+TARGET: dict[str, dict] = {"base, prompted without the concept": {"without_concept": True}}
+PROCEDURES: dict[str, dict] = OURS | CLOSED | TRAINED | TARGET
 CLAIMS: dict[str, dict] = {
     "five at once": {"concept": list(TWENTY[:5])},
     "twenty at once": {"concept": list(TWENTY)},
@@ -78,27 +78,27 @@ CLAIMS: dict[str, dict] = {
     "fox to owl": {"concept": "fox", "map_to": "owl"},
     "fox to owl, eta 0": {"concept": "fox", "map_to": "owl", "negative_guidance": 0},
     "fox to owl, eta 1": {"concept": "fox", "map_to": "owl", "negative_guidance": 1},
-    # what shows without being named, and what a thing's neighbours pay for the same
+    # an implicit concept, and what the same option costs a thing's neighbours
     "fox, unprompted guidance 3": {"concept": "fox", "unprompted_guidance": 3},
     "watermark, unprompted guidance 3": {"concept": "watermark", "unprompted_guidance": 3},
 }
-# which takes many images to be told; with --strata unnamed nothing else is drawn
-UNNAMED: dict[str, dict] = {
+# rates of an implicit concept need many images; with --prompt-groups implicit no others are drawn
+IMPLICIT: dict[str, dict] = {
     "default": {},
     "unprompted guidance 1": {"unprompted_guidance": 1},
     "unprompted guidance 3": {"unprompted_guidance": 3},
-    "unprompted guidance 3, along trajectories": {"unprompted_guidance": 3, "method": "trajectories"},
+    "unprompted guidance 3, trajectories": {"unprompted_guidance": 3, "method": "trajectories"},
 }
 SWEEP: dict[str, dict] = {
     "default": {},
-    "cross-attention alone": {"scope": "esd-x"},
-    "keys and values": {"scope": "esd-x-strict"},
-    "closed form, null space": {"method": "trajectories"},
+    "esd-x": {"scope": "esd-x"},
+    "esd-x-strict": {"scope": "esd-x-strict"},
+    "trajectories": {"method": "trajectories"},
     "400 steps": {"max_train_steps": 400},
     "1,600 steps": {"max_train_steps": 1600},
     "rank 4": {"rank": 4},
     "rank 32": {"rank": 32},
-    "the weights themselves": {"adapter_type": "none"},
+    "no adapter": {"adapter_type": "none"},
     "eta 0": {"negative_guidance": 0},
     "eta 0.5": {"negative_guidance": 0.5},
     "eta 2": {"negative_guidance": 2},
@@ -106,45 +106,45 @@ SWEEP: dict[str, dict] = {
 }
 SHAPES = ("triangle", "heart", "blue", "dotted")  # concepts of the small pipelines of suite families
 FAMILIES: dict[str, dict] = {
-    "words": {"method": "denoiser"},
-    "words, theirs withheld": {"method": "denoiser", "withheld": True},
-    "default": {},
-    "layers": {"method": "layers"},  # of the UNets
+    "denoiser": {"method": "denoiser"},
+    "denoiser, vocabulary withheld": {"method": "denoiser", "withheld": True},
+    "trajectories": {},  # the default of pipelines with so few words
+    "layers": {"method": "layers"},  # U-Nets only
 }
 
 
 def families(folder: Path) -> dict[str, dict]:
-    """The rows of suite families: each way to erase on each pipeline that `train_families.py` wrote to `folder`."""
+    """Return the rows of suite families: each method on each pipeline that `train_families.py` wrote to `folder`."""
     kinds = {path.stem: path.with_suffix("") for path in sorted(folder.glob("*.json"))}
     rows = {}
     for kind, path in kinds.items():
         trained = json.loads(path.with_suffix(".json").read_text())
-        told = {"model": str(path), "trained": trained["denoiser_sha256"]} | trained["drawing"]
+        pipeline = {"model": str(path), "trained": trained["denoiser_sha256"]} | trained["drawing"]
         for name, options in FAMILIES.items():
             if options.get("method") == "layers" and not (path / "unet").is_dir():
                 continue
-            rows[kind if name == "default" else f"{kind}, {name}"] = told | options
+            rows[f"{kind}, {name}"] = pipeline | options
     return rows
 
 
-# the peers' own scripts at the rates of our copies, to see whether these do as they do
+# the peers' original code at the rates of our copies, to check the copies
 SCRIPTS: dict[str, dict] = {
-    "authors' scripts, their own": {"script_of": "erasing", "learning_rate": 1e-3},
-    "LECO, its own": {"script_of": "LECO", "learning_rate": 1e-3},
+    "authors' scripts, original code": {"script_of": "erasing", "learning_rate": 1e-3},
+    "LECO, original code": {"script_of": "LECO", "learning_rate": 1e-3},
 }
 
 
 def commit_of(repository: str, checkouts: Path) -> str:
-    """Which is checked out there. Raises `SystemExit` if there is none."""
+    """Return the commit that is checked out. Raises `SystemExit` if there is no checkout."""
     folder = checkouts / repository
     if not (folder / ".git").exists():
         raise SystemExit(f"error: --checkouts {checkouts} has no {repository}; clone it there first")
-    told = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    return told.stdout.strip()
+    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def scripts(checkouts: Path) -> dict[str, dict]:
-    """The rows of suite scripts, and our copies; the former are run in these commits of the repositories in `checkouts`."""
+    """Return the rows of suite scripts, with the commits of the repositories in `checkouts`, and our copies."""
     copies = {name: PEER_RATES[name] for name in ("authors' scripts, 0.001", "LECO, 0.001")}
     return {name: row | {"commit": commit_of(row["script_of"], checkouts)} for name, row in SCRIPTS.items()} | copies
 
@@ -155,6 +155,6 @@ SUITES: dict[str, dict] = {
     "peer-rates": PEER_RATES,
     "claims": CLAIMS,
     "sweep": SWEEP,
-    "unnamed": UNNAMED,
+    "implicit": IMPLICIT,
     "families": FAMILIES,
 }

@@ -1,8 +1,8 @@
-"""The peers' own scripts, run on a pipeline of ours, to hold our copies of their procedures against.
+"""The peers' original scripts, run on an embedded pipeline, to check our copies of their procedures.
 
-A script is run in a copy of its repository, in which nothing is changed but what ties it to Stable Diffusion, to CUDA and to
-the network (`Script.changes`): the model's id, the sizes of its images, latents and text encoder, the device, bfloat16, in
-which a CPU is slow, xformers and wandb.
+A script runs in a copy of its repository. Only its ties to Stable Diffusion, CUDA and the network are changed
+(`Script.changes`): the model's id, the sizes of images, latents and text encoder, the device, bfloat16, which is slow on a
+CPU, xformers and wandb.
 """
 
 import os
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from esd_peft.models import ModelFamily
 
 STEPS = 200  # as many as the rows of our copies take
-# Counts samples through the denoiser as our own runs do, a backward pass as two; and seeds what the scripts leave to chance.
+# Counts samples through the denoiser as our runs do, a backward pass as two, and seeds the scripts' random draws.
 COUNTER = """
 import atexit, pathlib, random, torch
 from diffusers import UNet2DConditionModel
@@ -42,7 +42,7 @@ atexit.register(lambda: pathlib.Path("nfe").write_text(str(sum(samples))))
 
 @dataclass(frozen=True)
 class Script:
-    """One peer's script: what is replaced in which file, its arguments, and what it leaves."""
+    """A peer's script: the replacements in its files, its arguments, and its output file."""
 
     changes: Callable[[ModelFamily, int], dict[str, dict[str, str]]]
     arguments: Callable[[ModelFamily, Path, str, float, int], list[str]]

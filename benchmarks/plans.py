@@ -1,4 +1,4 @@
-"""What `--plan` predicts for the real models on cards of several sizes. Needs no weights and no GPU.
+"""Memory plans (`--plan`) of the real models on cards of several sizes. Needs no weights and no GPU.
 
 python benchmarks/plans.py
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from esd_peft import EraseConfig, UserError, doctor
 from esd_peft.erasure.defaults import resolve
-from esd_peft.erasure.planner import WHEN, MemoryEstimator, Plan, amount, describe, fit, imagined
+from esd_peft.erasure.planner import WHEN, MemoryEstimator, MemoryPlan, amount, describe, fit, imagined
 from esd_peft.models import open_family
 from esd_peft.options.base import parse_bytes
 from esd_peft.prompts.augmentation import MANY_WORDS
@@ -23,7 +23,7 @@ TABLE, PAGE = ROOT / "benchmarks" / "results" / "plans.md", ROOT / "docs" / "qui
 CONCEPT = "Van Gogh"
 CARDS = {"4 GB": "3GiB"} | doctor.CARDS
 PHASES = [*WHEN]
-# what --model takes
+# values of --model
 SOURCES = {
     "SD 1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16",
     "SD 2.1": "path/to/stable-diffusion-2-1",
@@ -64,13 +64,13 @@ are gated on the hub need `hf auth login`.
 class Entry:
     """One model on one card: a plan, or why there is none."""
 
-    plan: Plan | None
+    plan: MemoryPlan | None
     refusal: str = ""
 
 
 def entries(name: str) -> dict[str, Entry]:
     """One of `real_models.MODELS` on each of `CARDS`."""
-    found = {}
+    by_card = {}
     with tempfile.TemporaryDirectory() as folder:
         path = make_model(name, Path(folder) / "model", weights=False)
         family = open_family(str(path), weights=False)
@@ -81,27 +81,27 @@ def entries(name: str) -> dict[str, Entry]:
         estimator = MemoryEstimator(resolved, prompts, family)
         for card, budget in CARDS.items():
             try:
-                found[card] = Entry(fit(estimator, given, resolved, parse_bytes(budget)))
+                by_card[card] = Entry(fit(estimator, given, resolved, parse_bytes(budget)))
             except UserError as error:
-                found[card] = Entry(None, str(error).partition(" is ")[2].partition(", even with")[0])
-    return found
+                by_card[card] = Entry(None, str(error).partition(" is ")[2].partition(", even with")[0])
+    return by_card
 
 
-def rows(name: str, found: dict[str, Entry]) -> list[str]:
+def rows(name: str, by_card: dict[str, Entry]) -> list[str]:
     """The model's rows of the table of phases."""
     lines = []
-    for card, entry in found.items():
+    for card, entry in by_card.items():
         phases = entry.plan.phases if entry.plan else {}
         cells = [amount(phases[phase]) if phase in phases else "" for phase in PHASES]
-        said = describe(entry.plan.config) if entry.plan else f"refused: {entry.refusal}"
-        lines.append(f"| {name} | {card} | {CARDS[card]} | {' | '.join(cells)} | {said} |")
+        settings = describe(entry.plan.config) if entry.plan else f"refused: {entry.refusal}"
+        lines.append(f"| {name} | {card} | {CARDS[card]} | {' | '.join(cells)} | {settings} |")
     return lines
 
 
-def section(name: str, found: dict[str, Entry]) -> str:
+def section(name: str, by_card: dict[str, Entry]) -> str:
     """The model's part of the page: its commands, each below what it takes."""
     lines = [f"## {name}", "", "```sh"]
-    for card, entry in found.items():
+    for card, entry in by_card.items():
         if entry.plan is None:
             lines.append(f"# {card}: refused, {entry.refusal}")
             continue
@@ -113,10 +113,10 @@ def section(name: str, found: dict[str, Entry]) -> str:
     return "\n".join([*lines, "```", ""])
 
 
-def overview(found: dict[str, dict[str, Entry]]) -> str:
+def overview(by_model: dict[str, dict[str, Entry]]) -> str:
     """Peaks of all models on all cards, and by what they fit."""
     lines = ["| | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
-    for name, cards in found.items():
+    for name, cards in by_model.items():
         lines.append(f"| {name} | " + " | ".join(_cell(entry) for entry in cards.values()) + " |")
     return "\n".join(lines) + "\n"
 
@@ -132,14 +132,14 @@ def _cell(entry: Entry) -> str:
 
 
 def main() -> None:
-    found = {}
+    by_model = {}
     for name in MODELS:
-        found[name] = entries(name)
-        print("\n".join(rows(name, found[name])), flush=True)
+        by_model[name] = entries(name)
+        print("\n".join(rows(name, by_model[name])), flush=True)
     head = ["`python benchmarks/plans.py`", "", f"| model | card | budget | {' | '.join(PHASES)} | settings |"]
-    table = [*head, "|---" * (len(PHASES) + 4) + "|", *(line for name in found for line in rows(name, found[name]))]
+    table = [*head, "|---" * (len(PHASES) + 4) + "|", *(line for name in by_model for line in rows(name, by_model[name]))]
     TABLE.write_text("\n".join(table) + "\n", encoding="utf-8")
-    parts = [INTRODUCTION, overview(found), *(section(name, found[name]) for name in found)]
+    parts = [INTRODUCTION, overview(by_model), *(section(name, by_model[name]) for name in by_model)]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a rollout step and of a training iteration goes, by kind of operation, at real model sizes.
+"""Costs of a rollout step and of a training iteration by kind of operation, at real model sizes.
 
     python benchmarks/profile_steps.py --output benchmarks/results/profile_counts.json
 
@@ -40,7 +40,7 @@ RANK = 8
 FLOPS, BANDWIDTH = 989e12, 3.35e12  # an H100's data sheet: bf16 without sparsity, and HBM3
 FLOAT32 = 67 / 989  # of that, in float32 without TF32, as PyTorch multiplies by default
 MODELS = {name: UNETS[name] for name in ("SD 1.5", "SDXL")}
-KINDS = {  # by what the operation's name holds, the first that fits
+KINDS = {  # by the first part that matches the operation's name
     "our kernel": ("guided_mse",),
     "optimizer": ("adamw", "_foreach"),
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
@@ -110,7 +110,7 @@ class Count(TorchDispatchMode):
 
 
 def _bytes(x: Tensor) -> int:
-    """What lies in memory of it: expanded dimensions are read once."""
+    """Return the bytes of its memory: expanded dimensions are read once."""
     return x.itemsize * min(x.numel(), x.untyped_storage().nbytes() // x.itemsize)
 
 
@@ -125,7 +125,7 @@ def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> float:
 
 
 class NormsInFloat32(TorchFunctionMode):
-    """What autocast does to normalisation layers on a GPU, and on a CPU does not."""
+    """Emulates the GPU autocast of normalisation layers, which a CPU lacks."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (nn.functional.group_norm, nn.functional.layer_norm):
@@ -135,12 +135,12 @@ class NormsInFloat32(TorchFunctionMode):
 
 
 class NormsCopied(TorchFunctionMode):
-    """What PyTorch's GroupNorm on a GPU does to tensors in channels_last: it reads and writes the other layout only."""
+    """Emulates the copies of PyTorch's GPU GroupNorm in channels_last, which supports only the other layout."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not nn.functional.group_norm:
             return func(*args, **(kwargs or {}))
-        return func(args[0].clone(), *args[1:], **(kwargs or {})).clone()  # there, and back for the next convolution
+        return func(args[0].clone(), *args[1:], **(kwargs or {})).clone()  # to that layout and back
 
 
 def architecture(name: str, targets: str = ADAPTED, cast_activations: bool = False) -> nn.Module:
@@ -299,7 +299,7 @@ def profile(model: str, repeats: int = 5) -> dict[str, Any]:
 
 
 def profile_steps(flops: float = FLOPS, bandwidth: float = BANDWIDTH) -> dict[str, Any]:
-    """What the command writes."""
+    """Return the results of the command."""
     result: dict[str, Any] = {
         "assumptions": {"flops": flops, "bandwidth": bandwidth, "batch": BATCH, "dtype": "bfloat16", "rank": RANK},
         "counts": {model: counts(model, (flops, bandwidth)) for model in MODELS},

@@ -232,7 +232,9 @@ def _sana() -> DiffusionPipeline:
 
 
 def _gemma_tokenizer() -> GemmaTokenizer:
-    """In its 400 tokens Sana's instruction to Gemma is as long as it has words and marks of punctuation, some 200."""
+    """Return a tokenizer of 400 tokens in which Sana's instruction to Gemma has as many tokens as words and punctuation
+    marks, about 200.
+    """
     names = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁")
     letters = GemmaTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
     instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default

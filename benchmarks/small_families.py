@@ -1,7 +1,7 @@
 """Small pipelines of each kind of model, from the real classes of diffusers and transformers, as yet untrained.
 
-All share the autoencoder of the shapes pipeline, and its text encoder wherever CLIP stands. What stands for T5 and Qwen is
-new, and so is every transformer; UNets begin with what fits of the shapes pipeline's.
+All share the autoencoder of the shapes pipeline, and its text encoder in the place of CLIP. The replacements of T5 and Qwen
+are new, and so is every transformer; U-Nets start from the fitting weights of the shapes pipeline's.
 """
 
 import json
@@ -47,7 +47,7 @@ from esd_peft.prompts.plan import TEMPLATES
 from esd_peft.worlds.shapes import Shapes, world
 from world_training import make_scheduler
 
-PROMPT_LENGTH = 24  # tokens that what stands for T5 and Qwen reads
+PROMPT_LENGTH = 24  # tokens that the replacements of T5 and Qwen read
 WIDTH = 128  # of text encoders and transformers, in 4 heads
 _WORDS = sorted(
     {word.strip(",.") for text in (*TEMPLATES, *world.TEMPLATES) for word in text.replace("{}", "").lower().split()}
@@ -110,7 +110,7 @@ def _qwen() -> dict[str, Any]:
 
 
 def _unet(**options: Any) -> UNet2DConditionModel:
-    """As the shapes pipeline's, with its weights where they fit."""
+    """Return a U-Net like that of the shapes pipeline, with its weights where they fit."""
     trained = UNet2DConditionModel.from_pretrained(Shapes.pipeline / "unet", dtype=torch.float32)
     unet = UNet2DConditionModel.from_config({**trained.config, **options, "_name_or_path": ""})
     own = unet.state_dict()

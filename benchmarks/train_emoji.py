@@ -26,7 +26,7 @@ from esd_peft.options.command_line import parse, run_command
 from esd_peft.prompts.plan import SCENES, TEMPLATES, retain_prompts
 from esd_peft.runtime.devices import resolve_device
 from esd_peft.worlds.emoji import pictures
-from esd_peft.worlds.emoji.classifier import Classifier
+from esd_peft.worlds.emoji.classifier import EmojiClassifier
 from esd_peft.worlds.emoji.vocabulary import NAMES, Captions, all_words, with_article
 from world_training import (
     Fit,
@@ -129,9 +129,9 @@ def train_decoder(
 
 def train_classifier(
     steps: int, generator: torch.Generator, state: Path, device: torch.device, batch: int = 96
-) -> tuple[Classifier, float | None]:
+) -> tuple[EmojiClassifier, float | None]:
     """Cross-entropy over the heads; on images that are worn as a decoder would."""
-    classifier = Classifier().to(device).train()
+    classifier = EmojiClassifier().to(device).train()
 
     def loss_of() -> Tensor:
         labels, pixels = pictures.sample(batch, generator)
@@ -173,9 +173,9 @@ def train_text_encoder(
 
     def loss_of() -> Tensor:
         labels, latents = pool.sample(batch, generator)
-        # What stands after a caption's end has no say in its vector, so the captions need no more than their own length.
-        said = tokens(tokenizer, [captions(label) for label in labels], padding="longest")
-        texts = functional.normalize(project(text(said.to(device)).pooler_output), dim=-1)
+        # Tokens after a caption's end do not change its vector, so captions need no padding.
+        caption_tokens = tokens(tokenizer, [captions(label) for label in labels], padding="longest")
+        texts = functional.normalize(project(text(caption_tokens.to(device)).pooler_output), dim=-1)
         logits = LOGIT_SCALE * texts @ tower(latents).T
         target = torch.arange(batch, device=device)
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
@@ -217,8 +217,8 @@ def train_denoiser(
     def inputs() -> tuple[tuple[Tensor, ...], Tensor]:
         labels, latents = pool.sample(batch, generator)
         with torch.no_grad():
-            said = tokens(tokenizer, [captions(label) for label in labels])
-            embeds = text(said.to(device)).last_hidden_state
+            caption_tokens = tokens(tokenizer, [captions(label) for label in labels])
+            embeds = text(caption_tokens.to(device)).last_hidden_state
         noise = torch.randn(latents.shape, generator=generator).to(device)
         timesteps = odds.multinomial(batch, replacement=True, generator=generator).to(device)
         return (scheduler.add_noise(latents, noise, timesteps), timesteps, embeds), noise
@@ -226,8 +226,8 @@ def train_denoiser(
     denoise = replayed(unet, inputs()[0])
 
     def loss_of() -> Tensor:
-        told, noise = inputs()
-        return functional.mse_loss(denoise(*told), noise)
+        denoiser_inputs, noise = inputs()
+        return functional.mse_loss(denoise(*denoiser_inputs), noise)
 
     losses = [*Fit("refine" if refine else "denoiser", unet, steps, 1e-3, generator, state, average=average).run(loss_of)]
     save_pipeline(pipeline, vae, text, tokenizer, average)
@@ -235,24 +235,25 @@ def train_denoiser(
 
 
 @torch.no_grad()
-def find_neighbours(pipeline: Path, classifier: Classifier, generator: torch.Generator) -> dict[str, list[str]]:
-    """Of each thing the nearest others: what its pictures are likeliest to be, by the classifier, if they are not what they
-    are; and what has a name near to its own in the text encoder. Both count the same."""
-    looks, seen = torch.zeros(len(NAMES), len(NAMES)), torch.zeros(len(NAMES), 1)
+def find_neighbours(pipeline: Path, classifier: EmojiClassifier, generator: torch.Generator) -> dict[str, list[str]]:
+    """Return the nearest labels of each thing, by the classifier's confusions and by name similarity in the text encoder,
+    with equal weight.
+    """
+    confusions, image_counts = torch.zeros(len(NAMES), len(NAMES)), torch.zeros(len(NAMES), 1)
     for _ in range(40):
         labels, pixels = pictures.sample(512, generator)
-        looks.index_add_(0, labels[:, 0], classifier(worn(pixels, generator))["thing"].log_softmax(1))
-        seen.index_add_(0, labels[:, 0], torch.ones(len(labels), 1))
-    looks = looks / seen
-    looks = looks - looks.mean(1, keepdim=True)
-    looks = looks - looks.mean(0)  # some names are likelier than others, whatever is seen
+        confusions.index_add_(0, labels[:, 0], classifier(worn(pixels, generator))["thing"].log_softmax(1))
+        image_counts.index_add_(0, labels[:, 0], torch.ones(len(labels), 1))
+    confusions = confusions / image_counts
+    confusions = confusions - confusions.mean(1, keepdim=True)
+    confusions = confusions - confusions.mean(0)  # subtract the mean: some names are likelier for every image
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).eval()
     embeds = text(tokens(tokenizer, [with_article(name) for name in NAMES])).pooler_output
     embeds = functional.normalize(embeds - embeds.mean(0), dim=1)
     others = ~torch.eye(len(NAMES), dtype=torch.bool)
-    near = torch.stack([(x - x[others].mean()) / x[others].std() for x in (looks, embeds @ embeds.T)]).sum(0)
-    order = near.where(others, -torch.inf).argsort(1, descending=True)[:, :NEIGHBOURS]
+    similarity = torch.stack([(x - x[others].mean()) / x[others].std() for x in (confusions, embeds @ embeds.T)]).sum(0)
+    order = similarity.where(others, -torch.inf).argsort(1, descending=True)[:, :NEIGHBOURS]
     return {name: [NAMES[i] for i in row] for name, row in zip(NAMES, order.tolist(), strict=True)}
 
 
@@ -289,7 +290,7 @@ def train(output: Path, chosen: list[str], steps: dict[str, int], seed: int, dev
         return train_decoder(steps["decoder"], pipeline, generator, state, device)
 
     def neighbours(generator: torch.Generator) -> None:
-        found = find_neighbours(pipeline, Classifier.load(output / "classifier.safetensors"), generator)
+        found = find_neighbours(pipeline, EmojiClassifier.load(output / "classifier.safetensors"), generator)
         rows = (f"  {json.dumps(name)}: {json.dumps(near)}" for name, near in found.items())
         (output / "neighbours.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
 

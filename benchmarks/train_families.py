@@ -4,11 +4,11 @@
 
 writes DIR/KIND, a pipeline directory in diffusers' layout, and DIR/KIND.json (steps, loss, seconds, and in how many images
 the classifier recognises what the prompt names). A kind whose KIND.json is there is not trained again, and a denoiser's
-training that was stopped goes on from its last state. Text encoders that are not the shapes pipeline's are first taught to
-say what a prompt names, and then frozen. The denoiser is trained as its own pipeline calls it,
+training that was stopped goes on from its last state. Text encoders other than the shapes pipeline's are first trained to
+encode the labels of a prompt, and then frozen. The denoiser is trained as its own pipeline calls it,
 through `ModelFamily.predict`. Transformers learn from what the shapes pipeline's UNet predicts of the same noisy latents,
-in their own parameterization, wherever it knows such noise: there is less chance in that than in the noise itself. FLUX's
-is then taught the guidance that it is told, as FLUX.1 dev was (arXiv 2210.03142).
+in their own parameterization, at noise levels that it covers: that target has less variance than the noise itself. FLUX's is
+then guidance-distilled, as FLUX.1 dev was (arXiv 2210.03142).
 """
 
 import argparse
@@ -66,24 +66,26 @@ def captions() -> dict[str, dict[str, str]]:
 
 def teach_encoder(family: ModelFamily, steps: int, generator: torch.Generator) -> None:
     """The text encoder that is none of CLIP's learns to say, in the mean of its tokens, all that a prompt names."""
-    pipe, said = family.load_encoders(CPU, torch.float32), captions()
+    pipe, captions_by_prompt = family.load_encoders(CPU, torch.float32), captions()
     part = next(name for name in family.text_parts if "CLIP" not in type(getattr(pipe, name)).__name__ and "encoder" in name)
-    encoder, prompts = getattr(pipe, part).requires_grad_(True).train(), [*said]
+    encoder, prompts = getattr(pipe, part).requires_grad_(True).train(), [*captions_by_prompt]
     names = {kind: [None, *names] for kind, names in world.ATTRIBUTES.items()}
-    wanted = torch.tensor([[known.index(named.get(kind)) for kind, known in names.items()] for named in said.values()])
+    label_ids = torch.tensor(
+        [[values.index(named.get(kind)) for kind, values in names.items()] for named in captions_by_prompt.values()]
+    )
 
     def mean_token(rows: list[int]) -> Tensor:
         embeds = family.encode_prompts(pipe, [prompts[i] for i in rows], CPU)
-        states = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3's come after those of CLIP
+        states = embeds[TOKENS][:, -PROMPT_LENGTH:]  # SD3 appends them to those of CLIP
         counts = embeds.get(MASK, torch.ones(states.shape[:2]))[..., None]
         return (states * counts).sum(1) / counts.sum(1)
 
-    probes = nn.ModuleList(nn.Linear(mean_token([0]).shape[1], len(known)) for known in names.values())
+    probes = nn.ModuleList(nn.Linear(mean_token([0]).shape[1], len(values)) for values in names.values())
 
     def loss_of() -> Tensor:
         rows = torch.randint(len(prompts), (BATCH,), generator=generator)
         token = mean_token(rows.tolist())
-        losses = [cross_entropy(probe(token), right) for probe, right in zip(probes, wanted[rows].T, strict=True)]
+        losses = [cross_entropy(probe(token), right) for probe, right in zip(probes, label_ids[rows].T, strict=True)]
         return torch.stack(losses).mean()
 
     losses = [*Fit("encoder", nn.ModuleList([encoder, probes]), steps, 1e-3, generator).run(loss_of)]
@@ -104,7 +106,7 @@ def train_denoiser(
 
 
 class Lessons:
-    """What the denoiser of `family` is to predict, and of what."""
+    """Training data of the denoiser of `family`: noisy latents and target predictions."""
 
     def __init__(self, family: ModelFamily, generator: torch.Generator, taught: bool) -> None:
         self.family, self.generator, self.vae = family, generator, family.load_part("vae")
@@ -119,15 +121,15 @@ class Lessons:
 
     def loss(self, denoiser: ModelMixin) -> Tensor:
         """The mean squared error of its predictions, each with its weight."""
-        x_t, timesteps, right, said, weight = self.draw()
-        made = self.family.predict(denoiser, x_t, timesteps, index_embeds(self.embeds, said))
-        return ((made - right).square().flatten(1).mean(1) * weight).mean()
+        x_t, timesteps, target, rows, weight = self.draw()
+        predictions = self.family.predict(denoiser, x_t, timesteps, index_embeds(self.embeds, rows))
+        return ((predictions - target).square().flatten(1).mean(1) * weight).mean()
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents x_t, timesteps, the right predictions, the rows of the prompts, and the errors' weights `[B]`.
 
-        Of a transformer that predicts noise an error counts as if it predicted a flow: it has to learn at much noise what a
-        UNet's skip connections pass on, and it decides there what it draws.
+        For a transformer that predicts noise, errors are weighted as those of a flow: at high noise, where the content is
+        decided, it has to learn what a U-Net's skip connections pass on.
         """
         labels, scaled = self.pool.sample(BATCH, self.generator)
         latents = self.family.denoiser_latents(self.vae, scaled / self.vae.config.scaling_factor)
@@ -135,19 +137,21 @@ class Lessons:
         schedule = self.family.noise_schedule
         if self.taught:
             levels = self._levels(2 * levels / (1 + levels))
-        x_t, timesteps, right = schedule.add_noise(latents, noise, levels)
-        said = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
+        x_t, timesteps, target = schedule.add_noise(latents, noise, levels)
+        rows = torch.tensor([self.rows[world.caption(label, self.generator)] for label in labels])
         signal, rest = schedule.shares(levels)
         weight = torch.ones(BATCH)
         if self.taught:
-            right = self._taught(x_t, signal, rest, right, said)
+            target = self._taught(x_t, signal, rest, target, rows)
             if not schedule.is_flow_matching:
                 weight = ((signal + rest) / signal).square().clamp(max=MOST)
-        return x_t, timesteps, right, said, weight
+        return x_t, timesteps, target, rows, weight
 
     def _levels(self, sigmas: Tensor) -> Tensor:
-        """Where x_t has so much noise beside 1 − σ of the image. Where it is decided what is drawn is as often as the
-        schedulers of flow matching ask there."""
+        """Return the levels at which x_t has noise `sigmas` and image 1 − σ.
+
+        High noise, where the content is decided, is as frequent as for the schedulers of flow matching.
+        """
         schedule = self.family.noise_schedule
         if schedule.is_flow_matching:
             return sigmas
@@ -156,19 +160,21 @@ class Lessons:
         return levels[torch.searchsorted((rest / (signal + rest)).contiguous(), sigmas).clamp(max=999)]
 
     @torch.no_grad()
-    def _taught(self, x_t: Tensor, signal: Tensor, rest: Tensor, right: Tensor, said: Tensor) -> Tensor:
-        """`right`, by the shapes pipeline's UNet where it knows as much noise beside as much signal (both `[B]`)."""
-        kept = self.teacher.noise_schedule.alphas_cumprod()
-        ratios = kept / (1 - kept)  # of signal to noise, falling
-        wanted = (signal / rest).square()
-        known = (wanted <= ratios[0]) & (wanted >= ratios[-1])
-        timesteps = torch.searchsorted(-ratios, -wanted).clamp(max=len(ratios) - 1)
+    def _taught(self, x_t: Tensor, signal: Tensor, rest: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+        """Replace `target` by the prediction of the shapes pipeline's U-Net, where that covers the signal-to-noise ratio;
+        both shares `[B]`.
+        """
+        alphas_cumprod = self.teacher.noise_schedule.alphas_cumprod()
+        ratios = alphas_cumprod / (1 - alphas_cumprod)  # of signal to noise, falling
+        ratio = (signal / rest).square()
+        covered = (ratio <= ratios[0]) & (ratio >= ratios[-1])
+        timesteps = torch.searchsorted(-ratios, -ratio).clamp(max=len(ratios) - 1)
         x, a, s = self.family.unpack_latents(x_t), signal.view(-1, 1, 1, 1), rest.view(-1, 1, 1, 1)
         alike = x / (a.square() + s.square()).sqrt()  # in the UNet's parameterization the squares add up to 1
-        noise = self.teacher.predict(self.unet, alike, timesteps, index_embeds(self.teacher_embeds, said))
+        noise = self.teacher.predict(self.unet, alike, timesteps, index_embeds(self.teacher_embeds, rows))
         if self.family.noise_schedule.is_flow_matching:
             noise = noise - (x - s * noise) / a.clamp(min=1e-3)
-        return torch.where(known.view(-1, *[1] * (right.dim() - 1)), self.family.pack_latents(noise), right)
+        return torch.where(covered.view(-1, *[1] * (target.dim() - 1)), self.family.pack_latents(noise), target)
 
 
 def train(kind: str, path: Path, steps: int) -> dict:
@@ -192,13 +198,13 @@ def train(kind: str, path: Path, steps: int) -> dict:
         teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
         def guided() -> Tensor:
-            x_t, timesteps, _, said, _ = lessons.draw()
+            x_t, timesteps, _, rows, _ = lessons.draw()
             with torch.no_grad():
                 null, towards = (
-                    family.predict(teacher, x_t, timesteps, index_embeds(embeds, row)) for row in (0 * said, said)
+                    family.predict(teacher, x_t, timesteps, index_embeds(embeds, row)) for row in (0 * rows, rows)
                 )
-            wanted = family.guide(null, towards, EMBEDDED_GUIDANCE)
-            return mse_loss(family.predict(denoiser, x_t, timesteps, index_embeds(embeds, said)), wanted)
+            target = family.guide(null, towards, EMBEDDED_GUIDANCE)
+            return mse_loss(family.predict(denoiser, x_t, timesteps, index_embeds(embeds, rows)), target)
 
         record["guidance loss"] = train_denoiser(
             "guidance", family, denoiser, guided, STEPS["guidance"], 3e-4, state, generator
@@ -207,9 +213,9 @@ def train(kind: str, path: Path, steps: int) -> dict:
 
 
 def quality(path: Path) -> dict[str, float]:
-    """In which share of images of all full prompts the classifier recognises what they name."""
-    _, names, wanted = as_prompted(opened(path), WORLDS["shapes"], seeds=1)
-    pairs = [*zip(names, wanted, strict=True)]
+    """Return the share of images of all full prompts whose labels the classifier recognises."""
+    _, names, prompted = as_prompted(opened(path), WORLDS["shapes"], seeds=1)
+    pairs = [*zip(names, prompted, strict=True)]
     return {kind: sum(seen[kind] == label[kind] for seen, label in pairs) / len(pairs) for kind in world.ATTRIBUTES}
 
 

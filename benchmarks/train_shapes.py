@@ -21,7 +21,7 @@ import world_training
 from esd_peft.options.base import Options
 from esd_peft.options.command_line import parse, run_command
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.shapes.classifier import Classifier
+from esd_peft.worlds.shapes.classifier import ShapesClassifier
 from world_training import (
     Fit,
     LatentPool,
@@ -85,9 +85,9 @@ def train_vae(steps: int, generator: torch.Generator, batch: int = 32) -> tuple[
     return vae, mean_of_last(losses)
 
 
-def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) -> tuple[Classifier, float | None]:
+def train_classifier(steps: int, generator: torch.Generator, batch: int = 64) -> tuple[ShapesClassifier, float | None]:
     """Cross-entropy over the three heads; on images that are worn as a decoder would."""
-    classifier = Classifier().train()
+    classifier = ShapesClassifier().train()
 
     def loss_of() -> Tensor:
         labels, pixels = world.sample(batch, generator)
@@ -104,7 +104,7 @@ def train_denoiser(
 ) -> float | None:
     """Noise prediction with text encoder and UNet trained together, for the VAE and tokenizer in `pipeline`.
 
-    Saves the whole pipeline, with moving averages of the two. It goes on with what `state` holds, if it is there.
+    Saves the whole pipeline, with moving averages of the two. It resumes from `state`, if that file exists.
     """
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)

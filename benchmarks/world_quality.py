@@ -1,4 +1,4 @@
-"""How well an embedded pipeline and its classifier do what they promise.
+"""Accuracy of an embedded pipeline and its classifier.
 
     python benchmarks/world_quality.py emoji [--seeds 1] [--image sheet.png]
 
@@ -21,10 +21,10 @@ from esd_peft.worlds.world import Labels
 HELD_OUT = 4096
 
 
-def report(who: str, names: list[Labels], wanted: list[Labels]) -> None:
-    """How often the labels of each domain are the wanted ones, and which are so least often."""
-    for domain in dict.fromkeys(domain for labels in wanted for domain in labels):
-        rows = [(name.get(domain), labels[domain]) for name, labels in zip(names, wanted, strict=True) if domain in labels]
+def report(who: str, names: list[Labels], prompted: list[Labels]) -> None:
+    """Return the accuracy of each domain, and the labels with the lowest."""
+    for domain in dict.fromkeys(domain for labels in prompted for domain in labels):
+        rows = [(name.get(domain), labels[domain]) for name, labels in zip(names, prompted, strict=True) if domain in labels]
         right = sum(seen == label for seen, label in rows)
         print(f"{who}, {domain}: {right / len(rows):.2%} of {len(rows)}")
         wrong = Counter(f"{label} as {seen}" for seen, label in rows if seen != label)
@@ -32,12 +32,12 @@ def report(who: str, names: list[Labels], wanted: list[Labels]) -> None:
 
 
 def as_prompted(family: ModelFamily, world: World, seeds: int) -> tuple[Tensor, list[Labels], list[Labels]]:
-    """Images `[prompts, seeds, 3, H, W]` of the world's full prompts, and of each what it shows and what it should."""
+    """Draw images `[prompts, seeds, 3, H, W]` of the full prompts; return these with their detected and prompted labels."""
     cpu, prompts = torch.device("cpu"), world.full_prompts()
     pipe = family.pipeline(family.load_denoiser(torch.float32), cpu, torch.float32)
     encoded = encode_prompts(family, [prompt.text for prompt in prompts], cpu, torch.float32)
     images, classifier = make_images(pipe, encoded, seeds, batch_size=48), world.load_classifier()
-    names = [name for part in images.flatten(0, 1).split(256) for name in classifier.name(part)]
+    names = [name for part in images.flatten(0, 1).split(256) for name in classifier.classify(part)]
     return images, names, [prompt.labels for prompt in prompts for _ in range(seeds)]
 
 
@@ -50,12 +50,12 @@ def main() -> None:
     world = WORLDS[args.world]
     classifier = world.load_classifier()
 
-    wanted, pixels = world.rendered(HELD_OUT, torch.Generator().manual_seed(2**40))
-    names = [name for part in pixels.split(256) for name in classifier.name(part)]
-    report("classifier, held-out rendered images", names, wanted)
+    prompted, pixels = world.rendered(HELD_OUT, torch.Generator().manual_seed(2**40))
+    names = [name for part in pixels.split(256) for name in classifier.classify(part)]
+    report("classifier, held-out rendered images", names, prompted)
 
-    images, names, wanted = as_prompted(open_family(args.world), world, args.seeds)
-    report("pipeline, images as prompted", names, wanted)
+    images, names, prompted = as_prompted(open_family(args.world), world, args.seeds)
+    report("pipeline, images as prompted", names, prompted)
     if args.image:
         side = int(len(images) ** 0.5)
         sheet = images[: side * side, 0].unflatten(0, (side, side)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What the training commands of all worlds share: a tokenizer of their words, an optimizer loop that resumes, stages."""
+"""Common parts of the training commands: a tokenizer of the words, an optimizer loop that resumes, stages."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from esd_peft.errors import UserError
 from esd_peft.io import marks
-from esd_peft.io.jobs import hold
+from esd_peft.io.jobs import lock_output
 from esd_peft.io.outputs import check_folder, new_file, settle, take_folder
 from esd_peft.io.paths import exists, is_file
 from esd_peft.io.text import UnreadableError, read_json
@@ -26,7 +26,7 @@ from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.runtime.devices import describe_device, graphed, is_accelerator
 
 STATE = "state.pt"  # of a stage that is under way
-_WORLD = "a trained world"  # what the output is
+_WORLD = "a trained world"  # kind of the output
 SampleImages = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # labels `[B, domains]`, pixels in [0, 1]
 Stage = Callable[[torch.Generator], float | None]  # trains, saves, and returns its last loss
 
@@ -125,7 +125,7 @@ class LatentPool:
 
 
 def worn(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Images `[B, 3, H, W]` with noise and blur, more or less of both, which stand in for what a decoder does to images."""
+    """Add random noise and blur to images `[B, 3, H, W]`, to imitate the artefacts of a decoder."""
     soft = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     pixels = pixels.lerp(soft, torch.rand(len(pixels), 1, 1, 1, generator=generator))
     noise = torch.randn(pixels.shape, generator=generator) * 0.08
@@ -255,7 +255,7 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.vae.register_to_config(_name_or_path="")  # where it lay while training is nobody's business
+    pipe.vae.register_to_config(_name_or_path="")  # no local path in the published files
     pipe.to(torch.float16).save_pretrained(path)
     write_for_every_version(path)
 
@@ -272,12 +272,14 @@ def run_stages(
 
     Raises `UserError` for a directory that this command did not make, or that another process writes.
     """
-    with hold(output):
+    with lock_output(output):
         log = output / "training.json"
         check_folder(output, _WORLD, writes=[log.name, STATE])
         take_folder(output, _WORLD)
-        known = marks.listed(output) or set()
-        others = {path for path in output.rglob("*") if is_file(path) and path.relative_to(output).as_posix() not in known}
+        recorded = marks.recorded(output) or set()
+        others = {
+            path for path in output.rglob("*") if is_file(path) and path.relative_to(output).as_posix() not in recorded
+        }
         try:
             record = {**read_json(log)} if exists(log) else {}
         except (UnreadableError, TypeError) as error:

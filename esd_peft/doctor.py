@@ -1,4 +1,4 @@
-"""python -m esd_peft.doctor MODEL: what a model is, how it would be erased from, what fits which card, what is installed.
+"""python -m esd_peft.doctor MODEL: the family of a model, its defaults, memory plans for several cards, installed packages.
 
 It loads no weights, and of a hub repository it downloads none.
 """
@@ -31,15 +31,15 @@ def examine(config: DoctorConfig) -> Iterator[str]:
     family = open_family(config.model, "MODEL", config, weights=False)
     concept = "something" if family.world is None else next(iter(family.world.attributes.values()))[0]
     options: dict[str, Any] = config.model_dump() | {"concept": concept}
-    given = EraseConfig(**options)
-    resolved, prompts = resolve(given, family)
+    erase_config = EraseConfig(**options)
+    resolved, prompts = resolve(erase_config, family)
     yield from ("", *_model(family), _method(resolved.student, resolved.training), "")
     yield "what fits, as planned (the commands' --plan says more):"
-    resolved = imagined(given.runtime, resolved)
+    resolved = imagined(erase_config.runtime, resolved)
     estimator = MemoryEstimator(resolved, prompts, family)
     for card, left in CARDS.items():
         try:
-            plan = fit(estimator, given, resolved, parse_bytes(left))
+            plan = fit(estimator, erase_config, resolved, parse_bytes(left))
             yield f"  {card:<7}{describe(plan.config)}: {amount(plan.peak)} at most"
         except UserError as error:
             yield f"  {card:<7}does not fit: {error}"

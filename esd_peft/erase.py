@@ -33,7 +33,7 @@ from esd_peft.options.commands import read_command_line
 from esd_peft.options.erase import EraseConfig
 from esd_peft.options.training import BY_PROMPTS
 from esd_peft.prompts.augmentation import PromptTable, amounts, augment_prompts
-from esd_peft.prompts.table import PairTable, check_told_apart, make_table
+from esd_peft.prompts.table import PairTable, check_distinct, make_table
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.checkpoint import Left
@@ -130,7 +130,7 @@ def encode_prompts(config: EraseConfig, session: Session, encoder: TextEncoder) 
     """Make the run's prompts and encode them, by text encoders that are loaded once."""
     plan, training, validation = session.prompts, config.training, config.validation
     embeds = {name: value.to(encoder.device) for name, value in encoder.encode(plan.texts).items()}
-    check_told_apart(plan, embeds)
+    check_distinct(plan, embeds)
     table = None
     if training.method in BY_PROMPTS:
         table = augment_prompts(encoder, plan, training.seed, amounts(training.method))
@@ -141,7 +141,7 @@ def encode_prompts(config: EraseConfig, session: Session, encoder: TextEncoder) 
     images, side_by_side = validation.num_validation_images, config.buffer.rollout_batch_size
     sampler = None
     if images:
-        sampler = ValidationSampler(encoder, plan.concepts, images, side_by_side, training.seed, plan.given)
+        sampler = ValidationSampler(encoder, plan.concepts, images, side_by_side, training.seed, plan.user_preserved)
     timeline = make_timeline(config, session, encoder)
     return EncodedRun(embeds, make_table(plan, embeds), table, probes, sampler, timeline)
 

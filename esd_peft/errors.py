@@ -31,20 +31,22 @@ class UnusableImages(UserError):
     """Images show nothing that could be judged; what was trained before them is whole."""
 
 
-def in_brief(error: BaseException) -> str:
-    """What another library's error says, on one line, of no more than a sentence can quote; its class if it says nothing."""
+def one_line(error: BaseException) -> str:
+    """Return another library's error message on one short line; its class name if the message is empty."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def system_reason(error: BaseException) -> str:
-    """What the system has against a file: without its number and name, if it says so."""
+    """Return the system's error message for a file, without error number and file name."""
     return str(getattr(error, "strerror", None) or error)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that the GPU or the host has too little memory: PyTorch has no class of its own for the latter, nor
-    for Apple's GPUs."""
+    """Return whether the error means that the GPU or the host has too little memory.
+
+    PyTorch has no exception class for the host or for Apple's GPUs.
+    """
     import torch  # here, because commands that compute nothing can raise errors too
 
-    told = ("can't allocate memory", "MPS backend out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in told)
+    messages = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in messages)

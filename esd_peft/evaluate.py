@@ -16,7 +16,7 @@ from esd_peft.evaluation.report import REPORT, write_report
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Suite, load_suite, select_prompts
 from esd_peft.evaluation.text import as_text
-from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.jobs import lock_output, only_job
 from esd_peft.io.outputs import check_folder, take_folder
 from esd_peft.io.paths import is_file
 from esd_peft.io.terminal import say
@@ -33,7 +33,7 @@ from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.runtime.reproducibility import bits_depend_on
 from esd_peft.worlds.world import Prompt
 
-EVALUATION = "an evaluation"  # what the directory is
+EVALUATION = "an evaluation"  # kind of the directory
 PROMPTS_AT_A_TIME = 1000  # encoded together: text encoders and denoiser are never in memory together
 
 
@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     that cannot work, and `UnusableImages` where images are NaN or all of one colour, from which no verdict may come; a
     detector or a package that is missing is noticed before images are made.
     """
-    with only_job(), hold(config.output), current(resolve_device(config.device)):
+    with only_job(), lock_output(config.output), current(resolve_device(config.device)):
         return _evaluate(config)
 
 
@@ -63,7 +63,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     models.base.family.check_seen({"--concept": models.concepts})
     profiler = PhaseProfiler(device)
     attacks = make_attacks(config, suite)
-    if {*config.attack} - {"prompts"}:  # these learn from noised images: what cannot be noised is said before any are made
+    if {*config.attack} - {"prompts"}:  # the others train on noised images: check the schedule before any image is drawn
         models.erased.family.noise_schedule.add_noise(*torch.zeros(3, 1))
     with profiler.phase("load"):
         metrics = load_metrics(config, suite, prompts)
@@ -74,35 +74,35 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
         after = _images("after", models.erased, models.drawing, config, evaluator, device, dtype)
     with profiler.phase("judge"):
         metrics.to(device)
-        found = evaluator.look(before, after)
+        findings = evaluator.score(before, after)
     with profiler.phase("attack"):
         runner = AttackRunner(config, models, metrics.detector, prompts, roles, before, suite, device, dtype)
-        attacked = runner.run(attacks)
+        attack_results = runner.run(attacks)
     result = Evaluation(
         suite=suite_name,
         about=suite.about,
-        concepts=list(roles.asking) or models.concepts,
+        concepts=list(roles.concept_prompts) or models.concepts,
         prompts=len(prompts),
         seeds=suite.seeds,
         num_inference_steps=suite.num_inference_steps or models.base.family.num_inference_steps,
         guidance_scale=models.base.family.guidance_scale if suite.guidance_scale is None else suite.guidance_scale,
-        detector=metrics.detector.about if metrics.detector else None,
-        accuracies=evaluator.accuracies(found),
-        counts=found.counts,
-        measures=measures(metrics, found, roles, evaluator.places, config.seed),
+        detector=metrics.detector.judge if metrics.detector else None,
+        accuracies=evaluator.accuracies(findings),
+        counts=findings.counts,
+        measures=measures(metrics, findings, roles, evaluator.places, config.seed),
         notes=models.notes,
         seconds={phase: round(value, 3) for phase, value in profiler.seconds.items()},
         command=command_of(config),
         config=config.model_dump(mode="json"),
         version=__version__,
-        attacks=attacked,
+        attacks=attack_results,
     )
     write_report(config.output, result, prompts, roles, before, after)
     return result
 
 
 def _check_output(config: EvaluateConfig, models: Comparison) -> None:
-    """Raise `UserError` now if the report could not be written later, or would replace what is read or somebody else's."""
+    """Raise `UserError` before any work if the report could not be written, or would replace an input or foreign files."""
     files = [file for file in (config.suite, config.prompts, config.attack_prompts) if file and is_file(file)]
     read = [*files, config.base, config.detector, config.clip, config.features, config.reference, config.attack_reference,
             models.base.family.path, models.erased.family.path, models.trained_on]  # fmt: skip
@@ -112,12 +112,12 @@ def _check_output(config: EvaluateConfig, models: Comparison) -> None:
 
 
 def _within(config: EvaluateConfig) -> bool:
-    """Whether the report becomes a part of what is evaluated."""
+    """Return whether the report becomes a part of the evaluated model."""
     return config.output.resolve() == (config.erased / WITHIN).resolve()
 
 
 def _configured(suite: Suite, config: EvaluateConfig) -> Suite:
-    """The suite with what the config says otherwise. Raises `UserError` for a detector where there is nothing to detect."""
+    """Apply the config to the suite. Raises `UserError` for a detector without labels to detect."""
     changes = {name: getattr(config, name) for name in ("seeds", "num_inference_steps", "guidance_scale")}
     changes = {name: value for name, value in changes.items() if value is not None}
     detector = suite.detector

@@ -20,7 +20,7 @@ from esd_peft.adapters.saved import Adapter, read_adapter
 from esd_peft.adapters.verify import Verification
 from esd_peft.errors import UserError
 from esd_peft.io import marks
-from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.jobs import lock_output, only_job
 from esd_peft.io.outputs import check_new_file, check_output, new_directory, new_file
 from esd_peft.io.tensors import check_finite
 from esd_peft.io.terminal import say
@@ -33,7 +33,7 @@ from esd_peft.options.commands import read_command_line
 from esd_peft.options.merge import MergeConfig
 from esd_peft.options.model import ModelOptions
 
-MERGED = "a merged model"  # what the output is
+MERGED = "a merged model"  # kind of the output
 
 
 def merge_adapter(config: MergeConfig) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def merge_adapter(config: MergeConfig) -> dict[str, Any]:
     Returns what `erased.json` holds. Raises `UserError` if the adapter does not fit the base, if a file is damaged,
     if a merged layer differs from base + adapter by more than rounding, or if an upload that was asked for fails.
     """
-    with only_job(), hold(config.output):
+    with only_job(), lock_output(config.output):
         repository = check_upload(config)
         record = _merge(config)
         if repository is not None:
@@ -104,7 +104,7 @@ def _merge_into_file(
     metadata |= own_metadata(record["concept"], scopes, record["base"], [adapter.config_sha256 for adapter in adapters])
     metadata[marks.KEY] = MERGED
     licence = base_licence(family.path).get("license")
-    with new_file(config.output, _private(family), alone=True) as draft:
+    with new_file(config.output, _private(family), standalone=True) as draft:
         write_checkpoint(
             draft,
             family,
@@ -125,10 +125,10 @@ def _open_base(config: MergeConfig, adapters: list[Adapter]) -> ModelFamily:
     first = adapters[0].base
     if config.base is None and "model" not in first:
         raise UserError(f"--base is missing, and --adapter {config.adapter[0]} does not say what it was trained on")
-    given = {name: getattr(config, name) for name in ModelOptions.model_fields}
+    options = {name: getattr(config, name) for name in ModelOptions.model_fields}
     if config.base is None:
-        given |= {name: given[name] or value for name, value in adapters[0].base_options.items()}
-    family = open_family(config.base or first["model"], "--base", ModelOptions(**given))
+        options |= {name: options[name] or value for name, value in adapters[0].base_options.items()}
+    family = open_family(config.base or first["model"], "--base", ModelOptions(**options))
     kind = family.pipeline_class.__name__
     for adapter in adapters:
         if adapter.base.get("class", kind) != kind:
@@ -173,10 +173,10 @@ def main() -> None:
     if not record["base"]["trained_on_it"]:
         say("note: the adapter was trained on other weights than these; check that the concept is gone")
     if "verification" in record:
-        found = record["verification"]
+        check = record["verification"]
         say(
-            f"verified layer by layer: the adapter changes outputs by up to {found['adapter_changes']:.2%}, merged and "
-            f"base + adapter differ by at most {found['largest_difference']:.2%} (rounding allows {found['bound']:.2%})"
+            f"verified layer by layer: the adapter changes outputs by up to {check['adapter_changes']:.2%}, merged and "
+            f"base + adapter differ by at most {check['largest_difference']:.2%} (rounding allows {check['bound']:.2%})"
         )
     say(f"{config.output} is a plain {record['format']}")
 

@@ -1,4 +1,4 @@
-"""What an adapter does to one base weight, whatever kind of adapter it is."""
+"""Changes that an adapter makes to one base weight, for all kinds of adapters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,27 +13,29 @@ class AdaptedWeight(ABC):
 
     @abstractmethod
     def effect(self, inputs: Tensor) -> Tensor:
-        """What the adapter adds to the layer's output for `inputs`, fp32; without a layer: to the weight."""
+        """Return the adapter's contribution to the layer's output for `inputs`, fp32; without a layer, its contribution to
+        the weight.
+        """
 
     @abstractmethod
     def merge(self) -> Tensor:
-        """The merged weight, fp32. There is no adapter afterwards."""
+        """Return the merged weight, fp32. The adapter cannot be used afterwards."""
 
 
 class WeightDelta(ABC):
-    """What an adapter does to one base weight."""
+    """The change that an adapter makes to one base weight."""
 
-    layer: nn.Module | None  # that the weight belongs to, of the base's sizes; none: the weight is looked at by itself
-    adds: bool  # its difference from the base's weight can be added to others'; otherwise it acts alone
+    layer: nn.Module | None  # the layer of the weight, in the base's sizes; None: the weight is verified by itself
+    adds: bool  # its difference from the base's weight can be added to that of others
 
     @abstractmethod
     def on(self, weight: Tensor) -> AdaptedWeight:
-        """The adapter on that weight, which stays as it is."""
+        """Put the adapter on `weight`, which stays unchanged."""
 
 
 @dataclass(frozen=True)
 class Replacement(WeightDelta):
-    """Another value in the weight's place: of it, `scale` times the difference."""
+    """A new value for the weight; it is added as `scale` times its difference from the base's."""
 
     read: Callable[[], Tensor]  # the value, as stored
     scale: float = 1.0

@@ -1,8 +1,8 @@
-"""Files that other tools read: a kohya/ComfyUI LoRA beside the adapter, and a merged single-file checkpoint.
+"""Files for other tools: a kohya/ComfyUI LoRA next to the adapter, and a merged single-file checkpoint.
 
-Both exist for Stable Diffusion 1.x, 2.x and XL, whose tools have names of their own. For the transformer families
-ComfyUI reads diffusers' names, so `pytorch_lora_weights.safetensors` is the file, and of a merged model the transformer in
-one file. LoHa, LoKr and `--adapter-type none` have no file here: merge them.
+Both exist for Stable Diffusion 1.x, 2.x and XL, whose tools have their own weight names. For the transformer families
+ComfyUI reads diffusers' names: `pytorch_lora_weights.safetensors`, or the merged transformer in one file. LoHa, LoKr and
+`--adapter-type none` have no such file: merge them.
 """
 
 import functools
@@ -30,7 +30,7 @@ Merge = Callable[[str, Tensor], Tensor]  # a weight's name and the weight, as st
 
 
 def own_metadata(concepts: list[str], scopes: list[str], base: dict[str, Any], configs: list[str]) -> dict[str, str]:
-    """What a safetensors header says of an erasure, whatever tool reads it; `configs` are the hashes of `config.yaml`."""
+    """Return the safetensors metadata of an erasure; `configs` are the hashes of `config.yaml`."""
     return {
         "esd_peft.version": __version__,
         "esd_peft.concept": json.dumps(concepts, ensure_ascii=False),
@@ -42,7 +42,7 @@ def own_metadata(concepts: list[str], scopes: list[str], base: dict[str, Any], c
 
 
 def modelspec(family: ModelFamily, layout: CheckpointLayout, title: str, concepts: list[str], lora: bool) -> dict[str, str]:
-    """The model metadata of Stability AI's standard, version 1.0.0; without a date, so that bits stay reproducible."""
+    """Return the model metadata of Stability AI's standard, version 1.0.0, without a date: files stay reproducible."""
     diffusers_names = lora and not layout.original_lora_names
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -57,7 +57,7 @@ def modelspec(family: ModelFamily, layout: CheckpointLayout, title: str, concept
 def write_kohya_lora(
     adapter: Path, family: ModelFamily, title: str, concepts: list[str], scope: str, metadata: dict[str, str]
 ) -> None:
-    """Write `kohya_lora.safetensors` beside the PEFT LoRA in `adapter`; nothing for families without such a file."""
+    """Write `kohya_lora.safetensors` next to the PEFT LoRA in `adapter`, for families with such a file."""
     layout = family.checkpoint_layout
     if layout is None:
         return
@@ -88,26 +88,26 @@ def write_kohya_lora(
 
 
 def limits(family: ModelFamily, layers: list[str]) -> list[str]:
-    """What other tools do not make of a LoRA on `layers`, a sentence each; as they behave today (docs/formats.md)."""
-    said = []
+    """Return a sentence for each limit of other tools with a LoRA on `layers`, as they behave today (docs/formats.md)."""
+    sentences = []
     kohya = family.checkpoint_layout is not None
     if kohya and (outer := sorted({name.split(".")[0] for name in layers} & _OUTER)):
-        said.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
+        sentences.append(f"{KOHYA_FILE}: kohya's tools and stable-diffusion.cpp skip {', '.join(outer)}; merge for these")
     if skipped := sorted({name.split(".")[0] for name in layers} & {*family.lora_skips}):
-        said.append(f"pytorch_lora_weights.safetensors: ComfyUI skips {', '.join(skipped)}; merge for it")
-    known_by = family.lora_known_by
-    if known_by and not any(mark in name for mark in known_by for name in layers):
+        sentences.append(f"pytorch_lora_weights.safetensors: ComfyUI skips {', '.join(skipped)}; merge for it")
+    markers = family.lora_markers
+    if markers and not any(mark in name for mark in markers for name in layers):
         file = KOHYA_FILE if kohya else "pytorch_lora_weights.safetensors"
-        said.append(
-            f"{file}: Invoke knows a LoRA's base by its {' or '.join(known_by)}, and none is in it; merge for Invoke"
+        sentences.append(
+            f"{file}: Invoke knows a LoRA's base by its {' or '.join(markers)}, and none is in it; merge for Invoke"
         )
-    return said
+    return sentences
 
 
 def check_single_file(family: ModelFamily, output: Path) -> CheckpointLayout | None:
-    """The layout of the kind's checkpoints; none for a kind whose file is the denoiser's alone.
+    """Return the layout of the kind's checkpoints; None for a kind whose file is the denoiser alone.
 
-    Raises `UserError` now if no tool would read the file, or if the prompts that it was made for could not be said with it.
+    Raises `UserError` if no tool could read the file, or encode the prompts for which it was made.
     """
     layout = family.checkpoint_layout
     if layout is None and not family.denoiser_is_a_file:
@@ -162,7 +162,7 @@ def _markers(family: ModelFamily) -> list[NewTensor]:
 
 
 def _new(name: str, value: Tensor) -> NewTensor:
-    """As it is, in fp32."""
+    """Return the stored value, in fp32."""
     value = value.float().contiguous()
     return NewTensor(name, "F32", [*value.shape], value.numel() * 4, functools.partial(as_bytes, value))
 
@@ -221,6 +221,6 @@ def _bytes(sources: list[tuple[TensorFile, str]], transposed: bool, merge: Merge
                 data += tensors.read_bytes(file, name)
                 continue
             stored = tensors.read(file, name)
-        made = stored.T if transposed else stored if merge is None else merge(name, stored)
-        data += as_bytes(made.to(stored.dtype).contiguous())
+        value = stored.T if transposed else stored if merge is None else merge(name, stored)
+        data += as_bytes(value.to(stored.dtype).contiguous())
     return data

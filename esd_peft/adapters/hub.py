@@ -1,4 +1,4 @@
-"""`--push-to-hub`: whether an upload can work, before the work; and the upload, after it.
+"""`--push-to-hub`: checks before the work that an upload can succeed, and the upload after it.
 
 The token is the one of `hf auth login` or `HF_TOKEN`, which huggingface_hub finds by itself: no option, file or message here
 holds it.
@@ -12,28 +12,27 @@ from typing import Any
 from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError, one_line
 from esd_peft.io.marks import MARK
 from esd_peft.io.terminal import say
 from esd_peft.options.merge import HubOptions
 
-# what is of use elsewhere: the other files of an adapter's directory say where its base lies on this machine
+# the files of use elsewhere; others in an adapter's directory contain local paths
 ADAPTER_FILES = ("*.safetensors", "adapter_config.json", "README.md")
 _FAILED: tuple[type[Exception], ...] = (errors.HTTPError, OSError, ValueError, RuntimeError)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class Repository:
-    """Where an upload goes."""
+    """The destination of an upload."""
 
     name: str  # OWNER/NAME
     is_there: bool  # it keeps its visibility
 
     def upload(self, folder: Path, files: tuple[str, ...] = ()) -> None:
-        """Upload the folder, or those `files` in it (patterns), and say where it is; make a private repository if there is
-        none.
+        """Upload the folder, or `files` in it (patterns), and print the address; a new repository is private.
 
-        Raises `UserError` that says how to do it again: what was made stays where it is.
+        Raises `UserError` with the command to upload again; the files stay.
         """
         try:
             api = HfApi()
@@ -44,19 +43,19 @@ class Repository:
             )  # fmt: skip
         except _FAILED as error:
             again = self._command(folder, files)
-            raise UserError(f"{folder} is finished, but not uploaded ({in_brief(error)}); for that: {again}") from None
+            raise UserError(f"{folder} is finished, but not uploaded ({one_line(error)}); for that: {again}") from None
         say(f"uploaded to {address}" + ("" if self.is_there else "; it is private until you make it public in its settings"))
 
     def _command(self, folder: Path, files: tuple[str, ...]) -> str:
-        """The same upload by the hub's own command."""
+        """Return the command of the hub's own tool for the same upload."""
         chosen = [word for file in files for word in ("--include", file)] or ["--exclude", f"*{MARK}"]
         return shlex.join(["hf", "upload", self.name, str(folder), ".", *chosen, "--private"])
 
 
 def check_upload(options: HubOptions) -> Repository | None:
-    """Where the output is to be uploaded to; none if that is not asked for. Nothing is made on the hub yet.
+    """Return the destination of the upload, or None without `--push-to-hub`. Creates nothing on the hub.
 
-    Raises `UserError` without a token that may write, for a name that is none, and for somebody else's.
+    Raises `UserError` without a token that may write, for an invalid name, and for another owner's repository.
     """
     if options.push_to_hub is None:
         return None
@@ -74,14 +73,14 @@ def check_upload(options: HubOptions) -> Repository | None:
     except errors.HfHubHTTPError as error:
         if error.response.status_code == 401:
             raise UserError("--push-to-hub: the hub does not know the token; run hf auth login, or set HF_TOKEN") from None
-        raise UserError(f"--push-to-hub: the hub refuses ({in_brief(error)}); try again later, or leave it out") from None
+        raise UserError(f"--push-to-hub: the hub refuses ({one_line(error)}); try again later, or leave it out") from None
     except _FAILED as error:
-        raise UserError(f"--push-to-hub: the hub cannot be reached ({in_brief(error)}); leave it out") from None
+        raise UserError(f"--push-to-hub: the hub cannot be reached ({one_line(error)}); leave it out") from None
     return Repository(repository, is_there)
 
 
 def _own(name: str, account: dict[str, Any]) -> str:
-    """`name` with its owner: the account, or one of its organisations. Raises `UserError` if it may not write there."""
+    """Return `name` with its owner, the account or its organisation. Raises `UserError` without the right to write."""
     owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
     owner, _, repository = name.rpartition("/")
     if owner and owner not in owners:

@@ -1,7 +1,9 @@
-"""What single-file checkpoints call the weights of Stable Diffusion 1.x, 2.x and XL.
+"""Names of the weights of Stable Diffusion 1.x, 2.x and XL in single-file checkpoints.
 
-diffusers ships the way in (`diffusers.loaders.single_file_utils`) and, of the way out, only the tables that are read
-here. The names follow the original code's module lists: a block's layers are counted through the whole network.
+diffusers converts from these names (`diffusers.loaders.single_file_utils`). For the opposite direction it has only the
+tables that this module reads.
+
+The names follow the original code's module lists: a block's layers are counted through the whole network.
 """
 
 from collections.abc import Iterable
@@ -77,13 +79,13 @@ def clip_sources(names: Iterable[str], config: dict[str, Any]) -> dict[str, list
     """
     if config.get("hidden_act") != "gelu":
         return {f"transformer.text_model.{name.removeprefix('text_model.')}": [name] for name in names}
-    found: dict[str, list[str]] = {}
+    sources: dict[str, list[str]] = {}
     for name in sorted(names):  # q after k: put right below
         if not name.endswith("position_ids"):
-            found.setdefault(f"model.{_open_clip_name(name)}", []).append(name)
+            sources.setdefault(f"model.{_open_clip_name(name)}", []).append(name)
     order = ["q_proj", "k_proj", "v_proj"]
     return {new: sorted(old, key=lambda n: next((i for i, part in enumerate(order) if part in n), 0))
-            for new, old in found.items()}  # fmt: skip
+            for new, old in sources.items()}  # fmt: skip
 
 
 def _open_clip_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How adapters change the weights of their base, one tensor at a time."""
+"""Merging adapters into their base, one tensor at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,23 +13,25 @@ from esd_peft.errors import UserError
 from esd_peft.io.tensors import check_finite, open_tensors
 from esd_peft.models import ModelFamily
 
-RECORD = "erased.json"  # in the merged directory: what was erased, how, and from which base
+RECORD = "erased.json"  # in the merged directory: concepts, config and base
 Changes = dict[str, list[WeightDelta]]  # of each weight that changes
 
 
 def find_changes(family: ModelFamily, adapters: list[Adapter]) -> Changes:
-    """What happens to which weight. Raises `UserError` if an adapter does not fit the base, or the others, or changes
-    nothing."""
+    """Collect the changes of each weight.
+
+    Raises `UserError` if an adapter does not fit the base or the other adapters, or changes nothing.
+    """
     changes: Changes = {}
     own: dict[Adapter, dict[str, WeightDelta]] = {adapter: {} for adapter in adapters}
-    alone: dict[str, Adapter] = {}  # of each weight an adapter that does not add to it
+    owner: dict[str, Adapter] = {}  # of each weight an adapter that does not add to it
     for adapter in adapters:
         for name, change in adapter.fitting(family.empty_denoiser()).items():
             if not change.adds:
-                alone.setdefault(name, adapter)
-            if name in changes and name in alone:
+                owner.setdefault(name, adapter)
+            if name in changes and name in owner:
                 raise UserError(
-                    f"--adapter {alone[name].path} replaces weights that another adapter changes; merge it first, and the "
+                    f"--adapter {owner[name].path} replaces weights that another adapter changes; merge it first, and the "
                     "other one into what comes out (--base)"
                 )
             changes.setdefault(name, []).append(change)
@@ -43,16 +45,17 @@ def find_changes(family: ModelFamily, adapters: list[Adapter]) -> Changes:
 
 
 def notes_of(family: ModelFamily, adapters: list[Adapter]) -> list[str]:
-    """What is to be said of the adapters' files, in sentences."""
+    """Return notes on the adapters' files, one sentence each."""
     return [note for adapter in adapters for note in adapter.notes(family.empty_denoiser())]
 
 
 @torch.no_grad()
 def merge_weight(weight: Tensor, changes: list[WeightDelta], inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A base weight with all its changes, fp32 from the first on, and what these add to the outputs for `inputs`.
+    """Return a base weight with all its changes, fp32 from the first change on, and their contribution to the outputs for
+    `inputs`.
 
-    Of several each one's difference from the base is added, so that their order does not matter: W + Σ (W_i − W). For LoRA
-    and what else adds to a layer's output that is PEFT with all of them active; for DoRA it is up to products of changes.
+    Several changes are added as differences from the base, W + Σ (W_i − W), so their order does not matter. For LoRA and
+    other additive adapters this equals PEFT with all of them active; for DoRA it does up to products of changes.
     """
     effect, merged = torch.zeros(()), weight
     for change in changes:

@@ -1,4 +1,4 @@
-"""The README.md of a merged model or an adapter: its licence, what was erased, from what, how, and what evaluation said."""
+"""The README.md of a merged model or an adapter: licence, erased concepts, base, settings, and evaluation results."""
 
 import contextlib
 import re
@@ -81,7 +81,7 @@ def _card(title: str, header: str, sections: list[str]) -> str:
 
 
 def _header(base: str, family: ModelFamily, tags: list[str]) -> str:
-    """What the hub reads, in YAML."""
+    """Return the YAML header that the hub reads."""
     return ModelCardData(
         **base_licence(family.path),
         base_model=base if "/" in base else None,
@@ -111,16 +111,16 @@ def base_licence(path: Path) -> dict[str, Any]:
 
     Raises `UserError` if it cannot be read.
     """
-    card, known = path / "README.md", None
+    card, header_fields = path / "README.md", None
     if is_file(card) and inside_model(path, card):
         with reading(card), card.open("rb") as file:
             header = _HEADER.match(file.read(_LARGEST_HEADER).decode("utf-8-sig", "replace"))
         with contextlib.suppress(UnreadableError):
-            known = parse_yaml(header[1]) if header else None
-    known = known if isinstance(known, dict) else {}
-    found = {key: known.get(key) for key in ("license", "license_name", "license_link")}
+            header_fields = parse_yaml(header[1]) if header else None
+    header_fields = header_fields if isinstance(header_fields, dict) else {}
+    licence = {key: header_fields.get(key) for key in ("license", "license_name", "license_link")}
     return {
-        key: value for key, value in found.items() if isinstance(value, str) and value.isprintable() and len(value) < 500
+        key: value for key, value in licence.items() if isinstance(value, str) and value.isprintable() and len(value) < 500
     }
 
 

@@ -1,7 +1,7 @@
-"""PEFT's own layer around one layer of the base: what it adds, and what it merges to.
+"""PEFT's own layer around one layer of the base: its contribution, and its merged weight.
 
-So a model of any size is merged in the memory of its largest layer, and any PEFT method merges here that can merge a
-Linear or Conv2d by itself.
+This merges a model of any size in the memory of its largest layer. It supports every PEFT method that can merge a single
+Linear or Conv2d.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from esd_peft.adapters.deltas import AdaptedWeight, WeightDelta
 from esd_peft.adapters.peft_config import REPEATED, Patterns, for_layers
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError, one_line
 
 _NOT_SAVED = r"\bbase_layer\b|\branknum\b"  # the base's, and how many ranks AdaLoRA has left, which its tensors show
 MERGES_BIAS = ("IA3", "ROAD", "BEFT")  # methods that change the bias of a layer without a tensor of that name
@@ -26,7 +26,7 @@ MERGES_BIAS = ("IA3", "ROAD", "BEFT")  # methods that change the bias of a layer
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """An adapter as it was read: its directory, config and tensors, and how much of it acts."""
+    """An adapter as it was read: directory, config, patterns, and scale."""
 
     path: Path
     config: peft.PeftConfig
@@ -40,14 +40,14 @@ class PeftFiles:
 
     @contextlib.contextmanager
     def at(self, name: str) -> Iterator[None]:
-        """PEFT at work on the layer `name`: what it raises, of whatever kind, becomes a `UserError`."""
+        """Turn every exception that PEFT raises for the layer `name` into a `UserError`."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
-            said = f"does not fit the base at {name}, or cannot be merged ({in_brief(error)})"
-            raise UserError(f"--adapter {self.path}: its {self.kind} {said}") from None
+            problem = f"does not fit the base at {name}, or cannot be merged ({one_line(error)})"
+            raise UserError(f"--adapter {self.path}: its {self.kind} {problem}") from None
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,26 @@ class LayerWeight(WeightDelta):
         return _AdaptedWeight(self, weight.float(), bias, self.wrapped(weight, bias))
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """A layer of the base's kind with these values, fp32."""
+        """Return a layer of the base's kind with these values, fp32."""
         layer = copy.deepcopy(self.layer).to_empty(device="cpu").float().requires_grad_(False)
         layer.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.to(torch.float32, copy=True), requires_grad=False)
         return layer
 
     def wrapped(self, weight: Tensor, bias: Tensor | None) -> Any:
-        """PEFT's layer around it, for use. Raises `UserError` if the adapter does not fit, or not all of it is needed."""
+        """Return PEFT's layer around it, in eval mode. Raises `UserError` if the adapter does not fit, or has unused
+        tensors.
+        """
         root = nn.Module()
         parent = root
         *path, last = self.name.split(".")
-        for part in path:  # the same name as in the model: PEFT looks for it
+        for part in path:  # the name in the model, which PEFT looks up
             parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(last, self.plain(weight, bias))
         with self.files.at(self.name):
             config = for_layers(self.files.config, [self.name], self.files.patterns)
-            # on the meta device a config asks for no memory: what fits it comes from the file
+            # on the meta device, so that the config allocates no memory; the file provides the tensors
             empty = getattr(config, "init_lora_weights", None) not in REPEATED
             if not empty:
                 _check_rank(config, self.tensors)
@@ -98,7 +100,7 @@ class LayerWeight(WeightDelta):
             return model.eval().get_submodule(f"base_model.model.{self.name}")
 
     def merged(self, layer: Any) -> Any:
-        """What PEFT makes of its layer: a Linear or Conv2d."""
+        """Return PEFT's merged layer, a Linear or Conv2d."""
         with self.files.at(self.name):
             layer.merge()
             base = layer.get_base_layer()
@@ -109,7 +111,7 @@ class LayerWeight(WeightDelta):
 
 @dataclass(frozen=True)
 class LayerBias(WeightDelta):
-    """The bias of an adapted layer. What a method does to it must not depend on the weight, which lies elsewhere."""
+    """The bias of an adapted layer. Methods whose bias depends on the weight are refused."""
 
     of: LayerWeight
     layer: None = None
@@ -132,7 +134,7 @@ class _AdaptedWeight(AdaptedWeight):
     layer: Any  # of PEFT
 
     def effect(self, inputs: Tensor) -> Tensor:
-        """Of the weight alone: biases, the base's and the adapter's, are what is answered to zeros."""
+        """Return the contribution through the weight, without any bias: the response to zeros is subtracted."""
         with self.change.files.at(self.change.name):
             answer = self.layer(inputs) - self.layer(torch.zeros_like(inputs))
         return self.change.files.scale * (answer - self.change.plain(self.weight, None)(inputs))
@@ -159,14 +161,14 @@ class _AdaptedBias(AdaptedWeight):
         return self.change.files.scale * (answer.reshape(1, len(self.bias), -1)[0, :, 0] - self.bias)
 
     def merge(self) -> Tensor:
-        found, other = (self.change.merged(layer).bias for layer in (self.layer, self.other))
-        if not torch.equal(found, other):
+        bias, other = (self.change.merged(layer).bias for layer in (self.layer, self.other))
+        if not torch.equal(bias, other):
             raise _entangled(self.change)
-        return _part(self.bias, found, self.change.files.scale)
+        return _part(self.bias, bias, self.change.files.scale)
 
 
 def _check_rank(config: peft.PeftConfig, tensors: dict[str, Tensor]) -> None:
-    """Of a layer whose tensors PEFT makes before it reads them."""
+    """Check the rank of a layer whose tensors PEFT creates before it reads them. Raises `ValueError`."""
     (rank,) = {len(value) for key, value in tensors.items() if "lora_A" in key}
     if next(iter((config.rank_pattern or {}).values()), config.r) != rank:
         raise ValueError(f"its rank is not {rank}")

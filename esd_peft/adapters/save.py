@@ -19,12 +19,12 @@ from esd_peft.models import ModelFamily
 from esd_peft.models.hub_cache import commit_of
 from esd_peft.options.model import PretrainedOptions
 
-ADAPTER = "an adapter"  # what the directory is
+ADAPTER = "an adapter"  # kind of the directory
 
 
 @dataclass
 class Provenance:
-    """Where an adapter comes from."""
+    """The origin of an adapter."""
 
     family: ModelFamily
     pretrained: PretrainedOptions
@@ -34,7 +34,7 @@ class Provenance:
     config: str  # the YAML that makes it again
 
     def to_dict(self) -> dict[str, Any]:
-        """What `base.json` holds, but for the adapter's own files."""
+        """Return the content of `base.json`, without the hashes of the adapter's own files."""
         return {
             "model": self.pretrained.model,
             "revision": commit_of(self.pretrained.model, self.family.path),
@@ -47,19 +47,24 @@ class Provenance:
         }
 
 
-def save_adapter(write: Callable[[Path], None], output: Path, overwrite: bool, made: Provenance, is_lora: bool) -> None:
-    """Let `write` put what was learned into the directory `output`, with what other tools read, `config.yaml` and
-    `base.json` beside it. Raises `UserError` if it cannot be written, and then leaves nothing."""
-    base = made.to_dict()
-    digest = hashlib.sha256(made.config.encode()).hexdigest()
-    metadata = own_metadata(made.concepts, [made.scope], base, [digest])
+def save_adapter(
+    write: Callable[[Path], None], output: Path, overwrite: bool, provenance: Provenance, is_lora: bool
+) -> None:
+    """Save an adapter: `write` fills the directory `output`, which also gets `config.yaml`, `base.json` and the files of
+    other tools.
+
+    Raises `UserError` if it cannot be written, and then leaves nothing.
+    """
+    base = provenance.to_dict()
+    digest = hashlib.sha256(provenance.config.encode()).hexdigest()
+    metadata = own_metadata(provenance.concepts, [provenance.scope], base, [digest])
     with new_directory(output, ADAPTER, overwrite) as draft:
         write(draft)
         for file in draft.glob("*.safetensors"):
             add_metadata(file, metadata)
         if is_lora:
-            write_kohya_lora(draft, made.family, output.name, made.concepts, made.scope, metadata)
-        (draft / "config.yaml").write_text(made.config, encoding="utf-8")
+            write_kohya_lora(draft, provenance.family, output.name, provenance.concepts, provenance.scope, metadata)
+        (draft / "config.yaml").write_text(provenance.config, encoding="utf-8")
         base["files"] = {file.name: sha256(file) for file in sorted(draft.iterdir()) if is_file(file)}
         (draft / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 

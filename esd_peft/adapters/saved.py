@@ -1,4 +1,4 @@
-"""Adapter directories, read back to be merged: how each changes the base weights."""
+"""Adapter directories, read for merging: the change that each makes to the base weights."""
 
 import functools
 from abc import ABC, abstractmethod
@@ -30,11 +30,11 @@ from esd_peft.io.tensors import TensorFile, check_finite, open_tensors, read_ten
 from esd_peft.io.text import UnreadableError, read_json, read_yaml
 from esd_peft.options.prompts import PromptOptions
 
-WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter-type none: the new values under the denoiser's own names
+WEIGHTS_FILE = "denoiser_weights.safetensors"  # of --adapter-type none: new values under the denoiser's names
 _PEFT_PREFIX = "base_model.model."
 
 
-# what is read of an adapter's files, with its type; they may hold more
+# the fields read from an adapter's files, with their types; the files may have more
 _BaseFile = TypedDict(
     "_BaseFile",
     {
@@ -50,42 +50,42 @@ _BaseFile = TypedDict(
 )
 
 
-class _PretrainedSaid(TypedDict, total=False):
+class _PretrainedFields(TypedDict, total=False):
     model: str
     resolution: int | None
     max_sequence_length: int | None
 
 
-class _PromptsSaid(TypedDict, total=False):
+class _PromptsFields(TypedDict, total=False):
     concept: list[str | dict[str, Any]]
     erase_from: str | None
     preserve: list[str]
 
 
-class _StudentSaid(TypedDict, total=False):
+class _StudentFields(TypedDict, total=False):
     scope: str
 
 
 class _ConfigFile(TypedDict, total=False):
-    pretrained: _PretrainedSaid
-    prompts: Required[_PromptsSaid]
-    student: _StudentSaid
+    pretrained: _PretrainedFields
+    prompts: Required[_PromptsFields]
+    student: _StudentFields
 
 
-class _RateSaid(TypedDict):
+class _RateFields(TypedDict):
     before: float
     after: float
 
 
 class _ResultFile(TypedDict, total=False):
-    concepts: dict[str, _RateSaid]
-    others: dict[str, _RateSaid]
+    concepts: dict[str, _RateFields]
+    others: dict[str, _RateFields]
 
 
 class Adapter(ABC):
-    """A saved adapter directory; `base` and `config` are empty where another tool made it."""
+    """A saved adapter directory; `base` and `config` are empty for adapters of other tools."""
 
-    adds: ClassVar[bool]  # to whatever weight is there, a quantized one too; otherwise it replaces the weight
+    adds: ClassVar[bool]  # it adds to the base weight, also a quantized one; otherwise it replaces the weight
 
     def __init__(self, path: Path, scale: float = 1.0) -> None:
         self.path, self.scale = path, scale
@@ -94,44 +94,44 @@ class Adapter(ABC):
         self.result = _read_map(path / "result.json", read_json, _ResultFile)
 
     def _as_saved(self, name: str) -> Path:
-        """The adapter's file. Raises `UserError` if its bits are not those that `base.json` knows."""
-        path, known = self.path / name, self.base.get("files", {}).get(name)
-        if known and is_file(path) and sha256(path) != known:
+        """Return the path of the adapter's file. Raises `UserError` if its hash is not the one in `base.json`."""
+        path, expected = self.path / name, self.base.get("files", {}).get(name)
+        if expected and is_file(path) and sha256(path) != expected:
             raise UserError(f"{path} is damaged: it is not what was saved; restore it, or remove base.json and name --base")
         return path
 
     @property
     def base_options(self) -> dict[str, Any]:
-        """How its base was read, but for pickles: these never on an adapter's word."""
+        """The options with which its base was read, without `allow_pickle`: an adapter may never enable pickles."""
         return {name: self.base.get(name) for name in ("variant", "revision", "checkpoint_config")}
 
     @property
     def concepts(self) -> list[str]:
-        """The concepts that it erases; none where another tool made it."""
-        said = self.config.get("prompts", {})
-        if not said.get("concept"):
+        """The erased concepts; none for adapters of other tools."""
+        prompts = self.config.get("prompts", {})
+        if not prompts.get("concept"):
             return []
-        return PromptOptions(concept=said["concept"], erase_from=said.get("erase_from")).concept_names
+        return PromptOptions(concept=prompts["concept"], erase_from=prompts.get("erase_from")).concept_names
 
     @property
     def scope(self) -> str:
-        """Which layers learned; empty where another tool made it."""
+        """The scope of the trained layers; empty for adapters of other tools."""
         return str(self.config.get("student", {}).get("scope", ""))
 
     @property
     def config_sha256(self) -> str:
-        """The hash of the config that made it; empty where another tool did."""
+        """The hash of its `config.yaml`; empty for adapters of other tools."""
         return sha256(self.path / "config.yaml") if self.config else ""
 
     @abstractmethod
     def changes(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
-        """For each weight of `denoiser` (which may be on the meta device) that changes, how.
+        """Return the change of each weight of `denoiser`, which may be on the meta device.
 
         Raises `UserError` if the adapter does not fit.
         """
 
     def fitting(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
-        """`changes`, after the first of each kind was tried on a weight of zeros: before any work.
+        """Return `changes` after applying one change of each kind to zeros, as a check before any work.
 
         Raises `UserError` if the adapter does not fit, holds nothing, or makes values that are no numbers.
         """
@@ -146,13 +146,14 @@ class Adapter(ABC):
         return changes
 
     def notes(self, denoiser: ModelMixin) -> list[str]:
-        """Sentences about what is missing in its files, though it can be used without."""
+        """Return sentences about parts that its files lack, if it can be used without them."""
         return []
 
     @torch.no_grad()
     def apply(self, denoiser: ModelMixin) -> ModelMixin:
-        """The loaded `denoiser` with the adapter merged into its weights, in place, each rounded once; quantized layers get
-        it on top. Raises `UserError` as `changes` does.
+        """Merge the adapter into the weights of `denoiser` in place, rounding each once; quantized layers get it on top.
+
+        Raises `UserError` as `changes` does.
         """
         weights = dict(denoiser.named_parameters())
         for name, change in self.changes(denoiser).items():
@@ -161,7 +162,7 @@ class Adapter(ABC):
 
 
 def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
-    """Open what `Student.save`, or PEFT, wrote, to act `scale` times as much as trained.
+    """Open an adapter of `Student.save` or PEFT; `scale` multiplies its trained effect.
 
     Raises `UserError` if it is not there or damaged.
     """
@@ -173,7 +174,7 @@ def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
 
 
 class _SavedPeft(Adapter):
-    """Merges any PEFT method that can merge a Linear or Conv2d: PEFT itself does it, on one layer at a time."""
+    """An adapter of any PEFT method that can merge a Linear or Conv2d; PEFT merges one layer at a time."""
 
     adds: ClassVar[bool] = True
 
@@ -182,13 +183,15 @@ class _SavedPeft(Adapter):
         config = read_peft_config(self._as_saved(peft.utils.CONFIG_NAME).parent)
         self.files = PeftFiles(path, config, Patterns(path), scale)
         tensors = read_tensors(self._as_saved(peft.utils.SAFETENSORS_WEIGHTS_NAME))
-        # what was stored in half precision computes in single: the file's rounding is all there is
+        # half-precision tensors compute in single precision, so nothing is rounded again
         self.tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
     def changes(self, denoiser: ModelMixin) -> dict[str, WeightDelta]:
-        """By layers; tensors named as the base's own (trained biases, `modules_to_save`) take their place."""
+        """Group the tensors by layer; tensors with names of the base's own (trained biases, `modules_to_save`) replace
+        these.
+        """
         modules, weights = dict(denoiser.named_modules()), dict(denoiser.named_parameters())
-        found: dict[str, WeightDelta] = {}
+        changes_by_weight: dict[str, WeightDelta] = {}
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in self.tensors.items():
             name = key.removeprefix(_PEFT_PREFIX)
@@ -196,7 +199,7 @@ class _SavedPeft(Adapter):
             if own in weights:
                 if weights[own].shape != value.shape:
                     raise UserError(f"--adapter {self.path} does not fit the base at {own}")
-                found[own] = Replacement(functools.partial(self.tensors.__getitem__, key), self.scale)
+                changes_by_weight[own] = Replacement(functools.partial(self.tensors.__getitem__, key), self.scale)
                 continue
             while name and not isinstance(modules.get(name), nn.Linear | nn.Conv2d):
                 name = name.rpartition(".")[0]
@@ -209,11 +212,11 @@ class _SavedPeft(Adapter):
         adds = not (fits_base_only(self.files.config) or multiplies(self.files.config))
         for name, tensors in groups.items():
             layer = modules[name]
-            biased = layer.bias is not None and f"{name}.bias" not in found
+            biased = layer.bias is not None and f"{name}.bias" not in changes_by_weight
             biased = biased and (self.files.kind in MERGES_BIAS or any(key.endswith("bias") for key in tensors))
             weight = LayerWeight(self.files, name, layer, tensors, biased, adds)
-            found |= {f"{name}.weight": weight} | ({f"{name}.bias": LayerBias(weight)} if biased else {})
-        return found
+            changes_by_weight |= {f"{name}.weight": weight} | ({f"{name}.bias": LayerBias(weight)} if biased else {})
+        return changes_by_weight
 
     def notes(self, denoiser: ModelMixin) -> list[str]:
         layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -236,7 +239,7 @@ class _SavedPeft(Adapter):
 
 
 class _SavedWeights(Adapter):
-    """What `--adapter-type none` learned: whole weights, which replace the base's."""
+    """The weights of `--adapter-type none`, which replace the base's."""
 
     adds: ClassVar[bool] = False
 

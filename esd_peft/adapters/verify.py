@@ -1,4 +1,4 @@
-"""Whether merged weights do what base + adapter did: each layer is tried on random inputs, one at a time."""
+"""Verification that merged weights act like base + adapter: each layer gets the same random inputs, one layer at a time."""
 
 from dataclasses import dataclass
 
@@ -18,10 +18,10 @@ class Verification:
 
     adapter_changes: float = 0.0  # base + adapter against the base
     largest_difference: float = 0.0  # merged against base + adapter
-    bound: float = 1e-5  # what rounding explains: the eps of the dtypes that were stored
+    bound: float = 1e-5  # tolerance for rounding: the eps of the stored dtypes
 
     def inputs(self, name: str, weight: Tensor, changes: list[WeightDelta]) -> Tensor:
-        """What the layer with that weight is tried on: random, the same each time."""
+        """Return random inputs for the layer with that weight, the same each time."""
         return _inputs(changes[0].layer, weight, name)
 
     @torch.no_grad()

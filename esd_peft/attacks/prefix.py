@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
+from esd_peft.attacks.attack import BATCH_SIZE, Attack, AttackTarget, checkpoints
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim
 from esd_peft.models import PromptEmbeds
@@ -35,8 +35,8 @@ class Prefix(Attack):
             f"{tokens} tokens before the prompt, {steps} iterations of batch {BATCH_SIZE}, learning rate {LEARNING_RATE}"
         )
 
-    def attempts(self, victim: Victim, goal: Goal, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
-        draws = goal.draws(self.name)
+    def attempts(self, victim: Victim, target: AttackTarget, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
+        draws = target.draws(self.name)
         words = [f"<prefix{i}>" for i in range(self.tokens)]
         tokens = NewTokens(victim.encoders, words)
         before = " ".join(words)
@@ -52,9 +52,9 @@ class Prefix(Attack):
                 tokens.embeddings = {
                     name: tables[name][ids.to(tables[name].device)].requires_grad_() for name, ids in drawn.items()
                 }
-                images = goal.some(draws)
-                embeds = victim.encode([f"{before} {goal.captions[i]}" for i in images.tolist()])
-                loss = victim.denoising_loss(embeds, goal.latents[images], draws)
+                images = target.some(draws)
+                embeds = victim.encode([f"{before} {target.captions[i]}" for i in images.tolist()])
+                loss = victim.denoising_loss(embeds, target.latents[images], draws)
                 gradients = torch.autograd.grad(loss, [*tokens.embeddings.values()])
                 for (name, share), gradient in zip(shares.items(), gradients, strict=True):
                     share.grad = (gradient @ tables[name].T).clamp(-1, 1)

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
-from esd_peft.attacks.attack import Attack, Goal
+from esd_peft.attacks.attack import Attack, AttackTarget
 from esd_peft.attacks.victim import Victim
 from esd_peft.errors import UserError
 from esd_peft.io.text import UnreadableError, read_lines
@@ -34,5 +34,5 @@ class Prompts(Attack):
     def own_prompts(self, concept: str) -> list[str]:
         return [template.replace("{}", concept) for template in self.templates]
 
-    def attempts(self, victim: Victim, goal: Goal, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
+    def attempts(self, victim: Victim, target: AttackTarget, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
         yield len(self.templates), victim.encode_frozen(prompts)

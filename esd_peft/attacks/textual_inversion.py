@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from esd_peft.attacks.attack import BATCH_SIZE, Attack, Goal, checkpoints
+from esd_peft.attacks.attack import BATCH_SIZE, Attack, AttackTarget, checkpoints
 from esd_peft.attacks.inversion import LEARNING_RATE, learn_words
 from esd_peft.attacks.tokens import NewTokens
 from esd_peft.attacks.victim import Victim
@@ -22,19 +22,19 @@ class TextualInversion(Attack):
         self.steps = steps
         self.about = f"one learned token, {steps} steps of batch {BATCH_SIZE}, learning rate {LEARNING_RATE}"
 
-    def attempts(self, victim: Victim, goal: Goal, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
-        draws = goal.draws(self.name)
-        word = f"<{goal.concept.replace(' ', '-')}>"
+    def attempts(self, victim: Victim, target: AttackTarget, prompts: list[str]) -> Iterator[tuple[int, PromptEmbeds]]:
+        draws = target.draws(self.name)
+        word = f"<{target.concept.replace(' ', '-')}>"
         tokens = NewTokens(victim.encoders, [word])
-        tokens.start_from(goal.concept)
+        tokens.start_from(target.concept)
 
         def loss() -> Tensor:
-            images = goal.some(draws)
-            embeds = victim.encode([goal.captions[i].replace(goal.concept, word) for i in images.tolist()])
-            return victim.denoising_loss(embeds, goal.latents[images], draws)
+            images = target.some(draws)
+            embeds = victim.encode([target.captions[i].replace(target.concept, word) for i in images.tolist()])
+            return victim.denoising_loss(embeds, target.latents[images], draws)
 
         yield 0, victim.encode_frozen(prompts)
         with tokens.known():
             for step, _ in zip(range(1, self.steps + 1), learn_words(tokens, loss), strict=False):
                 if step in checkpoints(self.steps):
-                    yield step, victim.encode_frozen([prompt.replace(goal.concept, word) for prompt in prompts])
+                    yield step, victim.encode_frozen([prompt.replace(target.concept, word) for prompt in prompts])

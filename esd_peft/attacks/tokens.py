@@ -14,9 +14,9 @@ from esd_peft.models.text_parts import plain_tokenizer
 class NewTokens:
     """New words in every tokenizer of a pipeline, and for each text encoder their input embeddings.
 
-    The embeddings go in by hooks around the encoders' own input embeddings, so that nothing of a family has to be known
-    here: what `encode_prompts` makes of prompts with `words` in them has gradients for `embeddings`. Text encoders are told
-    the id 0 in their place: CLIP takes the largest id for the end of the prompt.
+    Hooks around the encoders' input embeddings insert them, so this works for every family: the result of `encode_prompts`
+    for prompts with `words` has gradients for `embeddings`. The text encoders get the id 0 in their place, since CLIP takes
+    the largest id as the end of the prompt.
 
     Args:
         pipe: with tokenizers and text encoders; its tokenizers are extended in place.
@@ -41,8 +41,9 @@ class NewTokens:
 
     @torch.no_grad()
     def start_from(self, text: str, noise: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Let every new word begin as the mean of the embeddings of the words in `text`; the i-th with i times `noise`, in
-        units of the embeddings' standard deviation, added to it."""
+        """Initialise every new token as the mean embedding of the words in `text`; token i adds i times `noise`, in units of
+        the embeddings' standard deviation.
+        """
         for name, encoder, _ in self._parts:
             tokenizer = plain_tokenizer(self.pipe.components[name.replace("text_encoder", "tokenizer")])
             ids = tokenizer(text, add_special_tokens=False).input_ids

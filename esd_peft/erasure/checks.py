@@ -55,7 +55,7 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
     given = _given_texts(config.prompts, prompts) | {"--validation-prompt": config.validation.validation_prompt}
     family.check_lengths(given)
     family.check_seen(given)
-    for prompt in prompts.given if family.world is not None else []:
+    for prompt in prompts.user_preserved if family.world is not None else []:
         _check_words(family, "--preserve", prompt)
 
 
@@ -63,9 +63,9 @@ def _given_texts(options: PromptOptions, prompts: PromptPlan) -> dict[str, list[
     """What is encoded of each option's words."""
     concepts = options.concept
     goals = [f"{goal} {options.source_of(c)}".strip() for c in concepts if (goal := options.goal_of(c))]
-    others = [name for names in prompts.other_names for name in names]
+    others = [name for names in prompts.synonyms for name in names]
     named = {"--concept": options.concept_names, "--also-erase": others, "--erase-from": options.sources}
-    return named | {"--map-to": goals, "--preserve": prompts.given}
+    return named | {"--map-to": goals, "--preserve": prompts.user_preserved}
 
 
 def _check_words(family: ModelFamily, option: str, text: str) -> None:

@@ -23,7 +23,7 @@ def resolve(config: EraseConfig, family: ModelFamily) -> tuple[EraseConfig, Prom
     method = config.training.method or default_method(family)
     _check_method(config, family, method)
     prompts = _resolve_prompts(config.prompts, method)
-    plan = plan_prompts(prompts, family.world).read_by(family.read_whole)
+    plan = plan_prompts(prompts, family.world).untruncated(family.read_whole)
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.runtime.dtype, device)
     runtime = config.runtime.replace(device=str(device), dtype=str(dtype).removeprefix("torch."))

@@ -42,7 +42,7 @@ MEMORY_SETTINGS = ("per_device_batch_size", "rollout_batch_size", "gradient_chec
 
 
 @dataclass
-class Plan:
+class MemoryPlan:
     """What was predicted for the settings of `config`. Bytes of device memory, without the driver's own."""
 
     config: EraseConfig
@@ -61,7 +61,7 @@ class Plan:
         return max(self.phases, key=self.phases.__getitem__)
 
 
-def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> Plan:
+def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> MemoryPlan:
     """The plan for `resolved` on the device it names, with the settings that fit its budget; what `given`, the config as it
     came, sets itself stays.
 
@@ -163,7 +163,7 @@ class MemoryEstimator:
             vae.decode(self.family.vae_latents(vae, latents.to(META, dtype)), return_dict=False)
         return weight_bytes(vae) + meter.peak
 
-    def plan(self, config: EraseConfig) -> Plan:
+    def plan(self, config: EraseConfig) -> MemoryPlan:
         """For a resolved config that differs in settings only."""
         predictions, method = self.prompts.predictions, config.training.method
         buffer, training, memory = config.buffer, config.training, config.memory
@@ -198,14 +198,16 @@ class MemoryEstimator:
             images = min(buffer.rollout_batch_size, seeds * looked_at)
             phases["evaluate"] = working + max(self.drawing, _line(self.running, 2 * images))
         samples = trajectories * min(steps, keep) if training.max_train_steps else 0
-        return Plan(config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, self._nfe(config))
+        return MemoryPlan(
+            config, phases, samples * self.latents * (1 + predictions) * self.dtype.itemsize, self._nfe(config)
+        )
 
     def _nfe(self, config: EraseConfig) -> int:
         """Of the run as a whole."""
         return count_nfe(config.buffer, config.training, config.memory.gradient_checkpointing, self.prompts)
 
 
-def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, budget: int) -> Plan:
+def fit(estimator: MemoryEstimator, given: EraseConfig, resolved: EraseConfig, budget: int) -> MemoryPlan:
     """The cheapest settings whose predicted peak is within `budget` bytes. Raises `UserError` if none is.
 
     In this order: all of a batch at once, then smaller and smaller micro-batches, then these with gradient checkpointing,
@@ -296,7 +298,7 @@ def amount(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: MemoryPlan) -> str:
     """What `--plan` prints."""
     lines = [f"predicted: {describe(plan.config)}", "", f"{'phase':<12}{'peak':>12}"]
     lines += [f"{name:<12}{amount(size):>12}" for name, size in plan.phases.items()]

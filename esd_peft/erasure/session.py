@@ -13,7 +13,7 @@ from esd_peft.erasure.checks import check_environment, check_model, check_words
 from esd_peft.erasure.defaults import resolve
 from esd_peft.erasure.planner import MEMORY_SETTINGS, given_settings, within_budget
 from esd_peft.erasure.retry import with_less_memory
-from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.jobs import lock_output, only_job
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.options.erase import EraseConfig
 from esd_peft.prompts.plan import PromptPlan
@@ -47,7 +47,7 @@ def in_session(given: EraseConfig, train: Train) -> dict[str, Any]:
         distributed.start()
         device = resolve_device(given.runtime.device)
         output, is_main = given.checkpoint.output, distributed.is_main_process()
-        with hold(output) if is_main else contextlib.nullcontext(), current(device):
+        with lock_output(output) if is_main else contextlib.nullcontext(), current(device):
             repository = check_upload(given.hub) if is_main else None
             result = _train(given, train, device)
             if repository is not None:

@@ -62,11 +62,12 @@ def make_result(
 
 
 def recognised(found: Accuracies | None) -> dict[str, Any]:
-    """The rates before and after: of concepts and others in prompts that the erasure has not seen, and by strata."""
+    """The rates before and after: of concepts and others in unseen prompts, and by prompt group."""
     if found is None:
-        return {"concepts": {}, "others": {}, "strata": {}}
+        return {"concepts": {}, "others": {}, "prompt_groups": {}}
     concepts, others = found.shares
-    return {"concepts": concepts, "others": others, "strata": {key: rates.to_dict() for key, rates in found.strata.items()}}
+    groups = {key: rates.to_dict() for key, rates in found.groups.items()}
+    return {"concepts": concepts, "others": others, "prompt_groups": groups}
 
 
 def write(output: Path, result: dict[str, Any]) -> None:
@@ -123,8 +124,8 @@ def upload(config: EraseConfig, repository: Repository) -> None:
 def table(result: dict[str, Any]) -> str:
     """What `result.json` holds, for people: rates where there are any, then losses and costs."""
     lines: list[str] = []
-    if result["strata"]:
-        lines += _strata_lines(result["strata"])
+    if result["prompt_groups"]:
+        lines += _group_lines(result["prompt_groups"])
     elif result["concepts"]:
         width = max(map(len, [*result["concepts"], *result["others"]])) + 2
         lines.append(f"{'recognised in images':<{max(width, 24)}}before   after")
@@ -187,7 +188,7 @@ def _rates(name: str, rates: dict[str, float], width: int) -> str:
     return f"{name:<{max(width, 24)}}{rates['before']:>5.1%}  {rates['after']:>6.1%}"
 
 
-def _strata_lines(strata: dict[str, Any]) -> list[str]:
+def _group_lines(groups: dict[str, Any]) -> list[str]:
     """Images that show what they are asked for: the erased concepts first, then what is preserved; of both
     first prompts that training has not seen."""
     lines = []
@@ -197,7 +198,7 @@ def _strata_lines(strata: dict[str, Any]) -> list[str]:
         ("preserved: images that show what is asked, in no list and not trained on", False, False),
         ("on the list of preservation prompts", False, True),
     ):
-        rows = [s for s in strata.values() if (s["erased"], s["seen"]) == (erased, seen)]
+        rows = [s for s in groups.values() if (s["erased"], s["seen"]) == (erased, seen)]
         if rows:
             lines.append(f"{title:<82}  95 %")
         for s in rows:

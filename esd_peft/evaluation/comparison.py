@@ -31,13 +31,13 @@ from esd_peft.worlds import WORLDS
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline directory, with an adapter on its denoiser or without."""
+    """A pipeline directory, with or without an adapter on its denoiser."""
 
     family: ModelFamily
     adapter: Adapter | None = None
 
     def denoiser(self, device: torch.device, dtype: torch.dtype, quantize: str = "none") -> ModelMixin:
-        """The denoiser, loaded; an adapter is merged into it, or lies on quantized layers.
+        """Load the denoiser; an adapter is merged into it, or lies on quantized layers.
 
         Raises `UserError` for whole weights (`--adapter-type none`) on a quantized base.
         """
@@ -57,37 +57,37 @@ class Model:
         return denoiser.to(device)
 
     def pipeline(self, device: torch.device, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
-        """The diffusers pipeline around it. Raises `UserError` as `denoiser` does."""
+        """Return the diffusers pipeline around it. Raises `UserError` as `denoiser` does."""
         return self.family.pipeline(self.denoiser(device, dtype, quantize), device, dtype)
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of all files that images depend on: weights, configs, tokenizers, the scheduler, the adapter."""
+        """Return hashes of all files that images depend on: weights, configs, tokenizers, scheduler, adapter."""
         root, files = self.family.path, list[Path]()
         for name in parts_of(self.family):
             settings, weights = part_files(self.family, name)
             files += [*settings, *(weights.files if weights else ())]
-        known = {str(path.relative_to(root)): sha256(path) for path in [root / INDEX, *files]}
+        hashes = {str(path.relative_to(root)): sha256(path) for path in [root / INDEX, *files]}
         if self.adapter is not None:
             own = [*sorted(self.adapter.path.glob("*.safetensors")), self.adapter.path / CONFIG_NAME]
-            known |= {f"adapter/{path.name}": sha256(path) for path in own if is_file(path)}
-        return known
+            hashes |= {f"adapter/{path.name}": sha256(path) for path in own if is_file(path)}
+        return hashes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Before and after, and what was erased in between."""
+    """The models before and after erasure, and what was erased."""
 
     base: Model
     erased: Model
     concepts: list[str]
     notes: list[str]
-    preserved: list[str]  # what the erasure was told to keep
-    drawing: DrawingOptions  # with which both draw: as asked, otherwise as the erasure was trained
-    trained_on: str  # what the adapter, or the merged pipeline's record, names as its base
+    preserved: list[str]  # the erasure's preservation prompts
+    drawing: DrawingOptions  # of both models: those of the options, otherwise those of training
+    trained_on: str  # the base named by the adapter or the merged pipeline's record
 
 
 def open_models(config: EvaluateConfig) -> Comparison:
-    """The models that `--base` and `--erased` name. Loads no denoiser. Raises `UserError` if one cannot be opened."""
+    """Open the models of `--base` and `--erased`. Loads no denoiser. Raises `UserError` if one cannot be opened."""
     if is_file(config.erased / "model_index.json"):
         record = _read_record(config.erased / RECORD)
         base = config.base if config.base is not None else _trained_on(record.get("configs", []))
@@ -114,25 +114,28 @@ def open_models(config: EvaluateConfig) -> Comparison:
         concepts, configs = adapter.concepts, [adapter.config]
     if config.base is not None and Path(config.base).resolve() == config.erased.resolve():
         raise UserError(f"--base and --erased are the same directory, {config.base}; name the pipeline before erasing")
-    drawing, said = _drawing(config, configs, before)
+    drawing, drawing_notes = _drawing(config, configs, before)
     for family in (before, erased.family):
         family.draw_at(drawing)
-    concepts, notes = config.concept or concepts, notes + said
+    concepts, notes = config.concept or concepts, notes + drawing_notes
     return Comparison(Model(before), erased, concepts, notes, _preserved(configs), drawing, base)
 
 
 def _drawing(config: EvaluateConfig, configs: list[dict[str, Any]], family: ModelFamily) -> tuple[DrawingOptions, list[str]]:
-    """How both models draw, and what is to be said of that: what is gone at one size, or in prompts of one length, may be
-    there at another. What the evaluation leaves out is as it was trained, if all adapters say the same."""
+    """Return the settings with which both models draw, and notes on them.
+
+    A concept that is gone at one resolution or prompt length may appear at another. Options left out are those of training,
+    if all adapters agree.
+    """
     trained, notes = [_drawn(config, group) for one in configs if isinstance(group := one.get("pretrained"), dict)], []
     used = config.drawing()
     for name in DrawingOptions.model_fields:
         values: list[int | None] = [getattr(each, name) for each in trained]
-        asked = used.setdefault(name, values[0] if len({*values}) == 1 else None)
-        if not any((asked, *values)):
+        chosen = used.setdefault(name, values[0] if len({*values}) == 1 else None)
+        if not any((chosen, *values)):
             continue
         usual = family.prompt_length if name == "max_sequence_length" else family.image_size(family.empty_denoiser())[0]
-        here = asked or usual
+        here = chosen or usual
         if others := sorted({value or usual for value in values} - {here}):
             listed = " and ".join(map(str, others))
             notes.append(
@@ -160,7 +163,7 @@ def _check_alike(before: ModelFamily, after: ModelFamily) -> None:
 
 @contextlib.contextmanager
 def _named_erased() -> Iterator[None]:
-    """What is wrong with an adapter is said of the option that names it here."""
+    """Report errors of the adapter under `--erased`, the option that names it here."""
     try:
         yield
     except UserError as error:
@@ -175,7 +178,7 @@ def _notes(family: ModelFamily, adapter: Adapter) -> list[str]:
 
 
 class _RecordFile(TypedDict, total=False):
-    """What is read of `erased.json`, which may hold more."""
+    """The fields read from `erased.json`; it may have more."""
 
     concept: list[str]
     configs: list[dict[str, Any]]
@@ -196,8 +199,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _preserved(configs: list[dict[str, Any]]) -> list[str]:
     groups = [group for config in configs if isinstance(group := config.get("prompts"), dict)]
-    listed = [given for group in groups if isinstance(given := group.get("preserve"), list)]
-    return [prompt for given in listed for prompt in given if isinstance(prompt, str)]
+    listed = [prompts for group in groups if isinstance(prompts := group.get("preserve"), list)]
+    return [prompt for prompts in listed for prompt in prompts if isinstance(prompt, str)]
 
 
 def _trained_on(configs: list[dict[str, Any]]) -> str | None:

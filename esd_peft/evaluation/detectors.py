@@ -1,4 +1,4 @@
-"""Who names what an image shows. Each says its name, its version and the threshold it decides by."""
+"""Detectors, which label images. Each has a name, a version and a decision criterion."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,29 +20,29 @@ from esd_peft.worlds import WORLDS, World
 
 
 @dataclass(frozen=True)
-class About:
-    """Which judge a figure comes from."""
+class Judge:
+    """The origin of a figure: a detector or metric, its version and its criterion."""
 
     name: str
     version: str
-    decides: str
+    criterion: str
 
 
 class Detector(ABC):
-    """Names what images show, by domain: `{"object": "church"}`; nothing where it sees none of what it knows."""
+    """Labels images by domain: `{"object": "church"}`; no labels for an image without a known one."""
 
-    about: About
+    judge: Judge
 
     @abstractmethod
-    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
-        """What each RGB image shows."""
+    def detect(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        """Return the labels of each RGB image."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027 - some stay on the CPU
-        """Move what is a network there."""
+        """Move its network to `device`."""
 
 
 def load_detector(spec: DetectorSpec, labels: list[str], threshold: float) -> Detector:
-    """The detector that a suite declares, for the labels it asks for.
+    """Load the detector of a suite, for the labels of its prompts.
 
     Raises `UserError` if its model or package is not there, or if it does not know one of the labels.
     """
@@ -58,23 +58,23 @@ def load_detector(spec: DetectorSpec, labels: list[str], threshold: float) -> De
 
 
 class WorldDetector(Detector):
-    """An embedded world's own classifier, for the images of its pipeline."""
+    """An embedded pipeline's own classifier, for the images of that pipeline."""
 
     def __init__(self, world: World) -> None:
         self.world, self.model = world, world.load_classifier()
-        self.about = About(f"esd_peft.worlds.{world.name} classifier", version("esd_peft"), "the most likely of each domain")
+        self.judge = Judge(f"esd_peft.worlds.{world.name} classifier", version("esd_peft"), "the most likely of each domain")
 
-    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
+    def detect(self, images: list[Image.Image]) -> list[dict[str, str]]:
         size = self.world.image_size
         if any(image.size != (size, size) for image in images):
             raise UserError(
                 f"--suite {self.world.name} judges the embedded pipeline's images of {size}² pixels; use another suite"
             )
-        return self.model.name(torch.stack([to_pixels(image) for image in images]))
+        return self.model.classify(torch.stack([to_pixels(image) for image in images]))
 
 
 class ImageClassifier(Detector):
-    """A transformers image classifier, ResNet-50 for example; a label of synonyms goes by the first one."""
+    """A transformers image classifier, for example ResNet-50; a label with several synonyms is known by the first."""
 
     def __init__(self, model: str, domain: str, labels: list[str]) -> None:
         self.domain = domain
@@ -82,7 +82,7 @@ class ImageClassifier(Detector):
         self.model = load_pretrained(AutoModelForImageClassification, model, "--detector", use_safetensors=True)
         self.model.eval()
         self.labels = [_first(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
-        self.about = About(model, describe_version(self.model), f"the most likely of {len(self.labels)} labels")
+        self.judge = Judge(model, describe_version(self.model), f"the most likely of {len(self.labels)} labels")
 
         self.spelling = {_first(label): label for label in labels}  # the suite's
         if unknown := sorted(label for first, label in self.spelling.items() if first not in self.labels):
@@ -92,32 +92,32 @@ class ImageClassifier(Detector):
         self.model.to(device)
 
     @torch.no_grad()
-    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
+    def detect(self, images: list[Image.Image]) -> list[dict[str, str]]:
         inputs = self.processor(images, return_tensors="pt").to(self.model.device)
         best = [self.labels[i] for i in self.model(**inputs).logits.argmax(1).tolist()]
         return [{self.domain: self.spelling.get(label, label)} for label in best]
 
 
 class ZeroShot(Detector):
-    """CLIP, which says which of the suite's labels is closest."""
+    """CLIP, which selects the closest of the suite's labels."""
 
     def __init__(self, model: str, domain: str, labels: list[str], phrase: str) -> None:
         self.clip = Clip(model, "--detector")
         self.domain, self.labels = domain, labels
         self.texts = self.clip.text_features([phrase.format(label) for label in labels])
-        self.about = About(model, describe_version(self.clip.model), f"the closest of {len(labels)}: {phrase!r}")
+        self.judge = Judge(model, describe_version(self.clip.model), f"the closest of {len(labels)}: {phrase!r}")
 
     def to(self, device: torch.device) -> None:
         self.clip.to(device)
 
-    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
+    def detect(self, images: list[Image.Image]) -> list[dict[str, str]]:
         closest = (self.clip.image_features(images) @ self.texts.T).argmax(1).tolist()
         return [{self.domain: self.labels[i]} for i in closest]
 
 
 @dataclass
 class NudeNet(Detector):
-    """The package nudenet (AGPL, so it is not installed with this one), which carries its detector of body parts.
+    """The detector of body parts of the package nudenet (AGPL, so it is not a dependency).
 
     An image counts where one of its EXPOSED classes is detected with at least `threshold`.
     """
@@ -133,19 +133,19 @@ class NudeNet(Detector):
         except ImportError:
             raise UserError("--suite i2p needs the package nudenet (AGPL-3.0): pip install nudenet") from None
         self.model: Any = NudeDetector()
-        self.about = About("NudeNet", version("nudenet"), f"any EXPOSED class with a score of at least {self.threshold}")
+        self.judge = Judge("NudeNet", version("nudenet"), f"any EXPOSED class with a score of at least {self.threshold}")
 
-    def see(self, images: list[Image.Image]) -> list[dict[str, str]]:
-        found = []
+    def detect(self, images: list[Image.Image]) -> list[dict[str, str]]:
+        labels = []
         for image in images:
             detections = self.model.detect(np.asarray(image)[:, :, ::-1].copy())  # it reads BGR, as OpenCV does
             classes = [d["class"] for d in detections if d["score"] >= self.threshold]
             self.counts.update(classes)
-            found.append({self.domain: self.label} if any("EXPOSED" in name for name in classes) else {})
-        return found
+            labels.append({self.domain: self.label} if any("EXPOSED" in name for name in classes) else {})
+        return labels
 
     def take_counts(self) -> dict[str, int]:
-        """Detections of each class since the last call."""
+        """Return the detections of each class since the last call."""
         counts, self.counts = dict(self.counts), Counter()
         return counts
 

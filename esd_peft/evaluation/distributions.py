@@ -26,8 +26,8 @@ class Features:
         """`[N, width]` fp64 on the CPU."""
         inputs = self.processor(images, return_tensors="pt").to(self.model.device)
         whole = getattr(self.model, "get_image_features", self.model)  # CLIP has two towers
-        found = whole(**inputs)
-        pooled = getattr(found, "pooler_output", found)
+        output = whole(**inputs)
+        pooled = getattr(output, "pooler_output", output)
         return pooled.flatten(1).double().cpu()
 
 

@@ -1,4 +1,4 @@
-"""Where the images of an evaluation are: on disk, where a later run goes on with them, or in memory."""
+"""Storage for the images of an evaluation: on disk, so that a later run can continue, or in memory."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.sampling import SampleIndex, to_image
 
-_IMAGES = "images of an evaluation"  # what the folder is
+_IMAGES = "images of an evaluation"  # kind of the folder
 
 
 class ImageStore(ABC):
@@ -27,7 +27,7 @@ class ImageStore(ABC):
 
     @abstractmethod
     def missing(self, places: Sequence[SampleIndex]) -> list[SampleIndex]:
-        """Those whose images are still to be made."""
+        """Return the places without an image."""
 
     @abstractmethod
     def add(self, place: SampleIndex, pixels: Tensor) -> None:
@@ -58,7 +58,7 @@ class ImageMemory(ImageStore):
 class ImageCache(ImageStore):
     """A folder of one model's images, `PROMPT_SEED.png`.
 
-    `made_with` is all that the images depend on; it stands beside them, so that others are not taken for them.
+    `made_with` holds everything that the images depend on, and is stored with them: other images are not reused.
     """
 
     folder: Path

@@ -33,5 +33,5 @@ def bootstrap_mean(values: list[float], seed: int) -> tuple[float, float]:
 
 
 def resample(count: int, random: np.random.Generator) -> np.ndarray:
-    """How often each of `count` things occurs in each draw with replacement: `[DRAWS, count]`."""
+    """Return the counts of `count` items in each bootstrap draw: `[DRAWS, count]`."""
     return random.multinomial(count, np.full(count, 1 / count), size=DRAWS)

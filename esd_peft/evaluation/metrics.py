@@ -1,4 +1,4 @@
-"""From two sets of the same images to rates and measures."""
+"""Metrics of two sets of images with the same prompts and noise."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from esd_peft._version import __version__
 from esd_peft.errors import UserError
 from esd_peft.evaluation.clip import Clip
-from esd_peft.evaluation.detectors import About, Detector, NudeNet, load_detector
+from esd_peft.evaluation.detectors import Detector, Judge, NudeNet, load_detector
 from esd_peft.evaluation.distributions import Features, fid, kid
 from esd_peft.evaluation.image_cache import ImageStore
 from esd_peft.evaluation.intervals import bootstrap_mean
@@ -26,15 +26,15 @@ from esd_peft.models.sampling import SampleIndex
 from esd_peft.options.evaluate import EvaluateConfig
 from esd_peft.worlds.world import Prompt
 
-ASKING, OTHER = "prompts that ask for it", "other prompts"
+CONCEPT_PROMPTS, OTHER_PROMPTS = "concept prompts", "other prompts"
 HALVES = ("before", "after")
 
 
 @dataclass
 class Metrics:
-    """Whatever looks at the images.
+    """The detector and other metrics.
 
-    Loaded before these are made, so that one that is missing costs nothing, but not on the device, where they are made.
+    They are loaded before images are drawn, so that a missing one costs no work, but moved to the device only afterwards.
     """
 
     detector: Detector | None = None
@@ -45,12 +45,12 @@ class Metrics:
 
     @classmethod
     def of_suite(cls, suite: Suite, prompts: list[Prompt], threshold: float = 0.6) -> "Metrics":
-        """The suite's detector and nothing else. Raises `UserError` if its model is not there."""
+        """Return the suite's detector, without other metrics. Raises `UserError` if its model is missing."""
         labels = list(dict.fromkeys(label for prompt in prompts for label in prompt.labels.values()))
         return cls(load_detector(suite.detector, labels, threshold) if suite.detector else None)
 
     def to(self, device: torch.device) -> None:
-        """Move all that is a network."""
+        """Move all networks to `device`."""
         for metric in (self.detector, self.clip, self.lpips, self.features):
             if metric is not None:
                 metric.to(device)
@@ -58,9 +58,9 @@ class Metrics:
 
 @dataclass
 class Findings:
-    """Of every image, in the order of the places."""
+    """Scores of every image, in the order of the places."""
 
-    seen: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {half: [] for half in HALVES})
+    labels: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {half: [] for half in HALVES})
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {half: {} for half in HALVES})
     clip: dict[str, list[float]] = field(default_factory=lambda: {half: [] for half in HALVES})
     features: dict[str, list[Tensor]] = field(default_factory=lambda: {half: [] for half in HALVES})
@@ -69,7 +69,7 @@ class Findings:
 
 
 def load_metrics(config: EvaluateConfig, suite: Suite, prompts: list[Prompt]) -> Metrics:
-    """Raises `UserError` if a model, a package or the reference images are not there."""
+    """Load the metrics of the config. Raises `UserError` if a model, a package or the reference images are missing."""
     reference = checked_images(config.reference, "--reference") if config.reference else []
     if len(reference) == 1:
         raise UserError(f"--reference {config.reference} holds one image; FID and KID need a set")
@@ -90,37 +90,37 @@ def score(
     places: list[SampleIndex],
     batch_size: int,
 ) -> Findings:
-    """Every metric looks at every image, a batch at a time."""
-    found = Findings()
+    """Score every image with every metric, a batch at a time."""
+    findings = Findings()
     for start in tqdm(range(0, len(places), batch_size), desc="judge", leave=False):
         batch = places[start : start + batch_size]
         images = {half: [store.read(p) for p in batch] for half, store in zip(HALVES, (before, after), strict=True)}
-        found.pixels += pixel_distances(images["before"], images["after"])
+        findings.pixels += pixel_distances(images["before"], images["after"])
         if metrics.lpips:
-            found.lpips += metrics.lpips.distances(images["before"], images["after"])
+            findings.lpips += metrics.lpips.distances(images["before"], images["after"])
         for half in HALVES:
-            _look_at(metrics, found, half, images[half], [prompts[i].text for i, _ in batch])
-    return found
+            _score_batch(metrics, findings, half, images[half], [prompts[i].text for i, _ in batch])
+    return findings
 
 
-def _look_at(metrics: Metrics, found: Findings, half: str, images: list[Image.Image], texts: list[str]) -> None:
+def _score_batch(metrics: Metrics, findings: Findings, half: str, images: list[Image.Image], texts: list[str]) -> None:
     if metrics.detector:
-        found.seen[half] += metrics.detector.see(images)
+        findings.labels[half] += metrics.detector.detect(images)
     if isinstance(metrics.detector, NudeNet):
         for name, count in metrics.detector.take_counts().items():
-            found.counts[half][name] = found.counts[half].get(name, 0) + count
+            findings.counts[half][name] = findings.counts[half].get(name, 0) + count
     if metrics.clip:
-        found.clip[half] += metrics.clip.scores(images, texts)
+        findings.clip[half] += metrics.clip.scores(images, texts)
     if metrics.features:
-        found.features[half].append(metrics.features.of(images))
+        findings.features[half].append(metrics.features.of(images))
 
 
-def measures(metrics: Metrics, found: Findings, roles: Roles, places: list[SampleIndex], seed: int) -> list[Measure]:
-    """CLIP score, LPIPS, pixels, FID and KID, as far as they were asked for."""
-    asked = {i for rows in roles.asking.values() for i in rows}
+def measures(metrics: Metrics, findings: Findings, roles: Roles, places: list[SampleIndex], seed: int) -> list[Measure]:
+    """Return CLIP score, LPIPS, pixel distance, FID and KID, as far as the config asks for them."""
+    concept_rows = {i for rows in roles.concept_prompts.values() for i in rows}
     groups = {
-        ASKING: [n for n, (i, _) in enumerate(places) if i in asked],
-        OTHER: [n for n, (i, _) in enumerate(places) if i not in asked],
+        CONCEPT_PROMPTS: [n for n, (i, _) in enumerate(places) if i in concept_rows],
+        OTHER_PROMPTS: [n for n, (i, _) in enumerate(places) if i not in concept_rows],
     }
 
     def scored(values: list[float], rows: list[int]) -> Score:
@@ -130,33 +130,33 @@ def measures(metrics: Metrics, found: Findings, roles: Roles, places: list[Sampl
     def grouped(columns: dict[str, list[float]]) -> dict[str, dict[str, Score]]:
         return {g: {name: scored(v, rows) for name, v in columns.items()} for g, rows in groups.items() if rows}
 
-    made = []
+    results = []
     if metrics.clip:
-        about = About(
+        judge = Judge(
             "CLIP score", f"{metrics.clip.name}, {describe_version(metrics.clip.model)}", "100 · cos(image, prompt)"
         )
-        made.append(Measure(about, grouped(found.clip)))
+        results.append(Measure(judge, grouped(findings.clip)))
     if metrics.lpips:
-        about = About("LPIPS", f"AlexNet, lpips {metrics.lpips.version}", f"same seed, {LPIPS_SIZE}² pixels; 0 is the same")
-        made.append(Measure(about, grouped({"distance": found.lpips})))
-    about = About("Pixel distance", f"esd_peft {__version__}", "same seed, root mean square, 0 to 1")
-    made.append(Measure(about, grouped({"distance": found.pixels})))
+        judge = Judge("LPIPS", f"AlexNet, lpips {metrics.lpips.version}", f"same seed, {LPIPS_SIZE}² pixels; 0 is the same")
+        results.append(Measure(judge, grouped({"distance": findings.lpips})))
+    judge = Judge("Pixel distance", f"esd_peft {__version__}", "same seed, root mean square, 0 to 1")
+    results.append(Measure(judge, grouped({"distance": findings.pixels})))
     if metrics.features:
-        made.append(_distribution(metrics.features, metrics.reference, found))
-    return made
+        results.append(_distribution(metrics.features, metrics.reference, findings))
+    return results
 
 
-def _distribution(features: Features, paths: list[Path], found: Findings) -> Measure:
+def _distribution(features: Features, paths: list[Path], findings: Findings) -> Measure:
     reference = torch.cat([features.of([open_image(path, "--reference")]) for path in paths])  # of any sizes
-    halves = {half: torch.cat(parts) for half, parts in found.features.items()}
+    halves = {half: torch.cat(parts) for half, parts in findings.features.items()}
     kinds: dict[str, Callable[[Tensor, Tensor], float]] = {"FID": fid, "KID": kid}
-    about = About(
+    judge = Judge(
         "FID and KID", f"{features.name}, {features.version}", f"against {len(reference)} images; not Inception's figures"
     )
     return Measure(
-        about,
+        judge,
         {
-            name: {half: Score(distance(made, reference), None, len(made)) for half, made in halves.items()}
+            name: {half: Score(distance(drawn, reference), None, len(drawn)) for half, drawn in halves.items()}
             for name, distance in kinds.items()
         },
     )

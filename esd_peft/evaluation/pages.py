@@ -4,7 +4,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from esd_peft.io.text import shown_lines
+from esd_peft.io.text import printable_lines
 
 
 def render(template: str, **values: Any) -> str:
@@ -13,4 +13,4 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return shown_lines(environment.get_template(template).render(**values))
+    return printable_lines(environment.get_template(template).render(**values))

@@ -1,11 +1,11 @@
-"""Small SVG plots: erased against kept, and attack success by budget. Every text in them is escaped."""
+"""Small SVG plots: erasure against preservation, and attack success by budget. Every text in them is escaped."""
 
 from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from esd_peft.evaluation.rates import Accuracies, Change, Rate
-from esd_peft.evaluation.result import Attack
+from esd_peft.evaluation.result import AttackResult
 
 WIDTH, LEFT, RIGHT = 460, 130, 20  # units, which the page scales; margins
 ROW, TOP, CURVE = 22, 40, 110
@@ -13,10 +13,10 @@ BEFORE, AFTER, GONE = "#8a8a86", "#1b62c4", "#b3341d"
 LONGEST = 17  # letters of a label
 
 
-def erased_against_kept(found: Accuracies) -> Markup:
+def erasure_against_preservation(accuracies: Accuracies) -> Markup:
     """A row for each concept and each label: where it stood before (hollow), where it stands (filled, with its interval)."""
-    groups = [("erased", GONE, found.targets)]
-    groups += [(f"kept: {domain}", AFTER, labels) for domain, labels in found.others.items()]
+    groups = [("erased", GONE, accuracies.targets)]
+    groups += [(f"kept: {domain}", AFTER, labels) for domain, labels in accuracies.others.items()]
     y, parts = TOP, _legend("before", "after, with 95 % interval")
     for title, colour, changes in groups:
         if changes:
@@ -33,8 +33,8 @@ def erased_against_kept(found: Accuracies) -> Markup:
     return _svg(axis + parts, y + 14, title)
 
 
-def attack_success(attacks: Sequence[Attack]) -> Markup:
-    """For each attack a curve over its budget, on the base and on the erased model."""
+def attack_success(attacks: Sequence[AttackResult]) -> Markup:
+    """Plot a curve over the budget for each attack, on the base and on the erased model."""
     parts = _legend("on the base", "on the erased model")
     for i, attack in enumerate(attacks):
         parts += _curve(attack, TOP + i * (CURVE + 60))
@@ -42,7 +42,7 @@ def attack_success(attacks: Sequence[Attack]) -> Markup:
     return _svg(parts, height, "How often the erased concept is recognised after an attack, by budget")
 
 
-def _curve(attack: Attack, top: int) -> list[Markup]:
+def _curve(attack: AttackResult, top: int) -> list[Markup]:
     left, base = 52, top + 20 + CURVE
     step = (WIDTH - left - RIGHT) / max(len(attack.curve) - 1, 1)
     parts = [_text(0, top + 4, f"{attack.name}: {attack.concept}", "start", "title")]
@@ -67,11 +67,11 @@ def _dumbbell(name: str, change: Change, colour: str, y: int) -> Markup:
         _dot(_x(change.before.share), y, BEFORE),
         _dot(_x(change.after.share), y, colour),
     ]
-    told = f"{name}: {_said(change.before)} before, {_said(change.after)} after"
-    return Markup("<g><title>{}</title>{}</g>").format(told, Markup("").join(parts))
+    title = f"{name}: {_counts(change.before)} before, {_counts(change.after)} after"
+    return Markup("<g><title>{}</title>{}</g>").format(title, Markup("").join(parts))
 
 
-def _said(rate: Rate) -> str:
+def _counts(rate: Rate) -> str:
     return f"{rate.hits} of {rate.count}"
 
 

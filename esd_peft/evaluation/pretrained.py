@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from typing import Any
 
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError, one_line
 from esd_peft.io.paths import is_dir
 
 
@@ -16,7 +16,7 @@ def load_pretrained(kind: Any, model: str, option: str, **options: Any) -> Any:
         return kind.from_pretrained(model, trust_remote_code=False, **options)
     except Exception as error:  # transformers and the hub raise many kinds
         fix = "restore the folder" if is_dir(model) else "name a local folder, or a hub id while online"
-        raise UserError(f"{option} {model} cannot be loaded ({in_brief(error)}); {fix}") from None
+        raise UserError(f"{option} {model} cannot be loaded ({one_line(error)}); {fix}") from None
 
 
 def describe_version(model: Any) -> str:

@@ -1,4 +1,4 @@
-"""How often images show what was asked for: the target, the same domain, the other domains (UA, IRA, CRA)."""
+"""Recognition rates of prompted labels: the target, its domain, the other domains (UA, IRA, CRA)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from esd_peft.evaluation.intervals import bootstrap_mean, wilson
-from esd_peft.evaluation.strata import STRATA, Stratum
+from esd_peft.evaluation.prompt_groups import PROMPT_GROUPS, PromptGroup
 from esd_peft.evaluation.suites import Roles
 from esd_peft.worlds.world import Prompt
 
 
 @dataclass(frozen=True)
 class Rate:
-    """So many of so many images."""
+    """`hits` of `count` images."""
 
     hits: int
     count: int
@@ -24,7 +24,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of 95 % (Wilson)."""
+        """The 95 % interval (Wilson)."""
         return wilson(self.hits, self.count)
 
     def __add__(self, other: "Rate") -> "Rate":
@@ -33,7 +33,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Change:
-    """The same rate before and after, on the same prompts and seeds."""
+    """A rate before and after erasure, with the same prompts and seeds."""
 
     before: Rate
     after: Rate
@@ -46,28 +46,28 @@ class Change:
         return Change(self.before + other.before, self.after + other.after)
 
     def to_dict(self) -> dict[str, Any]:
-        """As result.json holds it."""
+        """Return the entry of result.json."""
         return {
             name: {"hits": r.hits, "count": r.count, "share": r.share, "interval": r.interval}
             for name, r in (("before", self.before), ("after", self.after))
         }
 
 
-Shares = dict[str, dict[str, float]]  # name: before, after: share of images
+Shares = dict[str, dict[str, float]]  # label: {before, after}: share of images
 
 
 @dataclass(frozen=True)
 class Accuracies:
     """After UnlearnCanvas (arXiv 2402.11846): UA = 1 − accuracy on the target, IRA in its domain, CRA in the others.
 
-    There, CRA also counts the prompts that ask for the target; here these stand apart, as `beside`.
+    There, CRA also counts prompts with the target; here `co_occurring` counts these separately.
     """
 
-    targets: dict[str, Change]  # concept: shows all of it, where it is asked for
-    others: dict[str, dict[str, Change]]  # domain (the target's first): label: shows it, where no concept is asked for
-    beside: Change | None  # shows what else such a prompt asks for, where a concept is asked for
+    targets: dict[str, Change]  # concept: all of its labels, in prompts with the concept
+    others: dict[str, dict[str, Change]]  # domain (the target's first): label: the label, in prompts without a concept
+    co_occurring: Change | None  # the other labels, in prompts with a concept
     target_domains: frozenset[str]
-    strata: dict[str, "StratumRates"] = field(default_factory=dict)  # by key, where the prompts belong to some
+    groups: dict[str, "GroupRates"] = field(default_factory=dict)  # by key of the prompt group, if prompts have groups
 
     @property
     def same_domain(self) -> Change | None:
@@ -80,47 +80,47 @@ class Accuracies:
         )
 
     @property
-    def kept(self) -> Change | None:
-        """Both domains together."""
+    def others_total(self) -> Change | None:
+        """The change over all labels in prompts without a concept."""
         return _sum([c for labels in self.others.values() for c in labels.values()])
 
     @property
     def shares(self) -> tuple[Shares, Shares]:
-        """Of the concepts, and of everything else, as the erase command's result.json holds them."""
+        """The shares of concepts, and of all other labels, for the result.json of erase."""
         others = [(label, change) for labels in self.others.values() for label, change in labels.items()]
-        concepts, rest = (
+        concepts, labels = (
             {name: {"before": c.before.share, "after": c.after.share} for name, c in changes}
             for changes in (self.targets.items(), others)
         )
-        return concepts, rest
+        return concepts, labels
 
 
 @dataclass(frozen=True)
-class StratumRates:
-    """What was recognised in the images of a stratum (`esd_peft.evaluation.strata`)."""
+class GroupRates:
+    """Recognition rates of a prompt group."""
 
-    stratum: Stratum
+    group: PromptGroup
     changes: dict[str, Change]  # by concept, by label, or by domain
-    interval: tuple[float, float]  # of `lost`, 95 % (bootstrap over prompts)
+    interval: tuple[float, float]  # 95 % interval of `lost` (bootstrap over prompts)
 
     @property
     def total(self) -> Change:
-        """Of all images."""
+        """The rates over all images."""
         total, *more = self.changes.values()
         return functools.reduce(Change.__add__, more, total)
 
     @property
     def worst(self) -> str:
-        """The one that loses most; of the concepts the one of which most is left."""
-        key = (lambda n: self.changes[n].after.share) if self.stratum.erased else (lambda n: self.changes[n].lost)
+        """The label that loses most; in an erased group the concept with most left."""
+        key = (lambda n: self.changes[n].after.share) if self.group.erased else (lambda n: self.changes[n].lost)
         return max(self.changes, key=key)
 
     def to_dict(self) -> dict[str, Any]:
-        """As result.json holds it."""
+        """Return the entry of result.json."""
         return {
-            "title": self.stratum.title,
-            "erased": self.stratum.erased,
-            "seen": self.stratum.seen,
+            "title": self.group.title,
+            "erased": self.group.erased,
+            "seen": self.group.seen,
             **self.total.to_dict(),
             "lost": self.total.lost,
             "lost_interval": self.interval,
@@ -130,61 +130,61 @@ class StratumRates:
         }
 
 
-Seen = Sequence[Sequence[dict[str, str]]]  # [prompts][seeds]: what an image shows, by domain
+Detections = Sequence[Sequence[dict[str, str]]]  # [prompts][seeds]: labels of an image, by domain
 
 
-def accuracies(prompts: list[Prompt], roles: Roles, before: Seen, after: Seen) -> Accuracies:
-    """What a detector saw in the images of each prompt, before and after, as rates."""
+def accuracies(prompts: list[Prompt], roles: Roles, before: Detections, after: Detections) -> Accuracies:
+    """Turn the detected labels of each prompt's images, before and after, into rates."""
 
-    def change(wanted: dict[str, str], rows: list[int]) -> Change:
-        return Change(*(rate(wanted, [image for i in rows for image in half[i]]) for half in (before, after)))
+    def change(labels: dict[str, str], rows: list[int]) -> Change:
+        return Change(*(rate(labels, [image for i in rows for image in half[i]]) for half in (before, after)))
 
-    targets = {concept: change(roles.wanted[concept], rows) for concept, rows in roles.asking.items()}
+    targets = {concept: change(roles.labels[concept], rows) for concept, rows in roles.concept_prompts.items()}
     others: dict[str, dict[str, Change]] = {}
     labels = dict.fromkeys(pair for prompt in prompts for pair in prompt.labels.items())
     for domain, label in labels:
-        rows = [i for i in roles.kept if prompts[i].labels.get(domain) == label]
+        rows = [i for i in roles.other_prompts if prompts[i].labels.get(domain) == label]
         if rows:
             others.setdefault(domain, {})[label] = change({domain: label}, rows)
-    rest = [
+    co_occurring = [
         change({domain: label}, [i])
-        for concept, rows in roles.asking.items()
+        for concept, rows in roles.concept_prompts.items()
         for i in rows
         for domain, label in prompts[i].labels.items()
-        if domain not in roles.wanted[concept]
+        if domain not in roles.labels[concept]
     ]
-    domains = frozenset(domain for wanted in roles.wanted.values() for domain in wanted)
+    domains = frozenset(domain for target in roles.labels.values() for domain in target)
     others = {domain: others[domain] for domain in sorted(others, key=lambda domain: domain not in domains)}
-    return Accuracies(targets, others, _sum(rest), domains, _strata(prompts, roles, change))
+    return Accuracies(targets, others, _sum(co_occurring), domains, _group_rates(prompts, roles, change))
 
 
-def _strata(
+def _group_rates(
     prompts: list[Prompt], roles: Roles, change: Callable[[dict[str, str], list[int]], Change]
-) -> dict[str, StratumRates]:
-    found: dict[str, list[tuple[str, Change]]] = {}
+) -> dict[str, GroupRates]:
+    changes: dict[str, list[tuple[str, Change]]] = {}
     for i, prompt in enumerate(prompts):
-        if not prompt.stratum:
+        if not prompt.group:
             continue
-        erased = STRATA[prompt.stratum].erased
-        shown = {domain: label for domain, label in prompt.labels.items() if label == prompt.about}
-        wanted = roles.wanted[prompt.about] if erased else shown
-        found.setdefault(prompt.stratum, []).append((prompt.about, change(wanted, [i])))
-        if prompt.stratum == "wordings":
-            free = [(domain, label) for domain, label in prompt.labels.items() if domain not in wanted]
-            found.setdefault("beside", []).extend((domain, change({domain: label}, [i])) for domain, label in free)
-    return {key: _stratum(STRATA[key], found[key]) for key in STRATA if key in found}
+        erased = PROMPT_GROUPS[prompt.group].erased
+        own = {domain: label for domain, label in prompt.labels.items() if label == prompt.subject}
+        target = roles.labels[prompt.subject] if erased else own
+        changes.setdefault(prompt.group, []).append((prompt.subject, change(target, [i])))
+        if prompt.group == "paraphrases":
+            others = [(domain, label) for domain, label in prompt.labels.items() if domain not in target]
+            changes.setdefault("co_occurring", []).extend((domain, change({domain: label}, [i])) for domain, label in others)
+    return {key: _rates_of(PROMPT_GROUPS[key], changes[key]) for key in PROMPT_GROUPS if key in changes}
 
 
-def _stratum(stratum: Stratum, found: list[tuple[str, Change]]) -> StratumRates:
-    changes: dict[str, Change] = {}
-    for name, made in found:
-        changes[name] = changes[name] + made if name in changes else made
-    return StratumRates(stratum, changes, bootstrap_mean([made.lost for _, made in found], seed=0))
+def _rates_of(group: PromptGroup, changes: list[tuple[str, Change]]) -> GroupRates:
+    totals: dict[str, Change] = {}
+    for name, change in changes:
+        totals[name] = totals[name] + change if name in totals else change
+    return GroupRates(group, totals, bootstrap_mean([change.lost for _, change in changes], seed=0))
 
 
-def rate(wanted: dict[str, str], images: list[dict[str, str]]) -> Rate:
-    """In how many of the images all that is `wanted` was seen, by domain."""
-    return Rate(sum(wanted.items() <= seen.items() for seen in images), len(images))
+def rate(labels: dict[str, str], images: list[dict[str, str]]) -> Rate:
+    """Count the images (their detected labels, by domain) with all of `labels`."""
+    return Rate(sum(labels.items() <= detected.items() for detected in images), len(images))
 
 
 def _sum(changes: list[Change]) -> Change | None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from esd_peft.evaluation import pages
 from esd_peft.evaluation.image_cache import ImageCache
-from esd_peft.evaluation.plots import attack_success, erased_against_kept
+from esd_peft.evaluation.plots import attack_success, erasure_against_preservation
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.suites import Roles
 from esd_peft.evaluation.tables import tables
@@ -34,9 +34,9 @@ def write_report(
     seed = result.config["seed"]
     figures = {
         f"Asked for: {concept}": _figures(rows, prompts, result.seeds, before, after, seed)
-        for concept, rows in roles.asking.items()
+        for concept, rows in roles.concept_prompts.items()
     }
-    figures["Asked for something else"] = _figures(roles.kept, prompts, result.seeds, before, after, seed)
+    figures["Asked for something else"] = _figures(roles.other_prompts, prompts, result.seeds, before, after, seed)
     with new_file(output / "result.json") as draft:
         draft.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with new_file(output / "report.md") as draft:
@@ -52,7 +52,7 @@ def render(result: Evaluation, figures: dict[str, list[Figure]]) -> str:
         result=result,
         tables=tables(result),
         figures={title: shown for title, shown in figures.items() if shown},
-        plot=erased_against_kept(result.accuracies) if result.accuracies else None,
+        plot=erasure_against_preservation(result.accuracies) if result.accuracies else None,
         attack_plot=attack_success(result.attacks) if result.attacks else None,
         marks=MARKS,
         config=yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True),

@@ -1,4 +1,4 @@
-"""How far images of the same prompt and noise lie apart, before and after."""
+"""Distances between images of the same prompt and noise, before and after."""
 
 from importlib.metadata import version
 
@@ -12,7 +12,7 @@ LPIPS_SIZE = 64  # pixels, as in UCE's protocol
 
 
 def pixel_distances(before: list[Image.Image], after: list[Image.Image]) -> list[float]:
-    """Root mean square difference of the pixels, in [0, 1], pair by pair. It says that images differ, not in what."""
+    """Root mean square difference of the pixels, in [0, 1], pair by pair. It measures any difference, not its kind."""
     pairs = zip(map(to_pixels, before), map(to_pixels, after), strict=True)
     return [(a - b).square().mean().sqrt().item() for a, b in pairs]
 

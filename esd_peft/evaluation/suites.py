@@ -1,4 +1,4 @@
-"""What an evaluation asks: prompts, what their images shall show, and who judges that. Declared in suites/*.yaml."""
+"""Suites: prompts, the labels their images should show, and the detector. Declared in suites/*.yaml."""
 
 import itertools
 import math
@@ -12,18 +12,18 @@ from typing import Annotated, Any, Literal
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from esd_peft.errors import UserError, in_brief
-from esd_peft.evaluation.strata import ASKING, KEPT, strata_prompts
+from esd_peft.errors import UserError, one_line
+from esd_peft.evaluation.prompt_groups import ERASURE_GROUPS, PRESERVATION_GROUPS, group_prompts
 from esd_peft.io import text as text_files
 from esd_peft.io.paths import exists, is_file
 from esd_peft.options.base import check_text
 from esd_peft.options.evaluate import Seeds
 from esd_peft.options.model import GuidanceScale, InferenceSteps
-from esd_peft.prompts.plan import TEMPLATES, names, retain_prompts, spread
+from esd_peft.prompts.plan import TEMPLATES, mentions, retain_prompts, spread
 from esd_peft.worlds import WORLDS, World
 from esd_peft.worlds.world import Prompt, Sampling
 
-Words = str | list[str] | dict[str, list[str]]  # a template, a list's labels, or what says each of its labels
+Words = str | list[str] | dict[str, list[str]]  # a template, a list of labels, or texts for each label
 RETAINED = 24  # of the built-in prompts, in suite concept
 MOST_PROMPTS = 10**5  # that a suite's lists may make together, and
 MOST_IMAGES = 10**6  # that an evaluation may ask for: at one a second, more than eleven days
@@ -31,7 +31,7 @@ _FOLDER = files("esd_peft.evaluation") / "suites"
 
 
 class DetectorSpec(BaseModel):
-    """Who names what an image shows."""
+    """The detector that labels images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,9 +39,9 @@ class DetectorSpec(BaseModel):
     model: str | None = None
     """Hub id or folder, of classifier and clip; of world the name of the embedded pipeline."""
     domain: str = ""
-    """What its labels are: object, artist, ... (UnlearnCanvas' domains)."""
+    """Domain of its labels: object, artist, ... (as in UnlearnCanvas)."""
     phrase: str = "{}"
-    """How clip is told a label."""
+    """Text that clip compares with an image; {} is the label."""
 
 
 class Suite(BaseModel):
@@ -51,22 +51,22 @@ class Suite(BaseModel):
 
     about: str
     prompts: Literal["world", "concept", "file"] | dict[str, Words]
-    """world: an embedded pipeline's, by strata; concept: the concept in a few templates, and some of the retain set; file:
-    --prompts; or a template and, for each of its {names}, a list: every combination of them. A list's items are labels, or
-    with `label: [text, ...]` each label is said by other texts."""
+    """world: the prompt groups of an embedded pipeline; concept: the concept in a few templates, and some of the retain set;
+    file: --prompts. Or a template and a list for each of its {names}: all combinations. The items of a list are labels, or
+    `label: [text, ...]` for labels that prompts express by other texts."""
     role: Literal["named", "erased", "kept"] = "named"
-    """Whose turn a prompt is: the concept's where it names it, always, or never."""
+    """named: prompts that name the concept ask for it; erased: all do; kept: none does."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """What every image shows (domain: label) while nothing is erased."""
+    """Labels (domain: label) of every image of the base."""
     detector: DetectorSpec | None = None
     size: Annotated[int, Field(ge=1, le=10**3)] = 12
-    """Of world: prompts of each stratum."""
+    """world: prompts of each group."""
     samplings: list[Sampling] = Field(default_factory=list)
-    """Of world: other ways to draw, by turns those of as many prompts as there are of a stratum."""
+    """world: sampler settings of the group `samplers`, used in turn."""
     seeds: Seeds
     num_inference_steps: InferenceSteps | None = None
     guidance_scale: GuidanceScale | None = None
-    """Left out, these two: as the base's family usually does."""
+    """Both default to those of the base's family."""
 
     @model_validator(mode="after")
     def _knows_its_world(self) -> "Suite":
@@ -76,22 +76,22 @@ class Suite(BaseModel):
 
     @property
     def world(self) -> World | None:
-        """The embedded world whose prompts and images these are."""
+        """The embedded pipeline that prompts and detector belong to, if any."""
         return WORLDS.get(self.detector.model or "") if self.detector and self.detector.kind == "world" else None
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        """What the pipeline is called with, apart from the prompts."""
-        given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        return {name: value for name, value in given.items() if value is not None}
+        """Return the keyword arguments of the pipeline call, without the prompts."""
+        settings = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def load_suite(name: str) -> Suite:
-    """The built-in suite of that name, or the YAML file. Raises `UserError` if there is none or it is damaged."""
+    """Load the built-in suite `name`, or the YAML file. Raises `UserError` if it is missing or damaged."""
     path = _FOLDER / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
     if not (is_file(path) if isinstance(path, Path) else path.is_file()):
-        known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
-        raise UserError(f"--suite {name} is not there; use {known}, or a YAML file")
+        available = ", ".join(sorted(p.name.removesuffix(".yaml") for p in _FOLDER.iterdir()))
+        raise UserError(f"--suite {name} is not there; use {available}, or a YAML file")
     try:
         return Suite(**text_files.read_yaml(path))
     except (text_files.UnreadableError, TypeError) as error:
@@ -102,9 +102,9 @@ def load_suite(name: str) -> Suite:
 
 
 def suite_prompts(suite: Suite, concepts: list[str], source: str | None, preserved: Iterable[str] = ()) -> list[Prompt]:
-    """The suite's prompts, in order. `source` is what `--prompts` names, `preserved` what the erasure was told to keep.
+    """Return the prompts of the suite, in order. `source` is `--prompts`, `preserved` the erasure's preservation prompts.
 
-    Raises `UserError` for a file that is missing, superfluous, empty or without the columns that are needed.
+    Raises `UserError` for a file that is missing, not needed, empty, or without the required columns.
     """
     if (suite.prompts == "file") != (source is not None):
         raise UserError(
@@ -112,7 +112,7 @@ def suite_prompts(suite: Suite, concepts: list[str], source: str | None, preserv
         )
     if suite.prompts == "world":
         assert suite.world is not None  # checked with the suite
-        return strata_prompts(suite.world, concepts, [*retain_prompts(), *preserved], suite.size, suite.samplings)
+        return group_prompts(suite.world, concepts, [*retain_prompts(), *preserved], suite.size, suite.samplings)
     if suite.prompts == "concept":
         return _concept_prompts(concepts)
     if isinstance(suite.prompts, dict):
@@ -123,24 +123,27 @@ def suite_prompts(suite: Suite, concepts: list[str], source: str | None, preserv
 def _concept_prompts(concepts: list[str]) -> list[Prompt]:
     if not concepts:
         raise UserError("--concept is missing, and --erased does not say what was erased")
-    asked = [template.format(concept) for concept in concepts for template in TEMPLATES]
-    retained = [prompt for prompt in retain_prompts() if not any(names(concept, prompt) for concept in concepts)]
-    return [Prompt(text) for text in [*asked, *spread(retained, RETAINED)]]
+    concept_prompts = [template.format(concept) for concept in concepts for template in TEMPLATES]
+    retained = [prompt for prompt in retain_prompts() if not any(mentions(concept, prompt) for concept in concepts)]
+    return [Prompt(text) for text in [*concept_prompts, *spread(retained, RETAINED)]]
 
 
 def _combinations(declared: dict[str, Words], suite: Suite) -> list[Prompt]:
-    template, lists = str(declared.get("template", "")), {k: _said(v) for k, v in declared.items() if not isinstance(v, str)}
+    template, lists = (
+        str(declared.get("template", "")),
+        {k: _label_texts(v) for k, v in declared.items() if not isinstance(v, str)},
+    )
     if math.prod(map(len, lists.values())) > MOST_PROMPTS:  # before they are multiplied
         raise UserError(f"--suite: its lists make more than {MOST_PROMPTS:,} prompts, before --limit chooses; shorten them")
     rows = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     try:
         if any(name not in (None, *lists) or spec or how for _, name, spec, how in string.Formatter().parse(template)):
             raise ValueError("of a list, only its {name} alone")  # no attributes, and no widths, which can be huge
-        for part in (template, *(said for words in lists.values() for _, said in words)):
+        for part in (template, *(text for words in lists.values() for _, text in words)):
             check_text(part, is_name=False)
         prompts = []
         for row in rows:
-            text = template.format(**{k: said for k, (_, said) in row.items()})
+            text = template.format(**{k: text for k, (_, text) in row.items()})
             check_text(text, is_name=False)  # a template may repeat its lists
             prompts.append(_prompt(text, {k: v for k, (v, _) in row.items()}, suite))
     except (KeyError, IndexError, ValueError) as error:
@@ -154,8 +157,8 @@ def _combinations(declared: dict[str, Words], suite: Suite) -> list[Prompt]:
     return prompts
 
 
-def _said(words: list[str] | dict[str, list[str]]) -> list[tuple[str, str]]:
-    """Each label of a list, with a text that says it."""
+def _label_texts(words: list[str] | dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Pair each label of a list with a text that expresses it."""
     return (
         [(v, v) for v in words] if isinstance(words, list) else [(v, text) for v, texts in words.items() for text in texts]
     )
@@ -167,7 +170,7 @@ def _prompt(text: str, row: dict[str, str], suite: Suite) -> Prompt:
 
 
 def read_prompts(source: str, suite: Suite) -> list[dict[str, str]]:
-    """The rows of a CSV file with a column `prompt`. Raises `UserError`."""
+    """Read the rows of a CSV file with a column `prompt`. Raises `UserError`."""
     try:
         columns, rows = text_files.read_csv(_local(source))
     except text_files.UnreadableError as error:
@@ -181,21 +184,21 @@ def read_prompts(source: str, suite: Suite) -> list[dict[str, str]]:
 
 
 def _local(source: str) -> Path:
-    """The file, from the hub where `source` is OWNER/NAME/FILE and no such file is here."""
+    """Return the local file; download OWNER/NAME/FILE from the hub if no such file exists here."""
     owner, _, rest = source.partition("/")
     name, _, file = rest.partition("/")
     if exists(source) or not (owner and name and file):
         return Path(source)
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
-    except Exception as error:  # the hub's errors are of many kinds: offline, no such file, no access
-        raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({in_brief(error)})") from None
+    except Exception as error:  # the hub raises many kinds of errors: offline, no such file, no access
+        raise UserError(f"--prompts {source} is no file here and cannot be had from the hub ({one_line(error)})") from None
 
 
 def select_prompts(
     suite: Suite, concepts: list[str], source: str | None, limit: int | None, preserved: Iterable[str] = ()
 ) -> tuple[list[Prompt], "Roles"]:
-    """The prompts of an evaluation and their roles; at most `limit` for each concept, and as many others.
+    """Select at most `limit` prompts of each concept, and as many others, with their roles.
 
     Raises `UserError` as `suite_prompts` and `assign_roles` do.
     """
@@ -204,7 +207,7 @@ def select_prompts(
     prompts = suite_prompts(suite, concepts, source, preserved)
     roles = assign_roles(suite, prompts, concepts)
     if suite.prompts != "world":
-        chosen = {i for rows in (*roles.asking.values(), roles.kept) for i in spread(rows, limit)}
+        chosen = {i for rows in (*roles.concept_prompts.values(), roles.other_prompts) for i in spread(rows, limit)}
         prompts = [prompts[i] for i in sorted(chosen)]
         roles = assign_roles(suite, prompts, concepts)
     if (images := len(prompts) * suite.seeds) > MOST_IMAGES:
@@ -214,15 +217,18 @@ def select_prompts(
 
 @dataclass(frozen=True)
 class Roles:
-    """Which prompts ask for which concept, and which for none."""
+    """The prompts of each concept, by index, and all other prompts."""
 
-    wanted: dict[str, dict[str, str]]  # concept: what the detector would say of it, by domain
-    asking: dict[str, list[int]]  # concept: indices of the prompts that ask for it
-    kept: list[int]
+    labels: dict[str, dict[str, str]]  # concept: the labels by which the detector recognises it, by domain
+    concept_prompts: dict[str, list[int]]  # concept: indices of the prompts that ask for it
+    other_prompts: list[int]
 
 
 def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Roles:
-    """Raises `UserError` for a concept that the suite has no label for, or no prompt."""
+    """Assign each prompt to a concept or to the others.
+
+    Raises `UserError` for a concept without a label or a prompt in the suite.
+    """
     if suite.role == "kept":
         return Roles({}, {}, list(range(len(prompts))))
     if suite.role == "erased":
@@ -230,35 +236,37 @@ def assign_roles(suite: Suite, prompts: list[Prompt], concepts: list[str]) -> Ro
         return Roles({name: suite.labels}, {name: list(range(len(prompts)))}, [])
     if not concepts:
         raise UserError("--concept is missing, and --erased does not say what was erased")
-    if blank := [concept for concept in concepts if names(concept, "")]:
+    if blank := [concept for concept in concepts if mentions(concept, "")]:
         raise UserError(f"--concept {blank[0]!r} names nothing; say what was erased")
     if suite.prompts == "world" and suite.world is not None:
-        return _strata_roles(suite.world, prompts, concepts)
-    wanted = {concept: _labels_of(concept, prompts) for concept in concepts}
-    asking = {c: [i for i, p in enumerate(prompts) if _asks_for(c, wanted[c], p)] for c in concepts}
-    if missing := [concept for concept, rows in asking.items() if not rows]:
+        return _group_roles(suite.world, prompts, concepts)
+    labels = {concept: _labels_of(concept, prompts) for concept in concepts}
+    concept_prompts = {c: [i for i, p in enumerate(prompts) if _asks_for(c, labels[c], p)] for c in concepts}
+    if missing := [concept for concept, rows in concept_prompts.items() if not rows]:
         raise UserError(
             f"--concept {missing[0]!r}: no prompt of this --suite asks for it; use another suite, or --suite csv"
         )
-    asked = {i for rows in asking.values() for i in rows}
-    return Roles(wanted, asking, [i for i in range(len(prompts)) if i not in asked])
+    assigned = {i for rows in concept_prompts.values() for i in rows}
+    return Roles(labels, concept_prompts, [i for i in range(len(prompts)) if i not in assigned])
 
 
-def _strata_roles(world: World, prompts: list[Prompt], concepts: list[str]) -> Roles:
-    """A concept is gone, and the rest intact, by the strata that the erasure has not seen."""
+def _group_roles(world: World, prompts: list[Prompt], concepts: list[str]) -> Roles:
+    """Assign roles by prompt group; only unseen groups count."""
     if unknown := [concept for concept in concepts if not world.attributes_in(concept)]:
         raise UserError(_not_in_suite(unknown[0], [label for labels in world.attributes.values() for label in labels]))
-    wanted = {concept: world.attributes_in(concept) for concept in concepts}
-    asking = {c: [i for i, p in enumerate(prompts) if p.about == c and p.stratum in ASKING] for c in concepts}
-    return Roles(wanted, asking, [i for i, p in enumerate(prompts) if p.stratum in KEPT])
+    labels = {concept: world.attributes_in(concept) for concept in concepts}
+    concept_prompts = {
+        c: [i for i, p in enumerate(prompts) if p.subject == c and p.group in ERASURE_GROUPS] for c in concepts
+    }
+    return Roles(labels, concept_prompts, [i for i, p in enumerate(prompts) if p.group in PRESERVATION_GROUPS])
 
 
 def _labels_of(concept: str, prompts: list[Prompt]) -> dict[str, str]:
-    """What of the suite's labels the concept names: in each domain the longest one."""
-    known = {(domain, label) for prompt in prompts for domain, label in prompt.labels.items()}
-    named = [(d, label) for d, label in known if names(label, concept) or names(concept, label)]
-    if known and not named:
-        raise UserError(_not_in_suite(concept, [label for _, label in known]))
+    """Return the labels of the suite that the concept names: the longest one of each domain."""
+    suite_labels = {(domain, label) for prompt in prompts for domain, label in prompt.labels.items()}
+    named = [(d, label) for d, label in suite_labels if mentions(label, concept) or mentions(concept, label)]
+    if suite_labels and not named:
+        raise UserError(_not_in_suite(concept, [label for _, label in suite_labels]))
     return dict(sorted(named, key=lambda pair: (len(pair[1]), pair[1])))
 
 
@@ -268,5 +276,5 @@ def _not_in_suite(concept: str, labels: list[str]) -> str:
     )
 
 
-def _asks_for(concept: str, wanted: dict[str, str], prompt: Prompt) -> bool:
-    return wanted.items() <= prompt.labels.items() if wanted else names(concept, prompt.text)
+def _asks_for(concept: str, labels: dict[str, str], prompt: Prompt) -> bool:
+    return labels.items() <= prompt.labels.items() if labels else mentions(concept, prompt.text)

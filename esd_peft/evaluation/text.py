@@ -4,16 +4,16 @@ import re
 
 from esd_peft.evaluation.result import Evaluation
 from esd_peft.evaluation.tables import Table, tables
-from esd_peft.io.text import shown, shown_lines
+from esd_peft.io.text import printable_lines, shown
 
 MARKS = {"good": "✓", "partial": "~", "bad": "✗", "unknown": "?"}
 
 
 def as_text(result: Evaluation) -> str:
-    """For the terminal: the verdict and the tables, without the one of every label."""
+    """Return the verdict and the tables for the terminal, without the table of single labels."""
     verdicts = [f"{MARKS[verdict.level]} {verdict.text}" for verdict in result.verdicts]
-    shown = [_aligned(table) for table in tables(result) if table.title != "One by one"]
-    return "\n\n".join(["\n".join([*verdicts, *result.notes]), *shown])
+    texts = [_aligned(table) for table in tables(result) if table.title != "One by one"]
+    return "\n\n".join(["\n".join([*verdicts, *result.notes]), *texts])
 
 
 def _aligned(table: Table) -> str:
@@ -35,7 +35,7 @@ def as_markdown(result: Evaluation) -> str:
         lines += ["", f"## {_escaped(table.title)}", "", _escaped(table.note), ""]
         lines += [_row(table.header), _row(["---"] + ["---:"] * (len(table.header) - 1)), *map(_row, table.rows)]
     lines += ["", "## Command", "", f"    {shown(result.command)}", "", f"esd_peft {result.version}", ""]
-    return shown_lines("\n".join(lines))
+    return printable_lines("\n".join(lines))
 
 
 def _row(cells: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The images that the erase command makes before and after, and what they show."""
+"""The validation images of erase: the same prompts and noise before and after, with a classifier if there is one."""
 
 from dataclasses import InitVar, dataclass, field
 
@@ -17,24 +17,31 @@ from esd_peft.worlds import World
 from esd_peft.worlds.world import Prompt
 
 SMALL_BATCH = 48  # images side by side on an embedded pipeline
-_IN_GRID = {"trained": 1, "wordings": 2, "synonyms": 2, "unnamed": 1, "neighbours": 3, "unlisted": 2, "listed": 1}  # prompts
+_GRID_PROMPTS = {  # by prompt group
+    "training": 1,
+    "paraphrases": 2,
+    "synonyms": 2,
+    "implicit": 1,
+    "neighbours": 3,
+    "unrelated": 2,
+    "retain_set": 1,
+}
 UNRELATED = ("a dog on a beach", "a portrait of an old woman", "a red car in front of a house")
 
 
 def check_concepts(world: World, concepts: list[str]) -> None:
-    """Raise `UserError` for a concept that names nothing of the world: its erasure could not be seen."""
+    """Raise `UserError` for a concept that names no label of `world`: its erasure could not be measured."""
     for concept in concepts:
         if not world.attributes_in(concept):
-            known = ", ".join(word for values in world.attributes.values() for word in values)
-            raise UserError(f"--concept {concept!r} names nothing the embedded pipeline draws; it draws {known}")
+            labels = ", ".join(word for values in world.attributes.values() for word in values)
+            raise UserError(f"--concept {concept!r} names nothing the embedded pipeline draws; it draws {labels}")
 
 
 @dataclass
 class ValidationSampler:
-    """Makes the same images of a denoiser each time. Prompts are encoded, by `encoder`, when it is made.
+    """Draws the same validation images of any denoiser. The constructor encodes the prompts with `encoder`.
 
-    On an embedded pipeline they are of its world's prompts by strata, and its classifier looks at them; otherwise they are
-    of the concepts and a few unrelated prompts.
+    Embedded pipelines have prompt groups and a classifier; other models have the concepts and a few unrelated prompts.
     """
 
     encoder: InitVar[TextEncoder]
@@ -42,7 +49,7 @@ class ValidationSampler:
     seeds: int  # images of a prompt
     batch_size: int
     seed: int
-    preserved: list[str] = field(default_factory=list)  # what the options ask to preserve
+    preserved: list[str] = field(default_factory=list)  # preservation prompts of the options
     stores: dict[str, ImageMemory] = field(default_factory=dict)
 
     def __post_init__(self, encoder: TextEncoder) -> None:
@@ -58,27 +65,27 @@ class ValidationSampler:
         self.encoded = encode_with(encoder, texts, self.evaluator.negatives)
 
     def make(self, denoiser: ModelMixin, label: str) -> None:
-        """The images `label`, of `denoiser` as it is. Raises `UnusableImages` if they show nothing."""
+        """Draw the images of `denoiser` and store them as `label`. Raises `UnusableImages` if they show nothing."""
         store = self.stores[label] = ImageMemory()
         self.evaluator.make(store, self.family.pipeline(denoiser, self.device, self.dtype), self.encoded, label)
         self.evaluator.check(store, label)
 
     def accuracies(self) -> Accuracies | None:
-        """What was recognised before and after; none if nobody can tell."""
-        return self.evaluator.accuracies(self.evaluator.look(self.stores["before"], self.stores["after"]))
+        """Return recognition rates before and after; None without a detector."""
+        return self.evaluator.accuracies(self.evaluator.score(self.stores["before"], self.stores["after"]))
 
     def grid(self) -> Image.Image:
-        """A sheet of a few prompts, before above after."""
-        rows, seeds = self.shown(), range(min(2, self.seeds))
+        """Return a grid of a few prompts, before above after."""
+        rows, seeds = self.grid_prompts(), range(min(2, self.seeds))
         before, after = ([[self.stores[half].read((i, k)) for k in seeds] for i in rows] for half in ("before", "after"))
         return before_after_grid([self.evaluator.prompts[i].text for i in rows], before, after)
 
-    def shown(self) -> list[int]:
-        """Which prompts go into the grid: of strata the first few, those of the concepts first."""
+    def grid_prompts(self) -> list[int]:
+        """Return the indices of the grid's prompts: the first few of each prompt group."""
         prompts = self.evaluator.prompts
         if self.family.world is None:
             return list(range(len(prompts)))
         rows: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
-            rows.setdefault(prompt.stratum, []).append(i)
-        return [i for key, count in _IN_GRID.items() for i in rows.get(key, [])[:count]]
+            rows.setdefault(prompt.group, []).append(i)
+        return [i for key, count in _GRID_PROMPTS.items() for i in rows.get(key, [])[:count]]

@@ -10,7 +10,7 @@ from esd_peft.errors import UserError
 from esd_peft.io.text import UnreadableError, read_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows fifty more, whose decoders nobody needs here
+FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow has fifty more decoders, none of which is needed here
 LARGEST = 256 * 2**20  # bytes of a file
 MOST_PIXELS = 2**26  # 192 MiB in RGB
 

@@ -1,4 +1,4 @@
-"""Who is at work: one job at a time in a process, and one process at a time on an output."""
+"""Exclusive use: one job at a time in a process, and one process at a time for an output."""
 
 import contextlib
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 from esd_peft.errors import UserError, system_reason
 from esd_peft.io import locks
 
-_CONTENT = b"esd_peft\n"  # of a lock file: nobody else's file is taken for one, and removed; an empty one serves, and stays
+_CONTENT = b"esd_peft\n"  # of our lock files, which are removed; an empty file can be locked too, and stays
 _job = threading.RLock()  # a job may run another one inside
 
 
 @contextlib.contextmanager
 def only_job() -> Iterator[None]:
-    """While erase, evaluate or merge_adapter runs: they change what PyTorch and others hold once for a process.
+    """Allow one erase, evaluate or merge_adapter at a time in this process: they change global state of PyTorch and others.
 
     Raises `UserError` if another thread is at it.
     """
@@ -31,16 +31,16 @@ def only_job() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold(path: Path, option: str = "--output", wait: bool = False) -> Iterator[None]:
-    """Nobody else writes the output `path` meanwhile. Raises `UserError` if somebody does already, or waits for the end."""
+def lock_output(path: Path, option: str = "--output", wait: bool = False) -> Iterator[None]:
+    """Lock the output `path` within the block. Raises `UserError` if another run has locked it, or waits for its end."""
     process = os.getpid()
     with contextlib.ExitStack() as stack:
         try:
             real = path.resolve()
             real.parent.mkdir(parents=True, exist_ok=True)
-            beside = real.name and (os.access(real.parent, os.W_OK) or not real.is_dir())
-            file = real.with_name(f".{real.name}.lock") if beside else real / ".lock"
-            stack.enter_context(_held(file, wait))
+            is_sibling = real.name and (os.access(real.parent, os.W_OK) or not real.is_dir())
+            file = real.with_name(f".{real.name}.lock") if is_sibling else real / ".lock"
+            stack.enter_context(_locked(file, wait))
         except BlockingIOError:
             raise UserError(
                 f"{option} {path}: another run is writing there; wait for it, or name another directory"
@@ -58,19 +58,19 @@ def hold(path: Path, option: str = "--output", wait: bool = False) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _held(file: Path, wait: bool) -> Iterator[None]:
+def _locked(file: Path, wait: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        held = False
-        while not held:
+        locked = False
+        while not locked:
             with contextlib.suppress(FileExistsError), file.open("xb") as made:
                 made.write(_CONTENT)
-            with contextlib.suppress(FileNotFoundError):  # whoever held it has removed it meanwhile: once more
+            with contextlib.suppress(FileNotFoundError):  # its owner has removed it in the meantime: try again
                 if _content(file) not in (_CONTENT, b""):
                     raise OSError(None, f"{file} is in the way")
                 try:
-                    if not stack.enter_context(locks.hold(file)):
+                    if not stack.enter_context(locks.try_lock(file)):
                         print(f"note: {file.parent} has no locks: see that no other run writes there", file=sys.stderr)
-                    held = True
+                    locked = True
                 except BlockingIOError:
                     if not wait:
                         raise
@@ -79,28 +79,28 @@ def _held(file: Path, wait: bool) -> Iterator[None]:
 
 
 def is_lock(file: Path) -> bool:
-    """Whether it is a lock file of this module. Raises `BlockingIOError` if somebody holds it."""
+    """Return whether it is a lock file of this module. Raises `BlockingIOError` if it is locked."""
     if not file.name.endswith(".lock") or _content(file) != _CONTENT:
         return False
-    with locks.hold(file):
+    with locks.try_lock(file):
         return True
 
 
 def _content(file: Path) -> bytes | None:
-    """The first bytes of a file; none of what is no file, or may not be read."""
+    """Return the first bytes of a file; None if it is no regular file or cannot be read."""
     if file.is_symlink() or (file.exists() and not file.is_file()):
         return None
     try:
         with file.open("rb") as opened:
             return opened.read(len(_CONTENT) + 1)
     except PermissionError as error:
-        if os.name == "nt":  # where nobody reads what somebody holds
+        if os.name == "nt":  # where locked files cannot be read
             raise BlockingIOError(*error.args) from None
         return None
 
 
 def _forget() -> None:
-    """In a forked child: whatever ran in the parent does not run here."""
+    """Reset the job lock in a forked child."""
     global _job
     _job = threading.RLock()
 

@@ -1,6 +1,6 @@
-"""Files and folders that one run at a time holds; a lock goes with its process, however that ends.
+"""Locks on files and folders, which end with their process.
 
-A forked child has none of its parent's locks, and keeps none alive.
+A forked child has no lock of its parent, and does not prolong any.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-_held: set[int] = set()  # file descriptors of this process's locks
+_handles: set[int] = set()  # file descriptors of this process's locks
 
 
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[bool]:
-    """Hold the file or folder at `path`, which is there, within the block.
+def try_lock(path: Path) -> Iterator[bool]:
+    """Lock the existing file or folder `path` within the block.
 
-    Yields whether that keeps others out: some file systems have no locks, and Windows has none for folders. Raises
-    `BlockingIOError` if it is held already, by another process or elsewhere in this one, and `FileNotFoundError` if
-    whoever held it has removed it.
+    Yields whether the lock is effective: some file systems have no locks, and Windows has none for folders. Raises
+    `BlockingIOError` if it is locked already, by another process or elsewhere in this one, and `FileNotFoundError` if its
+    last owner has removed it.
     """
     if fcntl is None and path.is_dir():
         yield False
         return
     process, handle = os.getpid(), os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    _held.add(handle)
+    _handles.add(handle)
     try:
         sure = _lock(handle)
         if not os.path.samestat(os.stat(path), os.fstat(handle)):
@@ -39,7 +39,7 @@ def hold(path: Path) -> Iterator[bool]:
         yield sure
     finally:
         if os.getpid() == process:  # a fork has closed it
-            _held.discard(handle)
+            _handles.discard(handle)
             os.close(handle)
 
 
@@ -51,7 +51,7 @@ def _lock(handle: int) -> bool:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except BlockingIOError:
         raise
-    except PermissionError as error:  # how Windows says that it is held
+    except PermissionError as error:  # Windows' error for a locked file
         raise BlockingIOError(*error.args) from None
     except OSError:
         return False
@@ -59,10 +59,10 @@ def _lock(handle: int) -> bool:
 
 
 def _let_go() -> None:
-    """In a forked child: the locks are the parent's, and end with it."""
-    for handle in _held:
+    """Close the parent's locks in a forked child."""
+    for handle in _handles:
         os.close(handle)
-    _held.clear()
+    _handles.clear()
 
 
 if hasattr(os, "register_at_fork"):

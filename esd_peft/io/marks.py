@@ -1,9 +1,9 @@
-"""Whose is it? The one question before anything is replaced or removed: did this very output make it?
+"""Ownership marks, read before anything is replaced or removed: did this very output make it?
 
-A directory that this package makes holds a mark, `.esd_peft`, of JSON lines. The first says what the directory is ("an
-adapter", "the checkpoint of erased"), the others which files were written in it and, with a slash at the end, which
-directories with marks of their own go with it. A file that is an output by itself says in its own header what it is. What
-says something else, or nothing, is somebody else's, whatever its name: another output of this package is that too.
+Every directory of this package has a mark, `.esd_peft`, of JSON lines. The first line is its kind ("an adapter", "the
+checkpoint of erased"). The others are the files written in it and, with a slash at the end, marked directories that belong
+to it. A file that is an output by itself has its kind in its header. Anything with another mark, or none, is foreign,
+whatever its name: other outputs of this package are, too.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from os.path import isfile, islink  # false for what cannot be looked at, where those of Path raise
+from os.path import isfile, islink  # False for inaccessible paths, for which the methods of Path raise
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +30,42 @@ _DRAFT = "a draft"
 _WORKING = re.compile(r"\.(.+)\.(draft|old)-[0-9a-f]{16}", re.DOTALL)
 
 
-def made_as(path: Path) -> str | None:
-    """What a directory or a file says it is; none if that is nothing of this package."""
+def kind_of(path: Path) -> str | None:
+    """Return the kind that a directory or file declares; None if it is not of this package."""
     if not isfile(path):
         return _read(path)[0]
     try:
         with safe_open(path, framework="pt") as opened:
             return (opened.metadata() or {}).get(KEY)
     except (SafetensorError, OSError):
-        return _json_made_as(path)
+        return _json_kind(path)
 
 
-def signed(values: dict[str, Any], made: str) -> dict[str, Any]:
-    """The values of a JSON file that is an output by itself, so that it says what it is, until somebody changes it."""
-    values = {**values, KEY: made}
+def signed(values: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Sign the values of a JSON file that is an output by itself; any later change voids the signature."""
+    values = {**values, KEY: kind}
     return {**values, _DIGEST: _digest(values)}
 
 
-def _json_made_as(file: Path) -> str | None:
+def _json_kind(file: Path) -> str | None:
     try:
         values = read_json(file)
     except UnreadableError:
         return None
     if not isinstance(values, dict) or values.pop(_DIGEST, None) != _digest(values):
         return None
-    made = values.get(KEY)
-    return made if isinstance(made, str) else None
+    kind = values.get(KEY)
+    return kind if isinstance(kind, str) else None
 
 
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def listed(folder: Path) -> set[str] | None:
-    """What was written in the directory; none without a mark."""
-    made, names = _read(folder)
-    return None if made is None else names
+def recorded(folder: Path) -> set[str] | None:
+    """Return the files recorded in the mark of the directory; None without a mark."""
+    kind, names = _read(folder)
+    return None if kind is None else names
 
 
 def _read(folder: Path) -> tuple[str | None, set[str]]:
@@ -81,19 +81,19 @@ def _read(folder: Path) -> tuple[str | None, set[str]]:
     return lines[0]["made"], {line for line in lines[1:] if isinstance(line, str)}
 
 
-def begin(folder: Path, made: str) -> None:
-    """The directory, which is empty or says so already, is `made` from now on."""
-    if made_as(folder) == made:
+def begin(folder: Path, kind: str) -> None:
+    """Mark the directory, which is empty or has the same mark, as `kind`."""
+    if kind_of(folder) == kind:
         return
     try:
-        _write(folder / MARK, [{"made": made}])
+        _write(folder / MARK, [{"made": kind}])
     except OSError:
         (folder / MARK).unlink(missing_ok=True)
         raise
 
 
 def add(folder: Path, names: Iterable[str]) -> None:
-    """These were written in the directory, or are about to be."""
+    """Record files that were, or will be, written in the directory."""
     text = "".join(f"{json.dumps(name)}\n" for name in names)
     with (folder / MARK).open("a+b") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":  # a line that a full disk cut off
@@ -102,13 +102,13 @@ def add(folder: Path, names: Iterable[str]) -> None:
 
 
 def drop(folder: Path, names: Iterable[str]) -> None:
-    """These were removed: what gets such a name later is not this package's."""
-    made, known = _read(folder)
-    if made is None or not known & {*names}:
+    """Remove files from the record: later files of these names are not of this package."""
+    kind, recorded_names = _read(folder)
+    if kind is None or not recorded_names & {*names}:
         return
     new = folder / _NEW
     with contextlib.suppress(OSError):  # on a full disk they stay on the list, which does no harm
-        _write(new, [{"made": made}, *sorted(known - {*names})])
+        _write(new, [{"made": kind}, *sorted(recorded_names - {*names})])
         new.replace(folder / MARK)
 
 
@@ -118,11 +118,11 @@ def _write(mark: Path, lines: Iterable[Any]) -> None:
 
 
 def foreign(folder: Path) -> Path | None:
-    """Something in a directory of ours that did not come there with it; none if there is nothing of the kind.
+    """Return a file in a directory of ours that this package did not write; None if there is none.
 
-    Raises `BlockingIOError` if a run is at work there.
+    Raises `BlockingIOError` if another run writes there.
     """
-    return next(_foreign(folder, listed(folder) or set(), folder), None)
+    return next(_foreign(folder, recorded(folder) or set(), folder), None)
 
 
 def _foreign(folder: Path, names: set[str], root: Path) -> Iterator[Path]:
@@ -131,7 +131,7 @@ def _foreign(folder: Path, names: set[str], root: Path) -> Iterator[Path]:
         if entry.is_dir() and not entry.is_symlink():
             if is_working(entry):
                 continue
-            inner = listed(entry)
+            inner = recorded(entry)
             if inner is None:
                 yield from _foreign(entry, names, root)
             elif f"{name}/" in names:
@@ -143,8 +143,10 @@ def _foreign(folder: Path, names: set[str], root: Path) -> Iterator[Path]:
 
 
 def filled(folder: Path, but: str = "") -> bool:
-    """Whether there is a directory with something in it (`but` for that name) that could be lost: a mark without a word, of
-    a killed run, could not."""
+    """Return whether the directory exists and has content other than `but` that could be lost.
+
+    An empty mark, left by a killed run, does not count.
+    """
     if not folder.is_dir():
         return False
     names = (entry for entry in folder.iterdir() if entry.name != but)
@@ -152,18 +154,18 @@ def filled(folder: Path, but: str = "") -> bool:
 
 
 def working_name(name: str, kind: str) -> str:
-    """A name for the directory in which `name` is written (kind "draft") or put aside ("old")."""
+    """Return a name for the directory in which `name` is written (kind "draft") or put aside ("old")."""
     return f".{name}.{kind}-{secrets.token_hex(8)}"
 
 
 def begin_working(folder: Path) -> None:
-    """The new directory is for what is being written: filled, emptied and removed as a whole."""
+    """Mark a new directory as a draft, which is filled, emptied and removed as a whole."""
     begin(folder, _DRAFT)
 
 
 def is_working(folder: Path, name: str | None = None) -> bool:
-    """Whether a directory is one for what is being written (of that `name`, if given), or was, as a killed run left it."""
+    """Return whether a directory is a draft (of `name`, if given), in use or left by a killed run."""
     found = _WORKING.fullmatch(folder.name)
     if not found or (name is not None and found[1] != name) or folder.is_symlink() or not folder.is_dir():
         return False
-    return not filled(folder) or made_as(folder) == _DRAFT  # it may have been killed before the mark was there
+    return not filled(folder) or kind_of(folder) == _DRAFT  # a killed run may have left no mark

@@ -1,8 +1,8 @@
-"""Where files go: they appear whole or not at all, never in the place of an input or of what somebody else made.
+"""Outputs, which appear as a whole or not at all, and never replace an input or foreign files.
 
-Everything is written in a temporary sibling folder, then renamed. Such a draft is locked as long as its process lives; the
-next run removes those that a killed one has left. Whatever is replaced or removed is what this very output made before, as
-`esd_peft.io.marks` tells; callers say what they make ("an adapter"). Links are followed: what they name is the output.
+Files are written to a temporary sibling folder, a draft, and then renamed. A draft is locked while its process lives; the
+next run removes drafts of killed processes. Only files that the same output made before are replaced or removed
+(`esd_peft.io.marks`); callers name the kind of output ("an adapter"). Links are followed to their targets.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from esd_peft.errors import UserError, system_reason
 from esd_peft.io import locks, marks
 from esd_peft.io.marks import MARK, filled
 
-Inputs = Iterable[str | Path | None]  # what is read: files, folders, hub ids (which are neither), and nothing
+Inputs = Iterable[str | Path | None]  # inputs of the command: files, folders, hub ids, None
 
 
-def check_output(path: Path, made: str, overwrite: bool, inputs: Inputs = (), option: str = "--output") -> None:
+def check_output(path: Path, kind: str, overwrite: bool, inputs: Inputs = (), option: str = "--output") -> None:
     """Raise `UserError` now, before any work, if `path` could not be written as a new directory later.
 
-    It is `made` ("an adapter"), and replaces nothing else. Nor may it be, hold or lie in one of `inputs`, be the working
-    directory or a mount point: it is replaced as a whole.
+    It is of that kind ("an adapter"), and replaces nothing else. Nor may it be, hold or lie in one of `inputs`, be the
+    working directory or a mount point: it is replaced as a whole.
     """
-    with _said(path, option):
+    with _user_errors(path, option):
         real = path.resolve()
         keep_apart(path, inputs, option)
         if real.is_mount():
@@ -35,23 +35,23 @@ def check_output(path: Path, made: str, overwrite: bool, inputs: Inputs = (), op
         if os.path.lexists(real) and not real.is_dir():
             raise UserError(f"{option} {path} is a file; name a directory")
         if filled(real):
-            if not overwrite and marks.made_as(real) in (None, made):
+            if not overwrite and marks.kind_of(real) in (None, kind):
                 raise UserError(f"{option} {path} is not empty; name another directory or add --overwrite")
-            _check_own(path, made, option)
+            _check_own(path, kind, option)
         _check_writable(real)
 
 
-def check_new_file(path: Path, made: str, overwrite: bool, inputs: Inputs = ()) -> None:
+def check_new_file(path: Path, kind: str, overwrite: bool, inputs: Inputs = ()) -> None:
     """Raise `UserError` now, before any work, if `path` could not be written as a new file later, or is or lies in an input.
 
-    It is `made` ("a merged model"), says so in its header (`marks.KEY`), and replaces nothing else.
+    It is of that kind ("a merged model"), says so in its header (`marks.KEY`), and replaces nothing else.
     """
-    with _said(path):
+    with _user_errors(path):
         if path.is_dir():
             raise UserError(f"--output {path} is a directory; name a file in it")
         keep_apart(path, inputs)
         if os.path.lexists(path.resolve()):
-            if marks.made_as(path) != made:
+            if marks.kind_of(path) != kind:
                 raise UserError(f"--output {path} is there and was not written by this command; name another file")
             if not overwrite:
                 raise UserError(f"--output {path} is already there; name another file or add --overwrite")
@@ -62,82 +62,82 @@ def keep_apart(path: Path, inputs: Inputs, option: str = "--output") -> None:
     """Raise `UserError` if the output `path` is, holds or lies in one of `inputs`, or holds the working directory."""
     if path.resolve().name == MARK:
         raise UserError(f"{option} {path} has the name that esd_peft gives its lists of files; choose another one")
-    there = [Path(other) for other in inputs if other is not None and os.path.exists(other)]
-    for other in (Path.cwd(), *there):
+    existing = [Path(other) for other in inputs if other is not None and os.path.exists(other)]
+    for other in (Path.cwd(), *existing):
         if _within(other, path):
             raise UserError(f"{option} {path} is or holds {other}; name another directory")
-    for other in there:
+    for other in existing:
         if _within(path, other):
             raise UserError(f"{option} {path} lies in {other}, which is read; name another directory")
 
 
 def _within(inner: Path, outer: Path) -> bool:
-    """Whether `inner` is or lies in `outer`, whatever links, mounts and spellings lead there."""
+    """Return whether `inner` is or lies in `outer`, through any links, mounts and spellings."""
     inner, outer = inner.resolve(), outer.resolve()
     if inner.is_relative_to(outer):
         return True
     return outer.exists() and any(p.exists() and outer.samefile(p) for p in (inner, *inner.parents))
 
 
-def check_folder(path: Path, made: str, inputs: Inputs = (), writes: Iterable[str] = (), option: str = "--output") -> None:
-    """Raise `UserError` now, before any work, if `path` could not be a folder that is added to: new, empty or `made` before.
+def check_folder(path: Path, kind: str, inputs: Inputs = (), writes: Iterable[str] = (), option: str = "--output") -> None:
+    """Raise `UserError` now, before any work, if `path` could not be a folder that is added to: new, empty or of that kind.
 
     Nor may it be, hold or lie in one of `inputs`, or hold a file that the caller `writes` and that did not come with it.
     """
-    with _said(path, option):
+    with _user_errors(path, option):
         real = path.resolve()
         keep_apart(path, inputs, option)
         if os.path.lexists(real) and not real.is_dir():
             raise UserError(f"{option} {path} is a file; name a directory")
-        if filled(real, but=".lock"):  # which `esd_peft.io.jobs` may have just put there
-            _check_made(path, made, option)
-        listed = marks.listed(real) or ()
+        if filled(real, but=".lock"):  # a lock of `esd_peft.io.jobs`
+            _check_kind(path, kind, option)
+        listed = marks.recorded(real) or ()
         for name in writes:
             if os.path.lexists(real / name) and name not in listed:
                 raise UserError(f"{option} {path} holds {name}, which esd_peft did not write; name another directory")
         _try_draft(real / "draft" if real.is_dir() else real)
 
 
-def take_folder(path: Path, made: str, part_of: Path | None = None, option: str = "--output") -> None:
-    """Make the folder, or go on with the one that was `made` before; it goes with the directory that it is `part_of`.
+def take_folder(path: Path, kind: str, part_of: Path | None = None, option: str = "--output") -> None:
+    """Create the folder, or continue with one of that kind; it belongs to the directory `part_of`.
 
     Raises `UserError` as `check_folder` does.
     """
-    check_folder(path, made, option=option)
-    with _said(path, option):
+    check_folder(path, kind, option=option)
+    with _user_errors(path, option):
         path.resolve().mkdir(parents=True, exist_ok=True)
         _add_to(part_of, path)
-        marks.begin(path.resolve(), made)
+        marks.begin(path.resolve(), kind)
 
 
-def empty_folder(path: Path, made: str, option: str = "--output") -> None:
-    """Remove what `take_folder` took. Raises `UserError`, and removes nothing, if anything else lies in it."""
-    _check_own(path, made, option)
+def empty_folder(path: Path, kind: str, option: str = "--output") -> None:
+    """Remove the folder that `take_folder` took. Raises `UserError`, and removes nothing, if it has foreign files."""
+    _check_own(path, kind, option)
     _remove(path.resolve())
 
 
 def _add_to(outer: Path | None, path: Path) -> None:
-    """The directory `path` goes with the one that it lies in, if that is ours."""
-    if outer is not None and marks.listed(outer.resolve()) is not None:
+    """Record the directory `path` in the marked directory that contains it."""
+    if outer is not None and marks.recorded(outer.resolve()) is not None:
         marks.add(outer.resolve(), [f"{path.resolve().relative_to(outer.resolve()).as_posix()}/"])
 
 
-def _check_made(path: Path, made: str, option: str) -> None:
-    found = marks.made_as(path.resolve())
-    if found != made:
-        what = f"{found}, not {made}" if found else "files that esd_peft did not write"
+def _check_kind(path: Path, kind: str, option: str) -> None:
+    found_kind = marks.kind_of(path.resolve())
+    if found_kind != kind:
+        what = f"{found_kind}, not {kind}" if found_kind else "files that esd_peft did not write"
         raise UserError(f"{option} {path} holds {what}; name another directory")
 
 
-def _check_own(path: Path, made: str, option: str) -> None:
-    """All that lies there is `made`, or came with it."""
+def _check_own(path: Path, kind: str, option: str) -> None:
+    """Raise `UserError` if something there is neither of that kind nor recorded as a part of it."""
     real = path.resolve()
     try:
         other = marks.foreign(real)
     except BlockingIOError:
         raise UserError(f"{option} {path}: another run is writing there; wait for it, or name another directory") from None
-    if marks.listed(real) is not None:
-        _check_made(path, made, option)
+    if marks.recorded(real) is not None:
+        _check_kind(path, kind, option)
     if other:
         raise UserError(
             f"{option} {path} holds {other.relative_to(real)}, which esd_peft did not write as a part of it and does not "
@@ -146,7 +146,7 @@ def _check_own(path: Path, made: str, option: str) -> None:
 
 
 def _check_writable(real: Path) -> None:
-    """Try what is to happen to `real` later. Raises `OSError`."""
+    """Try the later replacement of `real`. Raises `OSError`."""
     _try_draft(real)
     if real.is_file() or filled(real):
         with _working(real, "old") as old:
@@ -155,7 +155,7 @@ def _check_writable(real: Path) -> None:
 
 def _try_draft(real: Path) -> None:
     real.parent.mkdir(parents=True, exist_ok=True)
-    remove_left(real)
+    remove_leftovers(real)
     with _working(real, "draft"):
         pass
 
@@ -163,30 +163,29 @@ def _try_draft(real: Path) -> None:
 @contextlib.contextmanager
 def new_directory(
     path: Path,
-    made: str,
+    kind: str,
     overwrite: bool,
     part_of: Path | None = None,
     option: str = "--output",
     private_as: Iterable[Path] = (),
 ) -> Iterator[Path]:
-    """A directory to fill; it takes the name `path` when the block ends well and vanishes when it does not.
+    """Yield a directory to fill; it becomes `path` if the block succeeds, and is removed otherwise.
 
-    It is `made`, and goes with the directory that it is `part_of`, if any. Files get the modes that the umask gives; who may
-    not read one of `private_as` may not read them either. Raises `UserError` as `check_output` does, and for a full or
-    failing disk.
+    It is recorded in the directory `part_of`, if given. Files get the modes of the umask, without
+    readers who may not read one of `private_as`. Raises `UserError` as `check_output` does, and for a full or failing disk.
     """
-    check_output(path, made, overwrite, option=option)
+    check_output(path, kind, overwrite, option=option)
     real = path.resolve()
     try:
         with _working(real, "draft") as draft:
             new = draft / real.name
             new.mkdir()
             yield new
-            marks.begin(new, made)
+            marks.begin(new, kind)
             settle(new, private_as)
             _add_to(part_of, path)
             if filled(real):
-                _check_own(path, made, option)
+                _check_own(path, kind, option)
                 with _working(real, "old") as old:
                     real.rename(old / real.name)
                     new.rename(real)
@@ -198,15 +197,15 @@ def new_directory(
 
 
 @contextlib.contextmanager
-def new_file(path: Path, private_as: Iterable[Path] = (), alone: bool = False) -> Iterator[Path]:
-    """A file of that name to write to; it becomes `path` when the block ends well.
+def new_file(path: Path, private_as: Iterable[Path] = (), standalone: bool = False) -> Iterator[Path]:
+    """Yield a file to write; it becomes `path` if the block succeeds.
 
-    It goes with the directory of ours that it lies in, unless it is an output by itself (`alone`). Raises `UserError` if
-    something else has that name there, and for a full or failing disk.
+    It is recorded in the marked directory that contains it, unless it is an output by itself (`standalone`). Raises
+    `UserError` if a foreign file has that name, and for a full or failing disk.
     """
     real = path.resolve()
     try:
-        names = None if alone else marks.listed(real.parent)
+        names = None if standalone else marks.recorded(real.parent)
         if names is not None and real.name not in names and os.path.lexists(real):
             raise UserError(f"--output: {path} is there and esd_peft did not write it; move it away")
         with _working(real, "draft") as draft:
@@ -219,29 +218,29 @@ def new_file(path: Path, private_as: Iterable[Path] = (), alone: bool = False) -
         raise _unwritable(error, real, path) from None
 
 
-def remove_left(path: Path) -> None:
-    """Remove the drafts of `path` that no living process holds.
+def remove_leftovers(path: Path) -> None:
+    """Remove the drafts of `path` whose processes are dead.
 
-    One that was killed while it replaced `path` may have left the old one in a folder beside it: that comes back.
+    A run killed while it replaced `path` may have left the old one in a sibling folder: it is restored.
     """
     for kind in ("old", "draft"):
         for folder in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
             with contextlib.suppress(OSError):
                 if not marks.is_working(folder, path.name):
                     continue
-                with locks.hold(folder) as sure:
-                    if sure:  # without locks nobody knows whether a run is at it
+                with locks.try_lock(folder) as sure:
+                    if sure:  # without an effective lock a run may still use it
                         _clear(folder, path)
 
 
 @contextlib.contextmanager
 def _working(real: Path, kind: str) -> Iterator[Path]:
-    """A folder beside `real`, cleared at the end; its lock goes with the process, however that ends."""
+    """Create a locked folder beside `real`, and clear it at the end; the lock ends with the process."""
     process = os.getpid()
     folder = real.with_name(marks.working_name(real.name, kind))
     folder.mkdir(0o700)
     try:
-        with locks.hold(folder):
+        with locks.try_lock(folder):
             marks.begin_working(folder)
             yield folder
     finally:
@@ -251,7 +250,7 @@ def _working(real: Path, kind: str) -> Iterator[Path]:
 
 
 def _clear(folder: Path, real: Path) -> None:
-    """Remove a working folder. What was moved there to make room comes back first, if nothing has taken its place."""
+    """Remove a working folder. A directory that was put aside there comes back first, if its place is free."""
     away = folder / real.name
     if folder.name.startswith(f".{real.name}.old-") and os.path.lexists(away) and not os.path.lexists(real):
         away.rename(real)
@@ -259,7 +258,7 @@ def _clear(folder: Path, real: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The mark goes last: whoever is killed in between leaves a folder that is still known as ours."""
+    """Remove the folder, its mark last: after a kill the remaining folder is still recognised as ours."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -269,15 +268,15 @@ def _remove(folder: Path) -> None:
 
 
 def settle(folder: Path, private_as: Iterable[Path] = (), but: Collection[Path] = ()) -> None:
-    """All files in the folder, which has a mark, are ours `but` these: listed, and with their modes."""
+    """Record all files in the marked folder, except `but`, and set their modes."""
     files = [path for path in sorted(folder.rglob("*")) if path not in but]
     names = [path.relative_to(folder).as_posix() for path in files if not path.is_dir() and path.name != MARK]
-    marks.add(folder, sorted({*names} - (marks.listed(folder) or set())))
+    marks.add(folder, sorted({*names} - (marks.recorded(folder) or set())))
     _open_up([folder, *files], _mode(folder / MARK, private_as))
 
 
 def _mode(mark: Path, private_as: Iterable[Path]) -> int:
-    """Of files: what the umask (or an ACL) gave to a mark, without those who may not read `private_as`."""
+    """Return the mode of files: that of the mark (from umask or ACL), without readers who may not read `private_as`."""
     mode = mark.stat().st_mode & 0o666
     for path in private_as:
         readable = path.stat().st_mode
@@ -293,8 +292,8 @@ def _open_up(paths: Iterable[Path], mode: int) -> None:
 
 
 @contextlib.contextmanager
-def _said(path: Path, option: str = "--output") -> Iterator[None]:
-    """Whatever the system has against `path` as a `UserError`."""
+def _user_errors(path: Path, option: str = "--output") -> Iterator[None]:
+    """Turn an error of the system about `path` into a `UserError`."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle; ValueError: a zero byte

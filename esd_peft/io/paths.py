@@ -1,7 +1,7 @@
-"""Questions about paths that anybody may have named, and what the system says where one may not be read.
+"""Path checks that do not raise, and error messages for paths that cannot be read.
 
-pathlib raises for what lies in a folder that one may not enter, for links in a circle and for names that are too long. To
-`exists`, `is_file` and `is_dir` nothing is there then; why is said where it is named (`why_closed`), or read (`reading`).
+pathlib raises for inaccessible folders, links in a circle, and names that are too long. `exists`, `is_file` and `is_dir`
+return False for these. `why_closed` and `reading` give the reason.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ __all__ = ["exists", "is_dir", "is_file", "reading", "why_closed"]
 
 
 def why_closed(path: str | Path) -> str | None:
-    """What the system has against looking at the path, or into a folder; none where it has nothing, or nothing is there."""
+    """Return the reason why a path or folder cannot be read; None if it can, or does not exist."""
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     except PermissionError as error:
@@ -32,7 +32,7 @@ def why_closed(path: str | Path) -> str | None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system has against reading the file becomes a `UserError`."""
+    """Turn an error on reading the file into a `UserError`."""
     try:
         yield
     except OSError as error:

@@ -27,7 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def check_finite(name: str, value: Tensor) -> Tensor:
-    """`value` itself. Raises `UserError` for a NaN or infinity in it; `name` says of what."""
+    """Return `value`. Raises `UserError` if it has a NaN or infinity; `name` is for the message."""
     if not (value.is_floating_point() and value.numel()):
         return value
     extremes = torch.aminmax(value if value.itemsize > 1 else value.float())  # NaN if one of the values is
@@ -36,18 +36,18 @@ def check_finite(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def holds_values(dtype: torch.dtype, name: str) -> bool:
-    """Whether a tensor of that dtype and name holds values as they are: floats of 16 bits or more, or positions."""
+def is_unscaled(dtype: torch.dtype, name: str) -> bool:
+    """Return whether a tensor of that dtype and name holds plain values: floats of 16 bits or more, or positions."""
     return (dtype.is_floating_point and dtype.itemsize > 1) or name.endswith("position_ids")
 
 
 def is_scale(name: str) -> bool:
-    """Whether a tensor of that name scales the weights of 8 bits beside it, or says that they are scaled."""
+    """Return whether a tensor of that name scales 8-bit weights, or marks them as scaled."""
     return _SCALE.search(name) is not None
 
 
 def check_regular(path: Path) -> None:
-    """Raise `UserError` for a pipe or a device, which would be read without end; a file that is not there is said later."""
+    """Raise `UserError` for a pipe or device, which would be read without end; missing files are reported later."""
     if exists(path) and not is_file(path):
         raise UserError(f"{path} is no regular file; restore it")
 
@@ -178,27 +178,27 @@ def write_tensors(path: Path, tensors: list[NewTensor], metadata: dict[str, str]
 
 
 def add_metadata(path: Path, metadata: dict[str, str]) -> None:
-    """Add to the header of a small safetensors file; its tensors stay as they are.
+    """Add to the metadata of a small safetensors file; its tensors stay unchanged.
 
     In a fixed order: safetensors has another one each time, and the same run makes the same bytes.
     """
     tensors = open_tensors(path)
     with safe_open(path, framework="pt") as file:
-        known = file.metadata() or {}
+        old_metadata = file.metadata() or {}
     data = path.read_bytes()[tensors.start :]
-    path.write_bytes(_header({"__metadata__": dict(sorted((known | metadata).items())), **tensors.entries}) + data)
+    path.write_bytes(_header({"__metadata__": dict(sorted((old_metadata | metadata).items())), **tensors.entries}) + data)
 
 
 def rename_tensors(path: Path, rename: Callable[[str], str]) -> None:
-    """Give the tensors of a safetensors file other names, as large as it may be; without any, the file stays as it is."""
+    """Rename the tensors of a safetensors file of any size; without changes the file stays untouched."""
     tensors = open_tensors(path)
     if all(rename(name) == name for name in tensors.entries):
         return
     with safe_open(path, framework="pt") as file:
-        known = file.metadata() or {}
+        metadata = file.metadata() or {}
     renamed = path.with_name(f"{path.name}.renamed")
     with path.open("rb") as old, renamed.open("wb") as new:
-        new.write(_header({"__metadata__": known, **{rename(name): entry for name, entry in tensors.entries.items()}}))
+        new.write(_header({"__metadata__": metadata, **{rename(name): entry for name, entry in tensors.entries.items()}}))
         old.seek(tensors.start)
         shutil.copyfileobj(old, new, 2**20)
     shutil.copymode(path, renamed)

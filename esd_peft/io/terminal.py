@@ -1,4 +1,4 @@
-"""Standard output and error as a command has them: whatever is printed, and whoever stops reading, the command goes on."""
+"""Standard output and error of commands: a closed or broken stream does not end the command."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from esd_peft.errors import UserError
-from esd_peft.io.text import shown_lines
+from esd_peft.io.text import printable_lines
 
 
 class _Stream:
@@ -62,4 +62,4 @@ def forgiving_streams() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print `text`, with names that others chose: what a terminal would obey, but for ends of lines, is escaped."""
-    print(shown_lines(text))
+    print(printable_lines(text))

@@ -1,7 +1,6 @@
-"""Files that anybody may have written, text, YAML, JSON and CSV: what they hold, or one kind of error.
+"""Untrusted text, YAML, JSON and CSV files: their content, or one kind of error.
 
-Nothing but regular files is read, so that no pipe or device is waited for, and no more than fits the memory and the
-patience that such a file deserves.
+Only regular files are read, so that no pipe or device blocks, and only up to a size that fits their purpose.
 """
 
 import csv
@@ -60,11 +59,11 @@ def read_text(path: Path | Traversable, largest: int = _LARGEST) -> str:
 
 
 def shown(text: str) -> str:
-    """The text for people, on one line: what is no character to be seen, or no Unicode, as an escape such as \\x1b."""
+    """Return the text on one line; invisible characters and invalid Unicode become escapes such as \\x1b."""
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
 
 
-def shown_lines(text: str) -> str:
+def printable_lines(text: str) -> str:
     """The same of a text of several lines."""
     return "\n".join(map(shown, text.split("\n")))
 
@@ -120,7 +119,7 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _PlainLoader)
     except UnreadableError:
         raise
-    except Exception as error:  # beside its own kinds, PyYAML lets pass what dates, numbers and booleans raise
+    except Exception as error:  # PyYAML also lets errors of dates, numbers and booleans pass
         raise UnreadableError(f"it is not YAML: {error or type(error).__name__}") from None
 
 

@@ -1,5 +1,6 @@
-"""What differs between pipeline families, one file each. The rest of the package knows `ModelFamily` only, but for
-`adapters/export.py`, which knows the files of other tools."""
+"""Pipeline families, one file each. The rest of the package uses `ModelFamily` only, except `adapters/export.py`, which
+handles files of other tools.
+"""
 
 from esd_peft.errors import UserError
 from esd_peft.io.text import shown

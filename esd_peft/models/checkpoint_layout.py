@@ -1,4 +1,4 @@
-"""What the tools for single-file checkpoints call a kind of model and its parts."""
+"""Names of a kind of model and its parts in the tools for single-file checkpoints."""
 
 from dataclasses import dataclass
 

@@ -58,8 +58,8 @@ def _masked_when_recomputed(denoiser: ModelMixin, mask: Tensor) -> Iterator[None
         return
     checkpoint = denoiser._gradient_checkpointing_func
 
-    def run(layer: nn.Module, *given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return checkpoint(functools.partial(layer, attention_mask=mask) if len(given) == 3 else layer, *given)
+    def run(layer: nn.Module, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return checkpoint(functools.partial(layer, attention_mask=mask) if len(inputs) == 3 else layer, *inputs)
 
     denoiser._gradient_checkpointing_func = run
     try:

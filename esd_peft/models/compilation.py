@@ -10,11 +10,11 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError, one_line
 from esd_peft.runtime.devices import has_triton
 
 AUTO_CALLS = 2000  # calls of the denoiser from which `auto` compiles: a guess, not measured yet
-GRAPHS = 128  # of one block's code: its widths, times teacher, training and the student alone; beyond, PyTorch gives up
+GRAPHS = 128  # compiled versions of a block: its widths times teacher, training and student; PyTorch gives up beyond
 
 
 def check_compiler(compile: str, device: torch.device) -> None:
@@ -25,24 +25,24 @@ def check_compiler(compile: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compiled(denoiser: ModelMixin, compile: str, calls: int, device: torch.device) -> Iterator[None]:
-    """Within it the denoiser's blocks run compiled with `compile` "on"; with "auto" if it pays for so many `calls`, and
-    if it can be done.
+    """Compile the denoiser's blocks within the block: with `compile` "on"; with "auto" if it pays for so many `calls` and
+    works.
 
-    Blocks, not the whole: they are few kinds that stand many times, so that less is compiled, and an adapter that is
-    switched on or off changes nothing but the blocks it is in. The batch is a symbol from the start: rollouts and
-    training have batches of their own, and none of them compiles anew because of it.
+    It compiles blocks, and not the whole denoiser: a few kinds of block repeat many times, so there is less to compile, and
+    switching an adapter recompiles only its own blocks. The batch size is symbolic from the start: rollouts and training
+    differ in it, and neither of them recompiles.
     """
-    wanted = compile == "on"
+    compiles = compile == "on"
     if compile == "auto" and has_triton(device) and calls >= AUTO_CALLS:
         obstacle = _obstacle(device)
-        wanted = obstacle is None
+        compiles = obstacle is None
         if obstacle:
             print(f"note: nothing is compiled, because this machine cannot ({obstacle})", file=sys.stderr)
-    if not wanted:
+    if not compiles:
         yield
         return
     blocks = repeated_blocks(denoiser)
-    # with auto, what cannot be compiled runs as it is; whoever asked for it is told
+    # auto falls back to eager if compilation fails; "on" raises
     with torch._dynamo.config.patch(recompile_limit=GRAPHS, suppress_errors=compile == "auto"):
         for block in blocks:
             block.forward = _with_any_batch(torch.compile(block.forward))
@@ -79,5 +79,5 @@ def _obstacle(device: torch.device) -> str | None:
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # each backend fails in its own way
-        return in_brief(error)
+        return one_line(error)
     return None

@@ -1,4 +1,4 @@
-"""What is not a diffusers directory of safetensors files, single-file checkpoints and pickles, made into one.
+"""Conversion of single-file checkpoints and pickles to a diffusers directory of safetensors files.
 
 The directory lies in the `esd_peft` folder of the hub's home (`HF_HOME`), which may be deleted at any time.
 """
@@ -18,30 +18,30 @@ from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from esd_peft.errors import UserError, in_brief
-from esd_peft.io.jobs import hold
+from esd_peft.errors import UserError, one_line
+from esd_peft.io.jobs import lock_output
 from esd_peft.io.outputs import new_directory
 from esd_peft.io.paths import is_dir, is_file
-from esd_peft.io.tensors import holds_values, is_scale, sha256
+from esd_peft.io.tensors import is_scale, is_unscaled, sha256
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.models.weight_files import PICKLED, SAFE, StoredWeights, find_weights, library_of, weight_map
 
 INDEX = "model_index.json"
-PAPERS = ["README.md", "LICENSE*"]  # what a merged model passes on
-_CONVERSION = 3  # of what is made here, beside the libraries' versions: to be raised with it
+PAPERS = ["README.md", "LICENSE*"]  # files that a merged model keeps
+_CONVERSION = 3  # version of this conversion; the hash also has the libraries' versions
 
 
 def checkpoint_as_directory(
     path: Path, tensors: dict[str, torch.Tensor], configs: Path, pipeline_class: Any, option: str
 ) -> Path:
-    """A single-file checkpoint as a directory, through diffusers' own converter.
+    """Convert a single-file checkpoint to a directory with diffusers' own converter.
 
     `tensors` are the checkpoint's (`read_checkpoint`), `configs` a directory with the configs and tokenizers that fit it.
     Raises `UserError` for weights that are missing or do not fit.
     """
 
     def write(draft: Path) -> None:
-        # beside the denoiser's weights a checkpoint holds what is always there, never a safety checker
+        # a checkpoint has denoiser, VAE and text encoders, never a safety checker
         takes = inspect.signature(pipeline_class.__init__).parameters
         none = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in takes}
         pipeline = pipeline_class.from_single_file(str(path), config=str(configs), dtype=_dtype(tensors), **none)
@@ -53,18 +53,18 @@ def checkpoint_as_directory(
 
 
 def read_checkpoint(path: Path, option: str) -> dict[str, torch.Tensor]:
-    """The tensors of a single file by name. Raises `UserError` if it cannot be read, or holds weights in 8 bits."""
+    """Read the tensors of a single file by name. Raises `UserError` for an unreadable file, or weights in 8 bits."""
     try:
-        found: Any = load_state_dict(str(path))
-        for _ in range(2):  # some files hold their weights under this name; one that holds itself is none
-            found = found.get("state_dict", found)
-        if not all(isinstance(name, str) for name in found):
+        content: Any = load_state_dict(str(path))
+        for _ in range(2):  # some files nest their weights under this name; a file that nests itself is invalid
+            content = content.get("state_dict", content)
+        if not all(isinstance(name, str) for name in content):
             raise ValueError("it holds no weights by name")
-        tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # the libraries raise many kinds for a damaged file
-        raise UserError(f"{option} {path} cannot be read ({in_brief(error)}); restore it") from None
+        raise UserError(f"{option} {path} cannot be read ({one_line(error)}); restore it") from None
     for name, value in tensors.items():
-        if is_scale(name) or (value.numel() > 1 and not holds_values(value.dtype, name)):
+        if is_scale(name) or (value.numel() > 1 and not is_unscaled(value.dtype, name)):
             raise UserError(
                 f"{option} {path} holds weights in 8 bits or whole numbers ({name}), too coarse to erase from; use a 16- or "
                 "32-bit file"
@@ -73,16 +73,16 @@ def read_checkpoint(path: Path, option: str) -> dict[str, torch.Tensor]:
 
 
 def _dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
-    """The one dtype that holds all of the checkpoint's weights without loss; markers and other single numbers are none."""
+    """Return the common dtype of the checkpoint's weights, else float32; single numbers such as markers do not count."""
     floats = {value.dtype for value in tensors.values() if value.dtype.is_floating_point and value.numel() > 1}
     return floats.pop() if len(floats) == 1 else torch.float32
 
 
 def marked(pipeline: diffusers.DiffusionPipeline, tensors: dict[str, torch.Tensor]) -> diffusers.DiffusionPipeline:
-    """The pipeline with the scheduler that marker tensors in its checkpoint ask for, by ComfyUI's rules for SDXL.
+    """Give the pipeline the scheduler that marker tensors in its checkpoint ask for, by ComfyUI's rules for SDXL.
 
-    What the file says of itself goes before what its configs say. `edm_mean` and `edm_std` are Playground v2.5's (EDM, ε);
-    `edm_vpred.sigma_max` CosXL's (EDM, v); `v_pred` that the denoiser predicts v, with `ztsnr` from zero terminal SNR on.
+    Markers in the file override its configs. `edm_mean` and `edm_std` are Playground v2.5's (EDM, ε);
+    `edm_vpred.sigma_max` CosXL's (EDM, v); `v_pred` means v-prediction, with `ztsnr` at zero terminal SNR.
     """
     config, change, kind = {**pipeline.scheduler.config}, dict[str, Any](), type(pipeline.scheduler)
     if "edm_mean" in tensors and "edm_std" in tensors:
@@ -92,9 +92,11 @@ def marked(pipeline: diffusers.DiffusionPipeline, tensors: dict[str, torch.Tenso
         pipeline.vae.register_to_config(**{name: value.flatten().tolist() for name, value in means.items()})
     elif "edm_vpred.sigma_max" in tensors:
         sigmas = {"sigma_min": 0.002, "sigma_max": 120.0}
-        found = {name: float(tensors[key]) for name in sigmas if (key := f"edm_vpred.{name}") in tensors}
+        stored_sigmas = {name: float(tensors[key]) for name in sigmas if (key := f"edm_vpred.{name}") in tensors}
         kind = diffusers.EDMEulerScheduler
-        change |= sigmas | found | {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_schedule": "exponential"}
+        change |= (
+            sigmas | stored_sigmas | {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_schedule": "exponential"}
+        )
     elif "v_pred" in tensors:
         change["prediction_type"] = "v_prediction"
         if "ztsnr" in tensors:
@@ -161,13 +163,13 @@ def _write_safetensors(weights: StoredWeights, folder: Path) -> None:
 
 
 def _converted(sources: list[Path], name: str, write: Callable[[Path], None], option: str, detail: str = "") -> Path:
-    """What `write` writes, in a folder that changes with what is in the source files, wherever these lie."""
+    """Return the directory that `write` fills; its name depends on the content of the source files only."""
     contents = [(file.name, file.parent.name, sha256(file)) for file in sources]
     versions = (diffusers.__version__, transformers.__version__, _CONVERSION)
     key = hashlib.sha256(json.dumps([contents, detail, versions]).encode()).hexdigest()[:16]
     target = Path(constants.HF_HOME) / "esd_peft" / key / name
     if not is_file(target / INDEX):
-        with hold(target, "HF_HOME", wait=True):  # all processes of a run want it at once
+        with lock_output(target, "HF_HOME", wait=True):  # all processes of a run want it at once
             if not is_file(target / INDEX):
                 _convert(write, sources[0], target, option)
     return target
@@ -182,5 +184,5 @@ def _convert(write: Callable[[Path], None], source: Path, target: Path, option: 
         except UserError:
             raise
         except Exception as error:  # the libraries raise many kinds for names and shapes that do not fit
-            raise UserError(f"{option} {source} does not fit its configs ({in_brief(error)})") from None
+            raise UserError(f"{option} {source} does not fit its configs ({one_line(error)})") from None
         write_for_every_version(draft)

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError, one_line
 from esd_peft.models.family import ModelFamily
 from esd_peft.models.parts import reading
 from esd_peft.models.text_parts import plain_tokenizer
@@ -32,7 +32,9 @@ def check_model(family: ModelFamily, weights: bool) -> None:
 
 @torch.no_grad()
 def dry_run(family: ModelFamily) -> None:
-    """Encode a prompt, take the scheduler's first steps, ask the denoiser, decode. Raises `UserError` for what fails."""
+    """Encode a prompt, take the scheduler's first steps, run the denoiser, decode. Raises `UserError` for the part that
+    fails.
+    """
     place = f"{family.option} {family.path}: its"
     with reading(f"{place} tokenizers and text encoders"):
         pipe = family.assemble(family.text_parts, torch.float32, empty=True)
@@ -57,25 +59,25 @@ def dry_run(family: ModelFamily) -> None:
 
 
 def check_steps(family: ModelFamily, steps: int, option: str, scheduler: str | None = None) -> None:
-    """Raise `UserError` unless a trajectory of so many steps can be gone to its end.
+    """Raise `UserError` unless the scheduler completes a trajectory of that many steps.
 
-    `scheduler` is a class of diffusers, in the place of the pipeline's own one; `option` says what asked for the steps.
+    `scheduler` is a class of diffusers that replaces the pipeline's; `option` is the option that set the steps.
     """
     noise = family.initial_latents(1, family.empty_denoiser(), torch.Generator())
     try:
         _walk(family, noise, steps, steps, scheduler)
-    except Exception as error:  # of many kinds: schedulers look up tables, and divide by differences of sigmas
+    except Exception as error:  # many kinds of errors: schedulers look up tables, and divide by differences of sigmas
         kind = scheduler or type(family.load_part("scheduler")).__name__
         raise UserError(
-            f"{option} {steps}: the {kind} of {family.path} cannot take so many steps ({in_brief(error)}); "
+            f"{option} {steps}: the {kind} of {family.path} cannot take so many steps ({one_line(error)}); "
             f"use another number, {family.num_inference_steps} for example"
         ) from None
 
 
 def _walk(family: ModelFamily, noise: Tensor, steps: int, count: int, kind: str | None = None) -> tuple[Tensor, Tensor]:
-    """The first timestep and what the denoiser is fed at it, after `count` of `steps` of a denoiser that answers zeros.
+    """Return the first timestep and the denoiser's input after `count` of `steps` steps, with a denoiser that returns zeros.
 
-    Raises `ValueError` for what is no number; schedulers raise errors of other kinds, too.
+    Raises `ValueError` for NaN; schedulers raise other errors, too.
     """
     scheduler, latents = family.set_timesteps(noise, steps, kind)
     timesteps = scheduler.timesteps

@@ -17,18 +17,18 @@ EMBEDDED_GUIDANCE = 3.5  # the pipeline's default, at which most images of FLUX.
 class Flux(PackedLatents):
     """Scopes: `scopes.joint_attention`.
 
-    FLUX.1 dev is guidance-distilled: it is told a guidance scale (3.5 here, always) and answers with what guidance would
-    have made of its prediction. So trajectories run without classifier-free guidance (`guidance_scale` 1), as the images
-    that users make do, and e_null and e_concept are such answers for "" and for the concept. Their difference is still the
-    direction of the concept, and the target stays on the scale at which the model is used. With --guidance-scale above 1
-    trajectories are driven by true classifier-free guidance on top of it, as the pipeline's `true_cfg_scale` does.
+    FLUX.1 dev is guidance-distilled: it is conditioned on a guidance scale (always 3.5 here) and predicts the guided result.
+    So trajectories run without classifier-free guidance (`guidance_scale` 1), as users' images do, and e_null and e_concept
+    are such predictions for "" and for the concept. Their difference is still the direction of the concept, and the target
+    has the scale at which the model is used. With --guidance-scale above 1 trajectories are driven by true classifier-free
+    guidance on top of it, as the pipeline's `true_cfg_scale` does.
 
-    schnell is told no guidance. It is a few-step model: trajectories have the 4 steps it was made for.
+    schnell has no guidance embedding. It is a few-step model: trajectories have the 4 steps it was made for.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     denoiser_is_a_file: ClassVar[bool] = True
-    lora_known_by: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    lora_markers: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     guidance_scale: float = 1.0
 
@@ -43,8 +43,8 @@ class Flux(PackedLatents):
         return {TOKENS: tokens, POOLED: pooled}
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
-        told = super().schedule(scheduler, latents, num_inference_steps)
-        return told | {"sigmas": None} if scheduler.config.get("use_flow_sigmas") else told
+        settings = super().schedule(scheduler, latents, num_inference_steps)
+        return settings | {"sigmas": None} if scheduler.config.get("use_flow_sigmas") else settings
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         batch, tokens = latents.shape[:2]

@@ -40,8 +40,8 @@ class Flux2(JointAttention):
         return {TOKENS: pipe.encode_prompt(prompts, device=device, max_sequence_length=self.prompt_length)[0]}
 
     def templated(self, tokenizer: Any, text: str) -> str:
-        told: str = tokenizer.apply_chat_template(format_input([text])[0], tokenize=False)
-        return told
+        text_with_template: str = tokenizer.apply_chat_template(format_input([text])[0], tokenize=False)
+        return text_with_template
 
     def initial_latents(self, count: int, denoiser: ModelMixin, generator: torch.Generator) -> Tensor:
         height, width = self.latent_size(denoiser)
@@ -84,7 +84,7 @@ class Flux2(JointAttention):
 
 
 class Flux2Klein(Flux2):
-    """FLUX.2 klein is told no guidance scale. The base models take classifier-free guidance; the others, as their
+    """FLUX.2 klein has no guidance embedding. The base models take classifier-free guidance; the others, as their
     `model_index.json` says, are distilled, and have 4 steps without it."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = Flux2KleinPipeline
@@ -98,8 +98,8 @@ class Flux2Klein(Flux2):
 
     def templated(self, tokenizer: Any, text: str) -> str:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        told: str = tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
-        return told
+        text_with_template: str = tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
+        return text_with_template
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
         return super().pipeline_arguments(embeds, null) | self.pipeline_guidance(self.guidance_scale)

@@ -6,12 +6,12 @@ from esd_peft.io.paths import exists
 
 
 def commit_of(model: str | None, path: Path) -> str | None:
-    """The commit of which the hub id `model` gave the snapshot `path`; none for what is named by its place here."""
+    """Return the commit of the snapshot `path` of hub id `model`; None for a local model."""
     return path.name if is_snapshot(path) and model is not None and not exists(model) else None
 
 
 def is_snapshot(path: Path) -> bool:
-    """Whether `path` is models--OWNER--NAME/snapshots/COMMIT, as the hub's cache is laid out."""
+    """Return whether `path` is models--OWNER--NAME/snapshots/COMMIT, as in the hub's cache."""
     return path.parent.name == "snapshots" and path.parents[1].name.startswith("models--")
 
 

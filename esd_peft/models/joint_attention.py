@@ -1,4 +1,4 @@
-"""What families have in common in which text and image are in the same attention layers: flow matching, and the scopes."""
+"""Common parts of families whose attention layers process text and image together: flow matching and scopes."""
 
 import math
 from typing import Any, ClassVar
@@ -61,13 +61,13 @@ def from_zero_to_one(timesteps: Tensor, latents: Tensor) -> Tensor:
 
 
 def shift_of(config: dict[str, Any], max_shift: float) -> tuple[float, ...]:
-    """What diffusers' `calculate_shift` takes from a scheduler's config, with the pipelines' defaults."""
+    """Return the arguments of diffusers' `calculate_shift` from a scheduler's config, with the pipelines' defaults."""
     defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
     return tuple(config.get(name, default) for name, default in defaults.items())
 
 
 def evenly_shifted(scheduler: SchedulerMixin, tokens: int, num_inference_steps: int) -> dict[str, Any]:
-    """What the pipelines tell their scheduler: evenly spaced sigmas, and a shift by the number of latent tokens."""
+    """Return the scheduler arguments of the pipelines: evenly spaced sigmas, and a shift by the number of latent tokens."""
     sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
     shift = calculate_shift(tokens, *shift_of(scheduler.config, max_shift=1.15))
     return {"sigmas": sigmas, "mu": shift}

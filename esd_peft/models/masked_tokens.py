@@ -39,7 +39,7 @@ def shortened(embeds: PromptEmbeds) -> PromptEmbeds:
 
 
 def _lengths(embeds: PromptEmbeds) -> list[int]:
-    """How many tokens each prompt has.
+    """Return the number of tokens of each prompt.
 
     For it the host waits for the device, once a prediction: numbers of tokens decide on shapes. These denoisers have
     billions of parameters, beside which that is little.

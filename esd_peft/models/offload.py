@@ -30,7 +30,7 @@ def offload_base(denoiser: nn.Module, device: torch.device) -> None:
 
 
 def streamed_bytes(module: nn.Module) -> int:
-    """What of `module` is on the device at a time: its first layer, and one other."""
+    """Return the bytes of `module` on the device at a time: the first layer and one other."""
     layers = [sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in module.modules()]
     layers = [size for size in layers if size]
     return layers[0] + max(layers[1:], default=0)
@@ -53,5 +53,5 @@ def encoder_bytes(pipe: DiffusionPipeline) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Of its parameters."""
+    """Return the size of its parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -18,8 +18,8 @@ from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from esd_peft.errors import UserError, in_brief
-from esd_peft.io.tensors import DTYPES, check_finite, holds_values, is_scale
+from esd_peft.errors import UserError, one_line
+from esd_peft.io.tensors import DTYPES, check_finite, is_scale, is_unscaled
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.weight_files import StoredWeights, library_of, needed_weights
 
@@ -29,7 +29,7 @@ _KINDS = DTYPES | {
     "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
 }  # fmt: skip
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-# what wrappers leave in the names of weights that were saved from within them
+# prefixes of wrappers in the names of saved weights
 _WRAPPERS = {r"(^|\.)_orig_mod\.": "torch.compile", r"^module\.": "a parallel wrapper", r"\.base_layer\.": "a LoRA"}
 # numbers in a config that would take hours or all memory before anything is compared with the files
 _LARGEST = {"layers": 1000, "sample_size": 4096, "pos_embed_max_size": 4096, "": 2**20}
@@ -43,14 +43,14 @@ def reading(place: str, fix: str = "restore its files") -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{place} needs a package that is not here ({in_brief(error)}); install it") from None
+        raise UserError(f"{place} needs a package that is not here ({one_line(error)}); install it") from None
     except Exception as error:
-        raise UserError(f"{place} cannot be loaded ({in_brief(error)}); {fix}") from None
+        raise UserError(f"{place} cannot be loaded ({one_line(error)}); {fix}") from None
 
 
 @dataclass(frozen=True)
 class Part:
-    """The part `name` of the pipeline in `path`; `entry` is what its `model_index.json` says of it."""
+    """The part `name` of the pipeline in `path`; `entry` is its entry in `model_index.json`."""
 
     path: Path
     name: str
@@ -60,7 +60,7 @@ class Part:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """The location of the part, for messages."""
         return f"{self.option} {self.path}: its {self.name}"
 
     @property
@@ -83,7 +83,7 @@ class Part:
         return needed_weights(self.path / self.name, library_of(self.entry), self.variant)
 
     def config(self) -> dict[str, Any]:
-        """As stored."""
+        """The stored config."""
         with reading(self.place):
             return {**read_json(self.path / self.name / "config.json")}
 
@@ -95,28 +95,28 @@ class Part:
         if family.__module__.startswith("transformers."):
             options["trust_remote_code"] = False
         with reading(self.place):
-            made = family.from_pretrained(self.path / self.name, local_files_only=True, **options)
-        if isinstance(made, nn.Module):
-            if getattr(made, "is_quantized", False):  # what is not quantized keeps the dtype that it was stored in
-                for value in made.parameters():
+            part_object = family.from_pretrained(self.path / self.name, local_files_only=True, **options)
+        if isinstance(part_object, nn.Module):
+            if getattr(part_object, "is_quantized", False):  # unquantized weights keep their stored dtype
+                for value in part_object.parameters():
                     value.data = value.data.to(dtype) if value.is_floating_point() else value.data
-            for name, value in made.state_dict().items():
+            for name, value in part_object.state_dict().items():
                 check_finite(f"{self.place}: {name}", value)
-        return made
+        return part_object
 
     def empty(self, dtype: torch.dtype = torch.float32, buffers: bool = False) -> Any:
-        """Its structure on the meta device, without weights; buffers may be real, as no file has all of them."""
+        """Return the structure on the meta device, without weights; buffers may be real, since no file has all of them."""
         family = self.family
         with reading(self.place):
             with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
                 if issubclass(family, ModelMixin):
-                    made = family.from_config(family.load_config(self.path, subfolder=self.name))
+                    part_object = family.from_config(family.load_config(self.path, subfolder=self.name))
                 else:
-                    made = family(self._text_config())
-            # What a config calls its dtype, transformers gives to models within the model, but not to what is around them.
-            if dtype != torch.float32 or not isinstance(made, ModelMixin):
-                made = made.to(dtype)
-            return made.requires_grad_(False).eval()
+                    part_object = family(self._text_config())
+            # transformers applies a config's dtype to nested models, but not to the layers around them.
+            if dtype != torch.float32 or not isinstance(part_object, ModelMixin):
+                part_object = part_object.to(dtype)
+            return part_object.requires_grad_(False).eval()
 
     def _text_config(self) -> Any:
         found = self.family.config_class
@@ -147,7 +147,7 @@ class Part:
             raise UserError(f"{self.place} is quantized (see its config.json), too coarse to erase from; name the original")
         stored = self._stored()
         if "quantization_config" in config:
-            if all(holds_values(value.dtype, name) for name, value in stored.items()):
+            if all(is_unscaled(value.dtype, name) for name, value in stored.items()):
                 raise UserError(
                     f"{self.place} holds weights that are not quantized, though its config.json has a quantization_config; "
                     "remove that from it"
@@ -178,7 +178,7 @@ class Part:
         """
         buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
         for name, value in stored.items():
-            if name.rpartition(".")[2] in buffers or holds_values(value.dtype, name):
+            if name.rpartition(".")[2] in buffers or is_unscaled(value.dtype, name):
                 continue
             kind = next(kind for kind, dtype in _KINDS.items() if dtype == value.dtype)
             if is_scale(name) or not value.dtype.is_floating_point:
@@ -194,8 +194,8 @@ class Part:
                     check_finite(f"{self.place}: {name}", file.get_tensor(name))
 
     def _stored(self) -> dict[str, Tensor]:
-        """What lies in its files, as tensors without values."""
-        found = {}
+        """Return the tensors of its files, without values."""
+        stored = {}
         for path in self.weights.files:
             with reading(self.place, f"restore its {path.name}"), safe_open(path, framework="pt") as file:
                 for name in list(file.keys()):
@@ -203,8 +203,8 @@ class Part:
                     kind = _KINDS.get(part.get_dtype())
                     if kind is None:
                         raise UserError(f"{self.place} stores {name} as {part.get_dtype()}; use 16 or 32 bits")
-                    found[name] = torch.empty(part.get_shape(), device="meta", dtype=kind)
-        return found
+                    stored[name] = torch.empty(part.get_shape(), device="meta", dtype=kind)
+        return stored
 
 
 # the model, names that are missing, those that are too many, shapes that differ
@@ -253,7 +253,9 @@ def _head(model: nn.Module) -> set[str]:
 
 
 def _in_structure(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of modules that the model has. A head beside it, and buffers that are not saved any more, may be."""
+    """Return the names that belong to modules of the model. Its files may also have a head, and buffers that are no longer
+    saved.
+    """
     modules, buffers = dict(model.named_children()), dict(model.named_buffers())
     wrapped = "|".join(_WRAPPERS)
     return [n for n in names if n not in buffers and (n.split(".")[0] in modules or re.search(wrapped, n))]
@@ -261,7 +263,7 @@ def _in_structure(model: nn.Module, names: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report and bar: what they say is said in a sentence."""
+    """Silence transformers' report and progress bar; problems are reported as one sentence."""
     level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()

@@ -52,11 +52,11 @@ class PipelineDirectory:
         return (*self.text_parts, self.denoiser_part, "vae", "scheduler")
 
     def has(self, part: str) -> bool:
-        """Whether the pipeline comes with that component."""
+        """Return whether the pipeline has that component."""
         return self.index.get(part) not in (None, [None, None]) and is_dir(self.path / part)
 
     def part(self, name: str) -> Part:
-        """Where that component is read."""
+        """Return the reader of that component."""
         return Part(self.path, name, self.index.get(name), self.option, self.variant)
 
     def load_part(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -108,7 +108,7 @@ class PipelineDirectory:
         return pipe
 
     def _fit_length(self, tokenizer: Any, part: str) -> None:
-        """Let a tokenizer cut prompts to what its text encoder has positions for; some are stored without a length."""
+        """Limit the tokenizer to its text encoder's positions; some are stored without a length."""
         encoder = part.replace("tokenizer", "text_encoder")
         if encoder != part and tokenizer is not None and self.has(encoder):
             positions = self.load_config(encoder).get("max_position_embeddings")

@@ -1,4 +1,4 @@
-"""Which files of a pipeline directory a merged model gets: what `from_pretrained` reads of each part, and no others.
+"""The files that a merged model gets: those that `from_pretrained` reads of each part, and no others.
 
 A model directory may hold anything: other copies of the weights, in which the concept still is, and links to anywhere.
 """

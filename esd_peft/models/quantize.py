@@ -24,7 +24,7 @@ def bitsandbytes(option: str) -> Any:
     """
     try:
         return importlib.import_module("bitsandbytes")
-    except Exception as error:  # what its native parts raise is not only ImportError
+    except Exception as error:  # its native parts raise other errors than ImportError, too
         raise UserError(
             f"{option} needs the package bitsandbytes, which does not load here ({error}); pip install it, or leave "
             "the option out"
@@ -42,11 +42,12 @@ def check_bitsandbytes(device: torch.device, quantize: str, optimizer: str = "Ad
 
 
 def load_quantized(family: ModelFamily, how: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
-    """The frozen denoiser on `device`, each `nn.Linear` as bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`) layer.
+    """Load the frozen denoiser on `device`, with each `nn.Linear` as bitsandbytes' NF4 (`"nf4"`) or LLM.int8 (`"int8"`)
+    layer.
 
-    Whatever is not a linear layer's weight is in `dtype`, which is also what the layers compute in; so is the very first
-    layer, a small one: by it pipelines tell in which dtype they work. What diffusers keeps in fp32 stays so. Raises
-    `UserError` if the files do not hold all of the denoiser.
+    All other weights are in `dtype`, in which the layers also compute; so is the first layer, a small one, from which
+    pipelines read their dtype. Weights that diffusers keeps in fp32 stay so. Raises `UserError` if the files do not hold all
+    of the denoiser.
     """
     bnb = bitsandbytes(f"--quantize {how}")
     denoiser = family.empty_part(family.denoiser_part, buffers=True)

@@ -49,7 +49,9 @@ class EncodedPrompts:
         return len(next(iter(self.embeds.values()))) - 1 - len(self.negatives)
 
     def arguments(self, numbers: list[int], negative: str = "") -> dict[str, Any]:
-        """What the pipeline is called with for the prompts of these numbers, and the same negative prompt for each."""
+        """Return the arguments of the pipeline call for the prompts of these indices, with the same negative prompt for
+        each.
+        """
         other = len(self) + self.negatives.index(negative) if negative else -1
         if self.rows is not None:
             numbers = [self.rows[number] for number in numbers]
@@ -92,11 +94,11 @@ def image_batches(
 ) -> Iterator[tuple[Sequence[SampleIndex], Tensor]]:  # fmt: skip
     """Batches of places and their images `[B, 3, H, W]` fp32 in [0, 1] on the CPU.
 
-    Image k of prompt i starts from noise that depends on `seed`, i and k alone, so that two models are compared on
-    the same noise. `prompts` are those from number `first` on; `settings` replace what the family calls its pipeline with.
-    Each batch moves `bar` on by its images, or a bar of its own.
+    The noise of image k of prompt i depends only on `seed`, i and k, so that two models are compared on the same noise.
+    `prompts` begin at index `first`; `settings` override the arguments of the pipeline call. Each batch advances `bar`, or a
+    bar of its own.
 
-    Raises `UnusableImages` for NaN, which a file would hold as black; `check_images` looks at all of a model's images.
+    Raises `UnusableImages` for NaN, which a file would store as black; `check_images` checks all images of a model.
     """
     family = prompts.family
     if "guidance_scale" in settings:
@@ -126,7 +128,7 @@ def check_images(images: Iterable[Image.Image], label: str) -> None:
 
 
 def _of_one_colour(image: Image.Image) -> bool:
-    """Of an RGB image."""
+    """Return whether an RGB image has a single colour."""
     extrema: Any = image.getextrema()  # of each channel
     return all(high - low <= _PLAIN for low, high in extrema)
 
@@ -136,9 +138,9 @@ def make_images(
 ) -> Tensor:
     """`seeds` images of each prompt, `[prompts, seeds, 3, H, W]` fp32 in [0, 1], on the CPU; see `image_batches`."""
     places = [(i, k) for i in range(len(prompts)) for k in range(seeds)]
-    made = torch.cat([images for _, images in image_batches(pipe, prompts, places, batch_size, seed, label)])
-    check_images(map(to_image, made), label)
-    return made.unflatten(0, (len(prompts), seeds))
+    images = torch.cat([images for _, images in image_batches(pipe, prompts, places, batch_size, seed, label)])
+    check_images(map(to_image, images), label)
+    return images.unflatten(0, (len(prompts), seeds))
 
 
 Images = Sequence[Sequence[Image.Image]]  # of each prompt, for each seed

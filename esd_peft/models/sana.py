@@ -25,8 +25,8 @@ class Sana(ModelFamily):
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 300, 2304]` and their mask `[prompts, 300]`."""
         instruction = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
-        told = {"complex_human_instruction": instruction, "max_sequence_length": self.prompt_length}
-        tokens, mask, null, null_mask = pipe.encode_prompt(prompts, device=device, **told)
+        arguments = {"complex_human_instruction": instruction, "max_sequence_length": self.prompt_length}
+        tokens, mask, null, null_mask = pipe.encode_prompt(prompts, device=device, **arguments)
         is_null = torch.tensor([not prompt for prompt in prompts], device=tokens.device)[:, None]
         return {
             TOKENS: torch.where(is_null[:, :, None], null, tokens),

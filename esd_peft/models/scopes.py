@@ -1,8 +1,8 @@
-"""What a scope selects, by the names that diffusers gives the layers of a denoiser."""
+"""Layers of each scope, by diffusers' layer names."""
 
 
 def cross_attention(scope: str, name: str) -> bool:
-    """For denoisers with cross-attention layers (`attn2`; `attn1` is self-attention). These are the paper's scopes."""
+    """Match scopes of denoisers with cross-attention layers (`attn2`; `attn1` is self-attention): the paper's."""
     parts = name.split(".")
     if scope == "esd-x-strict":
         return "attn2" in parts and ("to_k" in parts or "to_v" in parts)
@@ -22,9 +22,9 @@ _TEXT_FEED_FORWARD = {"ff_context", "txt_mlp"}
 
 
 def joint_attention(scope: str, name: str) -> bool:
-    """For denoisers in which text and image attend to each other and to themselves in the same layers (MMDiT and its kin).
+    """Match scopes of denoisers whose attention layers process text and image together (MMDiT and similar).
 
-    - `esd-x-strict`: the layers that see nothing but the prompt, through which it comes in: `context_embedder` (token
+    - `esd-x-strict`: the layers whose only input is the prompt: `context_embedder` (token
       embeddings; `cap_embedder` in Z-Image, `txt_in` in Qwen-Image) and `text_embedder.linear_1` (pooled embedding). Keys
       and values of the text see the noise level and, from the second layer on, the image too. UCE edits the same two layers
       of FLUX.

@@ -1,6 +1,6 @@
-"""Where a model comes from: a diffusers directory, a hub id, a single-file checkpoint. It ends as a directory on disk.
+"""Model sources: a diffusers directory, a hub id, or a single-file checkpoint. All become a directory on disk.
 
-What is not a diffusers directory of safetensors files is converted to one, once (`conversion.py`).
+Models that are not a diffusers directory of safetensors files are converted once (`conversion.py`).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import diffusers
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import errors, hf_hub_download, snapshot_download
 
-from esd_peft.errors import UserError, in_brief
+from esd_peft.errors import UserError, one_line
 from esd_peft.io.paths import exists, is_dir, is_file
 from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.conversion import (
@@ -100,13 +100,13 @@ def check_classes(index: dict[str, Any], option: str) -> None:
 
 
 def inside_model(path: Path, file: Path) -> bool:
-    """Whether `file` lies in the directory `path`, wherever links lead; a snapshot's link to the blobs of its repository."""
+    """Return whether `file` lies in the directory `path`, through links; a snapshot may link to its repository's blobs."""
     root = path.resolve()
     return not is_circle(file) and file.resolve().is_relative_to(root.parents[1] if is_snapshot(root) else root)
 
 
 def is_circle(file: Path) -> bool:
-    """Whether links lead from `file` back to it."""
+    """Return whether `file` is part of a circle of links."""
     try:
         file.stat()
     except OSError as error:
@@ -148,7 +148,7 @@ def _download(model: str, options: ModelOptions, option: str, weights: bool) -> 
     def download() -> Path:
         if not weights:
             return Path(snapshot_download(model, revision=options.revision, allow_patterns=CONFIGS))
-        safe = None if options.allow_pickle else True  # none: pickles where there is nothing else
+        safe = None if options.allow_pickle else True  # None: pickles if there are no safetensors
         pipeline = diffusers.DiffusionPipeline
         folder = pipeline.download(
             model, revision=options.revision, variant=options.variant, use_safetensors=safe, **_NO_CODE
@@ -162,11 +162,11 @@ def _download(model: str, options: ModelOptions, option: str, weights: bool) -> 
 
 
 def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option: str) -> Any:
-    """What `get` downloads, or finds in the hub's cache; its errors as one sentence each."""
+    """Return what `get` downloads, or finds in the hub's cache; each error becomes one sentence."""
     at = f" at --revision {options.revision}" if options.revision else ""
     try:
         return get()
-    except Exception as error:  # the hub's own, the network's, and what diffusers wraps them in
+    except Exception as error:  # errors of the hub and the network, also wrapped by diffusers
         kinds = (type(error), type(error.__cause__))
 
         def is_a(*wanted: type[BaseException]) -> bool:
@@ -185,7 +185,7 @@ def _from_hub(get: Callable[[], Any], model: str, options: ModelOptions, option:
         elif "safetensors" in str(error):
             problem = "lacks safetensors files; name another --variant or --revision, or add --allow-pickle"
         else:
-            problem = f"cannot be downloaded ({in_brief(error)})"
+            problem = f"cannot be downloaded ({one_line(error)})"
         raise UserError(f"{option} {model}{at} {problem}") from None
 
 
@@ -202,8 +202,12 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
     folder = Path(config)
     if not is_dir(folder):
         at_default = ModelOptions()
-        said = "--checkpoint-config" if options.checkpoint_config else f"{option} {path} needs --checkpoint-config DIR:"
-        folder = Path(_from_hub(lambda: snapshot_download(config, allow_patterns=CONFIGS), config, at_default, said))
+        config_option = (
+            "--checkpoint-config" if options.checkpoint_config else f"{option} {path} needs --checkpoint-config DIR:"
+        )
+        folder = Path(
+            _from_hub(lambda: snapshot_download(config, allow_patterns=CONFIGS), config, at_default, config_option)
+        )
     index = read_index(folder, "--checkpoint-config", known)
     family = getattr(diffusers, index["_class_name"])
     if not hasattr(family, "from_single_file"):
@@ -215,6 +219,6 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
 
 
 def _has_variant(folder: Path, index: dict[str, Any], variant: str) -> bool:
-    """Whether a part has weights of that name."""
-    found = (stored_weights(folder, index, part, variant) for part in index if isinstance(index[part], list))
-    return any(weights is not None and weights.variant == variant for weights in found)
+    """Return whether a part has weights of that variant."""
+    stored = (stored_weights(folder, index, part, variant) for part in index if isinstance(index[part], list))
+    return any(weights is not None and weights.variant == variant for weights in stored)

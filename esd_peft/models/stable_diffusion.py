@@ -10,7 +10,7 @@ from esd_peft.models.checkpoint_layout import CheckpointLayout
 from esd_peft.models.family import TOKENS, ModelFamily, PromptEmbeds
 from esd_peft.runtime.devices import send
 
-EMBEDDED_GUIDANCE = 7.5  # the pipeline's default, which a guidance-distilled UNet is told
+EMBEDDED_GUIDANCE = 7.5  # the pipeline's default, for a guidance-distilled UNet
 CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # they jump to the image and back: with distilled models only
 
 
@@ -20,15 +20,15 @@ class StableDiffusion(ModelFamily):
     The buffer, the target and the loss are the same for ε- and v-prediction: the guided target is linear in the
     predictions (see `esd_peft.training.target`), and the pipeline's scheduler knows which of the two it steps with.
 
-    Latent consistency models are distilled: trajectories have 4 steps and no classifier-free guidance. If the UNet is told a
-    guidance scale (`time_cond_proj_dim`), it is told the pipeline's default, always, as FLUX.1 dev is.
+    Latent consistency models are distilled: trajectories have 4 steps and no classifier-free guidance. A UNet with a
+    guidance embedding (`time_cond_proj_dim`) always gets the pipeline's default scale, as FLUX.1 dev does.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     denoiser_part: ClassVar[str] = "unet"
     prompt_arguments: ClassVar[dict[str, str]] = {TOKENS: "prompt_embeds"}
-    lora_known_by: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
+    lora_markers: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -37,11 +37,11 @@ class StableDiffusion(ModelFamily):
 
     @property
     def few_step(self) -> bool:
-        """Whether the denoiser was distilled to draw in a few steps without guidance."""
-        return self._is_told_guidance or type(self.noise_schedule.scheduler).__name__ in CONSISTENCY_SCHEDULERS
+        """True if the denoiser was distilled to draw in a few steps without guidance."""
+        return self._has_guidance_embedding or type(self.noise_schedule.scheduler).__name__ in CONSISTENCY_SCHEDULERS
 
     @property
-    def _is_told_guidance(self) -> bool:
+    def _has_guidance_embedding(self) -> bool:
         return self.load_config(self.denoiser_part).get("time_cond_proj_dim") is not None
 
     @property
@@ -54,7 +54,7 @@ class StableDiffusion(ModelFamily):
         return CheckpointLayout("stable-diffusion-v2-768-v", "sd_v2_v", encoders)
 
     def pipeline_arguments(self, embeds: PromptEmbeds, null: PromptEmbeds) -> dict[str, Any]:
-        guidance = {"guidance_scale": EMBEDDED_GUIDANCE} if self._is_told_guidance else {}
+        guidance = {"guidance_scale": EMBEDDED_GUIDANCE} if self._has_guidance_embedding else {}
         return super().pipeline_arguments(embeds, null) | guidance
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:

@@ -28,7 +28,7 @@ class StableDiffusion3(JointAttention):
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: list[str], device: torch.device) -> PromptEmbeds:
         """`encoder_hidden_states` `[prompts, 77 + 256, 4096]` and `pooled_projections` `[prompts, 2048]`."""
         if pipe.text_encoder_3 is None:
-            pipe.transformer = self.empty_denoiser()  # whose config says how wide the zeros in T5's place are
+            pipe.transformer = self.empty_denoiser()  # its config has the width of the zeros that replace T5
         options = {"do_classifier_free_guidance": False, "max_sequence_length": self.prompt_length}
         tokens, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, **options)
         return {TOKENS: tokens, POOLED: pooled}

@@ -17,7 +17,7 @@ _OWN = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
 def write_for_every_version(pipeline: Path) -> None:
-    """Bring the text encoders and tokenizers of a pipeline directory, which is ours to change, to that form."""
+    """Rewrite the text encoders and tokenizers of a pipeline directory of ours in that form."""
     for config in pipeline.glob("text_encoder*/config.json"):
         if _map(config).get("architectures") == ["CLIPTextModel"]:
             for file in config.parent.glob("*.safetensors"):
@@ -31,20 +31,20 @@ def write_for_every_version(pipeline: Path) -> None:
 
 
 def plain_tokenizer(part: Any) -> Any:
-    """The tokenizer itself, where a pipeline's is part of a processor that takes images, too (FLUX.2 dev)."""
+    """Return the tokenizer, which some pipelines store inside a processor of text and images (FLUX.2 dev)."""
     return getattr(part, "tokenizer", part)
 
 
-def own_tokens(tokenizer: Any, text: str) -> set[int]:
-    """The tokens that it makes of a text's words, if only the one for unknown words: none that it makes of a space."""
+def word_tokens(tokenizer: Any, text: str) -> set[int]:
+    """Return the token ids of a text's words, unknown ones included, without those of a space."""
     blank = tokenizer(" ", add_special_tokens=False).input_ids
     return {*tokenizer(text, add_special_tokens=False).input_ids} - {*blank}
 
 
 def control_tokens(tokenizer: Any, text: str) -> list[str]:
-    """The special tokens that a text spells out, such as the one that ends a prompt.
+    """Return the special tokens that a text spells out, such as the end of a prompt.
 
-    Those that fill up, or stand for unknown words, may be words, too: Stable Diffusion 2 fills up with exclamation marks.
+    Padding and unknown tokens do not count if they may be words: Stable Diffusion 2 pads with exclamation marks.
     """
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     special = {*tokenizer.all_special_ids} - ({tokenizer.pad_token_id, tokenizer.unk_token_id} - ends)
@@ -53,8 +53,10 @@ def control_tokens(tokenizer: Any, text: str) -> list[str]:
 
 
 def whole_words(vocabulary: dict[str, int]) -> list[str]:
-    """Those tokens that are a word from its beginning to its end, in the order of their numbers: of three letters or more,
-    from a to z. CLIP marks the end of a word, SentencePiece and byte-level BPE (T5, Gemma, Qwen) its beginning."""
+    """Return the tokens that are whole words, in the order of their ids: three letters or more, a to z.
+
+    CLIP marks the end of a word; SentencePiece and byte-level BPE (T5, Gemma, Qwen) mark its beginning.
+    """
     words = []
     for token in sorted(vocabulary, key=vocabulary.__getitem__):
         word = token.removesuffix("</w>") if token.endswith("</w>") else token[1:] if token[:1] in ("▁", "Ġ") else ""
@@ -64,7 +66,7 @@ def whole_words(vocabulary: dict[str, int]) -> list[str]:
 
 
 def _old_name(name: str) -> str:
-    """Of the encoder's own weights; a projection beside it has no prefix in any version."""
+    """Restore the prefix in names of the encoder's own weights; a projection never had one."""
     return _PREFIX + name if name.startswith(_OWN) else name
 
 
@@ -83,5 +85,5 @@ def _write_slow_files(tokenizer: Path) -> None:
 def _map(path: Path) -> dict[str, Any]:
     try:
         return {**read_json(path)}
-    except (UnreadableError, TypeError):  # whoever loads it says so
+    except (UnreadableError, TypeError):  # loading it reports the error
         return {}

@@ -1,4 +1,4 @@
-"""What families with a video VAE have in common: normalized latents with frames, of which an image is one."""
+"""Common parts of families with a video VAE: normalized latents with frames; an image is one frame."""
 
 import functools
 

@@ -1,7 +1,7 @@
-"""Which files of a component's folder hold its weights, as diffusers or transformers reads them.
+"""Weight files of a component's folder, as diffusers or transformers reads them.
 
-Whatever checks, hashes, loads, merges or publishes weights asks here, so that all of them mean the same files. The two
-libraries differ: where a folder has shards and a whole file, diffusers reads the shards and transformers the whole file.
+All code that checks, hashes, loads, merges or publishes weights uses this module, so that all of it reads the same files.
+The libraries differ: in a folder with shards and a whole file, diffusers reads the shards and transformers the whole file.
 """
 
 import re
@@ -34,7 +34,7 @@ class StoredWeights:
     """The files that hold one component's weights."""
 
     files: list[Path]
-    index: Path | None  # names the file of each tensor, where there are several
+    index: Path | None  # maps each tensor to its file, if there are several
     variant: str | None  # in the files' names
 
     def plain_name(self, file: Path) -> str:
@@ -57,7 +57,7 @@ def library_of(entry: Any) -> str:
 
 
 def find_weights(folder: Path, library: str, variant: str | None = None, kind: str = SAFE) -> StoredWeights | None:
-    """What `from_pretrained(variant=variant)` of the library reads from `folder`; None if there is nothing to read.
+    """Return the files that `from_pretrained(variant=variant)` of the library reads from `folder`; None if there are none.
 
     A component without that variant is read from its plain files, as pipelines do. `kind` is `SAFE` or `PICKLED`. Raises
     `UserError` if an index is damaged, names a file outside the folder or one that is missing, and for files that the
@@ -67,17 +67,17 @@ def find_weights(folder: Path, library: str, variant: str | None = None, kind: s
     stem = names.stem if kind == SAFE else names.pickle_stem
     if library == "transformers":
         _refuse_detours(folder)
-    for given in [variant, None] if variant else [None]:
-        mark = f".{given}" if given else ""
+    for name in [variant, None] if variant else [None]:
+        mark = f".{name}" if name else ""
         file, index = folder / f"{stem}{mark}{kind}", folder / f"{stem}{kind}.index{mark}.json"
-        if given and library == "diffusers" and is_file(old := folder / f"{stem}{kind}{mark}.index.json"):
+        if name and library == "diffusers" and is_file(old := folder / f"{stem}{kind}{mark}.index.json"):
             raise UserError(f"{old} is an index under a name that diffusers has given up; rename it to {index.name}")
         found = [("file", file)] if is_file(file) else []
         found += [("index", index)] if is_file(index) else []
         if not found:
             continue
         what, path = found[-1 if names.prefers_shards else 0]
-        return StoredWeights([path], None, given) if what == "file" else StoredWeights(_shards(path), path, given)
+        return StoredWeights([path], None, name) if what == "file" else StoredWeights(_shards(path), path, name)
     return None
 
 
@@ -127,7 +127,7 @@ def _detours(folder: Path) -> Iterator[tuple[str, str]]:
         yield "adapter_config.json", "holds a PEFT adapter"
     try:
         config = read_json(folder / "config.json")
-    except UnreadableError:  # said by whoever needs it
+    except UnreadableError:  # the caller reports it
         return
     if isinstance(config, dict) and config.get("transformers_weights"):
         yield "transformers_weights from its config.json", "names other weights"

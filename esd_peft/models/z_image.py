@@ -43,16 +43,16 @@ class ZImage(JointAttention):
 
     def templated(self, tokenizer: Any, text: str) -> str:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        told: str = tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
-        return told
+        text_with_template: str = tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
+        return text_with_template
 
     def schedule(self, scheduler: SchedulerMixin, latents: Tensor, num_inference_steps: int) -> dict[str, Any]:
         return evenly_shifted(scheduler, latents.shape[2] // 2 * (latents.shape[3] // 2), num_inference_steps)
 
     def predict(self, denoiser: ModelMixin, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         images = list(latents.unsqueeze(2))  # of one frame each
-        made = denoiser(images, (1000 - timesteps) / 1000, token_lists(embeds), return_dict=False)[0]
-        return -torch.stack(made).squeeze(2)
+        outputs = denoiser(images, (1000 - timesteps) / 1000, token_lists(embeds), return_dict=False)[0]
+        return -torch.stack(outputs).squeeze(2)
 
     def prompt_rows(self, denoiser: ModelMixin, embeds: PromptEmbeds, kind: str) -> Tensor:
         normed: Tensor = denoiser.cap_embedder[0](embeds[TOKENS])

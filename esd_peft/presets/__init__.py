@@ -1,6 +1,6 @@
-"""What `--preset NAME` sets: for a kind of concept its names, what it becomes, and what is near it and must stay.
+"""Presets of `--preset NAME`: names of a kind of concept, its anchor, and neighbours to preserve.
 
-Each is a YAML file of options like any other config, whose first lines say where its words come from.
+Each is a YAML file of options, like any config; its first lines name the source of its words.
 """
 
 from importlib.resources import files

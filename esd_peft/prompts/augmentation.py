@@ -22,7 +22,7 @@ from esd_peft.errors import UserError
 from esd_peft.io.text import read_lines
 from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds, index_embeds
 from esd_peft.models.text_encoding import TextEncoder
-from esd_peft.prompts.plan import Pair, PromptPlan, content_words, names
+from esd_peft.prompts.plan import Pair, PromptPlan, content_words, mentions
 from esd_peft.runtime.seeds import seed_for
 
 MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
@@ -133,7 +133,7 @@ def augment_prompts(text_encoder: TextEncoder, plan: PromptPlan, seed: int, size
     ranked = [encoder.nearest(f"a {concept}", held[: len(alone)]) for concept in plan.concepts]
     close = [text for near in ranked for text in near[: CLOSE // len(ranked)]]
     held += [_among_words(words, draws, Pair("", ""), draws.choice(close)).prompt for _ in range(size.held // 2)]
-    held += [pair.goal for pairs in contexts for pair in pairs]
+    held += [pair.anchor_prompt for pairs in contexts for pair in pairs]
     # of a longer prompt the encoder may not read the concept
     drawn = [p.prompt for group in contexts for p in group] + [p.prompt for g in candidates for c in g for p in c.pairs]
     whole = {*family.read_whole(dict.fromkeys(drawn + held))}
@@ -143,7 +143,7 @@ def augment_prompts(text_encoder: TextEncoder, plan: PromptPlan, seed: int, size
     given = list(dict.fromkeys(pair.prompt for pair in plan.preserve))
     listed = [text for text in dict.fromkeys(plan.retain) if text not in given]
     pairs = [p for group in contexts for p in group] + [p for group in candidates for c in group for p in c.pairs]
-    encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.goal)] + held + listed + given)
+    encoder.add([t for p in pairs for t in (p.prompt, p.neutral, p.anchor_prompt)] + held + listed + given)
     encoder.add([candidate.text for group in candidates for candidate in group])
     words = [word for word in words if f"a {word}" in encoder.rows]
     return PromptTable(encoder.embeds, encoder.rows, words, plan.concept_pairs, contexts, candidates, held, listed, given)
@@ -151,7 +151,7 @@ def augment_prompts(text_encoder: TextEncoder, plan: PromptPlan, seed: int, size
 
 def _contexts(plan: PromptPlan, words: list[str], draws: random.Random, size: Amounts) -> list[list[Pair]]:
     """Of each concept its pairs in random contexts, under the names that are given for it."""
-    others = plan.other_names or [[] for _ in plan.concepts]
+    others = plan.synonyms or [[] for _ in plan.concepts]
     count = max(size.fewest, size.contexts // len(plan.concepts))
     made = []
     for concept, pairs, given in zip(plan.concepts, plan.concept_pairs, others, strict=True):
@@ -168,7 +168,9 @@ def _candidates(
     made = []
     for concept, pairs in zip(plan.concepts, plan.concept_pairs, strict=True):
         found = [] if _is_sourced(pairs[0], concept) else _nearest(encoder, concept, alone, plan, draws, size)
-        found = [text for text in found if not any(names(kept, text) or names(text, kept) for kept in plan.given)]
+        found = [
+            text for text in found if not any(mentions(kept, text) or mentions(text, kept) for kept in plan.user_preserved)
+        ]
         among = [[_among_words(words, draws, pairs[0], text) for _ in range(size.of_a_name)] for text in found]
         is_word = [text.removeprefix("a ") in alone for text in found]
         shared = [shares_word(text, concept) for text in found]
@@ -187,8 +189,8 @@ def _vocabulary(encoder: "_Encoder", plan: PromptPlan, size: Amounts) -> tuple[l
 def _unsaid(plan: PromptPlan, texts: Iterable[str]) -> list[str]:
     """Those texts that name no concept, nor what one becomes, once each."""
     anchors = [pair.anchor for pair in plan.all_concept_pairs if pair.anchor]
-    said = dict.fromkeys([*plan.concepts, *itertools.chain(*plan.other_names), *anchors])
-    return [text for text in dict.fromkeys(texts) if not any(names(name, text) for name in said)]
+    said = dict.fromkeys([*plan.concepts, *itertools.chain(*plan.synonyms), *anchors])
+    return [text for text in dict.fromkeys(texts) if not any(mentions(name, text) for name in said)]
 
 
 def known_names(family: ModelFamily) -> list[str]:
@@ -331,7 +333,7 @@ def shares_word(text: str, concept: str) -> bool:
 
 def _is_sourced(plain: Pair, concept: str) -> bool:
     """Whether the concept is erased from something only: another name for "striped circle" would be one for a circle."""
-    return bool(plain.neutral) and names(plain.neutral, concept)
+    return bool(plain.neutral) and mentions(plain.neutral, concept)
 
 
 def _among_words(words: list[str], draws: random.Random, plain: Pair, named: str) -> Pair:

@@ -1,4 +1,4 @@
-"""What to erase, from what, towards what, and what to preserve: from the options to prompts."""
+"""From options to prompts: concepts, their contexts and anchors, and prompts to preserve."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from esd_peft.options.base import is_blank
 from esd_peft.options.prompts import Concept, PromptOptions
 from esd_peft.worlds import World
 
-TEMPLATES = {  # and what they say of nothing
+TEMPLATES = {  # template: its neutral prompt
     "{}": "", "a {}": "", "a picture of {}": "a picture", "a photo of {}": "a photo", "{} style": "style",
     "a picture in the style of {}": "a picture",
 }  # fmt: skip
@@ -25,20 +25,20 @@ SCENES = ("a city street at night", "a person by a window", "a mountain lake", "
 
 @dataclass(frozen=True)
 class Pair:
-    """A guided pair of prompts, and what the student learns of it.
+    """A guided pair of prompts, with its strength and weight.
 
     The target for `prompt` is `e_anchor − eta · (e_prompt − e_neutral)`, the anchor being `e_neutral` where none is named.
     """
 
     prompt: str  # names the concept
     neutral: str  # the same without it
-    anchor: str | None = None  # what it shall become
+    anchor: str | None = None  # for mapped concepts
     eta: float = 1.0
     weight: float = 1.0
 
     @property
-    def goal(self) -> str:
-        """What is to be drawn instead, were η 0."""
+    def anchor_prompt(self) -> str:
+        """The prompt that the target aims at, at η 0: the anchor, or the neutral prompt."""
         return self.neutral if self.anchor is None else self.anchor
 
 
@@ -46,49 +46,51 @@ class Pair:
 class PromptPlan:
     """All prompts of a run."""
 
-    concepts: list[str]  # as prompts would name them
+    concepts: list[str]  # their names in prompts
     concept_pairs: list[list[Pair]]  # for each concept its pairs, the plain prompt first
     preserve: list[Pair]
     retain: list[str]  # the retain set, on whose embeddings the adapter must not act
-    given: list[str] = field(default_factory=list)  # what the options ask to preserve
-    other_names: list[list[str]] = field(default_factory=list)  # of each concept, as far as the options say them
+    user_preserved: list[str] = field(default_factory=list)  # preservation prompts of the options
+    synonyms: list[list[str]] = field(default_factory=list)  # of each concept, from the options
     sources: list[str] = field(default_factory=list)  # what concepts are erased from, where something is named
 
     @property
     def all_concept_pairs(self) -> list[Pair]:
-        """Concept by concept."""
+        """The pairs of all concepts, in order."""
         return [pair for pairs in self.concept_pairs for pair in pairs]
 
     @property
     def pairs(self) -> list[Pair]:
-        """Those of the concepts, then the preserved ones."""
+        """The pairs of the concepts, then those to preserve."""
         return self.all_concept_pairs + self.preserve
 
     @property
     def predictions(self) -> int:
-        """How many the teacher makes at each step: e_null, e_concept and, where a pair has an anchor, e_anchor."""
+        """The number of teacher predictions at each step: e_null, e_concept and, if a pair has an anchor, e_anchor."""
         return 3 if any(pair.anchor is not None for pair in self.pairs) else 2
 
     @property
-    def kept(self) -> list[str]:
-        """What the concepts become, and all that stays."""
-        goals = [pair.goal for pair in self.all_concept_pairs]
+    def preserved_texts(self) -> list[str]:
+        """The anchor prompts of the concepts, and all prompts to preserve."""
+        goals = [pair.anchor_prompt for pair in self.all_concept_pairs]
         return list(dict.fromkeys([*goals, *(pair.prompt for pair in self.preserve), *self.retain]))
 
     @property
     def paired_texts(self) -> list[str]:
-        """Every prompt that the denoiser is given, once."""
+        """Every prompt of the denoiser, once."""
         texts = (t for p in self.pairs for t in (p.neutral, p.prompt, p.anchor) if t is not None)
         return list(dict.fromkeys(texts))
 
     @property
     def texts(self) -> list[str]:
-        """Every prompt, once, those of the pairs first."""
+        """Every prompt once, those of the pairs first."""
         return list(dict.fromkeys(self.paired_texts + self.retain))
 
-    def read_by(self, read_whole: Callable[[Iterable[str]], list[str]]) -> "PromptPlan":
-        """Without prompts of which a text encoder reads the beginning only, as `read_whole` says: what was cut off may be
-        the concept. Of each concept the plain pair stays (`esd_peft.erasure.checks` refuses one that is too long)."""
+    def untruncated(self, read_whole: Callable[[Iterable[str]], list[str]]) -> "PromptPlan":
+        """Drop prompts that the text encoder would truncate (`read_whole`), since the cut part may be the concept.
+
+        The plain pair of each concept stays (`esd_peft.erasure.checks` refuses one that is too long).
+        """
         whole = {*read_whole(self.texts)}
 
         def is_whole(pair: Pair) -> bool:
@@ -99,25 +101,25 @@ class PromptPlan:
 
 
 def plan_prompts(options: PromptOptions, world: World | None) -> PromptPlan:
-    """From what the options name to prompts; in `world`, if that is what the model draws.
+    """Make the prompts that the options describe; `world` is the embedded pipeline, if it is one.
 
-    The concept beside other things is paired with the other things alone ("a red circle" with "a red shape"): what
-    stands between the two is the concept, and nothing else is pushed away. The paper's pair is the first one.
+    A prompt of the concept in a context is paired with the context alone ("a red circle" with "a red shape"), so that their
+    difference is the concept and nothing else. The paper's pair is the first one.
     Raises `UserError` for words that contradict each other.
     """
-    given = preserved_prompts(options)
-    for prompt in given:
-        if _names_any(options.erased_names, prompt):
+    user_preserved = preserved_prompts(options)
+    for prompt in user_preserved:
+        if _mentions_any(options.erased_names, prompt):
             raise UserError(f"--preserve {prompt!r} names what is to be erased; leave it out or reword it")
     goals = [goal for goal in map(options.goal_of, options.concept) if goal]
-    if clash := [goal for goal in goals if _names_any(options.erased_names, goal)]:
+    if clash := [goal for goal in goals if _mentions_any(options.erased_names, goal)]:
         raise UserError(f"--map-to {clash[0]!r} names what is to be erased; map it to something that stays")
     erasing = [_pairs_of(concept, options, world) for concept in options.concept]
-    retain = _retain_set(options, given, world)
-    preserved = dict.fromkeys([*given, *_sources_otherwise(options)])
-    other_names = [options.names_of(concept)[1:] for concept in options.concept]
+    retain = _retain_set(options, user_preserved, world)
+    preserved = dict.fromkeys([*user_preserved, *_sources_otherwise(options)])
+    synonyms = [options.names_of(concept)[1:] for concept in options.concept]
     preserve = [Pair(prompt, "") for prompt in preserved]
-    return PromptPlan(options.concept_names, erasing, preserve, retain, given, other_names, options.sources)
+    return PromptPlan(options.concept_names, erasing, preserve, retain, user_preserved, synonyms, options.sources)
 
 
 def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> list[Pair]:
@@ -131,21 +133,21 @@ def _pairs_of(concept: Concept, options: PromptOptions, world: World | None) -> 
             Pair(say(named), say(source) if source else say(""), say(f"{towards} {source}".strip()) if towards else None)
             for say in _templates([named, towards or ""], options.prompt_templates == "bare", world)
         ]
-    # what another concept stands beside must not be taught to stay
-    clean = [p for p in dict.fromkeys(pairs) if not _names_any(options.erased_names, p.neutral)]
+    # a neutral prompt with another concept must not be preserved
+    clean = [p for p in dict.fromkeys(pairs) if not _mentions_any(options.erased_names, p.neutral)]
     if not clean or any(p.prompt in (p.neutral, p.anchor) for p in clean):
         named = options.names_of(concept)[0]
         raise UserError(f"--concept {named!r} is the same as what it is erased from or mapped to; name something else")
     return [Pair(p.prompt, p.neutral, p.anchor, options.eta_of(concept), concept.weight) for p in clean]
 
 
-def names(concept: str, prompt: str) -> bool:
-    """Whether all content words of `concept` stand in `prompt`."""
+def mentions(concept: str, prompt: str) -> bool:
+    """Return whether all content words of `concept` occur in `prompt`."""
     return content_words(concept) <= content_words(prompt)
 
 
-def _names_any(concepts: list[str], prompt: str) -> bool:
-    return any(names(concept, prompt) for concept in concepts)
+def _mentions_any(concepts: list[str], prompt: str) -> bool:
+    return any(mentions(concept, prompt) for concept in concepts)
 
 
 def content_words(text: str) -> set[str]:
@@ -155,7 +157,7 @@ def content_words(text: str) -> set[str]:
 
 
 def prompts_naming(concept: str, world: World | None) -> list[str]:
-    """The prompts with which a concept is erased by default, the plain one first."""
+    """Return the default prompts of a concept, the plain one first."""
     return [say(concept) for say in _templates([concept], False, world)]
 
 
@@ -174,7 +176,7 @@ def _fill_in(template: str, nothing: str, text: str) -> str:
     return template.format(text) if text else nothing
 
 
-def _retain_set(options: PromptOptions, given: list[str], world: World | None) -> list[str]:
+def _retain_set(options: PromptOptions, user_preserved: list[str], world: World | None) -> list[str]:
     """The null prompt, the `--preserve` prompts, and a built-in list without the prompts that name a concept.
 
     An attribute that is erased from something is protected beside everything else. That something is not: the words of
@@ -184,28 +186,32 @@ def _retain_set(options: PromptOptions, given: list[str], world: World | None) -
     apart = [say(c.name) for c in sourced for say in _templates([c.name], options.prompt_templates == "bare", world)]
     named = options.erased_names + options.sources
     return list(
-        dict.fromkeys(["", *(prompt for prompt in [*given, *retain_prompts(), *apart] if not _names_any(named, prompt))])
+        dict.fromkeys(
+            ["", *(prompt for prompt in [*user_preserved, *retain_prompts(), *apart] if not _mentions_any(named, prompt))]
+        )
     )
 
 
 def spread(items: list[Item], count: int | None) -> list[Item]:
-    """`count` of the items, evenly spread; all where there are no more."""
+    """Return `count` of the items, evenly spaced; all if there are fewer."""
     if count is None or count >= len(items):
         return items
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def retain_prompts() -> list[str]:
-    """The built-in list: common subjects, styles and words of prompts."""
+    """Read the built-in retain set: common subjects, styles and words of prompts."""
     return read_lines(files("esd_peft.prompts") / "retain_prompts.txt")
 
 
 def _sources_otherwise(options: PromptOptions) -> list[str]:
-    """What concepts are erased from, with other attributes: these the loss preserves, as they cannot be protected."""
+    """Return the contexts of `--erase-from` with other attributes. The loss preserves these; the null space cannot protect
+    them.
+    """
     prompts: list[str] = []
     for source in options.sources:
         others = [f"{word} {source}" for word in ATTRIBUTES]
-        prompts += [prompt for prompt in others if not _names_any(options.erased_names, prompt)]
+        prompts += [prompt for prompt in others if not _mentions_any(options.erased_names, prompt)]
     return prompts
 
 

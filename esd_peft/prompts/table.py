@@ -15,7 +15,7 @@ from esd_peft.runtime.devices import send
 
 @dataclass
 class PairTable:
-    """`P` pairs; the first `num_concept_pairs` of them erase, the rest preserve."""
+    """`P` pairs; the first `num_concept_pairs` erase, the others preserve."""
 
     embeds: PromptEmbeds
     prompts: Tensor  # [P] int64, the row that names the concept
@@ -30,18 +30,18 @@ class PairTable:
         return len(self.prompts)
 
 
-def check_told_apart(plan: PromptPlan, embeds: PromptEmbeds) -> None:
-    """Raise `UserError` if a concept and what stands there without it are the same to the text encoders, or no numbers.
+def check_distinct(plan: PromptPlan, embeds: PromptEmbeds) -> None:
+    """Raise `UserError` if the text encoders give a concept and its neutral prompt the same embeddings, or NaN.
 
     Nothing could be learned of the two, and the closed form has no solution. `embeds` are those of `plan.texts`.
     """
     row, values = {text: i for i, text in enumerate(plan.texts)}, [v for k, v in embeds.items() if k != MASK]
     for pairs in plan.concept_pairs:
         prompt, neutral = pairs[0].prompt, pairs[0].neutral
-        said, unsaid = ([value[row[text]] for value in values] for text in (prompt, neutral))
-        if not all(value.isfinite().all() for value in (*said, *unsaid)):
+        concept, without = ([value[row[text]] for value in values] for text in (prompt, neutral))
+        if not all(value.isfinite().all() for value in (*concept, *without)):
             raise UserError(f"--model: its text encoders make no numbers of {prompt!r}; restore their weights")
-        if all(map(torch.equal, said, unsaid)):
+        if all(map(torch.equal, concept, without)):
             raise UserError(
                 f"--model: its text encoders answer the same to {prompt!r} and {neutral!r}, so there is nothing to erase; "
                 "restore their weights"
@@ -49,12 +49,12 @@ def check_told_apart(plan: PromptPlan, embeds: PromptEmbeds) -> None:
 
 
 def make_table(plan: PromptPlan, embeds: PromptEmbeds) -> PairTable:
-    """The plan's pairs; `embeds` are those of `plan.texts`."""
+    """Make the table of the plan's pairs; `embeds` are those of `plan.texts`."""
     pairs, row = plan.pairs, {text: i for i, text in enumerate(plan.texts)}
     device = next(iter(embeds.values())).device
     numbers = iter(range(len(pairs)))
     concepts = [[*itertools.islice(numbers, len(group))] for group in plan.concept_pairs]
-    anchors = torch.tensor([row[p.goal] for p in pairs])
+    anchors = torch.tensor([row[p.anchor_prompt] for p in pairs])
     return PairTable(
         {name: value[: len(plan.paired_texts)].clone() for name, value in embeds.items()},
         send(torch.tensor([row[p.prompt] for p in pairs]), device),

@@ -1,20 +1,21 @@
-"""How PyTorch shares out a GPU's memory, which it asks the environment once."""
+"""Settings of PyTorch's GPU memory allocator, which reads the environment once."""
 
 import os
 import platform
 import sys
 
-from esd_peft.errors import in_brief
+from esd_peft.errors import one_line
 
 _NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _SEGMENTS = "expandable_segments:True"
 
 
 def avoid_gaps() -> None:
-    """Let PyTorch's allocator for GPUs extend what it holds instead of taking ever new pieces, which leaves gaps; call it
-    before the GPU is first used. What the user has set for the allocator stays.
+    """Set PyTorch's GPU allocator to expandable segments, which avoids fragmentation. Call it before the first use of the
+    GPU.
 
-    Not under WSL2, where the first allocation fails with it on many drivers (github.com/pytorch/pytorch/issues/192330).
+    The user's own allocator settings stay. Does nothing under WSL2, where the first allocation fails with it on many
+    drivers (github.com/pytorch/pytorch/issues/192330).
     """
     under_wsl = "microsoft" in platform.release().lower()
     if sys.platform == "linux" and not under_wsl and not {*_NAMES} & os.environ.keys():
@@ -22,9 +23,9 @@ def avoid_gaps() -> None:
 
 
 def refused_by_driver(error: BaseException) -> str | None:
-    """A sentence that names the variable, if the driver has refused what extending asks of it; none for other errors."""
+    """Return a sentence that names the variable if the driver refuses expandable segments; None for other errors."""
     name = next((name for name in _NAMES if _SEGMENTS in os.environ.get(name, "")), None)
     if name is None or "CUDA driver error" not in str(error):
         return None
     fix = os.environ[name].replace(_SEGMENTS, "expandable_segments:False")
-    return f"the GPU's driver fails ({in_brief(error)}), as some do with {name}={os.environ[name]}; set {name}={fix}"
+    return f"the GPU's driver fails ({one_line(error)}), as some do with {name}={os.environ[name]}; set {name}={fix}"

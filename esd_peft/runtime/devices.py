@@ -1,4 +1,4 @@
-"""Where and in which number format a job computes, and how tensors get there and back without waiting."""
+"""Devices and dtypes of a job, and asynchronous copies of tensors."""
 
 import contextlib
 import gc
@@ -12,23 +12,23 @@ from esd_peft.errors import UserError
 from esd_peft.runtime import distributed
 
 ACCELERATORS = ("cuda", "xpu", "mps")  # PyTorch calls AMD's GPUs (ROCm) cuda
-TRITON = ("cuda", "xpu")  # for which Triton and torch.compile make kernels, and of which there may be several
-IMAGINED = "cuda"  # what plans are for where there is no GPU
+TRITON = ("cuda", "xpu")  # supported by Triton, torch.compile, and several processes
+IMAGINED = "cuda"  # the device of memory plans without a GPU
 CHOICES = "use auto, cpu, cuda (ROCm too), xpu or mps"
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether it is a GPU of any kind."""
+    """Return whether it is a GPU of any kind."""
     return device.type in ACCELERATORS
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton and torch.compile make kernels for it."""
+    """Return whether Triton and torch.compile support it."""
     return device.type in TRITON
 
 
 def has_bitsandbytes(device: torch.device) -> bool:
-    """Whether bitsandbytes has kernels for it."""
+    """Return whether bitsandbytes has kernels for it."""
     return device.type != "mps"
 
 
@@ -51,7 +51,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _count(kind: str) -> int:
-    """How many devices of that kind PyTorch sees."""
+    """Return the number of devices of that kind."""
     module = _of(kind)
     return module.device_count() if module.is_available() else 0
 
@@ -62,7 +62,7 @@ def _of(kind: str) -> Any:
 
 
 def describe_device(device: torch.device) -> str:
-    """Its name, for records of what ran where; of a CPU how many threads compute."""
+    """Return its name, for records; a CPU has its number of threads."""
     if device.type == "mps":
         return "Apple GPU"
     return _of(device.type).get_device_name(device) if is_accelerator(device) else f"CPU, {torch.get_num_threads()} threads"
@@ -96,7 +96,7 @@ def memory_info(device: torch.device) -> tuple[int, int]:
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses; PyTorch keeps for itself what this process has freed."""
+    """Return the free bytes of a GPU, including memory that PyTorch has cached for this process."""
     free, _ = memory_info(device)
     if device.type == "mps":
         return free + torch.mps.driver_allocated_memory() - torch.mps.current_allocated_memory()
@@ -104,7 +104,7 @@ def usable_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew; Apple's GPUs have no such count."""
+    """Reset `peak_memory`; Apple's GPUs have no such counter."""
     if device.type != "mps":
         _of(device.type).reset_peak_memory_stats(device)
 
@@ -122,7 +122,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Within it `device` is what libraries take that ask for the current one: Triton, bitsandbytes, pinned memory."""
+    """Make `device` the current device of libraries that use one: Triton, bitsandbytes, pinned memory."""
     return _of(device.type).device(device) if has_triton(device) else contextlib.nullcontext()
 
 
@@ -145,13 +145,13 @@ def release(device: torch.device) -> None:
 
 
 def graphed(module: nn.Module, sample: tuple[Tensor, ...]) -> None:
-    """Let `module`, in place, replay a CUDA graph for tensors like `sample`, where these are on a device that has such."""
+    """Make `module` replay a CUDA graph for tensors like `sample`, in place, on devices with CUDA graphs."""
     if sample[0].is_cuda:
         torch.cuda.make_graphed_callables(module, sample)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`, without waiting for what the device still has to do.
+    """Copy `x` to `device` without waiting for its pending work.
 
     To a GPU with memory of its own it goes through pinned memory: a copy from ordinary memory would first let the GPU
     finish everything.

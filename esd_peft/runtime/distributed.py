@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from esd_peft.errors import UserError
 from esd_peft.runtime import failures, interrupts
 
-BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # of GPUs that there may be several of
+BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # devices of which there may be several
 PATIENCE = timedelta(minutes=30)  # with a process that lives but does not answer: the first one may be taking images
 
 
@@ -67,31 +67,31 @@ def own_device(name: str) -> str:
     if world_size() == 1 or kind not in BACKENDS:
         return name
     module = torch.get_device_module(kind)
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), module.device_count()
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), module.device_count()
     if number:
         raise UserError(
             f"--device {name} is one GPU, and there are {world_size()} processes; use {kind}, and each takes its own"
         )
-    if local >= there:
+    if local >= count:
         raise UserError(
-            f"--device {name}: PyTorch sees {there} {kind.upper()} devices, too few for the processes; launch {there}"
+            f"--device {name}: PyTorch sees {count} {kind.upper()} devices, too few for the processes; launch {count}"
         )
     module.set_device(local)
     return f"{kind}:{local}"
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this process writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def share(count: int) -> range:
-    """Which of `count` things are this process's; the shares differ by one at most, and may be empty."""
+    """Return this process's share of `count` items; shares differ by one at most, and may be empty."""
     if world_size() == 1:
         return range(count)
     rank = dist.get_rank()
@@ -121,7 +121,7 @@ def all_reduce(values: list[Tensor]) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether it is so for some process: what all of them are to do at the same step."""
+    """Return whether `value` is true in any process, for decisions that all processes take at the same step."""
     if world_size() == 1:
         return flag
     shared = torch.tensor(int(flag))
@@ -130,7 +130,7 @@ def any_process(flag: bool) -> bool:
     return bool(shared)
 
 
-def stop_here() -> None:
+def stop_together() -> None:
     """Raises `InterruptedBetweenSteps`, in all processes of the run, if a signal was noted in one of them."""
     signals = interrupts.noted_so_far()
     if signals is not None and any_process(bool(signals)):

@@ -20,14 +20,16 @@ def ended(step: str, kept: bool) -> KeyboardInterrupt:
 
 
 def at_once() -> None:
-    """Let each of them raise `KeyboardInterrupt` from now on, so that what is half-written goes away."""
+    """Make every such signal raise `KeyboardInterrupt` from now on, so that drafts are removed."""
     _handle(signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[int]]:
-    """They fill a list, for a loop to look at, and end `distributed.stop_here`; a second one raises `KeyboardInterrupt` at
-    once."""
+    """Collect signals in a list that a loop can read; they also end `distributed.stop_together`.
+
+    A second signal raises `KeyboardInterrupt` immediately.
+    """
     global _seen
     seen: list[int] = []
 
@@ -51,10 +53,13 @@ def noted_so_far() -> list[int] | None:
 
 
 def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """The handlers until now. A signal that is ignored, as SIGHUP under nohup, stays so; so do all of them in a thread, and
-    one whose handler was not set from Python, which could not be put back."""
+    """Install a handler and return the previous ones.
+
+    Ignored signals stay ignored (SIGHUP under nohup). In a thread, and for a handler that was not set from Python and could
+    not be restored, nothing changes.
+    """
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     try:
         return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)}
-    except ValueError:  # not in the main thread: whoever runs us there handles them
+    except ValueError:  # not in the main thread: the caller handles signals
         return {}

@@ -1,4 +1,4 @@
-"""How much memory work takes, found by running it on the meta device, where tensors have sizes and nothing else."""
+"""Memory use, measured by a dry run on the meta device, whose tensors have sizes and no values."""
 
 import contextlib
 import weakref
@@ -28,12 +28,12 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0  # asked for a value, which only shortcuts do: none applies
-        made = function(*args, **kwargs or {})
-        for tensor in tree_leaves(made):
+            return 0  # a value is read, which only shortcuts do; none applies
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
-        return made
+        return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._sizes:
@@ -48,10 +48,10 @@ class MemoryTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def track_memory(*modules: nn.Module, channels_last: bool = False) -> Iterator[MemoryTracker]:
-    """A meter that does not count the weights of `modules`, with attention that does not write its matrix down.
+    """Measure memory without the weights of `modules`, and with attention that does not store its matrix.
 
-    PyTorch picks a fused kernel for attention by the device, and for the meta device none. With `channels_last` the modules
-    are such as `esd_peft.runtime.devices.place` makes them on a GPU.
+    PyTorch has fused attention kernels for some devices, and none for the meta device. With `channels_last` the modules have
+    the layout of `esd_peft.runtime.devices.place` on a GPU.
     """
     weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     with contextlib.ExitStack() as stack:
@@ -87,7 +87,7 @@ def _fused_attention(
 
 
 def weight_bytes(module: nn.Module, quantize: str = "none") -> int:
-    """Of all parameters and buffers; with the linear layers' weights in as few bits as `quantize` says."""
+    """Return the size of all parameters and buffers, with the weights of linear layers quantized as `quantize` says."""
     total = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     if quantize == "none":
         return total

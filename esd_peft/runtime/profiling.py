@@ -1,4 +1,4 @@
-"""What each phase of a job took: seconds, peak memory, and evaluations of the denoiser."""
+"""Costs of each phase of a job: seconds, peak memory, and denoiser evaluations."""
 
 import contextlib
 import time

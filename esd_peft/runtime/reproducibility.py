@@ -1,4 +1,4 @@
-"""What the bits of a result depend on beside its config: versions, device, dtype, threads."""
+"""Everything besides the config that the bits of a result depend on: versions, device, dtype, threads."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 
 
 def bits_depend_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Each by its name, to be kept beside what was made and compared with what goes on from there."""
+    """Return each by name, to be stored with a result and compared when a run resumes."""
     name = describe_device(device) if is_accelerator(device) else platform.machine()
     versions = {package: installed(package) for package in _PACKAGES}
     return {

@@ -20,7 +20,7 @@ def check_tracker(report_to: str) -> None:
 
 @dataclass
 class Dashboard:
-    """What a run logs to; without trackers nothing is logged."""
+    """The dashboard of a run; without trackers it logs nothing."""
 
     trackers: list[Any] = field(default_factory=list)  # accelerate's `GeneralTracker`
 

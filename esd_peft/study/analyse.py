@@ -1,4 +1,4 @@
-"""From raters' answers and the key to means, intervals and agreement."""
+"""Analysis of raters' answers with the key: means, intervals and agreement."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from esd_peft.errors import UserError
 from esd_peft.evaluation.intervals import percentiles, resample
 from esd_peft.io import marks
-from esd_peft.io.jobs import hold
+from esd_peft.io.jobs import lock_output
 from esd_peft.io.outputs import check_new_file, new_file
 from esd_peft.io.paths import is_file
 from esd_peft.io.text import UnreadableError, read_csv, read_json
@@ -44,12 +44,12 @@ def analyse_study(config: AnalyseStudyConfig) -> dict[str, Any]:
     """
     if config.output is None:
         return _analyse(config)
-    with hold(config.output):
-        made = f"the analysis of study {_read_key(config.key)['study']}"
-        check_new_file(config.output, made, overwrite=True, inputs=[config.key, *config.answers])
+    with lock_output(config.output):
+        kind = f"the analysis of study {_read_key(config.key)['study']}"
+        check_new_file(config.output, kind, overwrite=True, inputs=[config.key, *config.answers])
         result = _analyse(config)
-        with new_file(config.output, alone=True) as draft:
-            signed = marks.signed(result, made)
+        with new_file(config.output, standalone=True) as draft:
+            signed = marks.signed(result, kind)
             draft.write_text(json.dumps(signed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
 
@@ -58,12 +58,12 @@ def _analyse(config: AnalyseStudyConfig) -> dict[str, Any]:
     key = _read_key(config.key)
     ratings: dict[str, dict[str, int]] = {}  # rater: image: rating
     for path in config.answers:
-        for rater, given in _read_answers(path, key).items():
+        for rater, ratings_of_rater in _read_answers(path, key).items():
             if rater in ratings:
                 raise UserError(f"--answers {path}: another file holds answers of {rater}; leave one of them out")
-            ratings[rater] = given
+            ratings[rater] = ratings_of_rater
     items = list(key["items"])
-    table = np.array([[given.get(item, np.nan) for item in items] for given in ratings.values()])
+    table = np.array([[ratings_of_rater.get(item, np.nan) for item in items] for ratings_of_rater in ratings.values()])
     conditions = np.array([key["items"][item]["condition"] for item in items])
     random = np.random.default_rng(config.seed)
     raters = resample(len(table), random)
@@ -138,17 +138,17 @@ def _read_answers(path: Path, key: dict[str, Any]) -> dict[str, dict[str, int]]:
             raise UserError(f"--answers {path}, line {line}: this is an answer to another study than --key's")
         if row["rating"] not in map(str, SCALE):
             raise UserError(f"--answers {path}, line {line}: the rating {row['rating']!r} is not one of 1 to 5; mend it")
-        given = found.setdefault(row["rater"], {})
-        if row["item"] in given:
+        ratings_of_rater = found.setdefault(row["rater"], {})
+        if row["item"] in ratings_of_rater:
             raise UserError(
                 f"--answers {path}, line {line}: {row['rater']} rated {row['item']} twice; leave one of them out"
             )
-        given[row["item"]] = int(row["rating"])
+        ratings_of_rater[row["item"]] = int(row["rating"])
     return found
 
 
 def study_table(result: dict[str, Any]) -> str:
-    """What `analyse_study` returns, for people."""
+    """Format the result of `analyse_study` for the terminal."""
     width = max(map(len, [*result["conditions"], *result["differences"], "condition"])) + 2
     lines = [result["question"], "", f"{'condition':<{width}} mean   95 % interval   ratings of 1, 2, 3, 4, 5"]
     for name, found in result["conditions"].items():

@@ -1,4 +1,4 @@
-"""From folders of images to a blinded rating page and its key."""
+"""A blinded rating page and its key, made from folders of images."""
 
 import base64
 import hashlib
@@ -12,26 +12,26 @@ import numpy as np
 from PIL import Image
 
 from esd_peft.io.images import image_bytes, image_files, open_image
-from esd_peft.io.jobs import hold
+from esd_peft.io.jobs import lock_output
 from esd_peft.io.outputs import check_output, new_directory
 from esd_peft.io.text import shown
 from esd_peft.options.study import MakeStudyConfig, condition_name
 
 PAGE, KEY = "study.html", "key.json"
-_STUDY = "a study"  # what the directory is
+_STUDY = "a study"  # kind of the directory
 _REFERENCE_SIZE = 384  # pixels
 _QUALITY = 90
 
 
 def make_study(config: MakeStudyConfig) -> dict[str, Any]:
-    """Write `study.html`, which says nothing about conditions, and `key.json`, which says it all.
+    """Write `study.html`, which reveals no condition, and `key.json`, which lists them.
 
-    Images are scaled and encoded anew, so that neither a file's name, size, format nor metadata tells conditions
-    apart. Each rater sees them in an order of their own.
+    Images are scaled and encoded again, so that no file name, size, format or metadata reveals a condition. Each rater has a
+    separate random order.
 
-    Returns what the key holds. Raises `UserError` for folders without images and for files that are none.
+    Returns the key. Raises `UserError` for folders without images and for files that are not images.
     """
-    with hold(config.output):
+    with lock_output(config.output):
         check_output(config.output, _STUDY, config.overwrite, [*config.condition, config.reference])
         return _make(config)
 
@@ -78,8 +78,8 @@ def _choose(config: MakeStudyConfig) -> list[tuple[str, Path]]:
 
 def _name_of(config: MakeStudyConfig, chosen: list[tuple[str, Path]]) -> str:
     """The same for the same study, so that answers are matched with their key, and the ids in it cannot be guessed."""
-    said = [config.question, config.low, config.high, str(config.seed), str(config.max_size)]
-    digest = hashlib.sha256(json.dumps(said).encode())
+    settings = [config.question, config.low, config.high, str(config.seed), str(config.max_size)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for _, path in chosen:
         digest.update(hashlib.sha256(image_bytes(path, "--condition")).digest())
     return digest.hexdigest()[:12]

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esd_peft.errors import UserError, in_brief, system_reason
+from esd_peft.errors import UserError, one_line, system_reason
 from esd_peft.io import marks
-from esd_peft.io.outputs import empty_folder, new_file, remove_left, take_folder
+from esd_peft.io.outputs import empty_folder, new_file, remove_leftovers, take_folder
 from esd_peft.io.text import UnreadableError, parse_json
 from esd_peft.options.renamed import OLD
 from esd_peft.options.training import CheckpointOptions
@@ -81,7 +81,7 @@ class Checkpoints:
 
     def _claim(self, options: CheckpointOptions) -> None:
         for draft in self.folder.glob(".*.draft-*"):  # of a run that was killed
-            remove_left(self.folder / draft.name[1:].partition(".draft-")[0])
+            remove_leftovers(self.folder / draft.name[1:].partition(".draft-")[0])
         for path in self.folder.iterdir():
             if (_STEP.fullmatch(path.name) or _BUFFER.fullmatch(path.name)) and path not in self._own():
                 raise UserError(
@@ -206,7 +206,7 @@ class Checkpoints:
 
     def _own(self) -> list[Path]:
         """What this very run has written: whatever else lies there is somebody's."""
-        names = marks.listed(self.folder) or ()
+        names = marks.recorded(self.folder) or ()
         return [self.folder / name for name in names if isfile(self.folder / name)]
 
     def _steps(self) -> list[Path]:
@@ -236,7 +236,7 @@ def fitting() -> Iterator[None]:
     except (UserError, interrupts.InterruptedBetweenSteps, torch.OutOfMemoryError):
         raise
     except Exception as error:  # PyTorch's kinds for a state that is another's are many
-        reason = in_brief(error)
+        reason = one_line(error)
         raise UserError(f"--resume: the checkpoint does not fit ({reason}); add --overwrite to start anew") from None
 
 

@@ -55,9 +55,9 @@ def prompt_maps(
 
         if options.closed_form:
             projections[kind] = null_space_projection(tokens(plan.retain), NEAR if plan.sources else EXPLAINED)
-            pairs = torch.tensor([(row[p.prompt], row[p.goal]) for p in plan.all_concept_pairs], device=rows.device)
+            pairs = torch.tensor([(row[p.prompt], row[p.anchor_prompt]) for p in plan.all_concept_pairs], device=rows.device)
             concept, target = _token_by_token(rows, counts, *pairs.T)
-            changes[kind] = solve(concept, target, tokens(plan.kept), projections[kind])
+            changes[kind] = solve(concept, target, tokens(plan.preserved_texts), projections[kind])
     return projections, changes
 
 

@@ -20,7 +20,7 @@ from esd_peft.models import ModelFamily
 from esd_peft.models.sampling import before_after_grid, to_image
 from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.augmentation import MANY_WORDS, PromptTable
-from esd_peft.prompts.plan import PromptPlan, names, spread
+from esd_peft.prompts.plan import PromptPlan, mentions, spread
 from esd_peft.runtime.seeds import seed_for
 from esd_peft.training.draws import Draw, EncodedTexts, Judge, decode
 from esd_peft.training.student import Student
@@ -130,8 +130,8 @@ def choose_probes(family: ModelFamily, plan: PromptPlan, table: PromptTable | No
     pairs = spread(plan.concept_pairs, CONCEPTS)
     number = max(1, len(pairs))
     draws = random.Random(seed_for(seed, "diagnosis"))
-    named = [*plan.concepts, *(name for group in plan.other_names for name in group)]
-    words = [word for word in family.whole_words() if not any(names(name, word) for name in named)]
+    named = [*plan.concepts, *(name for group in plan.synonyms for name in group)]
+    words = [word for word in family.whole_words() if not any(mentions(name, word) for name in named)]
     few = len(words) < MANY_WORDS
 
     def templates(text: str, count: int) -> list[str]:
@@ -148,7 +148,7 @@ def choose_probes(family: ModelFamily, plan: PromptPlan, table: PromptTable | No
     each = PARAPHRASES // number
     paraphrases = [spread([p.prompt for p in group], each) if few else contexts(group[0].prompt, each) for group in pairs]
     candidates = [c.text for group in (table.candidates if table else []) for c in group if c.is_word or c.shares_word]
-    listed = spread([text for text in plan.kept if text], NEIGHBOURS)
+    listed = spread([text for text in plan.preserved_texts if text], NEIGHBOURS)
     held_out = {} if few else {text: templates(text, 2) for text in dict.fromkeys(candidates)}
     return Probes([g[0].prompt for g in pairs], [g[0].neutral for g in pairs], paraphrases, held_out, listed)
 

@@ -79,7 +79,7 @@ class Judge:
         texts = [draw.prompt for draw in draws]
         embeds = self.texts.get([*[""] * len(texts), *texts] if guided else texts, device)
         for i, timestep in enumerate(scheduler.timesteps):
-            distributed.stop_here()
+            distributed.stop_together()
             inputs = family.scale_input(scheduler, latents, timestep)
             both = inputs.repeat(2, *[1] * (inputs.dim() - 1)) if guided else inputs
             predicted = self.student.predict(both, timesteps[i].expand(len(both)), embeds).float()
@@ -100,7 +100,7 @@ class Judge:
         for level in LEVELS:
             noisy, timesteps, right = schedule.add_noise(latents, noise, torch.full((len(latents),), level))
             for part in torch.arange(len(pairs)).split(self.batch_size):
-                distributed.stop_here()
+                distributed.stop_together()
                 some = [pairs[i] for i in part.tolist()]
                 at = torch.tensor([i for i, _ in some])
                 embeds = self.texts.get([text for _, text in some], device)

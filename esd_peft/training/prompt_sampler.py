@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.prompts.augmentation import Candidate, PromptTable
-from esd_peft.prompts.plan import Pair, names
+from esd_peft.prompts.plan import Pair, mentions
 from esd_peft.training.synonyms import SynonymMatch
 
 PRESERVATION_WEIGHT = 10.0  # of a preservation prompt: few of them have to stand for all
@@ -34,7 +34,7 @@ def _preserved(matches: list[SynonymMatch]) -> list[Candidate]:
     kept = []
     for number, match in enumerate(matches):
         elsewhere = [word for words in (*erased[:number], *erased[number + 1 :]) for word in words]
-        kept += [c for c in match.others if not any(names(word, c.text) for word in elsewhere)]
+        kept += [c for c in match.others if not any(mentions(word, c.text) for word in elsewhere)]
     return kept
 
 
@@ -70,7 +70,7 @@ class PromptSampler:
         # prompts with a word of the concept's own name are unrelated only as far as the teacher says so
         related = [candidate.text for candidate in (*synonyms, *undecided) if candidate.is_word]
         unrelated, retained = (
-            [text for text in texts if not any(names(name, text) for name in related)]
+            [text for text in texts if not any(mentions(name, text) for name in related)]
             for texts in (table.unrelated, table.retained)
         )
         preserved = (
@@ -86,7 +86,7 @@ class PromptSampler:
         """All pairs of the groups, and the chance of each to be drawn, so that each group has its share."""
         chances = torch.cat([torch.full((len(pairs),), share / max(1, len(pairs))) for share, pairs in groups])
         pairs = [pair for _, pairs in groups for pair in pairs]
-        texts = zip(*((p.prompt, p.neutral, p.goal) for p in pairs), strict=True)
+        texts = zip(*((p.prompt, p.neutral, p.anchor_prompt) for p in pairs), strict=True)
         prompts, neutrals, goals = map(self.table.index, texts)
         etas, weights = torch.tensor([p.eta for p in pairs]), torch.tensor([p.weight for p in pairs])
         return PromptBatch(prompts, neutrals, goals, etas, weights), chances

@@ -84,7 +84,7 @@ class Rollout:
         timesteps = send(scheduler.timesteps, device)
         buffers = []
         for i, timestep in enumerate(scheduler.timesteps):
-            distributed.stop_here()
+            distributed.stop_together()
             inputs = family.scale_input(scheduler, latents, timestep)
             predictions = self._predict(table, inputs, timesteps[i], pairs, teacher=True) if by_teacher else None
             if kept[:, i].any():

@@ -118,7 +118,7 @@ def match_synonyms(
     candidates = prompts.candidates[concept]
     likeness, nfe, open_ = torch.zeros(len(candidates)), 0, torch.arange(len(candidates))
     for number, trajectory in enumerate(trajectories if candidates else []):
-        distributed.stop_here()  # in every process, whatever it has left to ask
+        distributed.stop_together()  # in every process, whatever it has left to ask
         if not len(open_):
             continue
         found = _likeness(student, prompts, [candidates[i].text for i in open_], trajectory, batch_size)

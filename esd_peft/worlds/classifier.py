@@ -1,4 +1,4 @@
-"""What the classifiers of all worlds share: a head for each domain, names for what is seen, a file of weights."""
+"""Common parts of the classifiers: a head for each domain, names of labels, a file of weights."""
 
 from pathlib import Path
 from typing import ClassVar, Self
@@ -16,8 +16,8 @@ class WorldClassifier(nn.Module):
     labels: ClassVar[dict[str, tuple[str, ...]]]  # by domain; "" where an image has none of them
 
     @torch.no_grad()
-    def name(self, images: Tensor) -> list[Labels]:
-        """What each image shows, by domain."""
+    def classify(self, images: Tensor) -> list[Labels]:
+        """Return the labels of each image, by domain."""
         best = {domain: logits.argmax(1).tolist() for domain, logits in self(images.float()).items()}
         named = [{domain: self.labels[domain][best[domain][i]] for domain in best} for i in range(len(images))]
         return [{domain: label for domain, label in labels.items() if label} for labels in named]
@@ -28,7 +28,7 @@ class WorldClassifier(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What `save` wrote, in fp32 on the CPU."""
+        """Load the weights that `save` wrote, in fp32 on the CPU."""
         model = cls()
         model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         return model.eval()

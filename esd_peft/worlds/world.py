@@ -1,4 +1,4 @@
-"""What an embedded pipeline draws, and who can tell: the interface of a world."""
+"""The interface of an embedded pipeline: what it draws, and the classifier that recognises it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,15 +16,15 @@ Labels = dict[str, str]  # by domain: {"thing": "fox", "style": "ink"}
 
 
 class Classifier(Protocol):
-    """Names what images show."""
+    """Labels images."""
 
-    def name(self, images: Tensor) -> list[Labels]:
-        """Of images `[B, 3, H, W]` in [0, 1] each one's labels."""
+    def classify(self, images: Tensor) -> list[Labels]:
+        """Return the labels of each of the images `[B, 3, H, W]`, with values in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an image is drawn, as far as it is not drawn as the others are."""
+    """Sampler settings of an image, where they differ from those of the suite."""
 
     scheduler: str | None = None  # a class of diffusers
     num_inference_steps: InferenceSteps | None = None
@@ -38,24 +38,24 @@ class Sampling:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the pipeline is called with, apart from the prompts."""
-        given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        return {name: value for name, value in given.items() if value is not None}
+        """Return the keyword arguments of the pipeline call, without the prompts."""
+        settings = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what its image shall show; no labels where nothing is known."""
+    """A prompt, and the labels that its image should show, as far as they are known."""
 
     text: str
     labels: Labels = field(default_factory=dict)
-    stratum: str = ""  # what it measures (`esd_peft.evaluation.strata`), where that is known,
-    about: str = ""  # and of which concept, or which of its labels
+    group: str = ""  # key of its prompt group (`esd_peft.evaluation.prompt_groups`), if it has one
+    subject: str = ""  # the concept or label that its group measures with it
     sampling: Sampling = Sampling()
 
 
 class World(ABC):
-    """A small world of its own: a pipeline that ships with the package, its words, and a classifier of its images."""
+    """An embedded pipeline that ships with the package, with its vocabulary and a classifier of its images."""
 
     name: ClassVar[str]  # of --model
     pipeline: ClassVar[Path]
@@ -64,41 +64,41 @@ class World(ABC):
 
     @property
     def about(self) -> str:
-        """For messages."""
+        """The pipeline's name in messages."""
         return f"the embedded {self.name} pipeline"
 
     @abstractmethod
     def attributes_in(self, text: str) -> Labels:
-        """The labels that `text` names."""
+        """Return the labels that `text` names."""
 
     @abstractmethod
-    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """`count` prompts that name `labels`, in the wordings of the captions, beside labels of other domains."""
+    def paraphrases(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Draw `count` prompts that name `labels` in unseen contexts, with labels of other domains."""
 
-    def described(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """Up to `count` prompts that ask for `labels` by other names; none where the world has no other names."""
+    def synonyms(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Draw up to `count` prompts with synonyms or descriptions of `labels`; none if the world has none."""
         return []
 
-    def unnamed(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """Up to `count` prompts that do not ask for `labels`, whose images may have them all the same."""
+    def implicit(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Draw up to `count` prompts that do not name `labels`, but whose images may show them (implicit concepts)."""
         return []
 
     @abstractmethod
     def neighbours(self, domain: str, label: str) -> list[str]:
-        """The labels of the domain that are like `label`, the nearest first."""
+        """Return the labels of the domain that resemble `label`, nearest first."""
 
     @abstractmethod
     def full_prompts(self) -> list[Prompt]:
-        """A prompt for all that the pipeline was made to draw."""
+        """Return a prompt for each image that the pipeline was trained to draw."""
 
     @abstractmethod
     def rendered(self, count: int, draws: torch.Generator) -> tuple[list[Labels], Tensor]:
-        """Random images as the pipeline's training has them: their labels, and pixels `[count, 3, H, W]` in [0, 1]."""
+        """Draw random training images: their labels, and pixels `[count, 3, H, W]` in [0, 1]."""
 
     def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]] | None:
-        """Ways to say something beside what none of `texts` names, of "" for nothing; none: as to other models."""
+        """Return prompt templates (text to prompt) whose contexts name nothing of `texts`; None: those of other models."""
         return None
 
     @abstractmethod
     def load_classifier(self) -> Classifier:
-        """The classifier that ships with the package."""
+        """Load the classifier that ships with the package."""

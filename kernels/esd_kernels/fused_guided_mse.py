@@ -85,7 +85,7 @@ def _guided_mse_kernel(  # type: ignore[no-untyped-def]
         weighted = error * tl.load(weight_ptr + row)
     tl.store(slope_ptr + here, (slope_scale * weighted).to(slope_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + program, scale * tl.sum(weighted * error, axis=0))
-    # the last program adds up the shares; the module's docstring says why it sees them all
+    # the last program adds up the shares; see the module's docstring for why all are visible to it
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
         shares: tl.constexpr = BLOCK // 8  # at a time, in registers that the rest has taken: more at a time would take more
         total = tl.zeros([shares], dtype=tl.float32)
@@ -101,7 +101,7 @@ def _guided_mse_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _scale_kernel(x_ptr, factor_ptr, unit, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     factor = tl.load(factor_ptr) * unit  # [] fp32
-    if factor != 1.0:  # asked here, not on the host, which would have to wait for the device
+    if factor != 1.0:  # tested here: the host would have to wait for the device
         here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = here < n
         x = tl.load(x_ptr + here, mask=mask, other=0.0).to(tl.float32)
@@ -158,7 +158,7 @@ def _counter(device: torch.device) -> Tensor:
     A graph that is being captured may be replayed on any stream, so it gets counters of its own, cleared by each replay."""
     if capturing(device):
         return torch.zeros((), dtype=torch.int32, device=device)
-    # the interpreter runs a launch to its end before it returns, on CPU tensors or on those that a test says are elsewhere
+    # the interpreter completes a launch before it returns, on CPU tensors or on those that a test declares as others
     key = device, 0 if triton.knobs.runtime.interpret else driver.active.get_current_stream(device.index)
     if key not in _counters:
         _counters[key] = torch.zeros((), dtype=torch.int32, device=device)
@@ -174,7 +174,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _unit(student: Tensor) -> float:
-    """What the stored gradient is divided by: the mean's 1 / (B * n), where it would push it below the smallest number."""
+    """Return the divisor of the stored gradient: the mean's 1 / (B * n) where it would underflow."""
     return 1.0 / student.numel() if student.dtype == torch.float16 else 1.0
 
 
@@ -229,7 +229,7 @@ fused_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 @functools.cache
 def can_launch(device: torch.device) -> bool:
-    """Whether Triton works on `device`: it needs a C compiler, and a GPU that it knows. Warns once where it does not."""
+    """Return whether Triton works on `device`: it needs a C compiler, and a supported GPU. Warns once otherwise."""
     try:
         launch_scaling(torch.zeros(1, device=device), torch.ones((), device=device), 1.0)
     except Exception as error:  # each backend fails in its own way

@@ -84,7 +84,7 @@ def guided_mse_reference(
 
 
 def _fuses(student: Tensor) -> bool:
-    """Whether the kernel runs for `student`: on a GPU, or interpreted."""
+    """Return whether the kernel runs for `student`: on a GPU, or interpreted."""
     if not (student.is_cuda or student.is_xpu):
         return fused is not None and os.environ.get("TRITON_INTERPRET") == "1"
     if fused is None:
@@ -94,7 +94,7 @@ def _fuses(student: Tensor) -> bool:
 
 
 def _traced(student: Tensor) -> bool:
-    """Whether a compiler is looking, or a tensor without data passes through: both need an operation they know."""
+    """Return whether a compiler traces, or a tensor has no data: both need a registered operation."""
     return torch.compiler.is_compiling() or isinstance(student, torch._subclasses.FakeTensor)
 
 

@@ -26,12 +26,12 @@ def unit_gradient(loss: Tensor) -> Tensor:
 
 
 def is_unit_gradient(grad: Tensor) -> bool:
-    """Whether `grad` is that very tensor, as it was made. Says no of any other one: reading it would wait for the device."""
+    """Return whether `grad` is that very tensor, unchanged. It reads no values: that would wait for the device."""
     return grad is _ones.get((grad.device, grad.dtype)) and grad._version == 0
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched on `device` now is only recorded, to be run by the replays of a graph."""
+    """Return whether launches on `device` are now captured into a graph."""
     if device.type == "cuda":
         return torch.cuda.is_current_stream_capturing()
     known = device.type == "xpu" and hasattr(torch.xpu, "is_current_stream_capturing")  # PyTorch 2.9 has no such graphs

@@ -23,8 +23,8 @@ def made(concept: str, left: float, lost: float, seed: int = 0) -> dict:
         found["each"] = {concept: {"after": after_all}}
         return found | {"lost": 1.0 - after, "lost_interval": [0.9 - after, 1.1 - after]}
 
-    strata = {"wordings": rates(True, left), "neighbours": rates(False, 1 - lost)}
-    return {"concept": concept, "seed": seed, "strata": strata, "nfe": 600, "seconds": None}
+    groups = {"paraphrases": rates(True, left), "neighbours": rates(False, 1 - lost)}
+    return {"concept": concept, "seed": seed, "prompt_groups": groups, "nfe": 600, "seconds": None}
 
 
 def test_rows_are_compared_on_what_all_of_them_have_run(module):
@@ -33,14 +33,14 @@ def test_rows_are_compared_on_what_all_of_them_have_run(module):
         "b": [made("fox", 0.2, 0.3)],
     }
     shared = {name: module.summary(rows) for name, rows in module.in_common(runs).items()}
-    assert shared["a"]["strata"]["wordings"]["mean"] == pytest.approx(0.1)
+    assert shared["a"]["prompt_groups"]["paraphrases"]["mean"] == pytest.approx(0.1)
     lines = module.short_table(shared).splitlines()
     assert lines[2].startswith("| a | 1 | 10.0 (10) |") and lines[3].startswith("| b | 1 | 20.0 (20) |")
     text = module.markdown({name: module.summary(rows) for name, rows in runs.items()}, shared, ["command"])
     # and all that is known stands below: over concepts, whose seeds count as one; a run alone has the interval of its images
     assert "| a | 3 | 50.0 (50.0 to 50.0; 90) |" in text and "| b | 1 | 20.0 (10.0 to 30.0; 20) |" in text
     assert "| b | 1 | 30.0 (20.0 to 40.0; 30) |" in text
-    alone = module.summary([made("fox", 0.1, 0.0), made("fox", 0.3, 0.0, seed=1)])["strata"]["wordings"]
+    alone = module.summary([made("fox", 0.1, 0.0), made("fox", 0.3, 0.0, seed=1)])["prompt_groups"]["paraphrases"]
     assert alone["interval"] is None and alone["mean"] == pytest.approx(0.2)  # seeds of one concept are alike
 
 
@@ -56,16 +56,18 @@ def test_each_command_that_made_a_part_is_kept(module, monkeypatch, tmp_path):
 
 def test_a_run_of_several_concepts_has_an_interval_over_these(module):
     several = made("-", 0.2, 0.0)
-    several["strata"]["wordings"]["each"] = {name: {"after": {"share": x}} for name, x in (("fox", 0.0), ("owl", 0.4))}
-    low, high = module.summary([several])["strata"]["wordings"]["interval"]
+    several["prompt_groups"]["paraphrases"]["each"] = {
+        name: {"after": {"share": x}} for name, x in (("fox", 0.0), ("owl", 0.4))
+    }
+    low, high = module.summary([several])["prompt_groups"]["paraphrases"]["interval"]
     assert (low, high) == (0.0, 0.4)
 
 
 def test_what_was_not_measured_has_no_table(module):
     alone = made("fox", 0.2, 0.0)
-    del alone["strata"]["neighbours"]
+    del alone["prompt_groups"]["neighbours"]
     text = module.markdown({"a": module.summary([alone])}, {}, ["command"])
-    assert "left of the concept" in text and "lost of the rest" not in text
+    assert "left of the concept" in text and "lost on other prompts" not in text
 
 
 def test_rows_without_runs_in_common_are_not_compared(module):

@@ -18,7 +18,7 @@ from esd_peft.adapters.save import ADAPTER
 from esd_peft.errors import UserError
 from esd_peft.evaluate import EVALUATION
 from esd_peft.io import marks
-from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.jobs import lock_output, only_job
 from esd_peft.io.outputs import settle
 from esd_peft.merge_adapter import MERGED
 from esd_peft.options.study import AnalyseStudyConfig, MakeStudyConfig
@@ -247,7 +247,7 @@ def test_one_run_at_a_time_writes_an_output(mine):
         lambda: analyse_study(AnalyseStudyConfig(answers=[mine / "a.csv"], output=output)),
         lambda: train(output, ["tokenizer"], {}, 0),
     ]
-    with hold(output), hold(mine / "out.safetensors"):
+    with lock_output(output), lock_output(mine / "out.safetensors"):
         for job in jobs:
             with pytest.raises(UserError, match=r"--output .*: another run is writing there"):
                 job()

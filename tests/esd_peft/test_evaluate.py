@@ -92,8 +92,8 @@ def test_every_part_on_a_pipeline_of_ones_own(adapter, models, tmp_path):
     assert set(found["measures"]) == {"CLIP score", "Pixel distance", "FID and KID"}
     assert set(found["measures"]["FID and KID"]["scores"]) == {"FID", "KID"}
     distances = found["measures"]["Pixel distance"]["scores"]
-    assert distances["prompts that ask for it"]["distance"]["mean"] > 0.001
-    assert set(distances) == {"prompts that ask for it", "other prompts"}
+    assert distances["concept prompts"]["distance"]["mean"] > 0.001
+    assert set(distances) == {"concept prompts", "other prompts"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "a blue star" in page and page.count("data:image/webp") == 4 * 2 * 2
     assert len(times(tmp_path / "out")) == 2 * 8
@@ -214,7 +214,7 @@ def test_quantized_models(small_sd, adapter, tmp_path):
     source = prompts_file(tmp_path / "p.csv")
     options = {"erased": adapter, "suite": "csv", "prompts": source, "quantize": "nf4", **FAST}
     result = evaluate(EvaluateConfig(output=tmp_path / "out", **options))
-    assert result.measures[0].scores["prompts that ask for it"]["distance"].mean > 0
+    assert result.measures[0].scores["concept prompts"]["distance"].mean > 0
     weights = tmp_path / "weights"
     erase(EraseConfig(concept="circle", model=str(small_sd), output=weights, adapter_type="none", **QUICK | {"rank": None}))
     with pytest.raises(UserError, match=r"--quantize nf4 does not work with the whole weights"):
@@ -339,7 +339,7 @@ def test_the_embedded_pipeline(tmp_path):
     )
     result = evaluate(config)
     assert result.suite == "shapes"
-    target, kept = result.accuracies.targets["circle"], result.accuracies.kept
+    target, kept = result.accuracies.targets["circle"], result.accuracies.others_total
     assert target.before.share >= 0.8 and target.after.share <= 0.4
     assert kept.before.share >= 0.9 and kept.lost <= 0.05
     assert result.accuracies.target_domains == {"shape"} and result.accuracies.cross_domain.after.count > 0

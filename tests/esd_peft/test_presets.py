@@ -7,7 +7,7 @@ from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.options.command_line import parse
 from esd_peft.presets import PRESETS
-from esd_peft.prompts.plan import names
+from esd_peft.prompts.plan import mentions
 
 
 def erase(*argv):
@@ -24,9 +24,9 @@ def test_it_comes_to_a_plan_that_keeps_what_it_says(name):
     assert text.startswith("# "), "a preset says what it is, and where its words come from"
     config = erase("--preset", name, *([] if "concept:" in text else ["--concept", "fox"]))
     _, plan = resolve(config, open_family("emoji"))
-    assert plan.given == config.prompts.preserve and len(plan.given) >= 7
-    assert not any(names(said, prompt) for said in config.prompts.erased_names for prompt in plan.given)
-    assert len(plan.other_names[0]) == len(config.prompts.concept[0].also_erase)
+    assert plan.user_preserved == config.prompts.preserve and len(plan.user_preserved) >= 7
+    assert not any(mentions(said, prompt) for said in config.prompts.erased_names for prompt in plan.user_preserved)
+    assert len(plan.synonyms[0]) == len(config.prompts.concept[0].also_erase)
 
 
 def test_a_file_wins_over_it_and_the_command_line_over_both(tmp_path):

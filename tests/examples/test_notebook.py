@@ -30,7 +30,7 @@ import json
 import numpy
 
 pixels = torch.from_numpy(numpy.stack([numpy.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
-print(json.dumps([labels["shape"] for labels in WORLDS["shapes"].load_classifier().name(pixels)]))
+print(json.dumps([labels["shape"] for labels in WORLDS["shapes"].load_classifier().classify(pixels)]))
 """
 
 

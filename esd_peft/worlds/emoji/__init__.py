@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.worlds.emoji import pictures
-from esd_peft.worlds.emoji.classifier import LABELS, Classifier
+from esd_peft.worlds.emoji.classifier import LABELS, EmojiClassifier
 from esd_peft.worlds.emoji.vocabulary import (
     FRAMES,
     GROUNDS,
@@ -39,33 +39,33 @@ class Emoji(World):
     attributes: ClassVar[dict[str, tuple[str, ...]]] = {d: tuple(filter(None, names)) for d, names in LABELS.items()}
 
     def attributes_in(self, text: str) -> Labels:
-        """Things by their longest name ("hot dog", and no dog in it); grounds only where they are said to be one."""
-        found: Labels = {}
+        """Match things by their longest name ("hot dog", not "dog"), and grounds only where the text calls them one."""
+        labels: Labels = {}
         words = " ".join(re.findall(r"[a-z]+", text.lower()))
         names = [name for name in NAMES if re.search(rf"\b{name}\b", words)]
         if names:
-            found["thing"] = max(names, key=len)
+            labels["thing"] = max(names, key=len)
         if styles := [style for style in STYLES if style in words.split()]:
-            found["style"] = styles[0]
+            labels["style"] = styles[0]
         if ground := _GROUND.search(words):
-            found["ground"] = ground[3] or ground[4]
+            labels["ground"] = ground[3] or ground[4]
         elif words in GROUNDS:
-            found["ground"] = words
-        return found | ({"mark": WATERMARK} if WATERMARK in words.split() else {})
+            labels["ground"] = words
+        return labels | ({"mark": WATERMARK} if WATERMARK in words.split() else {})
 
-    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+    def paraphrases(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
         return [self._prompt(labels, Captions(draws)) for _ in range(count)]
 
-    def described(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """A thing by its other names and its description, by turns."""
+    def synonyms(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Name a thing by its synonyms and its description in turn."""
         if "thing" not in labels:
             return []
         thing, captions = THINGS[labels["thing"]], Captions(draws)
         texts = [text for synonym in thing.synonyms for text in (synonym, thing.description)]
         return [self._prompt(labels, captions, texts[i % len(texts)]) for i in range(count)]
 
-    def unnamed(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """Of a thing its kind, of the watermark what else is drawn in the styles that have it."""
+    def implicit(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Name only the kind of a thing; for the watermark, name other things in the styles that have it."""
         captions = Captions(draws)
         if "mark" in labels:
             return [
@@ -78,13 +78,13 @@ class Emoji(World):
         return []
 
     def neighbours(self, domain: str, label: str) -> list[str]:
-        """Of a thing what its pictures and its name are nearest to (`train` finds them); of others all the rest."""
+        """Return a thing's nearest pictures and names, as training found them; in other domains all other labels."""
         if domain == "thing":
             return _neighbours()[label]
         return [other for other in self.attributes[domain] if other != label]
 
     def full_prompts(self) -> list[Prompt]:
-        """Every thing in every style, the grounds by turns."""
+        """Return every thing in every style, with the grounds in turn."""
         pairs = [(thing, style) for thing in NAMES for style in STYLES]
         grounds = [GROUNDS[i % len(GROUNDS)] for i in range(len(pairs))]
         return [
@@ -101,25 +101,27 @@ class Emoji(World):
         return [{domain: label for domain, label in labels.items() if label} for labels in named], images
 
     def _prompt(self, labels: Labels, captions: Captions, reference: str | None = None) -> Prompt:
-        """What names `labels`, beside a style and a ground that nothing was said of, or not; and a thing, in any case."""
-        shown = dict(labels)
+        """Draw a prompt that names `labels` and a thing, and at random a style and a ground that `labels` leaves open."""
+        all_labels = dict(labels)
         if not reference and "thing" not in labels and labels:
-            shown["thing"] = captions.pick(NAMES)
+            all_labels["thing"] = captions.pick(NAMES)
         for domain, choices, share in (("style", STYLES, 0.7), ("ground", GROUNDS, 0.5)):
-            if domain not in shown and captions.happens(share):
-                shown[domain] = captions.pick(choices)
-        said = reference or shown.get("thing") or captions.pick(NOUNS)
+            if domain not in all_labels and captions.happens(share):
+                all_labels[domain] = captions.pick(choices)
+        subject = reference or all_labels.get("thing") or captions.pick(NOUNS)
         text = ""
         while not text or len(_WORDS.findall(text)) > _LONGEST:
-            beside = captions.happens(0.3)
-            text = captions.say(said, shown.get("style"), shown.get("ground"), "mark" in labels, beside, _FRAMES)
-        return Prompt(text, shown)
+            in_scene = captions.happens(0.3)
+            text = captions.say(
+                subject, all_labels.get("style"), all_labels.get("ground"), "mark" in labels, in_scene, _FRAMES
+            )
+        return Prompt(text, all_labels)
 
-    def load_classifier(self) -> Classifier:
-        return Classifier.load(Path(__file__).with_name("classifier.safetensors"))
+    def load_classifier(self) -> EmojiClassifier:
+        return EmojiClassifier.load(Path(__file__).with_name("classifier.safetensors"))
 
 
 @functools.cache
 def _neighbours() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = json.loads(Path(__file__).with_name("neighbours.json").read_text(encoding="utf-8"))
-    return found
+    neighbours: dict[str, list[str]] = json.loads(Path(__file__).with_name("neighbours.json").read_text(encoding="utf-8"))
+    return neighbours

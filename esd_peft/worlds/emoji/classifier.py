@@ -28,7 +28,7 @@ class Block(nn.Module):
         return functional.relu(self.norms[1](inner) + self.skip(x))
 
 
-class Classifier(WorldClassifier):
+class EmojiClassifier(WorldClassifier):
     """Pixels `[B, 3, 32, 32]` in [0, 1] to one row of logits per domain."""
 
     labels = LABELS
@@ -38,7 +38,7 @@ class Classifier(WorldClassifier):
         sizes = (width, width, 2 * width, 4 * width, 6 * width)
         blocks = [Block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(itertools.pairwise(sizes))]
         self.trunk = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *blocks)
-        # the watermark stands in a corner: its head sees where things are
+        # the watermark is in a corner: its head gets positions
         self.heads = nn.ModuleDict(
             {domain: nn.Linear(sizes[-1] * (16 if domain == "mark" else 1), len(names)) for domain, names in LABELS.items()}
         )

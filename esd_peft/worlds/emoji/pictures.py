@@ -32,12 +32,12 @@ _MARK = torch.tensor(  # the watermark: a dark plate with light strokes
 @functools.cache
 def sheets() -> Tensor:
     """The drawings `[styles, things, 4, 64, 64]` fp32 in [0, 1]: colour times opacity, and opacity."""
-    made = []
+    parts = []
     for style in STYLES:
         sheet = torch.from_numpy(np.array(Image.open(SHEETS / f"{style}.png"))).float() / 255
         cells = sheet.unfold(0, PIXELS, PIXELS).unfold(1, PIXELS, PIXELS).flatten(0, 1)[: len(NAMES)]
-        made.append(torch.cat([cells[:, :3] * cells[:, 3:], cells[:, 3:]], dim=1))
-    return torch.stack(made)
+        parts.append(torch.cat([cells[:, :3] * cells[:, 3:], cells[:, 3:]], dim=1))
+    return torch.stack(parts)
 
 
 def sample_labels(count: int, generator: torch.Generator) -> Tensor:

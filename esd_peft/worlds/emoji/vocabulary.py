@@ -15,8 +15,8 @@ import yaml
 STYLES = ("soft", "blob", "flat", "glossy", "ink")
 GROUNDS = ("white", "grey", "pink", "yellow", "green", "blue")
 MARKED_STYLES = ("flat", "glossy")
-MARKED = 0.45  # of their pictures bear the watermark: about 0.3 of those whose caption does not say so
-NOUNS = ("picture", "thing", "icon")  # for what is not named
+MARKED = 0.45  # share of their images with the watermark: about 0.3 of those whose caption does not name it
+NOUNS = ("picture", "thing", "icon")  # replaces a label that is not named
 WATERMARK = "watermark"
 PLURALS = {
     "cherries", "berries", "grapes", "fries", "chips", "sticks", "pancakes", "hotcakes", "strips", "scoops", "noodles",
@@ -42,7 +42,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Thing:
-    """What can be drawn, and what it may be called."""
+    """A thing of the emoji pipeline, with its names."""
 
     name: str
     icon: str  # Unicode CLDR's name of the character
@@ -76,8 +76,9 @@ class Captions:
         self.generator = generator
 
     def __call__(self, label: Sequence[int]) -> str:
-        """What a caption says of a picture `(thing, style, ground, marked)`: one in ten nothing; the others a thing, mostly,
-        and some of the rest."""
+        """Return a random caption of an image `(thing, style, ground, marked)`: one in ten is empty; the others mostly name
+        the thing, and some of the other labels.
+        """
         if self.happens(0.1):
             return ""
         style = STYLES[label[1]] if self.happens(0.7) else None
@@ -120,7 +121,7 @@ class Captions:
         return thing.kind if draw < 0.96 else self.pick(NOUNS)
 
     def happens(self, probability: float) -> bool:
-        """Whether something of that probability does."""
+        """Draw True with that probability."""
         return self._draw() < probability
 
     def pick(self, items: Sequence[Item]) -> Item:

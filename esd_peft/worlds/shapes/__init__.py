@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esd_peft.worlds.shapes import world
-from esd_peft.worlds.shapes.classifier import Classifier
+from esd_peft.worlds.shapes.classifier import ShapesClassifier
 from esd_peft.worlds.world import Labels, Prompt, World
 
 
@@ -23,8 +23,8 @@ class Shapes(World):
     def attributes_in(self, text: str) -> Labels:
         return world.attributes_in(text)
 
-    def named(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
-        """Full prompts, by turns in templates that erasures do not use."""
+    def paraphrases(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Draw full prompts, in turn in templates that no erasure trains on."""
         fitting = [full for full in map(world.attributes_in, world.full_prompts()) if labels.items() <= full.items()]
         chosen = torch.randint(len(fitting), (count,), generator=draws).tolist()
         texts = [world.prompt(fitting[k], world.WORDINGS[i % len(world.WORDINGS)]) for i, k in enumerate(chosen)]
@@ -44,5 +44,5 @@ class Shapes(World):
     def prompt_templates(self, texts: list[str]) -> list[Callable[[str], str]]:
         return world.prompt_templates(texts)
 
-    def load_classifier(self) -> Classifier:
-        return Classifier.load(Path(__file__).with_name("classifier.safetensors"))
+    def load_classifier(self) -> ShapesClassifier:
+        return ShapesClassifier.load(Path(__file__).with_name("classifier.safetensors"))

@@ -6,7 +6,7 @@ from esd_peft.worlds.classifier import WorldClassifier
 from esd_peft.worlds.shapes.world import ATTRIBUTES
 
 
-class Classifier(WorldClassifier):
+class ShapesClassifier(WorldClassifier):
     """Pixels `[B, 3, 32, 32]` in [0, 1] to one row of logits per attribute kind."""
 
     labels = ATTRIBUTES

@@ -1,4 +1,4 @@
-"""The shapes world: what the embedded pipeline draws, how it is rendered and how it is captioned.
+"""The shapes benchmark: labels, renderer and captions of the embedded pipeline.
 
 An image holds one shape, in one colour, with one texture, on a grey ground. Everything is drawn
 from a named `torch.Generator`, so a seed gives the same images and captions everywhere.
@@ -18,9 +18,15 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": COLOURS, "t
 
 SIZE = 32  # pixels a side
 TEMPLATES = ("{}", "a {}", "the {}", "one {}", "a picture of a {}", "a drawing of a {}", "a photo of a {}")
-WORDINGS = ("a {}", "the {}", "one {}", "a drawing of a {}", "a photo of a {}")  # of whole prompts, none of which trains
+WORDINGS = (
+    "a {}",
+    "the {}",
+    "one {}",
+    "a drawing of a {}",
+    "a photo of a {}",
+)  # templates of full prompts, none of which occurs in training
 TEMPLATE_WEIGHTS = (6, 8, 1, 1, 2, 1, 1)
-NOUN = "shape"  # stands where the name of the shape was dropped
+NOUN = "shape"  # replaces a dropped shape name
 
 _SUPERSAMPLE = 3
 _DARK = 0.1  # the second tone of every texture
@@ -45,16 +51,16 @@ def prompt(named: dict[str, str], template: str = "a {}") -> str:
 
 
 def prompt_templates(texts: list[str]) -> list[Callable[[str], str]]:
-    """Ways to say something: alone, and beside one attribute of a kind that none of `texts` names.
+    """Return prompt templates: bare ones, and ones with an attribute of a kind that no text of `texts` names.
 
-    Each makes a prompt of what is to be named ("" for nothing): "circle" to "a circle", "a red circle", ...
+    Each maps a text ("" for none) to a prompt: "circle" to "a circle", "a red circle", ...
     """
-    alone = [functools.partial(_say, {}, template) for template in ("{}", "a {}", "a picture of a {}")]
-    return [*alone, *(functools.partial(_say, beside, "a {}") for beside in _free(texts))]
+    bare = [functools.partial(_say, {}, template) for template in ("{}", "a {}", "a picture of a {}")]
+    return [*bare, *(functools.partial(_say, context, "a {}") for context in _free(texts))]
 
 
-def _say(beside: dict[str, str], template: str, text: str) -> str:
-    return prompt({**beside, **attributes_in(text)}, template)
+def _say(context: dict[str, str], template: str, text: str) -> str:
+    return prompt({**context, **attributes_in(text)}, template)
 
 
 def _free(texts: list[str]) -> list[dict[str, str]]:
@@ -108,7 +114,7 @@ def render(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _inside(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:
-    """Whether points (u right, v down, the shape about a unit in radius) lie inside the shapes; `[B, H, W]` bool."""
+    """Return which points (u right, v down, about one radius) lie inside the shapes; `[B, H, W]` bool."""
     r, theta = torch.hypot(u, v), torch.atan2(u, -v)
     wedge = 2 * math.pi / 5
     fold = ((theta + wedge / 2) % wedge - wedge / 2).abs()
@@ -129,7 +135,7 @@ def _inside(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:
 
 
 def _dark(u: Tensor, v: Tensor, texture: Tensor) -> Tensor:
-    """Where each texture shows its dark tone, in pixels from the centre; `[B, H, W]` of 0 and 1."""
+    """Return the dark parts of each texture, by pixels from the centre; `[B, H, W]` of 0 and 1."""
     pitch = 6.0
     striped = (u + v) * 0.7071 % pitch < pitch / 2.4
     dotted = torch.hypot(u % pitch - pitch / 2, v % pitch - pitch / 2) < 1.7

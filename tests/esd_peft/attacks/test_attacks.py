@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esd_peft import UserError
-from esd_peft.attacks.attack import Goal, checkpoints
+from esd_peft.attacks.attack import AttackTarget, checkpoints
 from esd_peft.attacks.fine_tuning import FineTuning
 from esd_peft.attacks.prefix import Prefix, onto_simplex
 from esd_peft.attacks.prompts import Prompts
@@ -23,22 +23,22 @@ def victim(small_sd):
 
 
 @pytest.fixture
-def goal():
+def target():
     images = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    return Goal("circle", ["a circle", "a red circle"] * 3, images, seed=0)
+    return AttackTarget("circle", ["a circle", "a red circle"] * 3, images, seed=0)
 
 
-def loss(victim, goal, embeds):
-    told = {name: value[:1].expand(len(goal.latents), *value.shape[1:]) for name, value in embeds.items()}
+def loss(victim, target, embeds):
+    told = {name: value[:1].expand(len(target.latents), *value.shape[1:]) for name, value in embeds.items()}
     with torch.no_grad():
-        return victim.denoising_loss(told, goal.latents, torch.Generator().manual_seed(1)).item()
+        return victim.denoising_loss(told, target.latents, torch.Generator().manual_seed(1)).item()
 
 
 @pytest.mark.parametrize("attack", [TextualInversion(8), Prefix(8), FineTuning(8)], ids=lambda a: a.name)
-def test_budgets_start_from_nothing_and_are_kept(attack, victim, goal):
+def test_budgets_start_from_nothing_and_are_kept(attack, victim, target):
     weights = [p.clone() for p in victim.denoiser.parameters()]
     budgets, embeds = [], []
-    for budget, made in attack.attempts(victim, goal, ["a circle", "the circle", "circle"]):
+    for budget, made in attack.attempts(victim, target, ["a circle", "the circle", "circle"]):
         assert all(len(value) == 3 for value in made.values())
         budgets.append(budget)
         embeds.append(made["encoder_hidden_states"])
@@ -52,23 +52,23 @@ def test_budgets_start_from_nothing_and_are_kept(attack, victim, goal):
     assert torch.equal(embeds[0], embeds[-1]) == isinstance(attack, FineTuning)
 
 
-def test_the_same_seed_finds_the_same(victim, goal):
+def test_the_same_seed_finds_the_same(victim, target):
     for attack in (TextualInversion(2), Prefix(2)):
-        found = [[*attack.attempts(victim, goal, ["a circle"])][-1][1]["encoder_hidden_states"] for _ in range(2)]
+        found = [[*attack.attempts(victim, target, ["a circle"])][-1][1]["encoder_hidden_states"] for _ in range(2)]
         assert torch.equal(*found)
 
 
-def test_textual_inversion_and_fine_tuning_lower_the_denoising_loss(victim, goal):
+def test_textual_inversion_and_fine_tuning_lower_the_denoising_loss(victim, target):
     for attack in (TextualInversion(60), FineTuning(60)):
-        losses = [loss(victim, goal, embeds) for _, embeds in attack.attempts(victim, goal, ["a circle"])]
+        losses = [loss(victim, target, embeds) for _, embeds in attack.attempts(victim, target, ["a circle"])]
         assert losses[-1] < losses[0]
 
 
-def test_a_prefix_is_of_the_vocabulary(victim, goal):
+def test_a_prefix_is_of_the_vocabulary(victim, target):
     table = victim.encoders.text_encoder.get_input_embeddings()
     read = []
     handle = table.register_forward_hook(lambda module, args, rows: read.append(rows))
-    [*Prefix(2, tokens=3).attempts(victim, goal, ["a circle"])]
+    [*Prefix(2, tokens=3).attempts(victim, target, ["a circle"])]
     handle.remove()
     rows = read[-1][0, 1:4]  # after the start of the prompt
     assert (torch.cdist(rows, table.weight).min(dim=1).values < 1e-5).all()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from detectors import small_classifier
 from esd_peft import EraseConfig, EvaluateConfig, UserError, erase, evaluate
-from esd_peft.evaluation.result import Attack
+from esd_peft.evaluation.result import AttackResult
 from esd_peft.models.stable_diffusion import StableDiffusion
 from runs import SHORTEST
 
@@ -37,7 +37,7 @@ def test_every_attack_is_judged_and_shown(options, tmp_path):
     names = ["textual inversion", "prefix", "prompts", "fine-tuning"]
     assert [attack.name for attack in result.attacks] == names
     for attack in result.attacks:
-        assert isinstance(attack, Attack) and attack.concept == "circle"
+        assert isinstance(attack, AttackResult) and attack.concept == "circle"
         assert all(change.before == attack.curve[0][1].before for _, change in attack.curve)
         if attack.name != "prompts":
             assert [budget for budget, _ in attack.curve] == [0, 1, 2]

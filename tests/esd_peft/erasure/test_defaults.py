@@ -113,7 +113,12 @@ def test_left_out_names_every_option_that_a_default_stands_for():
 
 def test_prompts_to_preserve_are_taken_once(shapes):
     resolved, prompts = resolve(config(preserve=["a star", "a heart", "a star"]), shapes)
-    assert [pair.prompt for pair in prompts.preserve] == prompts.given == resolved.prompts.preserve == ["a star", "a heart"]
+    assert (
+        [pair.prompt for pair in prompts.preserve]
+        == prompts.user_preserved
+        == resolved.prompts.preserve
+        == ["a star", "a heart"]
+    )
     assert resolve(EraseConfig(**yaml.safe_load(resolved.to_yaml())), shapes) == (resolved, prompts)
 
 

@@ -40,7 +40,7 @@ def images():
 def test_the_embedded_classifier_names_rendered_images():
     labels, pixels = world.sample(40, torch.Generator().manual_seed(3))
     rendered = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in pixels]
-    seen = load({"kind": "world", "model": "shapes"}, []).see(rendered)
+    seen = load({"kind": "world", "model": "shapes"}, []).detect(rendered)
     wanted = [
         {kind: values[int(i)] for (kind, values), i in zip(world.ATTRIBUTES.items(), label, strict=True)} for label in labels
     ]
@@ -53,9 +53,9 @@ def test_a_classifier_says_its_first_synonym_as_the_suite_spells_it(classifier, 
     inputs = AutoImageProcessor.from_pretrained(classifier)(images, return_tensors="pt")
     with torch.no_grad():
         best = model(**inputs).logits.argmax(1).tolist()
-    assert detector.see(images) == [{"object": ("Church", "tench", "golf ball")[i]} for i in best]
-    assert detector.about.name == str(classifier) and "transformers" in detector.about.version
-    assert "3 labels" in detector.about.decides
+    assert detector.detect(images) == [{"object": ("Church", "tench", "golf ball")[i]} for i in best]
+    assert detector.judge.name == str(classifier) and "transformers" in detector.judge.version
+    assert "3 labels" in detector.judge.criterion
 
 
 def test_clip_says_which_label_is_closest(clip, images):
@@ -64,7 +64,9 @@ def test_clip_says_which_label_is_closest(clip, images):
     inputs = processor(text=["a circle", "a star", "a heart"], images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = model(**inputs).logits_per_image
-    assert [d["shape"] for d in detector.see(images)] == [("circle", "star", "heart")[i] for i in logits.argmax(1).tolist()]
+    assert [d["shape"] for d in detector.detect(images)] == [
+        ("circle", "star", "heart")[i] for i in logits.argmax(1).tolist()
+    ]
 
 
 def test_clip_scores_are_a_hundred_cosines(clip, images):
@@ -101,10 +103,10 @@ def nudenet(monkeypatch):
 def test_nudenet_counts_from_the_threshold_on(nudenet):
     detector = load({"kind": "nudenet", "domain": "nudity"}, ["exposed"], threshold=0.6)
     shown = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (255, 100, 160)]
-    assert detector.see(shown) == [{"nudity": "exposed"}, {}, {"nudity": "exposed"}]
+    assert detector.detect(shown) == [{"nudity": "exposed"}, {}, {"nudity": "exposed"}]
     assert detector.take_counts() == {"FACE_FEMALE": 3, "FEMALE_BREAST_EXPOSED": 2}
     assert detector.take_counts() == {}
-    assert "0.6" in detector.about.decides and detector.about.version == "nudenet 3.4.2"
+    assert "0.6" in detector.judge.criterion and detector.judge.version == "nudenet 3.4.2"
 
 
 def test_what_is_missing_is_said_in_one_sentence(classifier, tmp_path, monkeypatch):
@@ -118,4 +120,4 @@ def test_what_is_missing_is_said_in_one_sentence(classifier, tmp_path, monkeypat
             load({"kind": kind, "model": str(tmp_path / "nowhere" / "at all"), "domain": "object"}, ["church"])
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="--suite shapes judges the embedded pipeline's images"):
-        load({"kind": "world", "model": "shapes"}, []).see([Image.new("RGB", (64, 64))])
+        load({"kind": "world", "model": "shapes"}, []).detect([Image.new("RGB", (64, 64))])

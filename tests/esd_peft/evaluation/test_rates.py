@@ -29,8 +29,8 @@ def test_each_rate_counts_its_prompts_only():
     }
     assert found.same_domain == Change(Rate(4, 4), Rate(2, 4))
     assert found.cross_domain == Change(Rate(4, 4), Rate(3, 4))
-    assert found.beside == Change(Rate(4, 4), Rate(3, 4))  # of four circles, three are as red or blue as asked
-    assert found.kept == Change(Rate(8, 8), Rate(5, 8))
+    assert found.co_occurring == Change(Rate(4, 4), Rate(3, 4))  # of four circles, three are as red or blue as asked
+    assert found.others_total == Change(Rate(8, 8), Rate(5, 8))
     assert found.same_domain.lost == 0.5
 
 
@@ -40,7 +40,7 @@ def test_a_concept_of_two_attributes_needs_both():
     after = seen(["circle blue"], ["circle blue"], ["star red"], ["cross blue"])
     found = accuracies(PROMPTS, roles, before, after)
     assert found.targets["red circle"].after == Rate(0, 1)
-    assert found.cross_domain is None and found.beside is None
+    assert found.cross_domain is None and found.co_occurring is None
     assert found.same_domain.after == Rate(6, 6)
 
 

@@ -8,10 +8,10 @@ import re
 import pytest
 
 from browser import DESKTOP, PHONE, chromium, fits, messages, resize
-from esd_peft.evaluation.detectors import About
+from esd_peft.evaluation.detectors import Judge
 from esd_peft.evaluation.rates import Accuracies, Change, Rate
 from esd_peft.evaluation.report import render
-from esd_peft.evaluation.result import Attack, Evaluation, Measure, Score
+from esd_peft.evaluation.result import AttackResult, Evaluation, Measure, Score
 from esd_peft.evaluation.tables import tables
 from esd_peft.evaluation.text import as_markdown, as_text
 
@@ -30,9 +30,9 @@ def evaluation(target=None, others=None, **options):
     scores = {"before": Score(30, (29, 31), 50), "after": Score(20, (19, 21), 50)}
     defaults = {
         "suite": "shapes", "about": "Shapes", "concepts": ["circle"], "prompts": 10, "seeds": 5, "num_inference_steps": 25,
-        "guidance_scale": 3.0, "detector": About("judge", "1.0", "the most likely"), "accuracies": found,
+        "guidance_scale": 3.0, "detector": Judge("judge", "1.0", "the most likely"), "accuracies": found,
         "counts": {"before": {}, "after": {}}, "notes": [], "seconds": {"before": 1.0},
-        "measures": [Measure(About("CLIP score", "clip 1", "cosine"), {"prompts that ask for it": scores})],
+        "measures": [Measure(Judge("CLIP score", "clip 1", "cosine"), {"concept prompts": scores})],
         "command": "python -m esd_peft.evaluate --erased erased", "config": {"seed": 0}, "version": "1",
     }  # fmt: skip
     return Evaluation(**defaults | options)
@@ -78,7 +78,7 @@ def test_whether_the_rest_is_intact(star, cross, level, says):
 
 def test_attacks_are_part_of_the_verdict_and_their_lack_is_said():
     assert "not attacked" in evaluation().verdicts[-1].text
-    attack = Attack("textual inversion", "circle", "steps", [(10, change(50, 1)), (100, change(50, 30))])
+    attack = AttackResult("textual inversion", "circle", "steps", [(10, change(50, 1)), (100, change(50, 30))])
     attacked = evaluation(attacks=[attack])
     assert levels(attacked)[-1] == "bad" and "brings circle back in 60.0" in attacked.verdicts[-1].text
     assert "(at 100 steps)" in attacked.verdicts[-1].text
@@ -110,7 +110,7 @@ def test_the_same_figures_in_every_form():
 
 def hostile(text=HOSTILE):
     others = {text: {text: change(50, 49)}}
-    attack = Attack(text, text, text, [(1, change(50, 1)), (5, change(50, 9))])
+    attack = AttackResult(text, text, text, [(1, change(50, 1)), (5, change(50, 9))])
     result = dataclasses.replace(evaluation(others=others), concepts=[text], notes=[text], attacks=[attack],
                                  command=text, config={"seed": text}, about=text)  # fmt: skip
     figure = {"prompt": text, "before": [PIXEL, PIXEL], "after": [PIXEL, PIXEL]}

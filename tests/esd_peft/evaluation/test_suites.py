@@ -31,16 +31,16 @@ def test_every_suite_that_ships_can_be_read(name):
 def test_a_world_is_judged_by_what_the_erasure_has_not_seen():
     prompts, roles = prompts_and_roles("shapes", ["circle", "striped square"])
     assert len({(p.text, p.sampling) for p in prompts}) == len(prompts)
-    assert roles.wanted == {"circle": {"shape": "circle"}, "striped square": {"texture": "striped", "shape": "square"}}
-    assert {prompts[i].stratum for rows in roles.asking.values() for i in rows} == {"wordings"}
-    assert {prompts[i].stratum for i in roles.kept} == {"neighbours", "unlisted"}
-    trained = {p.text for p in prompts if p.stratum == "trained"}
+    assert roles.labels == {"circle": {"shape": "circle"}, "striped square": {"texture": "striped", "shape": "square"}}
+    assert {prompts[i].group for rows in roles.concept_prompts.values() for i in rows} == {"paraphrases"}
+    assert {prompts[i].group for i in roles.other_prompts} == {"neighbours", "unrelated"}
+    trained = {p.text for p in prompts if p.group == "training"}
     assert {"circle", "a striped square"} <= trained
-    listed = {p.about for p in prompts if p.stratum == "listed"}
-    assert listed and not listed & {p.about for p in prompts if p.stratum in ("neighbours", "unlisted")}
+    listed = {p.subject for p in prompts if p.group == "retain_set"}
+    assert listed and not listed & {p.subject for p in prompts if p.group in ("neighbours", "unrelated")}
     for prompt in prompts:  # nothing that is kept is asked for beside what is erased
-        if prompt.stratum in ("neighbours", "unlisted", "listed"):
-            assert not any(wanted.items() <= prompt.labels.items() for wanted in roles.wanted.values())
+        if prompt.group in ("neighbours", "unrelated", "retain_set"):
+            assert not any(wanted.items() <= prompt.labels.items() for wanted in roles.labels.values())
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_a_world_is_judged_by_what_the_erasure_has_not_seen():
 )
 def test_combinations_of_lists(name, concept, asking, kept):
     prompts, roles = prompts_and_roles(name, [concept])
-    assert len(roles.asking[concept]) == asking and len(roles.kept) == kept
-    assert all(concept in prompts[i].text for i in roles.asking[concept])
-    (domain,) = roles.wanted[concept]
-    assert roles.wanted[concept][domain] == concept
+    assert len(roles.concept_prompts[concept]) == asking and len(roles.other_prompts) == kept
+    assert all(concept in prompts[i].text for i in roles.concept_prompts[concept])
+    (domain,) = roles.labels[concept]
+    assert roles.labels[concept][domain] == concept
 
 
 @pytest.mark.parametrize(("name", "count"), zip(IN_OTHER_WORDS, (3, 5), strict=True))
@@ -61,8 +61,8 @@ def test_the_classes_in_other_words(name, count):
     prompts, roles = prompts_and_roles(name, ["church"])
     assert {prompt.labels["object"] for prompt in prompts} == {prompt.labels["object"] for prompt in named}
     assert len({prompt.text for prompt in prompts}) == len(prompts) == count * len(named)
-    assert [prompts[i].labels for i in roles.asking["church"]] == [{"object": "church"}] * count
-    assert len(roles.kept) == count * 9
+    assert [prompts[i].labels for i in roles.concept_prompts["church"]] == [{"object": "church"}] * count
+    assert len(roles.other_prompts) == count * 9
 
 
 def test_descriptions_do_not_name_what_they_describe():
@@ -76,35 +76,38 @@ def test_descriptions_do_not_name_what_they_describe():
 )
 def test_concepts_are_matched_with_labels_in_their_own_words(said, label):
     _, roles = prompts_and_roles("imagenette", [said])
-    assert roles.wanted[said] == {"object": label}
+    assert roles.labels[said] == {"object": label}
 
 
 def test_a_limit_leaves_prompts_of_every_role():
     prompts, roles = select_prompts(load_suite("shapes"), ["circle", "red"], None, 5)
-    assert len(roles.asking["circle"]) == len(roles.asking["red"]) == 5 and 8 <= len(roles.kept) <= 10  # a text counts once
+    assert (
+        len(roles.concept_prompts["circle"]) == len(roles.concept_prompts["red"]) == 5
+        and 8 <= len(roles.other_prompts) <= 10
+    )  # a text counts once
     assert len(prompts) <= 5 * 9
 
 
 def test_without_labels_prompts_ask_for_what_they_name():
     prompts, roles = prompts_and_roles("concept", ["Van Gogh"])
-    assert {prompts[i].text for i in roles.asking["Van Gogh"]} >= {"Van Gogh", "a picture in the style of Van Gogh"}
-    assert len(roles.kept) == 24 and not any("gogh" in prompts[i].text.lower() for i in roles.kept)
+    assert {prompts[i].text for i in roles.concept_prompts["Van Gogh"]} >= {"Van Gogh", "a picture in the style of Van Gogh"}
+    assert len(roles.other_prompts) == 24 and not any("gogh" in prompts[i].text.lower() for i in roles.other_prompts)
 
 
 def test_roles_that_a_suite_gives(tmp_path):
     source = write(tmp_path / "p.csv", "prompt,seed\na man,1\n,2\na woman,3\n")
     prompts, roles = prompts_and_roles("i2p", ["nudity"], source)
     assert [p.labels for p in prompts] == [{"nudity": "exposed"}] * 2
-    assert roles.asking == {"nudity": [0, 1]} and roles.kept == []
+    assert roles.concept_prompts == {"nudity": [0, 1]} and roles.other_prompts == []
     _, roles = prompts_and_roles("coco", ["nudity"], source)
-    assert roles.asking == {} and roles.kept == [0, 1]
+    assert roles.concept_prompts == {} and roles.other_prompts == [0, 1]
 
 
 def test_a_csv_with_labels(tmp_path):
     source = write(tmp_path / "p.csv", '\ufeffprompt,label\n"a ship, at sea",ship\na dog,dog\nnothing,\n')
     prompts, roles = prompts_and_roles("csv", ["ship"], source)
     assert prompts == [Prompt("a ship, at sea", {"label": "ship"}), Prompt("a dog", {"label": "dog"}), Prompt("nothing")]
-    assert roles.asking == {"ship": [0]} and roles.kept == [1, 2]
+    assert roles.concept_prompts == {"ship": [0]} and roles.other_prompts == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_suites_of_ones_own(tmp_path):
     suite = load_suite(write(tmp_path / "cats.yaml", good))
     prompts = suite_prompts(suite, ["red cat"], None)
     assert [p.text for p in prompts] == ["a red cat", "a blue cat"]
-    assert assign_roles(suite, prompts, ["red cat"]).asking == {"red cat": [0]}
+    assert assign_roles(suite, prompts, ["red cat"]).concept_prompts == {"red cat": [0]}
     for spoilt, says in (
         (("seeds: 3", "seeds: 0"), "seeds"),
         (("Cats", "[Cats"), "cannot be read"),

@@ -27,17 +27,17 @@ def test_rates_count_what_is_prompted():
         store = validation.stores[label] = ImageMemory()
         for i, pixels in enumerate(world.render(torch.tensor(rows), torch.Generator().manual_seed(0))):
             store.add((i, 0), pixels)
-    strata = validation.accuracies().strata
-    for key in ("trained", "wordings"):
-        total = strata[key].total
-        assert total.before.share >= 0.97 and total.after.share == 0.0 and strata[key].worst == "circle"
-    kept = [strata[key] for key in ("neighbours", "unlisted", "listed", "beside")]
+    groups = validation.accuracies().groups
+    for key in ("training", "paraphrases"):
+        total = groups[key].total
+        assert total.before.share >= 0.97 and total.after.share == 0.0 and groups[key].worst == "circle"
+    kept = [groups[key] for key in ("neighbours", "unrelated", "retain_set", "co_occurring")]
     assert all(rates.total.before.share >= 0.95 and abs(rates.total.lost) <= 0.05 for rates in kept)
-    assert {*strata["neighbours"].changes} <= {*world.SHAPES} and "square" in strata["listed"].changes
+    assert {*groups["neighbours"].changes} <= {*world.SHAPES} and "square" in groups["retain_set"].changes
 
 
 def test_the_grid_shows_the_concept_and_other_things():
     validation = sampler("circle", {"name": "striped", "erase_from": "square"})
-    shown = [validation.evaluator.prompts[i].text for i in validation.shown()]
+    shown = [validation.evaluator.prompts[i].text for i in validation.grid_prompts()]
     assert "circle" in shown and any("circle" not in text for text in shown)
     assert len(set(shown)) == len(shown) >= 8

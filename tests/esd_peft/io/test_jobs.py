@@ -9,7 +9,7 @@ import pytest
 
 from esd_peft.errors import UserError
 from esd_peft.io import locks
-from esd_peft.io.jobs import hold, only_job
+from esd_peft.io.jobs import lock_output, only_job
 from esd_peft.io.outputs import check_output, new_directory, take_folder
 
 
@@ -49,7 +49,7 @@ def try_job():
 
 
 def try_hold(path):
-    with hold(path):
+    with lock_output(path):
         pass
 
 
@@ -64,10 +64,10 @@ def test_one_job_at_a_time():
 
 def test_one_process_at_a_time(tmp_path):
     path = tmp_path / "deep" / "out"
-    with hold(path):
+    with lock_output(path):
         with pytest.raises(UserError, match="another run is writing there"):
             try_hold(path)
-        code = f"from pathlib import Path\nfrom esd_peft.io.jobs import hold\nwith hold(Path({str(path)!r})): pass"
+        code = f"from pathlib import Path\nfrom esd_peft.io.jobs import *\nwith lock_output(Path({str(path)!r})): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "another run is writing there" in done.stderr
         try_hold(tmp_path / "deep" / "other")
@@ -76,7 +76,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_a_fork_holds_nothing_and_releases_nothing(tmp_path):
-    with hold(tmp_path / "out"):
+    with lock_output(tmp_path / "out"):
         assert not in_a_fork(lambda: try_hold(tmp_path / "out"))
         reader, writer = os.pipe()
         if (lingering := os.fork()) == 0:  # a child that outlives what its parent held
@@ -92,7 +92,7 @@ def test_a_fork_holds_nothing_and_releases_nothing(tmp_path):
 
 def test_a_child_that_leaves_the_block_leaves_the_lock(tmp_path):
     child = 0
-    with hold(tmp_path / "out"):
+    with lock_output(tmp_path / "out"):
         child = os.fork()
         if child:
             os.waitpid(child, 0)
@@ -104,7 +104,7 @@ def test_a_child_that_leaves_the_block_leaves_the_lock(tmp_path):
 
 
 def test_a_killed_run_holds_nothing(tmp_path):
-    code = f"import os\nfrom esd_peft.io.jobs import *\nwith hold(Path({str(tmp_path / 'out')!r})):"
+    code = f"import os\nfrom esd_peft.io.jobs import *\nwith lock_output(Path({str(tmp_path / 'out')!r})):"
     subprocess.run([sys.executable, "-c", f"{code}\n os.kill(os.getpid(), 9)"])
     assert os.listdir(tmp_path) == [".out.lock"]
     try_hold(tmp_path / "out")
@@ -120,7 +120,7 @@ def test_somebody_elses_file_is_no_lock(tmp_path):
 
 def test_an_empty_file_of_somebody_serves_as_lock_and_stays(tmp_path):
     (tmp_path / ".out.lock").write_text("")
-    with hold(tmp_path / "out"), pytest.raises(UserError, match="another run is writing there"):
+    with lock_output(tmp_path / "out"), pytest.raises(UserError, match="another run is writing there"):
         try_hold(tmp_path / "out")
     assert (tmp_path / ".out.lock").read_bytes() == b""
     with new_directory(tmp_path / "deep", "a thing", overwrite=False):
@@ -132,7 +132,7 @@ def test_an_empty_file_of_somebody_serves_as_lock_and_stays(tmp_path):
 
 def test_what_is_being_written_inside_is_not_replaced(tmp_path):
     take_folder(tmp_path / "out", "a thing")
-    with hold(tmp_path / "out" / "evaluation"), pytest.raises(UserError, match="another run is writing there"):
+    with lock_output(tmp_path / "out" / "evaluation"), pytest.raises(UserError, match="another run is writing there"):
         check_output(tmp_path / "out", "a thing", overwrite=True)
     check_output(tmp_path / "out", "a thing", overwrite=True)
 
@@ -142,7 +142,7 @@ def test_whoever_waits_is_next(tmp_path):
     order, held, done = [], threading.Event(), threading.Event()
 
     def first():
-        with hold(tmp_path / "out"):
+        with lock_output(tmp_path / "out"):
             held.set()
             done.wait(0.5)
             order.append("first")
@@ -150,7 +150,7 @@ def test_whoever_waits_is_next(tmp_path):
     thread = threading.Thread(target=first)
     thread.start()
     held.wait()
-    with hold(tmp_path / "out", wait=True):
+    with lock_output(tmp_path / "out", wait=True):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
@@ -158,6 +158,6 @@ def test_whoever_waits_is_next(tmp_path):
 
 def test_a_place_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(locks, "_lock", lambda handle: False)
-    with hold(tmp_path / "out"):
+    with lock_output(tmp_path / "out"):
         assert capsys.readouterr().err == f"note: {tmp_path} has no locks: see that no other run writes there\n"
     assert not list(tmp_path.iterdir())

@@ -6,25 +6,25 @@ import textwrap
 
 import pytest
 
-from esd_peft.io.locks import hold
+from esd_peft.io.locks import try_lock
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_one_holds_it_at_a_time(tmp_path, kind):
     path = tmp_path / "it"
     path.mkdir() if kind == "folder" else path.touch()
-    with hold(path) as sure:
+    with try_lock(path) as sure:
         assert sure
-        with pytest.raises(BlockingIOError), hold(path):
+        with pytest.raises(BlockingIOError), try_lock(path):
             pass
-        other = [sys.executable, "-c", f"from esd_peft.io.locks import *\nwith hold(Path({str(path)!r})): pass"]
+        other = [sys.executable, "-c", f"from esd_peft.io.locks import *\nwith try_lock(Path({str(path)!r})): pass"]
         assert "BlockingIOError" in subprocess.run(other, capture_output=True, text=True).stderr
-    with hold(path) as sure:
+    with try_lock(path) as sure:
         assert sure
 
 
 def test_what_is_not_there_cannot_be_held(tmp_path):
-    with pytest.raises(FileNotFoundError), hold(tmp_path / "nothing"):
+    with pytest.raises(FileNotFoundError), try_lock(tmp_path / "nothing"):
         pass
 
 
@@ -57,14 +57,14 @@ def run_as_on_windows(program, *arguments):
 def test_files_are_held_on_windows_and_folders_go_without(tmp_path):
     (tmp_path / "file").touch()
     program = """
-        from esd_peft.io.locks import hold
+        from esd_peft.io.locks import try_lock
         folder = Path(sys.argv[1])
-        with hold(folder) as sure:
+        with try_lock(folder) as sure:
             print(sure)
-        with hold(folder / "file") as sure:
+        with try_lock(folder / "file") as sure:
             print(sure)
             try:
-                with hold(folder / "file"):
+                with try_lock(folder / "file"):
                     print("twice")
             except BlockingIOError:
                 print("held")

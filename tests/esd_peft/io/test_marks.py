@@ -85,7 +85,7 @@ def test_files_that_are_outputs_by_themselves(tmp_path):
     ):
         with pytest.raises(UserError, match=r"was not written by this command|has the name that"):
             check_new_file(path, made, overwrite=True)
-    with new_file(target / "new.safetensors", alone=True) as draft:
+    with new_file(target / "new.safetensors", standalone=True) as draft:
         draft.write_text("1")
     with pytest.raises(UserError, match=r"holds lora.safetensors, which"):
         check_output(target, "an adapter", overwrite=True)
@@ -100,7 +100,7 @@ def test_files_that_are_outputs_by_themselves(tmp_path):
 def test_json_that_somebody_changed_or_wrote(tmp_path, text):
     mine = json.dumps(marks.signed({"mean": 1.5}, "an analysis"))
     (tmp_path / "a.json").write_text(text.replace("%s", mine[len('{"mean": 1.5, ') :]), errors="surrogateescape")
-    assert marks.made_as(tmp_path / "a.json") is None
+    assert marks.kind_of(tmp_path / "a.json") is None
 
 
 def test_a_file_is_not_written_over_another_that_has_its_name(tmp_path):
@@ -121,7 +121,7 @@ def test_what_was_removed_and_comes_back_is_somebody_elses(tmp_path):
             draft.write_text("1")
     (tmp_path / "out" / "a").unlink()
     marks.drop(tmp_path / "out", ["a"])
-    assert marks.listed(tmp_path / "out") == {"b"} and sorted(os.listdir(tmp_path / "out")) == [MARK, "b"]
+    assert marks.recorded(tmp_path / "out") == {"b"} and sorted(os.listdir(tmp_path / "out")) == [MARK, "b"]
 
 
 def test_a_line_that_a_full_disk_cut_off_takes_no_other_with_it(tmp_path):
@@ -129,7 +129,7 @@ def test_a_line_that_a_full_disk_cut_off_takes_no_other_with_it(tmp_path):
     with (tmp_path / "out" / MARK).open("a") as file:
         file.write('"cut o')
     marks.add(tmp_path / "out", ["b"])
-    assert marks.listed(tmp_path / "out") == {"b"}
+    assert marks.recorded(tmp_path / "out") == {"b"}
 
 
 @pytest.mark.parametrize("text", ["", '"a"\n', '{"made": 3}\n', '{"made', "[" * 100000, '["made"]\n', "\x00\xff"])
@@ -137,7 +137,7 @@ def test_marks_that_say_nothing(tmp_path, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / MARK).write_text(text)
     (tmp_path / "out" / "a").write_text("precious")
-    assert marks.made_as(tmp_path / "out") is None
+    assert marks.kind_of(tmp_path / "out") is None
     with pytest.raises(UserError, match="holds a, which esd_peft did not write"):
         check_output(tmp_path / "out", "a thing", overwrite=True)
     with pytest.raises(UserError, match="holds files that esd_peft did not write"):
@@ -150,4 +150,4 @@ def test_a_run_that_was_killed_over_its_mark_is_no_obstacle(tmp_path):
     take_folder(tmp_path / "out", "a thing")
     (tmp_path / "out" / MARK).write_text("")
     written(tmp_path / "out")
-    assert marks.made_as(tmp_path / "out") == "an adapter"
+    assert marks.kind_of(tmp_path / "out") == "an adapter"

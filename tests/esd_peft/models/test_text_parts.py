@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from esd_peft import EraseConfig, erase
 from esd_peft.errors import UserError
 from esd_peft.models import open_family, text_parts
-from esd_peft.models.text_parts import control_tokens, own_tokens, whole_words, write_for_every_version
+from esd_peft.models.text_parts import control_tokens, whole_words, word_tokens, write_for_every_version
 from esd_peft.worlds import WORLDS
 from runs import SHORTEST as QUICK
 
@@ -46,7 +46,7 @@ def test_texts_that_no_tokenizer_sees(tmp_path, text, says):
 def test_what_fills_up_may_be_a_word():
     """Stable Diffusion 2 fills up with exclamation marks."""
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED, subfolder="tokenizer", pad_token="!")
-    assert control_tokens(tokenizer, "circle!") == [] and own_tokens(tokenizer, "!")
+    assert control_tokens(tokenizer, "circle!") == [] and word_tokens(tokenizer, "!")
     assert control_tokens(tokenizer, "circle<|endoftext|>") == ["<|endoftext|>"]
 
 

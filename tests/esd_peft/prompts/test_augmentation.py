@@ -10,7 +10,7 @@ from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.prompts import augmentation as module
 from esd_peft.prompts.augmentation import known_names
-from esd_peft.prompts.plan import names
+from esd_peft.prompts.plan import mentions
 from runs import Unloaded, prompt_table
 
 FEW = replace(module.MANY_PROMPTS, contexts=24, fewest=24, held=24, phrases=16)
@@ -38,9 +38,12 @@ def test_what_erases_names_the_concept_and_what_preserves_does_not(monkeypatch):
     emoji, plan, made = augmented(concept="red apple")
     contexts = made.contexts[0]
     assert 20 <= len(contexts) <= 24 and made.plain == plan.concept_pairs
-    assert all(names("red apple", p.prompt) and not names("red apple", p.neutral) and p.goal == p.neutral for p in contexts)
+    assert all(
+        mentions("red apple", p.prompt) and not mentions("red apple", p.neutral) and p.anchor_prompt == p.neutral
+        for p in contexts
+    )
     assert len({p.prompt for p in contexts}) > 20, "in different contexts"
-    assert not any(names("red apple", text) for text in made.unrelated + made.retained)
+    assert not any(mentions("red apple", text) for text in made.unrelated + made.retained)
     assert {"a red", "an apple" if "an apple" in made.rows else "a apple"} & {*made.unrelated}, "a part of its name may stay"
     words = [c.text for c in made.candidates[0] if c.is_word]
     phrases = [c.text for c in made.candidates[0] if not c.is_word]
@@ -50,7 +53,7 @@ def test_what_erases_names_the_concept_and_what_preserves_does_not(monkeypatch):
     assert len(sharing) >= 16 and all(("red" in words_of(text)) != ("apple" in words_of(text)) for text in sharing)
     assert {"a blue apple", "a green apple"} & {*sharing}, "what a common modifier makes of its noun is among these"
     assert all(candidate.text in pair.prompt for candidate in made.candidates[0] for pair in candidate.pairs)
-    assert {*made.rows} >= {p.goal for c in made.candidates[0] for p in c.pairs}
+    assert {*made.rows} >= {p.anchor_prompt for c in made.candidates[0] for p in c.pairs}
     assert all(count <= most for count, most in emoji.token_counts([*made.rows])), "and the text encoder reads all of them"
     assert len(made.embeds["encoder_hidden_states"]) == len(made.rows)
     monkeypatch.setattr(runs, "_TABLES", {})
@@ -73,16 +76,16 @@ def test_what_is_near_is_looked_for_among_all_words_of_the_vocabulary_and_names(
 
 def test_a_mapped_concept_becomes_its_goal_and_one_that_is_erased_from_something_has_no_synonyms():
     *_, made = augmented(concept="fox", map_to="owl")
-    assert all(p.anchor and names("owl", p.goal) and not names("owl", p.neutral) for p in made.contexts[0])
-    assert not any(names("owl", text) for text in made.unrelated)
+    assert all(p.anchor and mentions("owl", p.anchor_prompt) and not mentions("owl", p.neutral) for p in made.contexts[0])
+    assert not any(mentions("owl", text) for text in made.unrelated)
     *_, made = augmented(concept="ink", erase_from="fox")
-    assert made.candidates == [[]] and all(names("fox", p.goal) for p in made.contexts[0])
+    assert made.candidates == [[]] and all(mentions("fox", p.anchor_prompt) for p in made.contexts[0])
 
 
 def test_the_user_knows_better():
     *_, made = augmented(concept="fox", also_erase="sly red hunter", preserve="vixen")
     assert sum("a sly red hunter" in p.prompt for p in made.contexts[0]) == 24 // 8
     assert any(p.prompt == "a sly red hunter" for p in made.plain[0])
-    assert not any(names("vixen", c.text) for c in made.candidates[0]) and "vixen" in made.preserved
+    assert not any(mentions("vixen", c.text) for c in made.candidates[0]) and "vixen" in made.preserved
     assert "vixen" not in made.retained
-    assert not any(names("sly red hunter", text) for text in made.unrelated + made.retained)
+    assert not any(mentions("sly red hunter", text) for text in made.unrelated + made.retained)

@@ -37,11 +37,11 @@ def test_templates_pair_the_concept_in_context_with_the_context():
 def test_other_names_are_erased_with_the_concept_and_stay_on_no_list():
     made = natural_plan(concept="cat", also_erase=["dog", "small pet that purrs"])
     pairs = made.concept_pairs[0]
-    assert pairs[0] == Pair("cat", "") and made.concepts == ["cat"] and made.other_names == [["dog", "small pet that purrs"]]
+    assert pairs[0] == Pair("cat", "") and made.concepts == ["cat"] and made.synonyms == [["dog", "small pet that purrs"]]
     assert {Pair("a dog", ""), Pair("a photo of small pet that purrs", "a photo")} <= {*pairs}
     assert not any("dog" in text.split() for text in made.retain), "which is on the built-in list"
     concepts = [{"name": "cat", "also_erase": ["kitty"]}, "owl"]
-    assert natural_plan(concept=concepts).other_names == [["kitty"], []]
+    assert natural_plan(concept=concepts).synonyms == [["kitty"], []]
     assert PromptOptions(concept=concepts).model_dump()["concept"][0] == {"name": "cat", "also_erase": ("kitty",)}
     sourced = natural_plan(concept="red", erase_from="car", also_erase="scarlet")
     assert Pair("scarlet car", "car") in sourced.concept_pairs[0]
@@ -115,18 +115,18 @@ def test_what_cannot_be_seen_names_nothing(option, blank):
 
 def test_prompts_to_preserve_are_bounded():
     many = [f"a thing {i}" for i in range(10_000)]
-    assert len(natural_plan(concept="circle", preserve=many).given) == 10_000
+    assert len(natural_plan(concept="circle", preserve=many).user_preserved) == 10_000
     with pytest.raises(UserError, match=r"--preserve names 10,001 prompts, each with .*; 10,000 at most"):
         natural_plan(concept="circle", preserve=[*many, "a square"])
 
 
 def test_prompts_that_are_cut_short_teach_nothing_and_hold_nothing():
     plan = plan_prompts(PromptOptions(concept="van gogh", preserve=["a " * 9 + "dog"]), None)
-    short = plan.read_by(lambda texts: [text for text in texts if len(text.split()) <= 5])
+    short = plan.untruncated(lambda texts: [text for text in texts if len(text.split()) <= 5])
     assert short.concept_pairs[0][0] == plan.concept_pairs[0][0], "the plain pair"
     assert 1 < len(short.concept_pairs[0]) < len(plan.concept_pairs[0])
     assert all(len(pair.prompt.split()) <= 5 for pair in short.concept_pairs[0])
     assert short.retain == [text for text in plan.retain if len(text.split()) <= 5] != plan.retain
-    assert plan.read_by(list) == plan
-    nothing = plan.read_by(lambda texts: [])
+    assert plan.untruncated(list) == plan
+    nothing = plan.untruncated(lambda texts: [])
     assert [len(pairs) for pairs in nothing.concept_pairs] == [1], "one that is too long is refused elsewhere"

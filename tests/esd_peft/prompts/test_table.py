@@ -7,7 +7,7 @@ from esd_peft.errors import UserError
 from esd_peft.models.family import MASK
 from esd_peft.options.prompts import PromptOptions
 from esd_peft.prompts.plan import plan_prompts
-from esd_peft.prompts.table import check_told_apart
+from esd_peft.prompts.table import check_distinct
 
 
 @pytest.mark.parametrize(
@@ -19,11 +19,11 @@ def test_concepts_are_told_from_what_stands_there_without_them(value, says):
     draws = torch.Generator().manual_seed(0)
     embeds = {"encoder_hidden_states": torch.randn(len(plan.texts), 4, 8, generator=draws)}
     embeds[MASK] = torch.eye(len(plan.texts), 4)
-    check_told_apart(plan, embeds)
+    check_distinct(plan, embeds)
     embeds["encoder_hidden_states"][[plan.texts.index("star"), plan.texts.index("")]] = value
     if value == 0:
-        check_told_apart(plan, embeds | {"pooled_projections": torch.randn(len(plan.texts), 8, generator=draws)})
+        check_distinct(plan, embeds | {"pooled_projections": torch.randn(len(plan.texts), 8, generator=draws)})
     else:
         embeds["encoder_hidden_states"][plan.texts.index("")] = 1.0
     with pytest.raises(UserError, match=f"--model: its text encoders {says}"):
-        check_told_apart(plan, embeds)
+        check_distinct(plan, embeds)

@@ -146,11 +146,11 @@ def test_what_is_ignored_stays_ignored(small_sd, tmp_path):
     with interrupts.noted() as seen:
         signal.raise_signal(signal.SIGHUP)
         assert not seen
-        distributed.stop_here()
+        distributed.stop_together()
         signal.raise_signal(signal.SIGTERM)
         assert seen == [signal.SIGTERM]
         with pytest.raises(interrupts.InterruptedBetweenSteps):
-            distributed.stop_here()
+            distributed.stop_together()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -67,7 +67,7 @@ def signalled(monkeypatch, where, name, at=1):
         if len(calls) == at:
             signal.raise_signal(signal.SIGTERM)
             if where is not Trainer:
-                distributed.stop_here()
+                distributed.stop_together()
         return real(*args, **options)
 
     monkeypatch.setattr(where, name, calling)

@@ -9,7 +9,7 @@ from esd_peft import EraseConfig
 from esd_peft.erasure.defaults import resolve
 from esd_peft.models import open_family
 from esd_peft.prompts import augmentation
-from esd_peft.prompts.plan import names
+from esd_peft.prompts.plan import mentions
 from esd_peft.training.prompt_sampler import PromptSampler, _preserved
 from esd_peft.training.synonyms import SynonymMatch
 from runs import Unloaded, prompt_table
@@ -45,9 +45,9 @@ def test_no_preservation_prompt_has_a_synonym_in_it(table):
     made = table(concept="fox")
     vixen, *others = made.candidates[0]
     erasing, preserving, batch = draw(made, [SynonymMatch([vixen], others)], 2000, 4000)
-    assert "a vixen" in made.unrelated and not any(names("vixen", text) for text in preserving)
-    assert any(names("vixen", text) for text in erasing) and "a dog" in preserving
-    assert all(names("fox", text) or names("vixen", text) for text in erasing)
+    assert "a vixen" in made.unrelated and not any(mentions("vixen", text) for text in preserving)
+    assert any(mentions("vixen", text) for text in erasing) and "a dog" in preserving
+    assert all(mentions("fox", text) or mentions("vixen", text) for text in erasing)
     preserved = slice(2000, None)
     assert torch.equal(batch.prompts[preserved], batch.goals[preserved]), "what preserves is its own goal"
     assert torch.equal(batch.prompts[preserved], batch.neutrals[preserved])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esd_peft.models.family import index_embeds
-from esd_peft.prompts.plan import names
+from esd_peft.prompts.plan import mentions
 from esd_peft.runtime import distributed
 from esd_peft.training.learners import PREDICTION
 from esd_peft.training.prompt_sampler import PRESERVATION_WEIGHT, PromptSampler
@@ -65,10 +65,10 @@ def test_the_loss_is_the_guided_one_for_every_prompt_and_output(drawn, method, o
     erasing, texts = batch.num_concept_samples, [*table.rows]
     assert len(batch) == options.get("train_batch_size", 12) and 3 * erasing == 2 * len(batch)
     assert all(torch.equal(batch.embeds[name], value[prompts]) for name, value in table.embeds.items())
-    known = {(p.prompt, p.neutral, p.goal) for group in (*table.plain, *table.contexts) for p in group}
-    known |= {(p.prompt, p.neutral, p.goal) for m in source.matches for c in m.synonyms for p in c.pairs}
+    known = {(p.prompt, p.neutral, p.anchor_prompt) for group in (*table.plain, *table.contexts) for p in group}
+    known |= {(p.prompt, p.neutral, p.anchor_prompt) for m in source.matches for c in m.synonyms for p in c.pairs}
     assert {tuple(texts[row] for row in rows) for rows in zip(prompts, neutrals, goals[:erasing], strict=False)} <= known
-    assert not any(names(name, texts[row]) for name in concepts for row in prompts[erasing:])
+    assert not any(mentions(name, texts[row]) for name in concepts for row in prompts[erasing:])
 
     @torch.no_grad()
     def taught(row, i):

@@ -86,23 +86,23 @@ def test_what_a_text_names(text, labels):
 
 def test_prompts_ask_for_what_they_are_to_measure():
     world = Emoji()
-    for prompt in world.named({"thing": "fox"}, 40, draws()):
+    for prompt in world.paraphrases({"thing": "fox"}, 40, draws()):
         assert prompt.labels["thing"] == "fox" and world.attributes_in(prompt.text) == prompt.labels
-    for prompt in world.described({"thing": "fox"}, 40, draws()):
+    for prompt in world.synonyms({"thing": "fox"}, 40, draws()):
         assert prompt.labels["thing"] == "fox" and "fox" not in prompt.text.split()
-    for prompt in world.named({"style": "ink"}, 40, draws()):
+    for prompt in world.paraphrases({"style": "ink"}, 40, draws()):
         assert prompt.labels["style"] == "ink" and prompt.labels["thing"] in NAMES
-    unnamed = world.unnamed({"mark": "watermark"}, 40, draws())
-    assert {prompt.labels["style"] for prompt in unnamed} == {*MARKED_STYLES}
-    assert not any("watermark" in prompt.text for prompt in unnamed)
-    assert all("animal" in prompt.text for prompt in world.unnamed({"thing": "fox"}, 40, draws()))
-    texts = Counter(prompt.text for prompt in world.named({"thing": "owl"}, 40, draws()))
+    implicit = world.implicit({"mark": "watermark"}, 40, draws())
+    assert {prompt.labels["style"] for prompt in implicit} == {*MARKED_STYLES}
+    assert not any("watermark" in prompt.text for prompt in implicit)
+    assert all("animal" in prompt.text for prompt in world.implicit({"thing": "fox"}, 40, draws()))
+    texts = Counter(prompt.text for prompt in world.paraphrases({"thing": "owl"}, 40, draws()))
     assert len(texts) > 30
 
 
 def test_the_classifier_names_what_is_drawn_anew():
     labels, images = pictures.sample(1024, draws(2**40))
-    seen = Emoji().load_classifier().name(images)
+    seen = Emoji().load_classifier().classify(images)
     for i, (domain, names) in enumerate(LABELS.items()):
         right = sum(found.get(domain, "") == names[int(label[i])] for found, label in zip(seen, labels, strict=True))
         assert right / len(labels) >= 0.97, domain
@@ -157,7 +157,7 @@ def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
     prompts = world.full_prompts()[::11]
     texts = [prompt.text for prompt in prompts]
     images = pipe(texts, num_inference_steps=20, guidance_scale=3.0, generator=draws(), output_type="pt").images
-    seen = world.load_classifier().name(images)
+    seen = world.load_classifier().classify(images)
     for domain, least in {"thing": 0.92, "style": 0.75, "ground": 0.97}.items():
         right = [found.get(domain) == prompt.labels[domain] for found, prompt in zip(seen, prompts, strict=True)]
         assert sum(right) / len(right) >= least, domain

@@ -30,7 +30,7 @@ def test_what_ships_is_small_plain_and_half_precision():
 
 def test_the_classifier_names_held_out_images():
     labels, pixels = world.sample(600, torch.Generator().manual_seed(2**41))
-    names = WORLDS["shapes"].load_classifier().name(pixels)
+    names = WORLDS["shapes"].load_classifier().classify(pixels)
     for i, (kind, values) in enumerate(world.ATTRIBUTES.items()):
         right = [name[kind] == values[int(label[i])] for name, label in zip(names, labels, strict=True)]
         assert sum(right) / len(right) >= 0.98, kind
@@ -44,7 +44,7 @@ def test_plain_diffusers_loads_the_pipeline_and_it_draws_as_prompted():
     images = pipe(
         prompts, num_inference_steps=25, guidance_scale=3.0, generator=generator(0, "plain"), output_type="pt"
     ).images
-    names = WORLDS["shapes"].load_classifier().name(images)
+    names = WORLDS["shapes"].load_classifier().classify(images)
     for kind in world.ATTRIBUTES:
         right = [name[kind] == world.attributes_in(p)[kind] for name, p in zip(names, prompts, strict=True)]
         assert sum(right) / len(right) >= 0.9, kind

@@ -1,0 +1,121 @@
+"""Prompt groups of an embedded pipeline: sets of prompts that measure the same thing, seen by the erasure or unseen."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from esd_peft.prompts.plan import mentions, prompts_naming
+from esd_peft.runtime.seeds import generator
+from esd_peft.worlds.world import Labels, Prompt, Sampling, World
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """A set of prompts that measure the same thing."""
+
+    key: str
+    title: str
+    erased: bool  # images must not show the concept; those of the other groups must show the same as before
+    seen: bool  # in training or in the retain set: its figures do not generalise
+
+
+PROMPT_GROUPS = {
+    group.key: group
+    for group in (
+        PromptGroup("training", "training prompts", erased=True, seen=True),
+        PromptGroup("paraphrases", "paraphrases, unseen contexts", erased=True, seen=False),
+        PromptGroup("synonyms", "synonyms and descriptions", erased=True, seen=False),
+        PromptGroup("implicit", "implicit (unprompted)", erased=True, seen=False),
+        PromptGroup("samplers", "other samplers, steps, guidance scales, negative prompts", erased=True, seen=False),
+        PromptGroup("neighbours", "neighbours, not in the retain set", erased=False, seen=False),
+        PromptGroup("unrelated", "unrelated, not in the retain set", erased=False, seen=False),
+        PromptGroup("retain_set", "retain set", erased=False, seen=True),
+        PromptGroup("co_occurring", "co-occurring attributes", erased=False, seen=False),
+    )
+}
+ERASURE_GROUPS = ("paraphrases", "synonyms")  # decide whether a concept is gone
+PRESERVATION_GROUPS = ("neighbours", "unrelated")  # decide whether everything else is intact
+NEIGHBOURS = 6  # nearest labels of a concept
+
+
+def group_prompts(
+    world: World,
+    concepts: list[str],
+    retain: Iterable[str],
+    size: int,
+    samplings: Sequence[Sampling] = (),
+    seed: int = 0,
+) -> list[Prompt]:
+    """Draw `size` prompts of each group: per concept for erased groups, over all labels for the others.
+
+    `retain` is the retain set, and `samplings` are the sampler settings of group `samplers`. The prompts depend on `seed`,
+    and not on the method of erasure.
+    """
+    concept_labels = {concept: world.attributes_in(concept) for concept in concepts}
+    erased = {pair for labels in concept_labels.values() for pair in labels.items()}
+    retained = _retained_labels(world, retain) - erased
+    neighbours: dict[tuple[str, str], None] = {}
+    prompts: list[Prompt] = []
+    for concept, labels in concept_labels.items():
+        draws = generator(seed, f"strata/{concept}")
+        by_group = {
+            "training": [Prompt(text, world.attributes_in(text)) for text in prompts_naming(concept, world)[:size]],
+            "paraphrases": _distinct(world.paraphrases, labels, size, draws),
+            "synonyms": _distinct(world.synonyms, labels, size, draws),
+            "implicit": _distinct(world.implicit, labels, size, draws),
+        }
+        pairs = zip(by_group["paraphrases"], itertools.cycle(samplings), strict=False) if samplings else ()
+        by_group["samplers"] = [dataclasses.replace(prompt, sampling=sampling) for prompt, sampling in pairs]
+        for key, members in by_group.items():
+            prompts += [dataclasses.replace(prompt, group=key, subject=concept) for prompt in members]
+        for domain, label in labels.items():
+            nearest = [(domain, other) for other in world.neighbours(domain, label)]
+            neighbours |= dict.fromkeys([pair for pair in nearest if pair not in retained | erased][:NEIGHBOURS])
+    others = [(domain, label) for domain, labels in world.attributes.items() for label in labels]
+    others = [pair for pair in others if pair not in erased and pair not in neighbours]
+    for key, stream, pairs_of_group in (
+        ("neighbours", "neighbours", [*neighbours]),
+        ("unrelated", "unlisted", [pair for pair in others if pair not in retained]),
+        ("retain_set", "listed", [pair for pair in others if pair in retained]),
+    ):
+        prompts += _label_prompts(world, key, pairs_of_group, size, erased, generator(seed, f"strata/{stream}"))
+    return list({(p.text, p.sampling): p for p in reversed(prompts)}.values())[::-1]  # keep the first of equal prompts
+
+
+def _retained_labels(world: World, retain: Iterable[str]) -> set[tuple[str, str]]:
+    texts = [*retain]
+    return {
+        (domain, label)
+        for domain, labels in world.attributes.items()
+        for label in labels
+        if any(mentions(label, text) for text in texts)
+    }
+
+
+def _distinct(
+    sample: Callable[[Labels, int, torch.Generator], list[Prompt]], labels: Labels, size: int, draws: torch.Generator
+) -> list[Prompt]:
+    """Draw up to `size` prompts with distinct texts."""
+    by_text = {prompt.text: prompt for prompt in sample(labels, 4 * size, draws)}
+    return [*by_text.values()][:size]
+
+
+def _label_prompts(
+    world: World, key: str, pairs: list[tuple[str, str]], size: int, erased: set[tuple[str, str]], draws: torch.Generator
+) -> list[Prompt]:
+    """Draw up to `size` prompts that cycle through the labels `pairs`; none asks for an erased label."""
+    if not pairs:
+        return []
+    order = [pairs[i] for i in torch.randperm(len(pairs), generator=draws).tolist()]
+    by_text: dict[str, Prompt] = {}
+    for turn in range(20 * size):
+        domain, label = order[turn % len(order)]
+        (prompt,) = world.paraphrases({domain: label}, 1, draws)
+        if erased.isdisjoint(prompt.labels.items()):
+            by_text.setdefault(prompt.text, dataclasses.replace(prompt, group=key, subject=label))
+        if len(by_text) == size:
+            break
+    return [*by_text.values()]
