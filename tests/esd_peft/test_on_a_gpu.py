@@ -18,6 +18,10 @@ import json, sys
 from emulated_cuda import emulated_cuda  # before PyTorch
 answers, sys.stdout = sys.stdout, sys.stderr
 from esd_peft import EraseConfig, erase
+from esd_peft.models import ModelFamily
+from runs import few_prompts
+few_prompts(setattr)
+ModelFamily.num_inference_steps = 4  # of an image
 with emulated_cuda():
     for line in sys.stdin:
         print(json.dumps(erase(EraseConfig(**json.loads(line)))["loss"]), file=answers, flush=True)
@@ -85,7 +89,7 @@ def test_as_on_the_cpu(small_sd, tmp_path, erase_there, options):
     ids=lambda o: "-".join(map(str, o.values())),
 )
 def test_other_methods(tmp_path, erase_there, options):
-    given = {"trajectories": None, "max_train_steps": 1, "model": "shapes"} | options
+    given = {"trajectories": None, "max_train_steps": 1} | options
     assert 0 < erase_there(given, tmp_path / "gpu")["first"] < 100
 
 

@@ -1,7 +1,7 @@
 """Compiles every launch of `esd_kernels` for a GPU that is not there, and reads what became of it from the machine code.
 
     python tests/helpers/ahead_of_time.py cuda 90        # sm_90; cuda 75 … 120, or hip gfx942
-    python tests/helpers/ahead_of_time.py cuda 80 0 3    # every third launch, from the first on
+    python tests/helpers/ahead_of_time.py cuda 80 0 3    # every third kind of launch, from the first on
 
 Prints a JSON list, a row for each compiled launch. It runs in a process of its own, because the tests' own process has
 the kernels interpreted. The launchers themselves are called, so that a launch has just the arguments, and
@@ -31,8 +31,10 @@ from triton.runtime import driver
 from esd_kernels import fused_guided_mse as fused
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# samples of SD latents and of FLUX's, whose rows divide by 16, and of a size that nothing divides
-SHAPES = [(b, n) for b in (1, 2, 8) for n in (16384, 262144, 205)]
+# samples of SD latents and of FLUX's, whose rows divide by 16, and of a size that nothing divides. Triton takes a batch of 1
+# for a constant: launches of a kind that are alike in both share their code.
+SIZES = [(16384, 262144), (205,)]
+BATCHES = (1, 8, 2)
 
 
 class StandIn:
@@ -65,14 +67,18 @@ class Warmed:
 
 
 def launches(first: int, step: int):
-    """Every kind of launch, or every `step`th of them from `first` on: a name, after it was launched."""
-    numbers = itertools.count()
-    for (name, dtype), (batch, n) in itertools.product(DTYPES.items(), SHAPES):
-        x = torch.empty(batch, n, dtype=dtype)
-        per_sample = torch.empty(batch)
-        for anchor, etas, weight in itertools.product((False, True), repeat=3):
-            if next(numbers) % step != first:
+    """Yield a description of each launch, after it: those of every `step`th kind from `first` on, and with a `step` of 1
+    also those that share their code."""
+    kinds = itertools.product(SIZES, DTYPES.items(), (None, *itertools.product((False, True), repeat=3)))
+    for sizes, (name, dtype), options in itertools.islice(kinds, first, None, step):
+        for batch, n in itertools.product(BATCHES, sizes) if step == 1 else itertools.product(BATCHES[:2], sizes[:1]):
+            x, row = torch.empty(batch, n, dtype=dtype), {"dtype": name, "batch": batch, "n": n}
+            if options is None:
+                fused.launch_scaling(x, torch.empty(()), 1.0)
+                yield row | {"kernel": "scale", "flags": ""}
                 continue
+            anchor, etas, weight = options
+            per_sample = torch.empty(batch)
             fused.launch(
                 x,
                 torch.empty(2 * batch, n, dtype=dtype),
@@ -81,12 +87,8 @@ def launches(first: int, step: int):
                 x if anchor else None,
                 per_sample if weight else None,
             )
-            flags = "".join(f" {flag}" for flag, on in (("anchor", anchor), ("etas", etas), ("weight", weight)) if on)
-            yield {"kernel": "guided_mse", "dtype": name, "batch": batch, "n": n, "flags": flags.strip()}
-        if next(numbers) % step != first:
-            continue
-        fused.launch_scaling(x, torch.empty(()), 1.0)
-        yield {"kernel": "scale", "dtype": name, "batch": batch, "n": n, "flags": ""}
+            flags = [flag for flag, on in (("anchor", anchor), ("etas", etas), ("weight", weight)) if on]
+            yield row | {"kernel": "guided_mse", "flags": " ".join(flags)}
 
 
 def measure(kernel) -> dict:
@@ -100,7 +102,7 @@ def _nvidia(kernel) -> dict:
     cubin.write_bytes(kernel.asm["cubin"])
     usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
-    code = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run([tools / "nvdisasm", "-ndf", "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = collections.Counter(re.findall(r"\b((?:LDG|STG|LDL|STL|RED|ATOM|ATOMG)[\w.]*)", code))
     return {
         "registers": int(registers),

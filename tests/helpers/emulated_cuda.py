@@ -41,7 +41,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ACROSS = {"aten::copy_", "aten::_to_copy"}  # operations that may have one tensor here and one there
@@ -87,22 +87,47 @@ class OnCUDA(Tensor):
 
 def compute(function, args, kwargs):
     """The operation on the tensors inside; its results are on the device unless it was asked to bring them to the CPU."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = [*_leaves(args), *_leaves(kwargs)]
     here = any(isinstance(x, OnCUDA) for x in leaves)
     named = [x.type for x in leaves if isinstance(x, torch.device)]
     on_device = "cuda" in named or (here and "cpu" not in named)
+    if not here and not on_device:
+        return function(*args, **kwargs)
     _refuse_what_a_gpu_refuses(function, args, leaves, here, on_device)
-    inside = tree_map_only(OnCUDA, lambda x: x.inner, (args, kwargs))
-    inside = tree_map_only(torch.device, lambda device: CPU, inside)
-    inside = tree_map_only(torch.Generator, lambda x: x, inside)
-    if kwargs.get("pin_memory"):
-        inside[1]["pin_memory"] = False
-    result = function(*inside[0], **inside[1])
+    inside, options = _inside(args), _inside(kwargs)
+    if options.get("pin_memory"):
+        options["pin_memory"] = False
+    result = function(*inside, **options)
     if function._schema.name.endswith("_") and isinstance(args[0], Tensor):
         return args[0]
     if on_device:
-        result = tree_map_only(Tensor, lambda x: x if isinstance(x, OnCUDA) else OnCUDA(x), result)
+        result = _outside(result)
     return return_and_correct_aliasing(function, args, kwargs, result) if here and on_device else result
+
+
+def _leaves(given) -> list:
+    """What lists, tuples and dictionaries hold. PyTorch's own functions for trees take longer than the operations."""
+    if not isinstance(given, list | tuple | dict):
+        return [given]
+    return [leaf for value in (given.values() if isinstance(given, dict) else given) for leaf in _leaves(value)]
+
+
+def _inside(given):
+    """The same with the CPU's tensors and the CPU itself."""
+    if isinstance(given, OnCUDA):
+        return given.inner
+    if isinstance(given, torch.device):
+        return CPU
+    if isinstance(given, dict):
+        return {name: _inside(value) for name, value in given.items()}
+    return type(given)(map(_inside, given)) if isinstance(given, list | tuple) else given
+
+
+def _outside(made):
+    """The same with the device's tensors."""
+    if isinstance(made, list | tuple):
+        return type(made)(map(_outside, made))
+    return OnCUDA(made) if isinstance(made, Tensor) and not isinstance(made, OnCUDA) else made
 
 
 def _refuse_what_a_gpu_refuses(function, args, leaves, here: bool, on_device: bool) -> None:

@@ -1,6 +1,7 @@
 """The parts of a run, made as `esd_peft.erase` makes them, up to its first step."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from esd_peft.prompts.augmentation import PromptTable
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.prompts.table import PairTable, make_table
 from esd_peft.runtime.profiling import PhaseProfiler
+from esd_peft.training import contrastive
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.method import Materials, Method, make_method
 from esd_peft.training.rollout import Rollout
@@ -37,6 +39,16 @@ def read_by(method: str, options: dict[str, object]) -> dict[str, object]:
 def shortest(method: str, **options: object) -> dict[str, object]:
     """The options of an erasure by that method which takes a moment."""
     return read_by(method, SHORTEST) | options
+
+
+def few_prompts(patch: Callable[[object, str, object], None]) -> None:
+    """Fewer prompts and images, so that a moment is enough; `patch` sets an attribute."""
+    many, some = augmentation.MANY_PROMPTS, augmentation.FEW_PROMPTS
+    patch(augmentation, "WORDS", 300)
+    patch(augmentation, "NEAR_WORDS", 4)
+    patch(augmentation, "MANY_PROMPTS", replace(many, contexts=24, fewest=24, held=24, phrases=16))
+    patch(augmentation, "FEW_PROMPTS", replace(some, alone=12, near=12, contexts=8, fewest=8, held=8, phrases=16))
+    patch(contrastive, "IMAGES", 4)
 
 
 @dataclass

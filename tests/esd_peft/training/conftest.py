@@ -1,11 +1,9 @@
-from dataclasses import replace
-
 import pytest
 
 from esd_kernels import guided_mse_reference
-from esd_peft.prompts import augmentation
-from esd_peft.training import contrastive, target
+from esd_peft.training import target
 from pipelines import small_stable_diffusion
+from runs import few_prompts
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction"])
@@ -17,16 +15,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def few(monkeypatch):
     """Fewer prompts and images, so that a moment is enough."""
-    many, some = augmentation.MANY_PROMPTS, augmentation.FEW_PROMPTS
-    fewer = {
-        "WORDS": 300,
-        "NEAR_WORDS": 4,
-        "MANY_PROMPTS": replace(many, contexts=24, fewest=24, held=24, phrases=16),
-        "FEW_PROMPTS": replace(some, alone=12, near=12, contexts=8, fewest=8, held=8, phrases=16),
-    }
-    for name, value in fewer.items():
-        monkeypatch.setattr(augmentation, name, value)
-    monkeypatch.setattr(contrastive, "IMAGES", 4)
+    few_prompts(monkeypatch.setattr)
 
 
 @pytest.fixture
