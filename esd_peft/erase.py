@@ -21,7 +21,7 @@ from esd_peft.erasure.defaults import resolve
 from esd_peft.erasure.planner import make_plan, plan_table
 from esd_peft.erasure.session import Session, in_session
 from esd_peft.evaluation.timeline import FOLDER, PAGE, Timeline
-from esd_peft.evaluation.validation import ValidationSampler
+from esd_peft.evaluation.validation import FEW_STEPS, ValidationSampler
 from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.terminal import say
 from esd_peft.models import PromptEmbeds, open_family
@@ -141,7 +141,8 @@ def encode_prompts(config: EraseConfig, session: Session, encoder: TextEncoder) 
     images, side_by_side = validation.num_validation_images, config.buffer.rollout_batch_size
     sampler = None
     if images:
-        sampler = ValidationSampler(encoder, plan.concepts, images, side_by_side, training.seed, plan.user_preserved)
+        steps = FEW_STEPS if session.family.world else None
+        sampler = ValidationSampler(encoder, plan.concepts, images, side_by_side, training.seed, plan.user_preserved, steps)
     timeline = make_timeline(config, session, encoder)
     return EncodedRun(embeds, make_table(plan, embeds), table, probes, sampler, timeline)
 

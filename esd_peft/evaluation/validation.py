@@ -17,6 +17,7 @@ from esd_peft.worlds import World
 from esd_peft.worlds.world import Prompt
 
 SMALL_BATCH = 48  # images side by side on an embedded pipeline
+FEW_STEPS = 10  # in which an embedded pipeline shows what it shows in 25 (docs/evaluation.md)
 _GRID_PROMPTS = {  # by prompt group
     "training": 1,
     "paraphrases": 2,
@@ -50,12 +51,15 @@ class ValidationSampler:
     batch_size: int
     seed: int
     preserved: list[str] = field(default_factory=list)  # preservation prompts of the options
+    num_inference_steps: int | None = None  # left out: the suite's, or the pipeline's own
     stores: dict[str, ImageMemory] = field(default_factory=dict)
 
     def __post_init__(self, encoder: TextEncoder) -> None:
         self.family, self.device, self.dtype = encoder.family, encoder.device, encoder.dtype
         world = self.family.world
         suite = load_suite(world.name if world else "concept").model_copy(update={"seeds": self.seeds})
+        if self.num_inference_steps is not None:
+            suite = suite.model_copy(update={"num_inference_steps": self.num_inference_steps})
         plain = [Prompt(text) for text in (*self.concepts, *UNRELATED)]
         prompts = suite_prompts(suite, self.concepts, None, self.preserved) if world else plain
         roles = assign_roles(suite, prompts, self.concepts)

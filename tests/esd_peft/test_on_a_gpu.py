@@ -18,10 +18,9 @@ import json, sys
 from emulated_cuda import emulated_cuda  # before PyTorch
 answers, sys.stdout = sys.stdout, sys.stderr
 from esd_peft import EraseConfig, erase
-from esd_peft.models import ModelFamily
-from runs import few_prompts
+from runs import few_prompts, few_steps
 few_prompts(setattr)
-ModelFamily.num_inference_steps = 4  # of an image
+few_steps(setattr)
 with emulated_cuda():
     for line in sys.stdin:
         print(json.dumps(erase(EraseConfig(**json.loads(line)))["loss"]), file=answers, flush=True)

@@ -16,7 +16,7 @@ from esd_peft.prompts.augmentation import PromptTable
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.prompts.table import PairTable, make_table
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training import contrastive
+from esd_peft.training import contrastive, diagnosis
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.method import Materials, Method, make_method
 from esd_peft.training.rollout import Rollout
@@ -49,6 +49,13 @@ def few_prompts(patch: Callable[[object, str, object], None]) -> None:
     patch(augmentation, "MANY_PROMPTS", replace(many, contexts=24, fewest=24, held=24, phrases=16))
     patch(augmentation, "FEW_PROMPTS", replace(some, alone=12, near=12, contexts=8, fewest=8, held=8, phrases=16))
     patch(contrastive, "IMAGES", 4)
+
+
+def few_steps(patch: Callable[[object, str, object], None]) -> None:
+    """Images in few steps, and a diagnosis of few draws."""
+    patch(ModelFamily, "num_inference_steps", 4)
+    patch(diagnosis, "PARAPHRASES", 2)
+    patch(diagnosis, "NEIGHBOURS", 1)
 
 
 @dataclass

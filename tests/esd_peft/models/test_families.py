@@ -20,6 +20,7 @@ from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.student import make_student
 from families import MAKERS, draw_small, save_family
+from runs import few_prompts, few_steps
 
 CPU, STEPS, CONCEPT = torch.device("cpu"), 4, "a picture of circle"
 
@@ -240,6 +241,8 @@ def test_gradient_checkpointing_changes_no_prediction(kind):
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_half_precision_and_little_memory(kind, tmp_path, quantize, monkeypatch):
     monkeypatch.setattr(validation, "UNRELATED", validation.UNRELATED[:1])
+    few_prompts(monkeypatch.setattr)
+    few_steps(monkeypatch.setattr)
     options = {
         "num_inference_steps": 2,
         "trajectories": 2,
