@@ -55,7 +55,7 @@ class NewTokens:
 
     @contextlib.contextmanager
     def known(self) -> Iterator[None]:
-        """Within it the text encoders read the words."""
+        """Let the text encoders read the words inside the block."""
         handles = [handle for part in self._parts for handle in self._hook(*part)]
         try:
             yield

@@ -21,7 +21,7 @@ class Victim:
     nfe: int = 0  # of the denoiser, so far
 
     def encode(self, prompts: list[str]) -> PromptEmbeds:
-        """With gradients for whatever in the encoders learns."""
+        """Encode with gradients for what learns in the encoders."""
         return self.family.encode_prompts(self.encoders, prompts, self.device)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What can be said of a run before any work is done."""
+"""Checks of a run before any work is done."""
 
 import torch
 
@@ -60,7 +60,7 @@ def check_model(config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -
 
 
 def _given_texts(options: PromptOptions, prompts: PromptPlan) -> dict[str, list[str]]:
-    """What is encoded of each option's words."""
+    """Return the texts of each option that are encoded."""
     concepts = options.concept
     goals = [f"{goal} {options.source_of(c)}".strip() for c in concepts if (goal := options.goal_of(c))]
     others = [name for names in prompts.synonyms for name in names]

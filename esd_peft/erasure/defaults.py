@@ -1,4 +1,4 @@
-"""Every default that depends on something: on the method, on other options, on the model, on the machine."""
+"""Defaults that depend on the method, on other options, on the model or on the machine."""
 
 from esd_peft.errors import UserError
 from esd_peft.models import ModelFamily
@@ -119,7 +119,7 @@ def _resolve_student(given: StudentOptions, prompts: PromptOptions, training: Tr
 
 
 def _is_quick(student: StudentOptions, prompts: PromptOptions) -> bool:
-    """Whether few trajectories are enough: nothing else is in the way of what is to go."""
+    """Return whether few trajectories are enough: a protected student, and no sources."""
     return student.protected and not prompts.sources
 
 

@@ -1,4 +1,4 @@
-"""What a run takes, before it is run: memory by phase, NFE, the buffer's size; and settings that fit a budget."""
+"""Plans of a run before it starts: memory by phase, NFE, the buffer's size, and settings that fit a budget."""
 
 import functools
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ MEMORY_SETTINGS = ("per_device_batch_size", "rollout_batch_size", "gradient_chec
 
 @dataclass
 class MemoryPlan:
-    """What was predicted for the settings of `config`. Bytes of device memory, without the driver's own."""
+    """Predicted memory for the settings of `config`, in bytes of device memory without the driver's own."""
 
     config: EraseConfig
     phases: dict[str, int]
@@ -52,7 +52,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """What the largest phase takes."""
+        """The memory of the largest phase."""
         return self.phases[self.largest]
 
     @property
@@ -81,14 +81,14 @@ def make_plan(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan, fa
 
 
 def imagined(given: RuntimeOptions, resolved: EraseConfig) -> EraseConfig:
-    """With `--device auto` on a machine without a GPU the config as a GPU would run it; otherwise as it is."""
+    """Return the config as a GPU would run it, if `--device auto` finds none; otherwise unchanged."""
     if resolved.runtime.torch_device.type != "cpu" or given.device != "auto":
         return resolved
     return resolved.replace(device=IMAGINED, dtype="bfloat16" if given.dtype == "auto" else given.dtype)
 
 
 def given_settings(given: EraseConfig) -> set[str]:
-    """Those of `MEMORY_SETTINGS` that the config sets itself."""
+    """Return the `MEMORY_SETTINGS` that the config sets itself."""
     return {
         name
         for group in (given.memory, given.buffer, given.runtime)
@@ -109,7 +109,7 @@ def within_budget(given: EraseConfig, resolved: EraseConfig, prompts: PromptPlan
 
 
 class MemoryEstimator:
-    """All that plans of one model and one set of prompts are made up of, measured on the meta device."""
+    """Measurements on the meta device from which plans of one model and one set of prompts are made."""
 
     def __init__(self, config: EraseConfig, prompts: PromptPlan, family: ModelFamily) -> None:
         self.family, self.prompts = family, prompts
@@ -164,7 +164,7 @@ class MemoryEstimator:
         return weight_bytes(vae) + meter.peak
 
     def plan(self, config: EraseConfig) -> MemoryPlan:
-        """For a resolved config that differs in settings only."""
+        """Make the plan of a resolved config that differs in settings only."""
         predictions, method = self.prompts.predictions, config.training.method
         buffer, training, memory = config.buffer, config.training, config.memory
         seeds, steps = config.validation.num_validation_images, buffer.num_inference_steps
@@ -203,7 +203,7 @@ class MemoryEstimator:
         )
 
     def _nfe(self, config: EraseConfig) -> int:
-        """Of the run as a whole."""
+        """Return the NFE of the whole run."""
         return count_nfe(config.buffer, config.training, config.memory.gradient_checkpointing, self.prompts)
 
 
@@ -243,7 +243,7 @@ def smaller(estimator: MemoryEstimator, given: EraseConfig, used: EraseConfig, p
 
 
 def _at_once(config: EraseConfig) -> tuple[int, int, bool]:
-    """What is on the device together: samples, trajectories, and all of a sample's activations."""
+    """Numbers that are on the device together: samples, trajectories, and a sample's activations."""
     memory = config.memory
     return memory.per_device_batch_size, config.buffer.rollout_batch_size, not memory.gradient_checkpointing
 
@@ -299,7 +299,7 @@ def amount(size: float) -> str:
 
 
 def plan_table(plan: MemoryPlan) -> str:
-    """What `--plan` prints."""
+    """Return the table that `--plan` prints."""
     lines = [f"predicted: {describe(plan.config)}", "", f"{'phase':<12}{'peak':>12}"]
     lines += [f"{name:<12}{amount(size):>12}" for name, size in plan.phases.items()]
     buffer = f"the buffer takes {amount(plan.buffer_bytes)} of host memory"

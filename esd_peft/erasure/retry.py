@@ -25,7 +25,7 @@ def with_less_memory(
     family: ModelFamily,
     restart_with: Callable[[EraseConfig], EraseConfig],
 ) -> Result:
-    """What `run` returns for the `resolved` config, or for one that takes less memory if that is too much, said on stderr.
+    """Return `run` of the `resolved` config, or of one that takes less memory if it runs out of it, and note that on stderr.
 
     `restart_with` says with what config the second run starts. Raises `OutOfMemory` if nothing less is possible, or with
     several processes: the others would have to start anew with it.

@@ -1,4 +1,4 @@
-"""What surrounds an erasure: one job at a time, processes, checks, defaults, checkpoints, a second try with less memory."""
+"""The surroundings of an erasure: one job at a time, processes, checks, defaults, checkpoints, a retry with less memory."""
 
 import contextlib
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from esd_peft.training.checkpoint import Checkpoints
 
 @dataclass
 class Session:
-    """What a training is given beside its config."""
+    """The inputs of a training beside its config."""
 
     family: ModelFamily
     prompts: PromptPlan
@@ -39,7 +39,7 @@ Train = Callable[[EraseConfig, Session], dict[str, Any]]  # `esd_peft.erase.trai
 
 
 def in_session(given: EraseConfig, train: Train) -> dict[str, Any]:
-    """What `train` returns for the resolved config.
+    """Return `train` of the resolved config.
 
     Raises `UserError` for input that cannot work, before any work where that can be known.
     """

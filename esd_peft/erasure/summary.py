@@ -1,4 +1,4 @@
-"""What `result.json` holds, and the table that the erase command ends with."""
+"""The contents of `result.json`, and the closing table of the erase command."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def make_result(
     matches: Sequence[SynonymMatch],
     diagnosis: Diagnosis,
 ) -> dict[str, Any]:
-    """What `result.json` holds; writes the images that were made into the output."""
+    """Return the contents of `result.json`, and write the images into the output."""
     found: Accuracies | None = None
     if validation is not None:
         with profiler.phase("evaluate"), finished(config):
@@ -122,7 +122,7 @@ def upload(config: EraseConfig, repository: Repository) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `result.json` holds, for people: rates where there are any, then losses and costs."""
+    """Format `result.json` for people: rates where there are any, then losses and costs."""
     lines: list[str] = []
     if result["prompt_groups"]:
         lines += _group_lines(result["prompt_groups"])

@@ -43,7 +43,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Within it `sys.stdout` and `sys.stderr` raise nothing.
+    """Let `sys.stdout` and `sys.stderr` raise nothing inside the block.
 
     Raises `UserError` at the end if standard output could not be written, but for a reader that left.
     """

@@ -52,7 +52,7 @@ class Chroma(PackedLatents):
 
 @contextlib.contextmanager
 def _masked_when_recomputed(denoiser: ModelMixin, mask: Tensor) -> Iterator[None]:
-    """With gradient checkpointing diffusers (0.42) gives single layers all but the mask. Here they get it, each time."""
+    """Give single layers the mask when they are recomputed: with gradient checkpointing diffusers (0.42) leaves it out."""
     if not denoiser.is_gradient_checkpointing:
         yield
         return

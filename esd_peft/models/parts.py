@@ -230,7 +230,7 @@ def _compare_diffusers(part: Part, stored: dict[str, Tensor]) -> Comparison:
 
 
 def _compare_transformers(part: Part, stored: dict[str, Tensor]) -> Comparison:
-    """By the library itself, which knows what else its classes' weights have been called: it loads nothing on to nowhere."""
+    """Compare by transformers' own loader, which knows former names of weights, on the meta device."""
     model, found = part.family.from_pretrained(
         None,
         config=part._text_config(),

@@ -1,1 +1,1 @@
-"""What a user can set: one class for each command and for each group of options, and how they are read."""
+"""The options: one class for each command and for each group of options, and how they are read."""

@@ -1,4 +1,4 @@
-"""What all classes of options share: one field is a command-line flag, a key in YAML and an argument in Python.
+"""The base of all classes of options: a field is a command-line flag, a key in YAML and an argument in Python.
 
 A command's config is made of groups, each the class of the room that reads it. In YAML the groups are nested; on the
 command line their fields are flat, and in Python either will do.
@@ -48,7 +48,7 @@ else:
 
 @dataclass(frozen=True)
 class ReadBy:
-    """Which values of `--method` read an option; every method reads one that does not say so."""
+    """The values of `--method` that read an option; every method reads an option without this mark."""
 
     methods: tuple[str, ...]
 
@@ -102,7 +102,7 @@ class Options(BaseModel):
         return {name: value for name, value in values.items() if value is not None or not readers(fields[name])}
 
     def flat(self) -> dict[str, Any]:
-        """All options by their names, without the groups, as JSON values."""
+        """Return the options by name, without the groups, as JSON values."""
         values = self.model_dump(mode="json")
         groups = groups_of(type(self))
         own = {name: value for name, value in values.items() if name not in groups}
@@ -165,7 +165,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of it can be seen: no letter, number, symbol or mark of punctuation, but spaces, also of no width."""
+    """Return whether the text is invisible: spaces, also of no width, and no letter, number, symbol or punctuation."""
     kinds = [unicodedata.category(char) for char in text]
     return not any(kind[0] in "LNSP" or kind == "Cs" for kind in kinds)  # half a character is seen, as a mistake
 

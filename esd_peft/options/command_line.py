@@ -1,4 +1,4 @@
-"""From a class of options to a command line and a YAML file, and from mistakes to one sentence and an exit code."""
+"""Command lines and YAML files for classes of options; mistakes become one sentence and an exit code."""
 
 import contextlib
 import difflib
@@ -87,7 +87,7 @@ def _description(config: type[Options], presets: Mapping[str, Path]) -> str:
 
 
 def _defaults(config: type[Options], argv: list[str], presets: Mapping[str, Path]) -> dict[str, Any]:
-    """What a preset and a file say, whose options are taken out of `argv`."""
+    """Return the defaults of a preset and a file, and take both options out of `argv`."""
     preset = _take_option(argv, "--preset", f"a name: {', '.join(presets)}") if presets else None
     path = _take_option(argv, "--config", "a file")
     if preset is not None and preset not in presets:
@@ -160,7 +160,7 @@ def _forget(values: dict[str, Any], name: str) -> None:
 
 
 def _unchecked(config: type[Config], values: dict[str, Any]) -> Config:
-    """With defaults for the rest, which the command line may still change: what does not fit together is said then."""
+    """Fill in defaults without validating: the command line may still change them, and is validated afterwards."""
     groups = groups_of(config)
     made: Any = {name: _unchecked(groups[name], value) if name in groups else value for name, value in values.items()}
     return config.model_construct(**made)

@@ -35,7 +35,7 @@ def read_command_line(kind: type[Config], argv: Sequence[str] | None = None) -> 
 
 
 def answer_early(argv: Sequence[str]) -> None:
-    """If `argv`, the interpreter's own, is a command that asks for help or has a mistake, answer and exit."""
+    """Answer and exit if `argv`, the interpreter's own, is a command that asks for help or has a mistake."""
     if "-m" not in argv[:-1]:
         return
     module, *words = argv[argv.index("-m") + 1 :]

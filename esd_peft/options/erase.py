@@ -51,7 +51,7 @@ class EraseConfig(Options):
         return self
 
     def of_result(self) -> "EraseConfig":
-        """What stands beside a result: the same whether the run took one go or was resumed, and whatever it replaced."""
+        """Return the config that stands beside a result: the same for a run in one go and a resumed one."""
         return self.replace(resume=False, overwrite=False)
 
     def unread(self, method: str) -> Iterator[tuple[str, tuple[str, ...]]]:

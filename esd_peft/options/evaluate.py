@@ -16,7 +16,7 @@ AttackName = Literal["textual-inversion", "prefix", "prompts", "fine-tuning"]
 
 
 class ValidationOptions(Options):
-    """What is looked at before, while it trains, and after."""
+    """Images before, during and after training."""
 
     num_validation_images: Annotated[int, Field(ge=0, le=10**4)] = 2
     """Images of each prompt, before and after; on the embedded pipeline they are judged. 0: none."""

@@ -8,7 +8,7 @@ from esd_peft.options.base import LEFT_OUT, Auto, Options, parse_bytes
 
 
 class MemoryOptions(Options):
-    """What is on the device at a time, and in how many bits."""
+    """Memory: tensors that are on the device at a time, and their bits."""
 
     per_device_batch_size: Auto[Annotated[int, Field(ge=1, le=10**5)]] = LEFT_OUT
     """Samples of an optimizer step that are on the device at a time: gradients accumulate over the rest; left out: all, or

@@ -13,7 +13,7 @@ from esd_peft.options.renamed import OLD, renamed
 
 
 class HubOptions(Options):
-    """Whether the result is uploaded to the Hugging Face hub, with its model card."""
+    """Upload of the result to the Hugging Face hub, with its model card."""
 
     push_to_hub: str | None = None
     """Upload the result at the end, with its card, to this repository of the hub: OWNER/NAME, or a NAME under your own. One
@@ -71,10 +71,10 @@ class MergeConfig(ModelOptions, HubOptions):
 
     @property
     def scales(self) -> list[float]:
-        """One for each adapter."""
+        """The strengths, one for each adapter."""
         return self.scale * len(self.adapter) if len(self.scale) == 1 else self.scale or [1.0] * len(self.adapter)
 
     @property
     def single_file(self) -> bool:
-        """Whether the output is one checkpoint file."""
+        """True if the output is one checkpoint file."""
         return self.output.suffix == ".safetensors"

@@ -15,7 +15,7 @@ GuidanceScale = Annotated[float, Field(ge=0, le=1000)]
 
 
 class ModelOptions(Options):
-    """How to read a model that is not simply a directory."""
+    """Reading of a model that is not simply a directory."""
 
     revision: str | None = None
     """The branch, tag or commit of a hub repository; left out: main."""
@@ -29,7 +29,7 @@ class ModelOptions(Options):
 
 
 class DrawingOptions(Options):
-    """How large images are and how much of a prompt is read, where that is not as the model usually does."""
+    """Size of images and length of prompts, if not the model's usual."""
 
     resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
     """Pixels a side of what trajectories and images draw; left out: what the model was made for, or of an evaluation what
@@ -40,13 +40,13 @@ class DrawingOptions(Options):
     fewer."""
 
     def drawing(self) -> dict[str, Any]:
-        """Those of these options that are given."""
+        """Return those of these options that are given."""
         values = {name: getattr(self, name) for name in DrawingOptions.model_fields}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class PretrainedOptions(ModelOptions, DrawingOptions):
-    """Which model is changed, and how to read it."""
+    """The model, and how to read it."""
 
     model: str = "shapes"
     """A pipeline directory in diffusers' layout (Stable Diffusion 1 to 3.5, SDXL, FLUX.1, FLUX.2, Z-Image, Qwen-Image,

@@ -73,7 +73,7 @@ _OnCommandLine: Any = tyro.constructors.PrimitiveConstructorSpec(
 
 
 class PromptOptions(Options):
-    """What is erased, what it becomes, and which prompts must stay as they are."""
+    """Concepts to erase, their anchors, and prompts to preserve."""
 
     concept: Annotated[list[Annotated[Concept, _OnCommandLine]], tyro.conf.UseAppendAction] = Field(default_factory=list)
     """What to erase, as a prompt would name it; repeat the option for several. In YAML each may be a map with a name
@@ -123,17 +123,17 @@ class PromptOptions(Options):
 
     @property
     def sources(self) -> list[str]:
-        """From what concepts are erased, where something is named: the rest of these is to stay, and elsewhere they do."""
+        """The sources that concepts are erased from: the concept goes in these, and stays elsewhere."""
         return [source for source in map(self.source_of, self.concept) if source]
 
     @property
     def concept_names(self) -> list[str]:
-        """What is erased, as a prompt would name it: "striped circle" for striped from circle."""
+        """The names of the concepts in prompts: "striped circle" for striped from circle."""
         return [f"{concept.name} {self.source_of(concept)}".strip() for concept in self.concept]
 
     @property
     def erased_names(self) -> list[str]:
-        """What is erased under all its names."""
+        """The names of the concepts, and all synonyms that are given."""
         return [name for concept in self.concept for name in self.names_of(concept)]
 
     def names_of(self, concept: Concept) -> list[str]:
@@ -143,11 +143,11 @@ class PromptOptions(Options):
         ]
 
     def source_of(self, concept: Concept) -> str:
-        """What the concept is erased from; "" for everywhere."""
+        """Return the source that the concept is erased from; "" for everywhere."""
         return concept.erase_from or self.erase_from or ""
 
     def goal_of(self, concept: Concept) -> str | None:
-        """What the concept becomes, where something is named."""
+        """Return the anchor of the concept, if there is one."""
         return concept.map_to or self.map_to
 
     def eta_of(self, concept: Concept) -> float:

@@ -17,7 +17,7 @@ Optimizer = Literal["AdamW", "AdamW8bit", "PagedAdamW8bit"]
 
 
 class StudentOptions(Options):
-    """What learns: which layers of the denoiser, and through which kind of adapter."""
+    """The student: the layers that learn, and the kind of adapter."""
 
     scope: Auto[Scope] = LEFT_OUT
     """Which layers learn: cross-attention (esd-x), its keys and values (esd-x-strict), it and the feed-forward layers
@@ -44,7 +44,7 @@ class StudentOptions(Options):
 
     @property
     def protected(self) -> bool:
-        """Whether all that learns is a LoRA kept off the retain set, so that it may learn fast."""
+        """True if the student is a LoRA that is kept off the retain set, so that it may learn fast."""
         return bool(self.closed_form) and self.scope == "esd-x-strict" and self.adapter_type == "lora"
 
 
@@ -71,7 +71,7 @@ class BufferOptions(Options):
 
 
 class TrainingOptions(Options):
-    """The method, and how its optimizer goes."""
+    """The method and its optimizer."""
 
     method: Auto[Method] = LEFT_OUT
     """How the target is learned (layers, denoiser, trajectories or contrastive). layers: each cross-attention layer learns
@@ -112,7 +112,7 @@ class TrainingOptions(Options):
 
 
 class CheckpointOptions(Options):
-    """Where the result goes, and what an interrupted run leaves to go on from."""
+    """The output, and checkpoints of interrupted runs."""
 
     output: Path = Path("erased")
     """The directory for the adapter, the images and result.json."""

@@ -58,7 +58,7 @@ BETWEEN = (
 
 @dataclass(frozen=True)
 class Amounts:
-    """How many prompts."""
+    """Numbers of prompts."""
 
     alone: int | None  # of the words that stand in contexts, so many are held by themselves, too; none: all
     near: int  # of all other words and of the names, those that are nearest to the concepts,
@@ -77,13 +77,13 @@ FEW_PROMPTS = Amounts(alone=192, near=96, looked_at=10000, contexts=96, fewest=3
 
 
 def amounts(method: str) -> Amounts:
-    """How many prompts a method learns from."""
+    """Return the numbers of prompts that a method learns from."""
     return FEW_PROMPTS if method == "denoiser" else MANY_PROMPTS
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What may be another name for a concept, or a neighbour of it."""
+    """A possible synonym or neighbour of a concept."""
 
     text: str
     pairs: list[Pair]  # in random contexts, were it another name
@@ -150,7 +150,7 @@ def augment_prompts(text_encoder: TextEncoder, plan: PromptPlan, seed: int, size
 
 
 def _contexts(plan: PromptPlan, words: list[str], draws: random.Random, size: Amounts) -> list[list[Pair]]:
-    """Of each concept its pairs in random contexts, under the names that are given for it."""
+    """Return the pairs of each concept in random contexts, under all names that are given for it."""
     others = plan.synonyms or [[] for _ in plan.concepts]
     count = max(size.fewest, size.contexts // len(plan.concepts))
     made = []
@@ -164,7 +164,7 @@ def _contexts(plan: PromptPlan, words: list[str], draws: random.Random, size: Am
 def _candidates(
     encoder: "_Encoder", plan: PromptPlan, words: list[str], alone: list[str], draws: random.Random, size: Amounts
 ) -> list[list[Candidate]]:
-    """Of each concept what may be another name for it; nothing that the options say is to stay: the user knows better."""
+    """Return the possible synonyms of each concept, without prompts that the user preserves."""
     made = []
     for concept, pairs in zip(plan.concepts, plan.concept_pairs, strict=True):
         found = [] if _is_sourced(pairs[0], concept) else _nearest(encoder, concept, alone, plan, draws, size)
@@ -187,7 +187,7 @@ def _vocabulary(encoder: "_Encoder", plan: PromptPlan, size: Amounts) -> tuple[l
 
 
 def _unsaid(plan: PromptPlan, texts: Iterable[str]) -> list[str]:
-    """Those texts that name no concept, nor what one becomes, once each."""
+    """Return the distinct texts that mention no concept and no anchor."""
     anchors = [pair.anchor for pair in plan.all_concept_pairs if pair.anchor]
     said = dict.fromkeys([*plan.concepts, *itertools.chain(*plan.synonyms), *anchors])
     return [text for text in dict.fromkeys(texts) if not any(mentions(name, text) for name in said)]
@@ -258,7 +258,7 @@ class _Encoder:
                 tokenizer.model_max_length = full
 
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
-        """Those most like the concept first: by the cosine of their mean token, from which the mean of all is taken.
+        """Sort by similarity to the concept: the cosine of mean tokens, centred on the mean of all.
 
         Of T5 and language models only the beginnings are read: what follows are hundreds of tokens of padding.
         """
@@ -275,7 +275,7 @@ class _Encoder:
 
 
 def _means(embeds: PromptEmbeds) -> Tensor:
-    """Of each text its mean token, `[texts, width]` fp32, of those that count."""
+    """Return the mean token of each text, `[texts, width]` fp32, without masked tokens."""
     tokens, mask = embeds[TOKENS].float(), embeds.get(MASK)
     if mask is None:
         return tokens.mean(dim=1)
@@ -332,7 +332,7 @@ def shares_word(text: str, concept: str) -> bool:
 
 
 def _is_sourced(plain: Pair, concept: str) -> bool:
-    """Whether the concept is erased from something only: another name for "striped circle" would be one for a circle."""
+    """Return whether the concept is erased from a source only: a synonym of "striped circle" would be one of a circle."""
     return bool(plain.neutral) and mentions(plain.neutral, concept)
 
 
@@ -344,14 +344,14 @@ def _among_words(words: list[str], draws: random.Random, plain: Pair, named: str
 
 
 def _context(words: list[str], draws: random.Random) -> tuple[str, str]:
-    """What stands before something and after it: random words, or nothing."""
+    """Draw the context before and after something: random words, or nothing."""
     before, after = (_some_words(words, draws, draws.choice(AROUND)) for _ in range(2))
     comma, other = (", " if draws.random() < 0.3 else " " for _ in range(2))
     return before and before + comma, after and other + after
 
 
 def _some_words(words: list[str], draws: random.Random, count: int) -> str:
-    """So many random words, some of them joined as words of sentences are."""
+    """Draw random words, some of them joined as words of sentences are."""
     chosen: list[str] = []
     for _ in range(count):
         if draws.random() < 0.35:

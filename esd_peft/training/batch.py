@@ -44,14 +44,14 @@ class Batch:
 
 
 class Source(Protocol):
-    """What training takes its batches from."""
+    """A source of training batches."""
 
     matches: Sequence[SynonymMatch] = ()  # the synonyms of each concept, where it looks for some
 
     def __next__(self) -> Batch: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands: JSON values and tensors, the buffer under "buffer"."""
+        """Return its state: JSON values and tensors, the buffer under "buffer"."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, with the same batches that would have come; a buffer that is None is filled anew."""

@@ -1,4 +1,4 @@
-"""What a run has so far, on disk, so that `--resume` goes on from there, bit for bit.
+"""Checkpoints of a run, from which `--resume` goes on bit for bit.
 
 Should a resumed run differ, compare what it is made of: the `state_dict` of `Trainer` and of the method's source of batches
 (`batch.Source`), the buffer, and what else the bits depend on (`esd_peft.runtime.reproducibility`).
@@ -48,7 +48,7 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Left:
-    """What a run that was stopped has left."""
+    """The remains of a stopped run."""
 
     training: dict[str, Any] | None = None  # of `TrainingLoop`
     buffer: dict[str, Tensor] | None = None  # none, too, where it is damaged: it is then made anew
@@ -99,11 +99,11 @@ class Checkpoints:
 
     @property
     def step(self) -> int | None:
-        """Of the newest checkpoint, if there is one."""
+        """The step of the newest checkpoint, if there is one."""
         return int(max(self._steps()).stem.removeprefix("step-")) if self._steps() else None
 
     def settings_left(self, names: Iterable[str]) -> dict[str, Any]:
-        """What the options `names` were in the run that is resumed, which may have taken less memory than it was given."""
+        """Return the options `names` of the run that is resumed, which may have taken less memory than it was given."""
         config = (_read(max(self._steps()))[1] or {}).get("config")
         return {name: config[name] for name in names if isinstance(config, dict) and name in config}
 
@@ -181,7 +181,7 @@ class Checkpoints:
         return Left(state, buffer if buffer.keys() == _IN_BUFFER else None)
 
     def _compare(self, before: dict[str, Any]) -> None:
-        """With what the checkpoint was made with."""
+        """Compare with the run that made the checkpoint."""
         dtype = self.made_with.get("dtype")
         if before.get("dtype") != dtype:
             raise UserError(
@@ -205,7 +205,7 @@ class Checkpoints:
                 empty_folder(self.folder, self.made)
 
     def _own(self) -> list[Path]:
-        """What this very run has written: whatever else lies there is somebody's."""
+        """Return the files that this run has written; everything else belongs to somebody."""
         names = marks.recorded(self.folder) or ()
         return [self.folder / name for name in names if isfile(self.folder / name)]
 
@@ -230,7 +230,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def fitting() -> Iterator[None]:
-    """Within it what a checkpoint holds is put to use: `UserError` if it does not fit."""
+    """Raise `UserError` if the contents of a checkpoint do not fit inside the block."""
     try:
         yield
     except (UserError, interrupts.InterruptedBetweenSteps, torch.OutOfMemoryError):

@@ -36,7 +36,7 @@ LEFT, LOST = 0.1, 0.5  # shares from which on the advice is to change something
 
 @dataclass(frozen=True)
 class Shown:
-    """In how many draws of `count` the teacher finds what is asked for: drawn by itself, and by the student."""
+    """Counts of draws, of `count`, in which the teacher finds what the prompt asks for: its own draws, and the student's."""
 
     before: int
     after: int
@@ -74,7 +74,7 @@ class Probes:
 
     @property
     def all(self) -> list[str]:
-        """Every text, once."""
+        """The distinct texts."""
         groups = [*self.paraphrases, *self.contexts.values()]
         texts = ["", *self.concepts, *self.neutrals, *self.listed, *self.contexts, *(t for group in groups for t in group)]
         return list(dict.fromkeys(texts))
@@ -91,7 +91,7 @@ class Diagnosis:
     pictures: Image.Image | None = None  # of each question its worst draw, by the teacher above and by the student below
 
     def to_dict(self) -> dict[str, Any]:
-        """For `result.json`."""
+        """Return the JSON values for `result.json`."""
         found = asdict(replace(self, pictures=None)) | {"advice": [*self.advice()]}
         del found["pictures"]
         return found
@@ -215,7 +215,7 @@ class _Made:
 
 
 def _drawn(judge: Judge, draws: list[Draw]) -> _Made:
-    """All draws by teacher and student, from the same noise, and what the teacher finds in them."""
+    """Draw by teacher and student from the same noise, and let the teacher judge the draws."""
     with judge.student.teacher():
         before = judge.draw(draws)
     after = judge.draw(draws)

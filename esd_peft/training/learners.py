@@ -1,4 +1,4 @@
-"""What learns: the denoiser with one output, or each of its cross-attention layers with an output of its own.
+"""Learners: the denoiser with one output, or its cross-attention layers with one output each.
 
 Both answer one question, `predict(samples, embeds)`: what comes out for so many samples, each with a prompt. It is asked of
 the student and, with the adapter disabled, of the teacher.
@@ -83,7 +83,8 @@ class AttentionLayer(nn.Module):
         self.width: int = block.attn2.to_q.in_features
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Of hidden states `[B, positions, width]`, as `norm2` is given them, and tokens `[B, tokens, width of these]`."""
+        """Return the sum of both layers' outputs for hidden states `[B, positions, width]`, inputs of `norm2`, and tokens
+        `[B, tokens, width of these]`."""
         attended = self.attn2(self.norm2(hidden), encoder_hidden_states=tokens)
         fed: Tensor = attended + self.ff(self.norm3(hidden + attended))
         return fed

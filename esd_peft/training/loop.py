@@ -1,4 +1,4 @@
-"""What surrounds the training steps: resuming, checkpoints, signals, and the loss that is shown."""
+"""The training loop around the optimizer steps: resuming, checkpoints, signals, and the loss that is shown."""
 
 import contextlib
 from collections.abc import Generator
@@ -38,7 +38,7 @@ class TrainingLoop:
     buffer: dict[str, Tensor] | None = None  # what that run's source had, if it is not damaged
 
     def batches(self) -> Generator[Batch, None, None]:
-        """Each is to be trained on before the next is asked for.
+        """Yield batches. Train on each before asking for the next.
 
         Raises `UserError` if the loss is no longer a number, `KeyboardInterrupt` if the run was interrupted.
         """
@@ -78,7 +78,7 @@ class TrainingLoop:
             trainer.student.denoiser.disable_gradient_checkpointing()
 
     def _look(self, signalled: bool, bar: "tqdm[Any]") -> tuple[bool, bool]:
-        """Whether the run was interrupted, and whether it is done, after a step."""
+        """Return whether the run was interrupted, and whether it is done, after a step."""
         trainer = self.trainer
         interrupted = distributed.any_process(signalled)
         done = trainer.taken == trainer.steps
@@ -117,7 +117,7 @@ class TrainingLoop:
 
 @with_config(ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
 class _State(TypedDict):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     step: int
     done: bool

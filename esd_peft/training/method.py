@@ -1,4 +1,4 @@
-"""The ways to the guided target: which learner, which samples, and where the prompts come from.
+"""The methods: ways to the guided target that differ in the learner, the samples and the prompts.
 
 | method | a sample is | the learner predicts | prompts |
 |---|---|---|---|
@@ -34,7 +34,7 @@ MAX_GRAD_NORM = 1.0  # where a few samples can have large gradients
 
 @dataclass
 class Materials:
-    """What a method is made of."""
+    """The inputs of a method."""
 
     rollout: Rollout
     pairs: PairTable
@@ -46,7 +46,7 @@ class Materials:
 
 @dataclass
 class Method:
-    """What learns, from what, by which loss."""
+    """A learner, its source of batches, and its loss."""
 
     learner: Learner
     source: Source

@@ -1,4 +1,4 @@
-"""What is shown of a run while it trains: losses on a dashboard, and the images of `--validation-prompt`."""
+"""Views of a run while it trains: losses on a dashboard, and the images of `--validation-prompt`."""
 
 import sys
 from dataclasses import dataclass, field
@@ -26,12 +26,12 @@ class Monitor:
         self.dashboard.log(values, step)
 
     def look_at_base(self) -> None:
-        """What there is before anything is learned. Raises `UnusableImages` if it shows nothing."""
+        """Draw the base's images. Raises `UnusableImages` if they show nothing."""
         with self.profiler.phase("evaluate"), self.student.teacher():
             self._look(BASE, 0)
 
     def look(self, step: int) -> None:
-        """What the student makes after so many steps, if that is due; a look that shows nothing is no reason to stop."""
+        """Draw the student's images after `step` steps, if they are due; images that show nothing do not stop the run."""
         if step and self.every and step % self.every == 0:
             with self.profiler.phase("evaluate"):
                 try:
@@ -40,8 +40,10 @@ class Monitor:
                     print(f"note: {error}", file=sys.stderr)
 
     def finish(self, step: int, folder: Path) -> None:
-        """What the finished student makes, and how that depends on how much of it counts. All looks are copied to `folder`,
-        a part of the output, also if something ends the last ones. Raises `UnusableImages` if one shows nothing."""
+        """Draw the finished student's images, also at lower strengths, and copy all images to `folder` in the output.
+
+        They are copied also if something ends the last ones. Raises `UnusableImages` if one shows nothing.
+        """
         if self.timeline is None:
             return
         try:

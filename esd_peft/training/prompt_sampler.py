@@ -24,7 +24,7 @@ class PromptBatch:
 
     @property
     def are_mapped(self) -> bool:
-        """Whether some become something else than what they are without the concept."""
+        """True if some pairs have an anchor other than the neutral prompt."""
         return not torch.equal(self.neutrals, self.goals)
 
 
@@ -83,7 +83,7 @@ class PromptSampler:
         self.preserving = self._mixed(*((share, [Pair(text, text) for text in texts]) for share, texts in preserved))
 
     def _mixed(self, *groups: tuple[int, list[Pair]]) -> tuple[PromptBatch, Tensor]:
-        """All pairs of the groups, and the chance of each to be drawn, so that each group has its share."""
+        """Return the pairs of the groups and the chance of each, so that each group has its share."""
         chances = torch.cat([torch.full((len(pairs),), share / max(1, len(pairs))) for share, pairs in groups])
         pairs = [pair for _, pairs in groups for pair in pairs]
         texts = zip(*((p.prompt, p.neutral, p.anchor_prompt) for p in pairs), strict=True)

@@ -41,7 +41,7 @@ class Rollout:
         keep: int | None = None,
         progress: bool = True,
     ) -> Buffer:
-        """One trajectory for each of `pairs` `[M]` (of `table`), which become training samples.
+        """Collect the training samples of one trajectory for each of `pairs` `[M]` (of `table`).
 
         With `options.rollout == "teacher"` the frozen teacher's guided prediction drives them, and they show the concept
         (the authors' current code); with "student" the denoiser as it is drives them, and the teacher only predicts at the
@@ -132,7 +132,7 @@ class Rollout:
 
 
 def _directions(table: PairTable, predictions: Tensor, guided: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """What drives the next step: from e_null, the first of the two, towards e_concept, or where `guided` the target."""
+    """Return the prediction of the next step: e_null, the first of the two, and e_concept, or where `guided` the target."""
     null, concept = predictions[:2]
     column = (-1, *[1] * (null.dim() - 1))
     eta = table.etas[pairs].view(column)
@@ -141,7 +141,7 @@ def _directions(table: PairTable, predictions: Tensor, guided: Tensor, pairs: Te
 
 
 def _choose(trajectories: int, steps: int, keep: int | None, generator: torch.Generator) -> Tensor:
-    """Which steps of each trajectory become samples: `[M, steps]` bool."""
+    """Choose the steps of each trajectory that become samples: `[M, steps]` bool."""
     if keep is None or keep >= steps:
         return torch.ones(trajectories, steps, dtype=torch.bool)
     draws = torch.rand(trajectories, steps, generator=generator)

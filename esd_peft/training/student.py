@@ -1,4 +1,4 @@
-"""What learns: scopes turned into PEFT adapters, or into the base weights themselves; how it predicts, and how it is saved.
+"""Students: scopes turned into PEFT adapters, or into the base weights themselves; their predictions and files.
 
 One denoiser serves teacher and student: the teacher is the student with its adapter disabled.
 """
@@ -74,15 +74,15 @@ class Student(ABC):
 
     @abstractmethod
     def teacher(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, the denoiser is the frozen base."""
+        """Make the denoiser the frozen base inside the block."""
 
     @abstractmethod
     def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
-        """Within it, what was learned counts so many times: 0 is the base, 1 the student as it is."""
+        """Scale what was learned inside the block: 0 is the base, 1 the student as it is."""
 
     @abstractmethod
     def start_from(self, changes: PromptMaps) -> None:
-        """Let each layer W that reads prompt embeddings start as W + W D, D being their change (`closed_form`).
+        """Start each layer W that reads prompt embeddings as W + W D, D being their change (`closed_form`).
 
         To be called, with an empty dict if there is none, once weights and projections are where they are trained: it
         projects what was drawn at random too.

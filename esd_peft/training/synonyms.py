@@ -50,7 +50,7 @@ class TeacherProbe:
 
     @property
     def own(self) -> int:
-        """How many trajectories are the concepts'."""
+        """The number of the concepts' trajectories."""
         return self.each * len(self.matches)
 
     def concept_of(self, pairs: Tensor) -> Tensor:

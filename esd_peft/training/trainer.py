@@ -1,4 +1,4 @@
-"""One optimizer step, and everything that changes from step to step."""
+"""The optimizer step, and the state that changes from step to step."""
 
 import math
 import warnings
@@ -32,7 +32,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_
 
 
 def restore(optimizer: torch.optim.Optimizer, schedule: LRScheduler, state: Mapping[str, Any]) -> None:
-    """Let both be what "optimizer" and "schedule" of `state` were taken of. Raises `TypeError` for what does not fit."""
+    """Restore both from "optimizer" and "schedule" of `state`. Raises `TypeError` for what does not fit."""
     _check_alike(state["schedule"], schedule.state_dict())
     _check_alike(state["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
     optimizer.load_state_dict(state["optimizer"])
@@ -61,7 +61,7 @@ class Trainer:
         self.unread: list[tuple[Tensor, Tensor | None]] = []  # each step's loss and timesteps since the last reading
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step on the batch, of which `per_device_batch_size` samples are on the device at a time.
+        """Take an optimizer step on the batch, of which `per_device_batch_size` samples are on the device at a time.
 
         The loss stays on the device until `read_loss`.
         """
@@ -87,7 +87,7 @@ class Trainer:
         self.taken += 1
 
     def _sum_over_processes(self, loss: Tensor) -> None:
-        """Each process's share of a batch is weighted by its size already: what is left is to sum."""
+        """Sum the gradients of all processes, whose shares of the batch are weighted by their sizes already."""
         if distributed.world_size() == 1:
             return
         for parameter in self.learner.parameters:
@@ -112,7 +112,7 @@ class Trainer:
         return {"loss": self.losses[-1], "learning_rate": self.schedule.get_last_lr()[0]}
 
     def state_dict(self, done: bool = False) -> dict[str, Any]:
-        """What a checkpoint holds; of a training that is `done` only what was learned matters."""
+        """Return the contents of a checkpoint; of a training that is `done` only what was learned."""
         return {
             "step": self.taken,
             "done": done,

@@ -1,4 +1,4 @@
-"""How much a run does, known before it starts: samples of a batch, trajectories of the buffer, optimizer steps, NFE.
+"""The work of a run, known before it starts: samples of a batch, trajectories of the buffer, optimizer steps, NFE.
 
 NFE, the number of function evaluations, counts samples that go through the denoiser; a backward pass counts as two.
 All functions but `sampled` take options that `esd_peft.erasure.defaults.resolve` has filled in.
@@ -22,7 +22,7 @@ LOOKS = 5  # at --validation-prompt while it trains
 
 @dataclass(frozen=True)
 class BufferShape:
-    """What fills the buffer once."""
+    """The contents of a full buffer."""
 
     concept_trajectories: int
     preserve_trajectories: int
@@ -30,12 +30,12 @@ class BufferShape:
 
     @property
     def trajectories(self) -> int:
-        """Of both kinds."""
+        """The number of trajectories of both kinds."""
         return self.concept_trajectories + self.preserve_trajectories
 
 
 def preservation_samples(training: TrainingOptions) -> int:
-    """How many samples of a batch hold the student to the teacher."""
+    """Return the number of preservation samples in a batch."""
     share, size = training.preservation_ratio, training.train_batch_size
     return max(int(share * size), min(1, size - 1)) if share else 0
 
@@ -46,8 +46,10 @@ def look_interval(training: TrainingOptions) -> int:
 
 
 def buffer_shape(buffer: BufferOptions, training: TrainingOptions, preserved: int) -> BufferShape:
-    """With one trajectory for each of so many `preserved` prompts; of a buffer that is refreshed, no more than is used up
-    until then."""
+    """Return the buffer's shape, with one trajectory for each of `preserved` prompts.
+
+    A buffer that is refreshed holds no more than is used up until then.
+    """
     interval, num_preserve = buffer.buffer_refresh_interval, preservation_samples(training)
     preserved = preserved if num_preserve else 0
     if not interval:
@@ -75,7 +77,7 @@ def sampled(buffer: BufferOptions, family: ModelFamily) -> BufferOptions:
 
 
 def probe_trajectories(concepts: int) -> int:
-    """All of the teacher probe."""
+    """Return the number of trajectories of the teacher probe."""
     return concepts * own_trajectories(concepts) + other_trajectories(concepts)
 
 
@@ -104,7 +106,7 @@ def count_probe_nfe(buffer: BufferOptions, predictions: int, concepts: Sequence[
 
 
 def buffer_fills(buffer: BufferOptions, training: TrainingOptions) -> int:
-    """How often the buffer of the method `trajectories` is filled."""
+    """Return how often the buffer of the method `trajectories` is filled."""
     steps = training.max_train_steps
     return math.ceil(steps / (buffer.buffer_refresh_interval or steps)) if steps else 0
 
