@@ -1,7 +1,6 @@
 """Attacks on erased embedded pipelines: can the concept be brought back?
 
     python benchmarks/attacks.py --output benchmarks/results/attacks --seeds 0
-    python benchmarks/attacks.py --model shapes --concepts circle red striped --output benchmarks/results/attacks_shapes
 
 Every run erases a concept and evaluates it with attacks (`python -m esd_peft.evaluate --attack ...`).
 Writes OUTPUT.json (every run) and OUTPUT.md (means over concepts and seeds) after every run; runs in
