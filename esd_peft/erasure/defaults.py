@@ -130,7 +130,7 @@ def _resolve_training(given: TrainingOptions, student: StudentOptions, prompts: 
     # fast where the null space holds everything else in place (docs/scopes.md), or many prompts do
     fast = 3e-3 if student.adapter_type != "none" else 1e-3
     ratio, steps, size, rate = {
-        "layers": (0.5, 600 + 200 * concepts, 32, fast),
+        "layers": (0.5, 150 + 50 * concepts, 32, fast),
         "denoiser": (1 / 3, 80 + 80 * concepts, 12, fast),
         "trajectories": (
             0.25 if prompts.sources else 0.125,

@@ -88,7 +88,7 @@ class TrainingOptions(Options):
     concept's own trajectories: for what shows without being named, as nudity and watermarks do; 3 is strong. What resembles
     the concept pays for it (docs/attention.md); left out: 0."""
     max_train_steps: Auto[Annotated[int, Field(ge=0, le=10**9)]] = LEFT_OUT
-    """Optimizer steps; left out: 600 + 200 for each concept with the method layers, 80 + 80 with denoiser, 20 + 20 with
+    """Optimizer steps; left out: 150 + 50 for each concept with the method layers, 80 + 80 with denoiser, 20 + 20 with
     trajectories (8 times that with --erase-from, or with another scope or adapter than the defaults), and 10 epochs with
     contrastive."""
     train_batch_size: Auto[Annotated[int, Field(ge=1, le=10**5)]] = LEFT_OUT

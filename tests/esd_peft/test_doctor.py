@@ -19,7 +19,7 @@ def test_the_method_is_the_one_that_suits_the_pipeline():
     text = said("emoji")
     assert f"torch {torch.__version__}" in text and "bitsandbytes" in text
     assert "the embedded emoji pipeline: StableDiffusion" in text and "of 6.9 M parameters" in text
-    assert "--method layers --max-train-steps 800 --scope esd-x-ff" in text
+    assert "--method layers --max-train-steps 200 --scope esd-x-ff" in text
     assert "--method trajectories --max-train-steps 40 --scope esd-x-strict" in said("shapes")
 
 
