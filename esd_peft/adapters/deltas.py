@@ -18,8 +18,8 @@ class AdaptedWeight(ABC):
         """
 
     @abstractmethod
-    def merge(self) -> Tensor:
-        """Return the merged weight, fp32. The adapter cannot be used afterwards."""
+    def merge(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the merged weight, computed in fp32 and rounded once. The adapter cannot be used afterwards."""
 
 
 class WeightDelta(ABC):
@@ -55,5 +55,6 @@ class _Replaced(AdaptedWeight):
     def effect(self, inputs: Tensor) -> Tensor:
         return self.scale * (self.value - self.weight)
 
-    def merge(self) -> Tensor:
-        return self.value if self.scale == 1 else torch.lerp(self.weight, self.value, self.scale)
+    def merge(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        merged = self.value if self.scale == 1 else torch.lerp(self.weight, self.value, self.scale)
+        return merged.to(dtype)

@@ -50,9 +50,11 @@ def notes_of(family: ModelFamily, adapters: list[Adapter]) -> list[str]:
 
 
 @torch.no_grad()
-def merge_weight(weight: Tensor, changes: list[WeightDelta], inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return a base weight with all its changes, fp32 from the first change on, and their contribution to the outputs for
-    `inputs`.
+def merge_weight(
+    weight: Tensor, changes: list[WeightDelta], inputs: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Return a base weight with all its changes, rounded once to `dtype` after the last, and their contribution to the
+    outputs for `inputs`; a weight without changes stays as it is.
 
     Several changes are added as differences from the base, W + Σ (W_i − W), so their order does not matter. For LoRA and
     other additive adapters this equals PEFT with all of them active; for DoRA it does up to products of changes.
@@ -62,8 +64,10 @@ def merge_weight(weight: Tensor, changes: list[WeightDelta], inputs: Tensor | No
         adapted = change.on(weight)
         if inputs is not None:
             effect = effect + adapted.effect(inputs)
-        merged = adapted.merge() if len(changes) == 1 else merged.float() + (adapted.merge() - weight.float())
-    return merged, effect
+        if len(changes) == 1:
+            return adapted.merge(dtype), effect
+        merged = merged.float() + (adapted.merge() - weight.float())
+    return merged.to(dtype) if changes else merged, effect
 
 
 @torch.no_grad()
@@ -71,7 +75,7 @@ def _check_acts(family: ModelFamily, adapter: Adapter, changes: dict[str, Weight
     """Raise `UserError` unless a weight is another one after the merge, as it is stored; reads up to the first that is."""
     for name, base in base_weights(family, {name: [change] for name, change in changes.items()}):
         check_finite(f"--base: {name}", base)
-        if not torch.equal(changes[name].on(base).merge().to(base.dtype), base):
+        if not torch.equal(changes[name].on(base).merge(base.dtype), base):
             return
     raise UserError(
         f"--adapter {adapter.path} changes nothing: all {len(changes)} weights that it is for stay as they are stored; "
@@ -87,7 +91,7 @@ def merge_in_place(path: Path, changes: Changes, verification: Verification | No
             base = tensors.read(file, name)
             check_finite(f"--base: {name}", base)
             inputs = verification.inputs(name, base, changes[name]) if verification else None
-            merged, effect = merge_weight(base, changes[name], inputs)
+            merged, effect = merge_weight(base, changes[name], inputs, base.dtype)
             tensors.write(file, name, merged)
             if verification:
                 verification.check(name, base, tensors.read(file, name), changes[name], effect)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esd_peft.adapters.deltas import AdaptedWeight, WeightDelta
+from esd_peft.adapters.low_rank import low_rank
 from esd_peft.adapters.peft_config import REPEATED, Patterns, for_layers
 from esd_peft.errors import UserError, one_line
 
@@ -62,19 +63,28 @@ class LayerWeight(WeightDelta):
     adds: bool
 
     def on(self, weight: Tensor) -> AdaptedWeight:
+        if self.files.kind == "LORA" and isinstance(self.layer, nn.Linear) and not _changes_base(self.files.config):
+            zero = torch.zeros(())  # PEFT puts the adapter where its layer is, so that it cannot be on the meta device
+            values = zero.expand(weight.shape), None if self.layer.bias is None else zero.expand(len(weight))
+            with self.files.at(self.name):
+                plain = low_rank(self.wrapped(*values), weight, self.files.scale)
+            if plain:
+                return plain
         bias = None if self.layer.bias is None else torch.ones(len(weight))
-        return _AdaptedWeight(self, weight.float(), bias, self.wrapped(weight, bias))
+        given = weight.to(torch.float32, copy=True), None if bias is None else bias.clone()
+        return _AdaptedWeight(self, weight.float(), bias, self.wrapped(*given))
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Return a layer of the base's kind with these values, fp32."""
-        layer = copy.deepcopy(self.layer).to_empty(device="cpu").float().requires_grad_(False)
-        layer.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
-        layer.bias = None if bias is None else nn.Parameter(bias.to(torch.float32, copy=True), requires_grad=False)
+        layer = copy.deepcopy(self.layer).to("meta").requires_grad_(False)
+        layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        layer.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         return layer
 
     def wrapped(self, weight: Tensor, bias: Tensor | None) -> Any:
-        """Return PEFT's layer around it, in eval mode. Raises `UserError` if the adapter does not fit, or has unused
-        tensors.
+        """Return PEFT's layer around these fp32 values, which a merge changes in place, in eval mode.
+
+        Raises `UserError` if the adapter does not fit, or has unused tensors.
         """
         root = nn.Module()
         parent = root
@@ -86,7 +96,7 @@ class LayerWeight(WeightDelta):
         with self.files.at(self.name):
             config = for_layers(self.files.config, [self.name], self.files.patterns)
             # on the meta device, so that the config allocates no memory; the file provides the tensors
-            empty = getattr(config, "init_lora_weights", None) not in REPEATED
+            empty = not _changes_base(config)
             if not empty:
                 _check_rank(config, self.tensors)
             model = peft.get_peft_model(root, config, low_cpu_mem_usage=empty)
@@ -123,7 +133,8 @@ class LayerBias(WeightDelta):
     def on(self, weight: Tensor) -> AdaptedWeight:
         shape = self.of.layer.weight.shape
         rows = torch.linspace(1, 2, shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-        return _AdaptedBias(self.of, weight.float(), *(self.of.wrapped(value, weight) for value in (rows, rows.flip(0))))
+        layers = (self.of.wrapped(value.clone(), weight.to(torch.float32, copy=True)) for value in (rows, rows.flip(0)))
+        return _AdaptedBias(self.of, weight.float(), *layers)
 
 
 @dataclass(frozen=True)
@@ -139,11 +150,11 @@ class _AdaptedWeight(AdaptedWeight):
             answer = self.layer(inputs) - self.layer(torch.zeros_like(inputs))
         return self.change.files.scale * (answer - self.change.plain(self.weight, None)(inputs))
 
-    def merge(self) -> Tensor:
+    def merge(self, dtype: torch.dtype = torch.float32) -> Tensor:
         merged = self.change.merged(self.layer)
         if self.bias is not None and not self.change.changes_bias and not torch.equal(merged.bias, self.bias):
             raise _entangled(self.change)
-        return _part(self.weight, merged.weight, self.change.files.scale)
+        return _part(self.weight, merged.weight, self.change.files.scale).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -160,11 +171,16 @@ class _AdaptedBias(AdaptedWeight):
             answer = self.layer(zeros)
         return self.change.files.scale * (answer.reshape(1, len(self.bias), -1)[0, :, 0] - self.bias)
 
-    def merge(self) -> Tensor:
+    def merge(self, dtype: torch.dtype = torch.float32) -> Tensor:
         bias, other = (self.change.merged(layer).bias for layer in (self.layer, self.other))
         if not torch.equal(bias, other):
             raise _entangled(self.change)
-        return _part(self.bias, bias, self.change.files.scale)
+        return _part(self.bias, bias, self.change.files.scale).to(dtype)
+
+
+def _changes_base(config: peft.PeftConfig) -> bool:
+    """Return whether PEFT takes the initial adapter off the base weight, which it repeats when it reads a file."""
+    return getattr(config, "init_lora_weights", None) in REPEATED
 
 
 def _check_rank(config: peft.PeftConfig, tensors: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from esd_peft.adapters.deltas import WeightDelta
+from esd_peft.adapters.low_rank import ROWS
 from esd_peft.errors import UserError
 from esd_peft.runtime.seeds import generator
 
@@ -64,4 +65,4 @@ def _outputs(layer: nn.Module | None, weight: Tensor, inputs: Tensor) -> Tensor:
         return weight.float()
     if isinstance(layer, nn.Conv2d):
         return nn.functional.conv2d(inputs, weight.float(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return nn.functional.linear(inputs, weight.float())
+    return torch.cat([nn.functional.linear(inputs, rows.float()) for rows in weight.split(ROWS)], dim=-1)

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -113,7 +114,9 @@ class TensorFile:
         """The bytes of the tensor `name`, whatever its dtype."""
         first, end = self.entries[name]["data_offsets"]
         file.seek(self.start + first)
-        return bytearray(file.read(end - first))
+        content = bytearray(end - first)
+        del content[cast(BufferedReader, file).readinto(content) :]  # the file was cut short since its header was read
+        return content
 
     def write(self, file: BinaryIO, name: str, value: Tensor) -> None:
         """Put `value` `[same shape]` in the place of `name`, rounded once to the dtype that is there."""
