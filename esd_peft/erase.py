@@ -1,12 +1,13 @@
 """python -m esd_peft.erase: ESD ("Erasing Concepts from Diffusion Models", arXiv 2303.07345), in one page.
 
-A frozen teacher predicts the noise of x_t without and with the concept, e_null and e_concept, along denoising trajectories.
-A student, the same network with an adapter, learns in the concept's place the guided target
+A frozen teacher predicts the noise of x_t along denoising trajectories: e_concept for a prompt with the concept, e_null for
+the prompt without it. A student, the same network with an adapter, learns the guided target for prompts with the concept:
 
-    e_anchor − η (e_concept − e_null)                                    (eq. 6; e_anchor is e_null, or what it is mapped to)
+    e_anchor − η (e_concept − e_null)                                                                              (eq. 6)
 
-and elsewhere what the teacher predicts. The adapter is saved; `merge_adapter` makes it part of the weights. What surrounds
-the method (checks, defaults, memory, processes, checkpoints) is in `session.py`.
+e_anchor is e_null, or the prediction for the prompt that the concept is mapped to. For all other prompts the student learns
+the teacher's own prediction. The run saves the adapter, and `merge_adapter` merges it into the weights.
+`erasure/session.py` has the rest: checks, defaults, memory, processes, checkpoints.
 """
 
 import contextlib
@@ -50,8 +51,8 @@ from esd_peft.training.work import count_denoiser_calls, look_interval
 def erase(config: EraseConfig) -> dict[str, Any]:
     """Train an adapter that erases the config's concepts and write it to its output.
 
-    Returns what `result.json` holds: the rates before and after (embedded pipelines), losses, seconds and peak memory by
-    phase, NFE, and the config as it ran. Raises `UserError` for input that cannot work.
+    Returns the contents of `result.json`: rates before and after (embedded pipelines), synonyms, the diagnosis, losses, NFE,
+    seconds and peak memory by phase, and the resolved config. Raises `UserError` for input that cannot work.
     """
     return in_session(config, train)
 
@@ -61,7 +62,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     family, plan, checkpoints = session.family, session.prompts, session.checkpoints
     device, dtype = config.runtime.torch_device, config.runtime.torch_dtype
     training, profiler = config.training, PhaseProfiler(device)
-    # what a run that was stopped had come to, for --resume
+    # the state of the interrupted run, for --resume
     left = distributed.broadcast(checkpoints and checkpoints.load()) if config.checkpoint.resume else Left()
     if distributed.is_main_process():
         print(f"method: {training.method}, {training.max_train_steps} steps", file=sys.stderr)
@@ -75,8 +76,9 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
         student = load_student(family, config.student, config.memory, plan, prompts.plan, device, dtype, training.seed)
         prompts.plan.clear()  # the table of pairs has those that the denoiser is given
 
-    # what learns, and batches of samples and prompts with the teacher's answers to them, as the method says;
-    # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖² / ‖e_concept − e_null‖², ê being its answer
+    # the method chooses what learns, and the batches: samples, prompts, and the teacher's predictions for them
+    # loss(ê, batch) = mean of weight ‖ê − (e_anchor − η (e_concept − e_null))‖² / ‖e_concept − e_null‖² for the student's
+    # prediction ê (`target.guided_loss`; the method `contrastive` has its own loss)
     rollout = Rollout(student, profiler)
     monitor = Monitor(student, profiler, session.dashboard, prompts.timeline, look_interval(training))
     with summary.before_training():

@@ -55,7 +55,7 @@ class NewTokens:
 
     @contextlib.contextmanager
     def known(self) -> Iterator[None]:
-        """Let the text encoders read the words inside the block."""
+        """Register hooks inside the block with which the text encoders read the words."""
         handles = [handle for part in self._parts for handle in self._hook(*part)]
         try:
             yield

@@ -83,7 +83,7 @@ def _short_help(config: type[Options], program: str, presets: Mapping[str, Path]
 
 def _description(config: type[Options], presets: Mapping[str, Path]) -> str:
     said = f"{config.__doc__} --config FILE reads a YAML file of these options; --print-config prints one."
-    return said + (f" --preset sets what one of {', '.join(presets)} needs." if presets else "")
+    return said + (f" --preset NAME sets the options for a kind of concept: {', '.join(presets)}." if presets else "")
 
 
 def _defaults(config: type[Options], argv: list[str], presets: Mapping[str, Path]) -> dict[str, Any]:

@@ -83,17 +83,17 @@ class PromptOptions(Options):
     map_to: Annotated[str | None, _GUIDED] = None
     """What the concept becomes; left out: what the model draws without naming it."""
     also_erase: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
-    """Another name or a description of the concept, which goes with it ("sly red hunter"); repeat for several. Of several
-    concepts each has its own, in YAML."""
+    """A synonym or a description of the concept, erased with it ("sly red hunter"); repeat for several. In YAML each concept
+    has its own."""
     negative_guidance: Annotated[Auto[Annotated[float, Field(ge=0, le=100)]], _GUIDED] = LEFT_OUT
     """η of the guided target e_null − η (e_concept − e_null), the paper's negative guidance (its 1 is 2 in the authors'
     current scripts); left out: 1, or for what is mapped to something 0, with the methods layers and denoiser 0.5."""
     prompt_templates: Literal["auto", "bare"] = "auto"
     """auto: train on the concept in several templates and beside other things; bare: only as given (the paper)."""
     preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)
-    """A prompt that must stay as it is, beside a built-in list of common ones (the retain set): the student is held to the
-    teacher at it, or along a trajectory of it, and under --closed-form layers that read the prompt learn outside of it;
-    repeat for several, or list them in the file of --config."""
+    """A prompt whose images must not change, beside a built-in list of common ones (the retain set). The student learns the
+    teacher's own prediction for it, with trajectories along a trajectory of its own; --closed-form also keeps the adapter
+    out of the subspace of its embeddings. Repeat for several, or list them in the file of --config."""
 
     @field_validator("concept", "preserve", "also_erase", mode="before")
     @classmethod

@@ -74,19 +74,19 @@ class TrainingOptions(Options):
     """The method and its optimizer."""
 
     method: Auto[Method] = LEFT_OUT
-    """How the target is learned (layers, denoiser, trajectories or contrastive). layers: each cross-attention layer learns
+    """The training method (layers, denoiser, trajectories or contrastive). layers: each cross-attention layer learns
     the guided target for its own output, from many prompts; denoiser: the denoiser as a whole learns it from the same
     prompts; trajectories: it learns from the concepts' own trajectories (the paper, with --rollout student); contrastive:
     images of the concept are negative examples, which some summaries of the paper describe and which erases nothing
     (docs/objectives.md). Left out: layers for Stable Diffusion 1.x, 2.x and XL, denoiser for all others, trajectories
     where the tokenizer knows less than 500 words."""
     preservation_ratio: Annotated[Auto[Annotated[float, Field(ge=0, lt=1)]], _GUIDED] = LEFT_OUT
-    """The share of each batch that holds the student to the teacher: at prompts without the concept, and at --preserve
-    prompts; left out: 0.5 with the method layers, 1/3 with denoiser, 0.125 with trajectories (0.25 with --erase-from)."""
+    """The share of preservation prompts in each batch, for which the student learns the teacher's own prediction;
+    left out: 0.5 with the method layers, 1/3 with denoiser, 0.125 with trajectories (0.25 with --erase-from)."""
     unprompted_guidance: Annotated[Auto[Annotated[float, Field(ge=0, le=100)]], _GUIDED] = LEFT_OUT
-    """How far prompts that do not name the concept are guided away from it, like η, at what the model draws along the
-    concept's own trajectories: for what shows without being named, as nudity and watermarks do; 3 is strong. What resembles
-    the concept pays for it (docs/attention.md); left out: 0."""
+    """η of prompts that do not name the concept, at samples of the concept's own trajectories: for implicit concepts such as
+    nudity and watermarks, which appear without being named; 3 is strong. Neighbours of the concept lose images
+    (docs/attention.md); left out: 0."""
     max_train_steps: Auto[Annotated[int, Field(ge=0, le=10**9)]] = LEFT_OUT
     """Optimizer steps; left out: 150 + 50 for each concept with the method layers, 80 + 80 with denoiser, 20 + 20 with
     trajectories (8 times that with --erase-from, or with another scope or adapter than the defaults), and 10 epochs with

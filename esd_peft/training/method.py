@@ -1,4 +1,6 @@
-"""The methods: ways to the guided target that differ in the learner, the samples and the prompts.
+"""The methods. Each is a learner, a source of batches and a loss.
+
+The first three learn the guided target; `contrastive` has its own loss and is here for comparison only.
 
 | method | a sample is | the learner predicts | prompts |
 |---|---|---|---|

@@ -14,11 +14,11 @@ PRESERVATION_WEIGHT = 10.0  # of a preservation prompt: few of them have to stan
 
 @dataclass
 class PromptBatch:
-    """Rows of the prompt table's embeddings; the prompts that erase come first."""
+    """Indices into the prompt table's embeddings. The prompts that erase come first."""
 
-    prompts: Tensor  # [B] int64
-    neutrals: Tensor  # [B]; a preservation prompt is its own neutral and goal: no guidance moves its target
-    goals: Tensor  # [B]
+    prompts: Tensor  # [B] int64; gives e_concept
+    neutrals: Tensor  # [B]; the prompt without the concept, gives e_null
+    goals: Tensor  # [B]; the anchor prompt, gives e_anchor; a preservation prompt is its own neutral and anchor: unguided
     eta: Tensor  # [B] fp32
     weight: Tensor  # [B] fp32
 
@@ -29,7 +29,10 @@ class PromptBatch:
 
 
 def _preserved(matches: list[SynonymMatch]) -> list[Candidate]:
-    """Candidates that differ from their own concept and from all others: a citrus is no banana, but may be a tangerine."""
+    """Return the neighbours of each concept that are no synonym of another erased concept.
+
+    "Citrus" is a neighbour of "banana". It is not preserved if "tangerine" is erased too and "citrus" is its synonym.
+    """
     erased = [[c.text for c in match.synonyms if c.is_word] for match in matches]
     kept = []
     for number, match in enumerate(matches):
@@ -39,11 +42,13 @@ def _preserved(matches: list[SynonymMatch]) -> list[Candidate]:
 
 
 class PromptSampler:
-    """Draws batches without end, of so many prompts that erase and so many that preserve.
+    """Yield batches of `erasing` prompts that erase and `preserving` prompts that preserve, without end.
 
-    Of the erasing prompts a fifth are the plan's own, two fifths stand in random contexts, the rest are synonyms, if there
-    are any. Of the preservation prompts two sevenths are near the concepts, if anything is, and a seventh are the retain
-    set; beside them those that the options ask to preserve have two ninths, if there are any.
+    Each group of prompts has a weight, and empty groups have none. Its share is its weight over the sum of weights:
+
+    - prompts that erase: the plan's own 1, random contexts 2, synonyms that are words 1, synonyms that are phrases 1;
+    - preservation prompts: unrelated 4, neighbours 2, names that share a word with the concept 2, the retain set 1,
+      the prompts of --preserve 2.
     """
 
     def __init__(

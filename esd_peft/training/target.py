@@ -1,9 +1,9 @@
 """The paper's target and its loss (eq. 6 and 7), for any learner.
 
-The target `e_anchor − η (e_concept − e_null)`, the anchor being e_null where the concept is mapped to nothing, is a linear
-combination of predictions whose coefficients add up to one. Velocity and flow predictions are linear in ε for a given x_t,
-so the target holds for them as it stands, as long as the student is compared in the same parameterisation. A layer's output
-has a target of the same form.
+The target is `e_anchor − η (e_concept − e_null)`; e_anchor is e_null unless the concept is mapped to something. The target
+is an affine combination of predictions: the coefficients add up to one. v-predictions and flow-matching velocities are
+affine in ε for a given x_t, so the same formula holds for them, if student and teacher use the same prediction type. A
+layer's output has a target of the same form.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ WEIGHT_DECAY = 0.0
 
 
 def guided_loss(made: Outputs, batch: Batch) -> Tensor:
-    """Weighted mean squared error between what the student has made, `[B, ...]` each, and the guided target, `[]` fp32.
+    """Return the weighted mean squared error of the student's outputs `[B, ...]` to their guided targets, as `[]` fp32.
 
     It is the mean over the outputs of `(weight * (made - target) ** 2).mean() / size`, with
     `target = anchor - eta * (e_concept - e_null)`. Dividing by `size`, the mean square of e_concept − e_null, makes its unit

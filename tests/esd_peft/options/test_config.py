@@ -99,7 +99,7 @@ def test_help_shows_what_most_people_need(capsys):
     assert not stop.value.code and "--help-all shows all options" in shown
     flags = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
     assert flags == ["--" + name.replace("_", "-") for name in EraseConfig.usual] and len(flags) < 10
-    assert "How the target is learned (layers, denoiser, trajectories or contrastive)" in " ".join(shown.split())
+    assert "The training method (layers, denoiser, trajectories or contrastive)" in " ".join(shown.split())
 
 
 def test_help_all_shows_the_groups(capsys):
