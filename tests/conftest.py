@@ -14,11 +14,22 @@ from hypothesis import settings
 from esd_peft import models
 from esd_peft.training import checkpoint
 from pipelines import small_stable_diffusion
+from slow import SLOW, slow_pattern
 
 # the same examples every time; tests/programs/fuzz.py asks for --hypothesis-profile=large
 settings.register_profile("few", max_examples=25, derandomize=True, database=None)
 settings.register_profile("large", max_examples=10_000, derandomize=True, database=None)
 settings.load_profile("few")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    found = [(item, pattern) for item in items if (pattern := slow_pattern(item.name))]
+    for item, _ in found:
+        item.add_marker(pytest.mark.slow)
+    unused = SLOW.keys() - {pattern for _, pattern in found}
+    if unused and config.args == config.getini("testpaths"):  # all tests are there
+        raise pytest.UsageError(f"tests/helpers/slow.py: no test is called {min(unused)}; remove the pattern or mend it")
 
 
 def pytest_collection_finish():
