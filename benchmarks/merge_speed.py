@@ -24,8 +24,9 @@ from typing import Any
 
 import peft
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from esd_peft import MergeConfig, merge_adapter
 from esd_peft.io.tensors import NewTensor, as_bytes, write_tensors
@@ -34,12 +35,14 @@ from esd_peft.worlds import WORLDS
 
 GIB = 2**30
 LIMIT = 2 * GIB  # above the largest shard
+TOKEN_WIDTH = 2048  # Stable Diffusion XL's
 RANDOM = 2**26  # numbers drawn; tensors are cut from them
 
 
 def make_model(path: Path, gib: float, width: int, shard_gib: float) -> list[Path]:
     """A Stable Diffusion directory whose UNet has about `gib` GiB of random fp16 weights; returns its shards."""
     shutil.copytree(WORLDS["shapes"].pipeline, path)
+    _widen_text_encoder(path / "text_encoder")
     (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     small, larger = (_bytes(_unet(width, layers)) for layers in (1, 2))
     unet = _unet(width, max(1, 1 + round((gib * GIB - small) / (larger - small))))
@@ -61,21 +64,31 @@ def make_model(path: Path, gib: float, width: int, shard_gib: float) -> list[Pat
     return files
 
 
+def _widen_text_encoder(folder: Path) -> None:
+    """One layer of the width that the UNet reads: without it the model does not pass the dry run of a merge."""
+    config = CLIPTextConfig.from_pretrained(folder)
+    config.update({"hidden_size": TOKEN_WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 16})
+    CLIPTextModel(config).half().save_pretrained(folder)
+
+
 def _cut(numbers: torch.Tensor, count: int) -> bytes:
     return as_bytes(numbers[:count] if count <= RANDOM else numbers.repeat(1 + count // RANDOM)[:count])
 
 
 def _unet(width: int, layers: int) -> UNet2DConditionModel:
     """Shaped like Stable Diffusion XL's (whose width is 320), with as many transformer layers as it takes."""
+    channels = AutoencoderKL.load_config(WORLDS["shapes"].pipeline / "vae")["latent_channels"]  # which this decodes
     with torch.device("meta"):
         return UNet2DConditionModel(
             sample_size=32,
+            in_channels=channels,
+            out_channels=channels,
             block_out_channels=(width, 2 * width, 4 * width),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, layers),
             attention_head_dim=8,
-            cross_attention_dim=2048,
+            cross_attention_dim=TOKEN_WIDTH,
             use_linear_projection=True,
         )
 

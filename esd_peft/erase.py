@@ -13,32 +13,30 @@ the teacher's own prediction. The run saves the adapter, and `merge_adapter` mer
 import contextlib
 import shlex
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from esd_peft.adapters.save import Provenance, note_limits, save_adapter
 from esd_peft.erasure import summary
 from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.encoding import encode_prompts
 from esd_peft.erasure.planner import make_plan, plan_table
 from esd_peft.erasure.session import Session, in_session
-from esd_peft.evaluation.timeline import FOLDER, PAGE, Timeline
-from esd_peft.evaluation.validation import FEW_STEPS, ValidationSampler
-from esd_peft.io.paths import is_dir, is_file
+from esd_peft.erasure.work_plan import plan_work
+from esd_peft.evaluation.timeline import FOLDER, PAGE
+from esd_peft.evaluation.validation import ValidationSampler
+from esd_peft.io.paths import is_file
 from esd_peft.io.terminal import say
-from esd_peft.models import PromptEmbeds, open_family
+from esd_peft.models import open_family
 from esd_peft.models.compilation import compiled
-from esd_peft.models.sampling import encode_with
 from esd_peft.models.text_encoding import TextEncoder
 from esd_peft.options.command_line import run_command
 from esd_peft.options.commands import read_command_line
 from esd_peft.options.erase import EraseConfig
-from esd_peft.options.training import BY_PROMPTS
-from esd_peft.prompts.augmentation import PromptTable, amounts, augment_prompts
-from esd_peft.prompts.table import PairTable, check_distinct, make_table
 from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.checkpoint import Left
-from esd_peft.training.diagnosis import Diagnosis, Probes, choose_probes, diagnose
+from esd_peft.training.diagnosis import Diagnosis, diagnose
+from esd_peft.training.flops import work_line
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor
@@ -52,7 +50,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     """Train an adapter that erases the config's concepts and write it to its output.
 
     Returns the contents of `result.json`: rates before and after (embedded pipelines), synonyms, the diagnosis, losses, NFE,
-    seconds and peak memory by phase, and the resolved config. Raises `UserError` for input that cannot work.
+    work in FLOPs, seconds and peak memory by phase, and the resolved config. Raises `UserError` for input that cannot work.
     """
     return in_session(config, train)
 
@@ -70,6 +68,7 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     # every prompt of the run, encoded; text encoders are gone before the denoiser comes
     with profiler.phase("encode"), TextEncoder(family, device, dtype) as encoder:
         prompts = encode_prompts(config, session, encoder)
+        profiler.count("text encoders", encoder.calls)
 
     # the student, whose teacher is itself with the adapter disabled
     with profiler.phase("load"):
@@ -84,8 +83,8 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     with summary.before_training():
         monitor.look_at_base()
         if prompts.validation is not None:
-            with profiler.phase("evaluate"), student.teacher(), student.autocast():
-                prompts.validation.make(student.denoiser, "before")
+            with profiler.phase("evaluate"), student.teacher():
+                draw_validation(student, profiler, prompts.validation, "before")
     method = make_method(Materials(rollout, prompts.pairs, prompts.table, plan.concepts, config.buffer, training))
 
     calls = count_denoiser_calls(config.buffer, training)
@@ -103,11 +102,11 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     with profiler.phase("evaluate"), summary.finished(config):
         monitor.finish(trainer.taken, config.checkpoint.output / FOLDER)
         if prompts.validation is not None:
-            with student.autocast():
-                prompts.validation.make(student.denoiser, "after")
+            draw_validation(student, profiler, prompts.validation, "after")
         diagnosis = Diagnosis()
         if prompts.probes is not None:
             diagnosis = diagnose(student, prompts.probes, list(method.source.matches), config.buffer, training.seed)
+            profiler.count("diagnosis", diagnosis.calls)
     result = summary.make_result(
         config, profiler, trainer, prompts.validation, plan.concepts, method.source.matches, diagnosis
     )
@@ -116,51 +115,11 @@ def train(config: EraseConfig, session: Session) -> dict[str, Any]:
     return result
 
 
-@dataclass
-class EncodedRun:
-    """Every prompt of a run, encoded."""
-
-    plan: PromptEmbeds  # of the plan's texts, on the device
-    pairs: PairTable
-    table: PromptTable | None  # many prompts, for the methods that learn from them
-    probes: Probes | None  # none without images: the diagnosis draws, too
-    validation: ValidationSampler | None
-    timeline: Timeline | None
-
-
-def encode_prompts(config: EraseConfig, session: Session, encoder: TextEncoder) -> EncodedRun:
-    """Make the run's prompts and encode them, by text encoders that are loaded once."""
-    plan, training, validation = session.prompts, config.training, config.validation
-    embeds = {name: value.to(encoder.device) for name, value in encoder.encode(plan.texts).items()}
-    check_distinct(plan, embeds)
-    table = None
-    if training.method in BY_PROMPTS:
-        table = augment_prompts(encoder, plan, training.seed, amounts(training.method))
-    probes = None
-    if validation.num_validation_images:
-        probes = choose_probes(session.family, plan, table, training.seed)
-        probes.texts.add(probes.all, encoder.encode(probes.all))
-    images, side_by_side = validation.num_validation_images, config.buffer.rollout_batch_size
-    sampler = None
-    if images:
-        steps = FEW_STEPS if session.family.world else None
-        sampler = ValidationSampler(encoder, plan.concepts, images, side_by_side, training.seed, plan.user_preserved, steps)
-    timeline = make_timeline(config, session, encoder)
-    return EncodedRun(embeds, make_table(plan, embeds), table, probes, sampler, timeline)
-
-
-def make_timeline(config: EraseConfig, session: Session, encoder: TextEncoder) -> Timeline | None:
-    """The images of `--validation-prompt`, its prompts encoded; a run that is resumed goes on with those it has."""
-    checkpoints, prompts, seed = session.checkpoints, config.validation.validation_prompt, config.training.seed
-    if checkpoints is None or not (prompts or (config.checkpoint.resume and is_dir(checkpoints.folder / FOLDER))):
-        return None
-    images, side_by_side = config.validation.num_validation_images, config.buffer.rollout_batch_size
-    title = f"Erasing {', '.join(session.prompts.concepts)}"
-    encoded = encode_with(encoder, prompts) if prompts else None
-    timeline = Timeline(checkpoints.folder / FOLDER, prompts, images, seed, side_by_side, encoded, title)
-    timeline.open(checkpoints.step if config.checkpoint.resume else None)
-    say(f"images of --validation-prompt as it trains: {timeline.page}")
-    return timeline
+def draw_validation(student: Student, profiler: PhaseProfiler, validation: ValidationSampler, label: str) -> None:
+    """The validation images of the student, or of the teacher that it is now."""
+    call = "evaluation" if label == "before" else "student evaluation"
+    with student.autocast(), profiler.drawing(student.denoiser, call, len(validation.evaluator.places)):
+        validation.make(student.denoiser, label)
 
 
 def save(config: EraseConfig, session: Session, student: Student) -> None:
@@ -179,7 +138,10 @@ def main() -> None:
     config = read_command_line(EraseConfig)
     if config.memory.plan:
         family = open_family(config.pretrained.model, options=config.pretrained, weights=False)
-        say(plan_table(make_plan(config, *resolve(config, family), family)))
+        resolved, prompts = resolve(config, family)
+        plan = make_plan(config, resolved, prompts, family)
+        say(plan_table(plan))
+        say(f"at most: {work_line(plan_work(plan.config, prompts, family).to_dict())}")
         return
     with distributed.joined():
         result = erase(config)

@@ -20,6 +20,7 @@ from esd_peft.options.erase import EraseConfig
 from esd_peft.options.evaluate import EvaluateConfig
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.diagnosis import Diagnosis, Shown
+from esd_peft.training.flops import CallCosts, Work, work_line
 from esd_peft.training.synonyms import SynonymMatch
 from esd_peft.training.trainer import Trainer
 
@@ -52,6 +53,7 @@ def make_result(
         "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]} if trainer.losses else {},
         "diagnosis": diagnosis.to_dict(),
         "nfe": profiler.nfe,
+        "work": _work(config, profiler, trainer).to_dict(),
         "training_samples": profiler.training_samples,
         "trained_parameters": sum(p.numel() for p in trainer.student.parameters),
         "seconds": {name: round(value, 3) for name, value in profiler.seconds.items()},
@@ -59,6 +61,12 @@ def make_result(
         "config": config.of_result().model_dump(mode="json"),
         "version": __version__,
     }
+
+
+def _work(config: EraseConfig, profiler: PhaseProfiler, trainer: Trainer) -> Work:
+    """What the run did, in FLOPs."""
+    costs = CallCosts(trainer.student.family, config.student, config.memory.gradient_checkpointing)
+    return Work.of(profiler.calls, costs)
 
 
 def recognised(found: Accuracies | None) -> dict[str, Any]:
@@ -142,6 +150,7 @@ def table(result: dict[str, Any]) -> str:
         (f"loss {result['loss']['first']:.5f} → {result['loss']['last']:.5f}, " if result["loss"] else "")
         + f"{result['trained_parameters']:,} parameters trained",
         f"{nfe:,} denoiser evaluations (NFE)" + (f" for {samples:,} training samples" if samples else ""),
+        work_line(result["work"]),
     ]
     for concept, found in result["synonyms"].items():
         for side, says in (("erased", "synonyms of {}, as the teacher sees it, erased with it"), ("preserved", "preserved")):

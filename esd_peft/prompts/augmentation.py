@@ -27,7 +27,6 @@ from esd_peft.runtime.seeds import seed_for
 
 MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
 WORDS = 2000  # of the vocabulary, at most, that stand in contexts: the first ones, which are the most frequent
-MANY, SOME = 256, 64  # of these prompts are encoded at a time, by CLIP and by others
 SHORT = 10  # tokens by which these are found: of prompts of one word or name, those after it say no more
 CLOSE = 200  # words near to a concept, around which a half of what holds stands
 # frequent words before a noun: what they make of one is often another thing
@@ -237,25 +236,7 @@ class _Encoder:
 
     def _read_in_short(self, texts: list[str], length: int) -> Tensor:
         """Mean tokens `[texts, width]` of the first `length`."""
-        family, pipe, own = self.family, self.text_encoder.pipe, self.family.max_sequence_length
-        tokenizers = [part for name, part in pipe.components.items() if "tokenizer" in name and part is not None]
-        lengths, of_clip = [t.model_max_length for t in tokenizers], getattr(pipe, "tokenizer_max_length", None)
-        try:
-            if family.prompt_length:
-                family.max_sequence_length = min(length, family.prompt_length)
-            if of_clip is not None:
-                pipe.tokenizer_max_length = min(length, of_clip)
-            for tokenizer in tokenizers:
-                tokenizer.model_max_length = min(length, tokenizer.model_max_length)
-            size = SOME if family.prompt_length else MANY
-            parts = (texts[i : i + size] for i in range(0, len(texts), size))
-            return torch.cat([_means(family.encode_prompts(pipe, part, self.text_encoder.device)).cpu() for part in parts])
-        finally:
-            family.max_sequence_length = own
-            if of_clip is not None:
-                pipe.tokenizer_max_length = of_clip
-            for tokenizer, full in zip(tokenizers, lengths, strict=True):
-                tokenizer.model_max_length = full
+        return torch.cat([_means(part).cpu() for part in self.text_encoder.encode_short(texts, length)])
 
     def nearest(self, concept: str, texts: list[str]) -> list[str]:
         """Sort by similarity to the concept: the cosine of mean tokens, centred on the mean of all.

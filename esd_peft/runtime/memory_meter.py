@@ -14,22 +14,32 @@ from torch.utils._pytree import tree_leaves
 BITS = {"nf4": 4 + 32 / 64, "int8": 8}  # of a quantized weight; NF4 has an fp32 scale for every 64 of them
 
 
-class MemoryTracker(TorchDispatchMode):
+class UnreadValues(TorchDispatchMode):
+    """Answers 0 where a value on the meta device is read, which only shortcuts do; none applies."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0
+        return function(*args, **kwargs or {})
+
+
+class MemoryTracker(UnreadValues):
     """Counts the bytes of every tensor that is made while it is entered, from its making to its end.
 
     What was there before counts nothing; `peak` is the most that there was at a time.
     """
 
     def __init__(self, before: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.now = self.peak = 0
         self._before = before  # kept alive, so that their places are not taken by others
         self._sizes = {t.untyped_storage()._cdata: 0 for t in before}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0  # a value is read, which only shortcuts do; none applies
-        result = function(*args, **kwargs or {})
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())

@@ -1,13 +1,16 @@
-"""Costs of each phase of a job: seconds, peak memory, and denoiser evaluations."""
+"""Costs of each phase of a job: seconds and peak memory; and how often each network ran."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from esd_peft.errors import OutOfMemory, out_of_memory
 from esd_peft.runtime.devices import is_accelerator, peak_memory, reset_peak_memory
@@ -17,7 +20,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class PhaseProfiler:
-    """Filled in by `phase`, and `nfe` by whoever runs the denoiser.
+    """Filled in by `phase`, `nfe` by whoever runs the denoiser, and `calls` by whoever runs any network.
 
     NFE (number of function evaluations) counts samples that go through the denoiser; a backward pass counts as two.
     """
@@ -27,6 +30,7 @@ class PhaseProfiler:
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     nfe: int = 0
     training_samples: int = 0
+    calls: Counter[str] = field(default_factory=Counter)  # samples by "part of the work/kind of call"
     _phase: str | None = None
     _since: float = 0.0
 
@@ -47,6 +51,34 @@ class PhaseProfiler:
             raise OutOfMemory(name) from None
         finally:
             self._switch(outer)
+
+    def count(self, part: str, samples: Mapping[str, int]) -> None:
+        """Add samples by the kind of call that they went through, as a part of the work (`esd_peft.training.flops`)."""
+        self.calls.update({f"{part}/{call}": count for call, count in samples.items() if count})
+
+    @contextlib.contextmanager
+    def drawing(self, denoiser: nn.Module, call: str, images: int) -> Iterator[None]:
+        """Count the `images` of the block, and the samples that go through the denoiser for them, each as one `call`."""
+
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            latents = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor | list))
+            self.count("images", {call: len(latents)})
+
+        hook = denoiser.register_forward_pre_hook(seen, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        self.count("images", {"decoded image": images})
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Forget what the block counts: it does again what was counted before."""
+        nfe, calls = self.nfe, Counter(self.calls)
+        try:
+            yield
+        finally:
+            self.nfe, self.calls = nfe, calls
 
     def _switch(self, name: str | None) -> None:
         now = time.perf_counter()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from esd_peft.errors import UserError
 from esd_peft.models.family import index_embeds
 from esd_peft.models.sampling import encode_prompts, make_images
+from esd_peft.models.text_encoding import WHOLE, prompt_call
 from esd_peft.prompts.table import PairTable
 from esd_peft.runtime.devices import send
 from esd_peft.runtime.seeds import generator as named_generator
@@ -94,7 +95,12 @@ def make_references(rollout: Rollout, concepts: list[str], seed: int, batch_size
         with student.teacher(), student.autocast():
             pipe = family.pipeline(student.denoiser, student.device, student.dtype)
             made = make_images(pipe, prompts, IMAGES, batch_size, seed, "references")
-        rollout.profiler.nfe += 2 * family.num_inference_steps * made.shape[0] * made.shape[1]
+        count = made.shape[0] * made.shape[1]
+        rollout.profiler.count("text encoders", {prompt_call(WHOLE): len(concepts) + 1})
+        evaluations = 2 * family.num_inference_steps * count
+        rollout.profiler.nfe += evaluations
+        work = {"evaluation": evaluations, "decoded image": count, "encoded image": EPOCHS * count}
+        rollout.profiler.count("trajectories", work)
         latents = []
         for images in made:
             varied = torch.cat([augment(images, generator) for _ in range(EPOCHS)])

@@ -7,6 +7,7 @@ classifier of images is in docs/evaluation.md.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.augmentation import MANY_WORDS, PromptTable
 from esd_peft.prompts.plan import PromptPlan, mentions, spread
 from esd_peft.runtime.seeds import seed_for
-from esd_peft.training.draws import Draw, EncodedTexts, Judge, decode
+from esd_peft.training.draws import LEVELS, STEPS, Draw, EncodedTexts, Judge, decode
 from esd_peft.training.student import Student
 from esd_peft.training.synonyms import SynonymMatch, neighbours
 from esd_peft.training.work import sampled
@@ -31,6 +32,8 @@ CONCEPTS = 4  # that are diagnosed, where there are more
 PARAPHRASES, NAMES, NEIGHBOURS = 16, 6, 8  # prompts of each kind, of all concepts together
 DRAWS = {"synonyms": 2, "neighbours": 4}  # of each synonym and each neighbour
 TEMPLATES = ("an image of {}", "{} on a table", "a drawing of {}", "there is {} here", "{}, close up")  # not of training
+CANDIDATES = 4  # among which the judge decides of a draw, at most
+PICTURES = 7  # of the sheet, at most
 LEFT, LOST = 0.1, 0.5  # shares from which on the advice is to change something
 
 
@@ -88,12 +91,13 @@ class Diagnosis:
     synonyms: dict[str, Shown] = field(default_factory=dict)  # by synonym: draws that show the concept
     neighbours: dict[str, Shown] = field(default_factory=dict)  # by neighbour: draws that show itself, the worst first
     nfe: int = 0
+    calls: Counter[str] = field(default_factory=Counter)  # samples by kind of call (`flops.CallCosts`)
     pictures: Image.Image | None = None  # of each question its worst draw, by the teacher above and by the student below
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON values for `result.json`."""
         found = asdict(replace(self, pictures=None)) | {"advice": [*self.advice()]}
-        del found["pictures"]
+        del found["pictures"], found["calls"]
         return found
 
     def advice(self) -> Iterator[str]:
@@ -165,7 +169,8 @@ def diagnose(student: Student, probes: Probes, matches: list[SynonymMatch], opti
     judge = Judge(student, probes.texts, scale, options.rollout_batch_size, seed)
     groups = _groups(probes, matches)
     made = _drawn(judge, [draw for group in groups for draw in group.draws])
-    result, start, rows = Diagnosis(nfe=judge.nfe), 0, []
+    calls = Counter({"evaluation": judge.nfe - made.by_student, "student evaluation": made.by_student})
+    result, start, rows = Diagnosis(nfe=judge.nfe, calls=calls), 0, []
     for group in groups:
         end = start + len(group.draws)
         shown = Shown(sum(made.before[start:end]), sum(made.after[start:end]), end - start)
@@ -175,8 +180,21 @@ def diagnose(student: Student, probes: Probes, matches: list[SynonymMatch], opti
         rows.append((group.question, shown.lost, (wrong or [start])[0]))
         start = end
     result.neighbours = dict(sorted(result.neighbours.items(), key=lambda item: item[1].after - item[1].before))
-    result.pictures = _sheet(student, made, _chosen(rows))
+    chosen = _chosen(rows)
+    result.pictures = _sheet(student, made, chosen)
+    result.calls["decoded image"] = 2 * len(chosen)
     return result
+
+
+def most_calls(probes: Probes, family: ModelFamily, guidance_scale: float) -> Counter[str]:
+    """Samples of a diagnosis by kind of call, at most: where few synonyms are found it takes less."""
+    if not family.noise_schedule.is_known:
+        return Counter()
+    draws = sum(map(len, probes.paraphrases)) + NEIGHBOURS * DRAWS["neighbours"]
+    draws += NAMES * DRAWS["synonyms"] if probes.contexts else 0
+    drawing = draws * min(STEPS, family.num_inference_steps) * (2 if guidance_scale != 1 else 1)
+    judging = 2 * len(LEVELS) * CANDIDATES * draws
+    return Counter({"evaluation": drawing + judging, "student evaluation": drawing, "decoded image": 2 * PICTURES})
 
 
 @dataclass
@@ -212,14 +230,17 @@ class _Made:
     latents: tuple[Tensor, Tensor]  # of the teacher, of the student
     before: list[bool]
     after: list[bool]
+    by_student: int  # evaluations of the denoiser
 
 
 def _drawn(judge: Judge, draws: list[Draw]) -> _Made:
     """Draw by teacher and student from the same noise, and let the teacher judge the draws."""
     with judge.student.teacher():
         before = judge.draw(draws)
+    by_teacher = judge.nfe
     after = judge.draw(draws)
-    return _Made(draws, (before, after), judge.shows_first(before, draws), judge.shows_first(after, draws))
+    by_student = judge.nfe - by_teacher
+    return _Made(draws, (before, after), judge.shows_first(before, draws), judge.shows_first(after, draws), by_student)
 
 
 def _chosen(worst: list[tuple[str, float, int]]) -> list[int]:

@@ -27,6 +27,9 @@ class Learner(ABC):
     """A student, seen as outputs that depend on samples and prompts."""
 
     evaluations: ClassVar[int]  # of the denoiser that a sample takes
+    part: ClassVar[str]  # of the run's work; what an answer and a training step count as (`flops.CallCosts`)
+    answer: ClassVar[str]
+    step: ClassVar[str]
 
     def __init__(self, student: Student, parameters: list[nn.Parameter]) -> None:
         self.student, self.parameters = student, parameters
@@ -40,6 +43,7 @@ class Denoiser(Learner):
     """The denoiser as a whole. A sample is x_t as the denoiser is fed it ("inputs") and its timestep ("timesteps")."""
 
     evaluations: ClassVar[int] = 1
+    part, answer, step = "training", "evaluation", "training step"
 
     def __init__(self, student: Student) -> None:
         super().__init__(student, student.parameters)
@@ -52,6 +56,7 @@ class CrossAttention(Learner):
     """Each cross-attention layer with the feed-forward layer after it. A sample has hidden states for each of them."""
 
     evaluations: ClassVar[int] = 0
+    part, answer, step = "layers", "layer answer", "layer step"
 
     def __init__(self, student: Student) -> None:
         names = student.family.cross_attention(student.denoiser)

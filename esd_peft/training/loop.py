@@ -1,6 +1,7 @@
 """The training loop around the optimizer steps: resuming, checkpoints, signals, and the loss that is shown."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -55,11 +56,12 @@ class TrainingLoop:
         ):
             done = trainer.taken == trainer.steps
             while not done:
-                spent = trainer.profiler.nfe
+                spent, calls = trainer.profiler.nfe, Counter(trainer.profiler.calls)
                 try:
                     batch = next(self.source)
                 except interrupts.InterruptedBetweenSteps:  # while the buffer was filled or prompts were sought
-                    trainer.profiler.nfe = spent  # the run that goes on does that from its beginning
+                    # the run that goes on does that from its beginning
+                    trainer.profiler.nfe, trainer.profiler.calls = spent, calls
                     self._save(interrupted=True)
                     self._stop()
                 yield batch
@@ -129,6 +131,7 @@ class _State(TypedDict):
     unread: list[tuple[Tensor, Tensor | None]]
     source: dict[str, Any]
     nfe: int
+    calls: dict[str, int]
     training_samples: int
 
 

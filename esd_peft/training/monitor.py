@@ -59,7 +59,8 @@ class Monitor:
         timeline, student = self.timeline, self.student
         if timeline is None or not timeline.missing(name):
             return
-        with student.autocast():
+        call = "evaluation" if name == BASE else "student evaluation"
+        with student.autocast(), self.profiler.drawing(student.denoiser, call, len(timeline.missing(name))):
             images = timeline.draw(student.family.pipeline(student.denoiser, student.device, student.dtype), name)
         if step is not None:
             self.dashboard.log_images({f"validation/{prompt}": shown for prompt, shown in images.items()}, step)

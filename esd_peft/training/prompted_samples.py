@@ -141,6 +141,7 @@ class PromptedSamples(Source):
                         made[name] = output.new_zeros(len(rows), *output.shape[1:])
                     made[name][send(part, device)] = output
         self.rollout.profiler.nfe += self.learner.evaluations * len(rows)
+        self.rollout.profiler.count(self.learner.part, {self.learner.answer: len(rows)})
         counts = [len(at) for _, at in asked.values()]
         return {name: dict(zip(asked, output.split(counts), strict=True)) for name, output in made.items()}
 
@@ -171,10 +172,9 @@ class PromptedSamples(Source):
         self.taken = int(state["taken"])
         if not self.taken:
             return
-        counted = self.rollout.profiler.nfe
         self.draws.set_state(state["before"])
         buffer = None if state["buffer"] is None else Buffer(**state["buffer"])
-        self._begin(to_matches(self.table, state["matches"]), buffer)
-        self.rollout.profiler.nfe = counted
+        with self.rollout.profiler.uncounted():
+            self._begin(to_matches(self.table, state["matches"]), buffer)
         self.sizes = {name: size.to(self.learner.student.device) for name, size in state["sizes"].items()}
         self.draws.set_state(state["generator"])

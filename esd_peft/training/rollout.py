@@ -122,6 +122,8 @@ class Rollout:
                 embeds = index_embeds(table.embeds, torch.cat(rows))
                 prediction = self.student.predict(repeated, timestep.expand(len(repeated)), embeds)
         self.profiler.nfe += len(rows) * count
+        call = "evaluation" if teacher else "student evaluation"
+        self.profiler.count("trajectories", {call: len(rows) * count})
         prediction = prediction.unflatten(0, (len(rows), len(pairs)))
         return distributed.gather(prediction, count, dim=1) if self.shared else prediction
 

@@ -87,6 +87,7 @@ def probe_teacher(
         along = [own.index((own.pairs == pair).nonzero().squeeze(1), cpu) for pair in mine]
         matches.append(match_synonyms(rollout.student, prompts, number, along, 2 * options.rollout_batch_size))
         rollout.profiler.nfe += matches[-1].nfe
+        rollout.profiler.count("trajectories", {"evaluation": matches[-1].nfe})
     if distributed.world_size() > 1:  # one cosine on the other side of a bound would lead to other draws ever after
         matches = to_matches(prompts, distributed.broadcast(to_texts(matches)))
     chosen = _others(prompts, matches, other_trajectories(len(concepts)), draws)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,7 @@ class Trainer:
         self.schedule.step()
         self.unread.append((total / batch.weight.mean(), batch.samples.get("timesteps")))
         self.profiler.nfe += self.nfe_per_sample * len(batch)
+        self.profiler.count(self.learner.part, {self.learner.step: len(batch)})
         self.profiler.training_samples += batch.num_concept_samples
         self.taken += 1
 
@@ -123,6 +125,7 @@ class Trainer:
             "losses": self.losses,
             "unread": self.unread,
             "nfe": self.profiler.nfe,
+            "calls": dict(self.profiler.calls),
             "training_samples": self.profiler.training_samples,
         }
 
@@ -137,6 +140,7 @@ class Trainer:
         self.taken, self.losses = state["step"], state["losses"]
         self.unread = [(loss.to(self.student.device), timesteps) for loss, timesteps in state["unread"]]
         self.profiler.nfe, self.profiler.training_samples = state["nfe"], state["training_samples"]
+        self.profiler.calls = Counter(state["calls"])
 
 
 def _check_alike(given: Any, known: Any) -> None:

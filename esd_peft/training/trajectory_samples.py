@@ -165,9 +165,8 @@ class TrajectorySamples(Source):
         self.generator.set_state(self.before)
         self.fills = (self.taken - 1) // (self.options.buffer_refresh_interval or self.taken)
         if state["buffer"] is None:
-            counted = self.rollout.profiler.nfe
-            self._fill()
-            self.rollout.profiler.nfe = counted  # which the first filling is a part of
+            with self.rollout.profiler.uncounted():  # the first filling is a part of what the checkpoint has counted
+                self._fill()
         else:
             self.buffer = Buffer(**state["buffer"])
             self.fills += 1

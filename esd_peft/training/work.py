@@ -5,6 +5,7 @@ All functions but `sampled` take options that `esd_peft.erasure.defaults.resolve
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -125,6 +126,24 @@ def count_nfe(buffer: BufferOptions, training: TrainingOptions, gradient_checkpo
     preserving = preservation_samples(training)  # of what erases the teacher is asked `predictions` times
     asked = predictions * (training.train_batch_size - preserving) + preserving
     return probe + training.max_train_steps * asked + samples * sample
+
+
+def count_calls(buffer: BufferOptions, training: TrainingOptions, prompts: PromptPlan) -> Counter[str]:
+    """Samples of a run by "part/call" (`PhaseProfiler.calls`) as far as trajectories and training go; like `count_nfe`."""
+    steps, batch = training.max_train_steps, training.train_batch_size
+    if not steps:
+        return Counter()
+    if training.method == "trajectories":
+        rollouts = _count_rollout_nfe(buffer, training, prompts)
+        return Counter({"trajectories/evaluation": rollouts, "training/training step": steps * batch})
+    probe = count_probe_nfe(buffer, prompts.predictions, prompts.concepts, amounts(training.method))
+    preserving = preservation_samples(training)
+    asked = steps * (prompts.predictions * (batch - preserving) + preserving)
+    if training.method == "layers":
+        learning = {"layers/layer answer": asked, "layers/layer step": steps * batch}
+    else:
+        learning = {"training/evaluation": asked, "training/training step": steps * batch}
+    return Counter({"trajectories/evaluation": probe} | learning)
 
 
 def _count_rollout_nfe(buffer: BufferOptions, training: TrainingOptions, prompts: PromptPlan) -> int:
