@@ -24,6 +24,7 @@ from esd_peft.io.jobs import lock_output
 from esd_peft.io.outputs import new_directory
 from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.tensors import is_scale, is_unscaled, sha256
+from esd_peft.models.gguf_file import GGUF, read_gguf
 from esd_peft.models.pipeline_directory import PipelineDirectory
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.models.transformer_file import dequantized, under_diffusers_names
@@ -95,7 +96,9 @@ def denoiser_as_directory(
 
 
 def read_checkpoint(path: Path, option: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a single file by name, as they are stored. Raises `UserError` for an unreadable file."""
+    """Read the tensors of a single file by name, those of a GGUF file dequantised. Raises `UserError` if that fails."""
+    if path.suffix == GGUF:
+        return read_gguf(path, option)
     try:
         content: Any = load_state_dict(str(path))
         for _ in range(2):  # some files nest their weights under this name; a file that nests itself is invalid

@@ -28,6 +28,7 @@ from esd_peft.models.conversion import (
     stored_weights,
     without_pickles,
 )
+from esd_peft.models.gguf_file import GGUF
 from esd_peft.models.hub_cache import is_snapshot
 from esd_peft.models.pipeline_directory import PipelineDirectory
 from esd_peft.models.transformer_file import is_whole
@@ -36,7 +37,7 @@ from esd_peft.worlds import WORLDS
 
 Families = Mapping[str, type[PipelineDirectory]]  # by the names of their pipelines' classes
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
-CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
+CHECKPOINTS = (".safetensors", ".ckpt", ".bin", GGUF)
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
 _NO_CODE = {"trust_remote_code": False}  # of a repository
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -203,10 +204,10 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
     """A single-file checkpoint as a directory, through diffusers' own converter."""
     if not is_file(path):
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
-    if path.suffix != ".safetensors" and not options.allow_pickle:
+    if path.suffix not in (".safetensors", GGUF) and not options.allow_pickle:
         raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")
     tensors = read_checkpoint(path, option)
-    if not is_whole(tensors):
+    if path.suffix == GGUF or not is_whole(tensors):
         return _from_denoiser(path, tensors, options, option, known)
     check_values(path, tensors, option)
     if not any(name.startswith("model.diffusion_model.") for name in tensors):

@@ -31,7 +31,7 @@ def is_whole(tensors: dict[str, Tensor]) -> bool:
 def dequantized(tensors: dict[str, Tensor], place: str) -> dict[str, Tensor]:
     """Return the weights in 16 bits or more, without scales and ComfyUI's prefixes.
 
-    A weight in float8 becomes `w · s`, computed in fp32 and rounded once to `dtype_beside` of the others, as do these.
+    A weight in float8 becomes `w · s`, computed in fp32 and rounded once to `dtype_beside` of the others, as are these.
     Raises `UserError` for quantized weights of another kind.
     """
     tensors = {_without_prefix(name): value for name, value in tensors.items()}

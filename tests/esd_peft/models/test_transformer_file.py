@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as NAME
@@ -13,6 +15,7 @@ from esd_peft import EraseConfig, MergeConfig, erase, merge_adapter
 from esd_peft.adapters.export import write_checkpoint
 from esd_peft.errors import UserError
 from esd_peft.models import open_family
+from esd_peft.models.gguf_file import read_gguf
 from esd_peft.options.model import ModelOptions
 from families import draw_small, save_family
 from hub import serve
@@ -20,6 +23,11 @@ from original_names import original_names
 from runs import SHORTEST
 from sources import open_in_new_process
 
+try:
+    import gguf
+except ImportError:
+    gguf = None
+needs_gguf = pytest.mark.skipif(gguf is None, reason="gguf, an extra, is not installed")
 FAMILIES = ["flux dev", "flux.2 dev", "flux.2 klein", "sd3", "z-image", "qwen-image", "chroma", "wan"]
 
 
@@ -216,6 +224,90 @@ def test_an_erasure_from_scaled_float8_under_the_original_names(models, tmp_path
     save_file(stored, tmp_path / "eight.safetensors")
     weights = load_file(opened(tmp_path / "eight.safetensors", models("z-image")).denoiser_files()[0])
     check_erasure(tmp_path, tmp_path / "eight.safetensors", models("z-image"), weights)
+
+
+def write_gguf(path, weights, kind):
+    """The matrices whose rows allow it in that type, the rest in F32; what gguf makes of it again, in fp32."""
+    kind = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    writer, values, generator = gguf.GGUFWriter(path, "flux"), {}, np.random.default_rng(0)
+    for name, value in weights.items():
+        value, stored, raw = value.float().numpy(), gguf.GGMLQuantizationType.F32, value.float().numpy()
+        if value.ndim == 2 and value.shape[1] % block == 0:
+            stored = kind
+            try:
+                raw = gguf.quantize(value, kind)
+            except NotImplementedError:  # K-quants: the package reads them only, so any bits in range of their scales
+                raw = generator.integers(0, 32, (len(value), value.shape[1] // block * size), dtype=np.uint8)
+        elif len(value.shape) > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", [*value.shape])
+            raw = value.reshape(len(value), -1)
+        writer.add_tensor(name, raw, raw_dtype=stored)
+        values[name] = torch.from_numpy(np.array(gguf.dequantize(raw, stored))).reshape(weights[name].shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "BF16", "F16"])
+@pytest.mark.parametrize("name", ["flux dev", "wan", "z-image"])
+def test_gguf_is_what_its_own_package_dequantises(models, tmp_path, home, name, kind):
+    weights = weights_of(models(name))
+    values = write_gguf(tmp_path / "it.gguf", original_names(name, weights), kind)
+    dtype = torch.bfloat16 if kind.startswith("Q") else torch.float32
+    save_file({key: value.to(dtype) for key, value in values.items()}, tmp_path / "it.safetensors")
+    expected = load_file(opened(tmp_path / "it.safetensors", models(name)).denoiser_files()[0])
+    same(opened(tmp_path / "it.gguf", models(name)), expected)
+    assert not kind.startswith("Q") or any(not torch.equal(expected[key], value.to(dtype)) for key, value in weights.items())
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_k_quants_are_what_their_own_package_dequantises(tmp_path, kind):
+    values = write_gguf(tmp_path / "it.gguf", {"a": torch.ones(3, 512), "b": torch.ones(2)}, kind)
+    found = read_gguf(tmp_path / "it.gguf", "--model")
+    assert values["a"].std() > 0 and torch.equal(found["b"], torch.ones(2, dtype=torch.bfloat16))
+    assert torch.equal(found["a"], values["a"].bfloat16())
+
+
+@needs_gguf
+def test_an_erasure_from_gguf_under_the_original_names(models, tmp_path, home, monkeypatch):
+    draw_small(monkeypatch)
+    write_gguf(tmp_path / "it.gguf", original_names("z-image", weights_of(models("z-image"))), "Q8_0")
+    weights = load_file(opened(tmp_path / "it.gguf", models("z-image")).denoiser_files()[0])
+    check_erasure(tmp_path, tmp_path / "it.gguf", models("z-image"), weights)
+
+
+@needs_gguf
+def test_gguf_that_cannot_be_read(models, tmp_path, home, monkeypatch):
+    path = tmp_path / "it.gguf"
+
+    def said():
+        with pytest.raises(UserError) as error:
+            opened(path, models("flux dev"))
+        assert not [*home.rglob("model_index.json")]
+        return str(error.value)
+
+    assert said() == f"--model {path} is not there; name a file, a directory or a hub id"
+    path.write_bytes(b"GGUF")
+    assert "cannot be read as GGUF" in said()
+    weights = weights_of(models("flux dev"))
+    write_gguf(path, weights | {"img_in.weight": torch.ones(32, 16)}, "Q4_0")
+    assert "has weights, img_in.weight first, that are not in its FluxTransformer2DModel" in said()
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_tensor("a", np.zeros((2, 4), dtype=np.int8), raw_dtype=gguf.GGMLQuantizationType.I8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "stores a as I8, which the gguf package cannot dequantise; name a file of another type" in said()
+    path.write_bytes(path.read_bytes().replace(gguf.GGMLQuantizationType.I8.to_bytes(4, "little"), b"\xe7\x03\0\0"))
+    assert "cannot be read as GGUF" in said()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert said() == f"--model {path} needs a package that is not here; pip install gguf"
 
 
 @pytest.mark.parametrize(
