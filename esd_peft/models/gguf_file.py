@@ -21,11 +21,11 @@ def read_gguf(path: Path, option: str) -> dict[str, Tensor]:
     are these. Raises `UserError` without the `gguf` package, for an unreadable file, and for a type unknown to the package.
     """
     try:
-        import gguf
+        from gguf import GGUFReader, dequantize  # names, for a folder `gguf` at hand would be imported without an error
     except ImportError:
         raise UserError(f"{option} {path} needs a package that is not here; pip install gguf") from None
     try:
-        reader = gguf.GGUFReader(path)
+        reader = GGUFReader(path)
     except Exception as error:  # the package raises many kinds for a damaged file
         raise UserError(
             f"{option} {path} cannot be read as GGUF ({one_line(error)}); restore it, or name a .safetensors file"
@@ -37,7 +37,7 @@ def read_gguf(path: Path, option: str) -> dict[str, Tensor]:
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
         try:
-            value = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+            value = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
         except NotImplementedError:
             raise UserError(
                 f"{option} {path} stores {tensor.name} as {kind}, which the gguf package cannot dequantise; name a file of "

@@ -14,12 +14,16 @@ from torch import Tensor
 from esd_peft.errors import UserError
 from esd_peft.io.tensors import check_finite, is_scale, is_unscaled
 from esd_peft.models.parts import Part
+from esd_peft.models.pixart_names import from_original_pixart
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI's, before the names of a denoiser's layers
 _OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoders.")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("scale_weight", "weight_scale")
 _UNREAD = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")  # scales of activations, and marks
+_CONVERTERS = {kind: entry["checkpoint_mapping_fn"] for kind, entry in SINGLE_FILE_LOADABLE_CLASSES.items()} | {
+    "PixArtTransformer2DModel": from_original_pixart
+}
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")  # as `comfy_quant` names them
 
 
@@ -68,17 +72,18 @@ def dtype_beside(others: set[torch.dtype]) -> torch.dtype:
 
 
 def under_diffusers_names(tensors: dict[str, Tensor], part: Part, place: str) -> dict[str, Tensor]:
-    """Return the weights by diffusers' names, in which they may be already, through diffusers' own converter.
+    """Return the weights by diffusers' names, in which they may be already, through diffusers' own converter if it has one.
 
     Raises `UserError` unless they are all of the denoiser of `part`'s config, and nothing else, in name and shape.
     """
     kind, wanted = part.family.__name__, part.empty().state_dict()
     found = tensors
-    if wanted.keys() - tensors.keys() and kind in SINGLE_FILE_LOADABLE_CLASSES:
+    if wanted.keys() - tensors.keys() and kind in _CONVERTERS:
         with suppress(Exception):  # converters raise many kinds for layers that are not there, which are named below
-            convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
             prefix = PREFIXES[0] if kind == "UNet2DConditionModel" else ""  # which its converter looks for
-            converted = convert(checkpoint={prefix + name: tensors[name] for name in tensors}, config=part.config())
+            converted = _CONVERTERS[kind](
+                checkpoint={prefix + name: tensors[name] for name in tensors}, config=part.config()
+            )
             found = min(tensors, converted, key=lambda some: len(wanted.keys() - some.keys()))
     fix = f"--checkpoint-config {part.path} has the config of another model, or the file is not whole; name those that fit"
     if missing := [name for name in wanted if name not in found]:

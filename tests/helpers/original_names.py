@@ -62,11 +62,25 @@ WAN = {
     "scale_shift_table": "modulation", "^proj_out": "head.head", r"ffn\.net\.0\.proj": "ffn.0", r"ffn\.net\.2": "ffn.2",
     r"\.norm2\.": ".norm3.",
 }  # fmt: skip
+PIXART = {
+    r"^pos_embed\.proj": "x_embedder.proj", r"^adaln_single\.linear": "t_block.1",
+    r"^adaln_single\.emb\.timestep_embedder\.linear_1": "t_embedder.mlp.0",
+    r"^adaln_single\.emb\.timestep_embedder\.linear_2": "t_embedder.mlp.2",
+    r"^caption_projection\.linear_": "y_embedder.y_proj.fc", "^scale_shift_table": "final_layer.scale_shift_table",
+    "^proj_out": "final_layer.linear", "^transformer_blocks": "blocks", r"attn1\.to_qkv": "attn.qkv",
+    r"attn2\.to_kv": "cross_attn.kv_linear", r"attn2\.to_q": "cross_attn.q_linear", r"attn1\.to_out\.0": "attn.proj",
+    r"attn2\.to_out\.0": "cross_attn.proj", r"ff\.net\.0\.proj": "mlp.fc1", r"ff\.net\.2": "mlp.fc2",
+}  # fmt: skip
 
 
 def original_names(family: str, weights: Weights) -> Weights:
     """Return the weights of a family of `families.MAKERS` as its original code names and fuses them."""
     rules = {"sd3": SD3, "z-image": Z_IMAGE, "wan": WAN, "qwen-image": {}}.get(family.split(",")[0].split(" 2.2")[0], FLUX)
+    if family == "pixart":
+        attention = {name: value for name, value in weights.items() if "attn2" not in name}
+        crossed = _fused({name: value for name, value in weights.items() if "attn2" in name}, ["to_k", "to_v"], "to_kv")
+        unread = {"pos_embed": torch.zeros(1, 4, 32), "y_embedder.y_embedding": torch.zeros(300, 48)}
+        return _renamed(_fused(attention, *QKV) | crossed, PIXART) | unread
     if rules in (WAN, {}):
         return _renamed(weights, rules)
     if family.startswith(("flux", "sd3")):
