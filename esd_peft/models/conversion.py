@@ -6,6 +6,7 @@ The directory lies in the `esd_peft` folder of the hub's home (`HF_HOME`), which
 import hashlib
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,17 @@ from esd_peft.io.jobs import lock_output
 from esd_peft.io.outputs import new_directory
 from esd_peft.io.paths import is_dir, is_file
 from esd_peft.io.tensors import is_scale, is_unscaled, sha256
+from esd_peft.models.gguf_file import GGUF, read_gguf
+from esd_peft.models.pipeline_directory import PipelineDirectory
 from esd_peft.models.text_parts import write_for_every_version
+from esd_peft.models.transformer_file import dequantized, under_diffusers_names
 from esd_peft.models.weight_files import PICKLED, SAFE, StoredWeights, find_weights, library_of, weight_map
 
 INDEX = "model_index.json"
 PAPERS = ["README.md", "LICENSE*"]  # files that a merged model keeps
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|ckpt|pt|pth|msgpack|h5|onnx|onnx_data|gguf)$|(\.safetensors|\.bin)\.index.*\.json$"
+)
 _CONVERSION = 3  # version of this conversion; the hash also has the libraries' versions
 
 
@@ -52,8 +59,46 @@ def checkpoint_as_directory(
     return _converted([path, *files], path.stem, write, option)
 
 
+def denoiser_as_directory(
+    path: Path, tensors: dict[str, torch.Tensor], source: PipelineDirectory, option: str, config_option: str
+) -> Path:
+    """Convert a file of a denoiser's weights alone to a directory with the other parts of the pipeline `source`.
+
+    `tensors` are the file's (`read_checkpoint`). Raises `UserError` for weights that are missing or do not fit.
+    """
+    place, denoiser = f"{option} {path}", source.denoiser_part
+    parts = [name for name, value in source.index.items() if isinstance(value, list) and value[0] is not None]
+    parts = [name for name in parts if is_dir(source.path / name)]
+    source.part(denoiser).check_config()
+    weights = {part: stored_weights(source.path, source.index, part, None, (SAFE,)) for part in parts if part != denoiser}
+    for part in source.used:
+        if source.has(part) and part != denoiser and source.part(part).has_weights and not weights[part]:
+            raise UserError(
+                f"{config_option} {source.path} lacks the weights of its {part}, which {place} has not either; name a "
+                f"directory or hub id with all parts but the {denoiser}"
+            )
+
+    def write(draft: Path) -> None:
+        found = under_diffusers_names(dequantized(tensors, place), source.part(denoiser), place)
+        dtype = _dtype(found)
+        for file in files:
+            copy = draft / file.relative_to(source.path)
+            copy.parent.mkdir(exist_ok=True, parents=True)
+            shutil.copyfile(file, copy)
+        rounded = {name: value.to(dtype if value.is_floating_point() else value.dtype) for name, value in found.items()}
+        save_file(rounded, draft / denoiser / f"diffusion_pytorch_model{SAFE}", {"format": "pt"})
+
+    stored = {file for found in weights.values() if found for file in [*found.files, found.index] if file}
+    names = [INDEX, *PAPERS, f"{denoiser}/config.json", *(f"{part}/**/*" for part in parts if part != denoiser)]
+    files = [file for name in names for file in sorted(source.path.glob(name)) if is_file(file)]
+    files = [file for file in files if file in stored or not _WEIGHTS.search(file.name)]
+    return _converted([path, *files], path.stem, write, option, denoiser)
+
+
 def read_checkpoint(path: Path, option: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a single file by name. Raises `UserError` for an unreadable file, or weights in 8 bits."""
+    """Read the tensors of a single file by name, those of a GGUF file dequantised. Raises `UserError` if that fails."""
+    if path.suffix == GGUF:
+        return read_gguf(path, option)
     try:
         content: Any = load_state_dict(str(path))
         for _ in range(2):  # some files nest their weights under this name; a file that nests itself is invalid
@@ -63,13 +108,17 @@ def read_checkpoint(path: Path, option: str) -> dict[str, torch.Tensor]:
         tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # the libraries raise many kinds for a damaged file
         raise UserError(f"{option} {path} cannot be read ({one_line(error)}); restore it") from None
+    return tensors
+
+
+def check_values(path: Path, tensors: dict[str, torch.Tensor], option: str) -> None:
+    """Raise `UserError` for weights in 8 bits."""
     for name, value in tensors.items():
         if is_scale(name) or (value.numel() > 1 and not is_unscaled(value.dtype, name)):
             raise UserError(
                 f"{option} {path} holds weights in 8 bits or whole numbers ({name}), too coarse to erase from; use a 16- or "
                 "32-bit file"
             )
-    return tensors
 
 
 def _dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import errors, hf_hub_download, snapshot_download
+from torch import Tensor
 
 from esd_peft.errors import UserError, one_line
 from esd_peft.io.paths import exists, is_dir, is_file
@@ -20,19 +21,23 @@ from esd_peft.io.text import UnreadableError, read_json
 from esd_peft.models.conversion import (
     INDEX,
     PAPERS,
+    check_values,
     checkpoint_as_directory,
+    denoiser_as_directory,
     read_checkpoint,
     stored_weights,
     without_pickles,
 )
+from esd_peft.models.gguf_file import GGUF
 from esd_peft.models.hub_cache import is_snapshot
 from esd_peft.models.pipeline_directory import PipelineDirectory
+from esd_peft.models.transformer_file import is_whole
 from esd_peft.options.model import ModelOptions
 from esd_peft.worlds import WORLDS
 
 Families = Mapping[str, type[PipelineDirectory]]  # by the names of their pipelines' classes
 HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whichever client the hub library uses
-CHECKPOINTS = (".safetensors", ".ckpt", ".bin")
+CHECKPOINTS = (".safetensors", ".ckpt", ".bin", GGUF)
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, with its tokenizers
 _NO_CODE = {"trust_remote_code": False}  # of a repository
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -142,17 +147,23 @@ def _index_on_hub(model: str, options: ModelOptions, option: str) -> Path:
     return Path(_from_hub(lambda: hf_hub_download(model, INDEX, revision=options.revision), model, options, option))
 
 
-def _download(model: str, options: ModelOptions, option: str, weights: bool) -> Path:
-    """The files that the pipeline's class reads, and no others: safetensors of one variant, configs, tokenizers."""
+def _download(model: str, options: ModelOptions, option: str, weights: bool = True, without: str | None = None) -> Path:
+    """The files that the pipeline's class reads, and no others: safetensors of one variant, configs, tokenizers.
+
+    Of the part `without` it is the config alone.
+    """
 
     def download() -> Path:
         if not weights:
             return Path(snapshot_download(model, revision=options.revision, allow_patterns=CONFIGS))
         safe = None if options.allow_pickle else True  # None: pickles if there are no safetensors
         pipeline = diffusers.DiffusionPipeline
+        version = {"revision": options.revision, "variant": options.variant}
         folder = pipeline.download(
-            model, revision=options.revision, variant=options.variant, use_safetensors=safe, **_NO_CODE
+            model, **version, use_safetensors=safe, **_NO_CODE, **({without: None} if without else {})
         )
+        if without:
+            snapshot_download(model, revision=options.revision, allow_patterns=[f"{without}/config.json"])
         return Path(folder)
 
     folder = _from_hub(download, model, options, option)
@@ -193,9 +204,12 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
     """A single-file checkpoint as a directory, through diffusers' own converter."""
     if not is_file(path):
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
-    if path.suffix != ".safetensors" and not options.allow_pickle:
+    if path.suffix not in (".safetensors", GGUF) and not options.allow_pickle:
         raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")
     tensors = read_checkpoint(path, option)
+    if path.suffix == GGUF or not is_whole(tensors):
+        return _from_denoiser(path, tensors, options, option, known)
+    check_values(path, tensors, option)
     if not any(name.startswith("model.diffusion_model.") for name in tensors):
         raise UserError(f"{option} {path} is not a whole checkpoint: it has no model.diffusion_model layers")
     config = options.checkpoint_config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
@@ -215,6 +229,35 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
 
     check_classes(index, option)
     converted = checkpoint_as_directory(path, tensors, folder, family, option)
+    return converted, read_index(converted, option, known)
+
+
+def _from_denoiser(
+    path: Path, tensors: dict[str, Tensor], options: ModelOptions, option: str, known: Families
+) -> tuple[Path, dict[str, Any]]:
+    """A file of a denoiser alone as a directory, with the other parts of the pipeline that `--checkpoint-config` names."""
+    config, config_option = options.checkpoint_config, "--checkpoint-config"
+    if not tensors:
+        raise UserError(f"{option} {path} is not a whole checkpoint: it holds no weights; name another file")
+    if not config:
+        raise UserError(
+            f"{option} {path} is not a whole checkpoint: it has neither text encoders nor a VAE; name a diffusers directory "
+            "or hub id that has them with --checkpoint-config"
+        )
+    folder = Path(config)
+    if not is_dir(folder):
+        at_default = ModelOptions(allow_pickle=options.allow_pickle)
+        denoiser = known[
+            read_index(_index_on_hub(config, at_default, config_option).parent, config_option, known)["_class_name"]
+        ]
+        folder = _download(config, at_default, config_option, without=denoiser.denoiser_part)
+    index = read_index(folder, config_option, known)
+    check_classes(index, config_option)
+    check_links(folder, index, config_option)
+    if options.allow_pickle:
+        folder = without_pickles(folder, index, None)
+    source = known[index["_class_name"]](folder, index, config_option)
+    converted = denoiser_as_directory(path, tensors, source, option, config_option)
     return converted, read_index(converted, option, known)
 
 

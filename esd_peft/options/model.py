@@ -22,8 +22,8 @@ class ModelOptions(Options):
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")] | None = None
     """The variant of the weight files, "fp16" for example; left out: the plain ones."""
     checkpoint_config: str | None = None
-    """For a single-file checkpoint: a diffusers directory or hub id with the configs and tokenizers that fit it; left
-    out: the original model's, from the hub or its cache."""
+    """For a single file: a diffusers directory or hub id with the configs and tokenizers that fit it; left out: the original
+    model's, from the hub or its cache. A transformer alone needs it: text encoders and VAE come from there too."""
     allow_pickle: bool = False
     """Read .ckpt and .bin files too. A pickle can run code: only from someone you trust."""
 
