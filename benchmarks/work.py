@@ -16,10 +16,10 @@ from typing import Any
 
 from esd_peft import EraseConfig
 from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.flops import work_line
 from esd_peft.erasure.work_plan import ImaginedEncoder, plan_work
 from esd_peft.models import ModelFamily, open_family
 from esd_peft.prompts.augmentation import amounts, augment_prompts
-from esd_peft.training.flops import work_line
 from esd_peft.training.work import count_nfe
 from real_models import make_model
 

@@ -19,6 +19,7 @@ from esd_peft.adapters.save import Provenance, note_limits, save_adapter
 from esd_peft.erasure import summary
 from esd_peft.erasure.defaults import resolve
 from esd_peft.erasure.encoding import encode_prompts
+from esd_peft.erasure.flops import work_line
 from esd_peft.erasure.planner import make_plan, plan_table
 from esd_peft.erasure.session import Session, in_session
 from esd_peft.erasure.work_plan import plan_work
@@ -36,7 +37,6 @@ from esd_peft.runtime import distributed
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.checkpoint import Left
 from esd_peft.training.diagnosis import Diagnosis, diagnose
-from esd_peft.training.flops import work_line
 from esd_peft.training.loop import TrainingLoop
 from esd_peft.training.method import Materials, make_method
 from esd_peft.training.monitor import Monitor

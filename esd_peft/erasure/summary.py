@@ -10,6 +10,7 @@ from esd_peft._version import __version__
 from esd_peft.adapters.hub import ADAPTER_FILES, Repository
 from esd_peft.adapters.model_card import adapter_card
 from esd_peft.adapters.saved import read_adapter
+from esd_peft.erasure.flops import CallCosts, Work, work_line
 from esd_peft.errors import UnusableImages, UserError, out_of_memory
 from esd_peft.evaluate import command_of
 from esd_peft.evaluation.rates import Accuracies
@@ -20,7 +21,6 @@ from esd_peft.options.erase import EraseConfig
 from esd_peft.options.evaluate import EvaluateConfig
 from esd_peft.runtime.profiling import PhaseProfiler
 from esd_peft.training.diagnosis import Diagnosis, Shown
-from esd_peft.training.flops import CallCosts, Work, work_line
 from esd_peft.training.synonyms import SynonymMatch
 from esd_peft.training.trainer import Trainer
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from esd_peft.erasure.encoding import EncodedRun, encode_prompts
+from esd_peft.erasure.flops import CallCosts, Work
 from esd_peft.erasure.session import Session
 from esd_peft.evaluation.timeline import STRENGTHS
 from esd_peft.evaluation.validation import ValidationSampler
@@ -16,7 +17,6 @@ from esd_peft.options.erase import EraseConfig
 from esd_peft.options.training import BufferOptions
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.training.diagnosis import most_calls
-from esd_peft.training.flops import CallCosts, Work
 from esd_peft.training.work import LOOKS, count_calls, sampled
 
 WIDTH = 8  # of embeddings that nobody reads

@@ -17,7 +17,7 @@ WHOLE = 0  # the length of a prompt that is not cut
 
 
 def prompt_call(length: int) -> str:
-    """Return what encoding a prompt of which `length` tokens are read counts as (`esd_peft.training.flops`)."""
+    """Return what encoding a prompt of which `length` tokens are read counts as (`esd_peft.erasure.flops`)."""
     return f"{PROMPT}{length}"
 
 

@@ -53,7 +53,7 @@ class PhaseProfiler:
             self._switch(outer)
 
     def count(self, part: str, samples: Mapping[str, int]) -> None:
-        """Add samples by the kind of call that they went through, as a part of the work (`esd_peft.training.flops`)."""
+        """Add samples by the kind of call that they went through, as a part of the work (`esd_peft.erasure.flops`)."""
         self.calls.update({f"{part}/{call}": count for call, count in samples.items() if count})
 
     @contextlib.contextmanager

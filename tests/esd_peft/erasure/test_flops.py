@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esd_peft import EraseConfig, erase
 from esd_peft.erasure.defaults import resolve
+from esd_peft.erasure.flops import CallCosts, Work, work_line
 from esd_peft.erasure.work_plan import plan_work
 from esd_peft.models import open_family
-from esd_peft.training.flops import CallCosts, Work, work_line
 from families import draw_small, save_family
 
 QUICK = {"num_inference_steps": 3, "max_train_steps": 20, "num_validation_images": 0, "device": "cpu"}
