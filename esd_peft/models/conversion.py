@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import transformers
 from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from torch import Tensor
 
 from esd_peft.errors import UserError, one_line
 from esd_peft.io.jobs import lock_output
 from esd_peft.io.outputs import new_directory
 from esd_peft.io.paths import is_dir, is_file
-from esd_peft.io.tensors import is_scale, is_unscaled, sha256
-from esd_peft.models.gguf_file import GGUF, read_gguf
+from esd_peft.io.tensors import DTYPES, NewTensor, as_bytes, is_scale, is_unscaled, sha256, write_tensors
 from esd_peft.models.pipeline_directory import PipelineDirectory
 from esd_peft.models.text_parts import write_for_every_version
 from esd_peft.models.transformer_file import dequantized, under_diffusers_names
@@ -60,11 +61,12 @@ def checkpoint_as_directory(
 
 
 def denoiser_as_directory(
-    path: Path, tensors: dict[str, torch.Tensor], source: PipelineDirectory, option: str, config_option: str
+    path: Path, read: Callable[[], dict[str, Tensor]], source: PipelineDirectory, option: str, config_option: str
 ) -> Path:
     """Convert a file of a denoiser's weights alone to a directory with the other parts of the pipeline `source`.
 
-    `tensors` are the file's (`read_checkpoint`). Raises `UserError` for weights that are missing or do not fit.
+    `read` returns the file's tensors; it is called only if they have not been converted before. Raises `UserError` for
+    weights that are missing or do not fit.
     """
     place, denoiser = f"{option} {path}", source.denoiser_part
     parts = [name for name, value in source.index.items() if isinstance(value, list) and value[0] is not None]
@@ -79,14 +81,18 @@ def denoiser_as_directory(
             )
 
     def write(draft: Path) -> None:
-        found = under_diffusers_names(dequantized(tensors, place), source.part(denoiser), place)
+        found = under_diffusers_names(dequantized(read(), place), source.part(denoiser), place)
         dtype = _dtype(found)
         for file in files:
             copy = draft / file.relative_to(source.path)
             copy.parent.mkdir(exist_ok=True, parents=True)
             shutil.copyfile(file, copy)
-        rounded = {name: value.to(dtype if value.is_floating_point() else value.dtype) for name, value in found.items()}
-        save_file(rounded, draft / denoiser / f"diffusion_pytorch_model{SAFE}", {"format": "pt"})
+        (kind,) = (kind for kind, stored_as in DTYPES.items() if stored_as == dtype)
+        new = [
+            NewTensor(name, kind, [*value.shape], value.numel() * dtype.itemsize, partial(_bytes_of, value, dtype))
+            for name, value in found.items()
+        ]
+        write_tensors(draft / denoiser / f"diffusion_pytorch_model{SAFE}", new, {})
 
     stored = {file for found in weights.values() if found for file in [*found.files, found.index] if file}
     names = [INDEX, *PAPERS, f"{denoiser}/config.json", *(f"{part}/**/*" for part in parts if part != denoiser)]
@@ -95,10 +101,12 @@ def denoiser_as_directory(
     return _converted([path, *files], path.stem, write, option, denoiser)
 
 
+def _bytes_of(value: Tensor, dtype: torch.dtype) -> bytes:
+    return as_bytes(value.to(dtype).contiguous())
+
+
 def read_checkpoint(path: Path, option: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a single file by name, those of a GGUF file dequantised. Raises `UserError` if that fails."""
-    if path.suffix == GGUF:
-        return read_gguf(path, option)
+    """Read the tensors of a single file by name, as they are stored. Raises `UserError` if it cannot be read."""
     try:
         content: Any = load_state_dict(str(path))
         for _ in range(2):  # some files nest their weights under this name; a file that nests itself is invalid

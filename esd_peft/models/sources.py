@@ -28,7 +28,7 @@ from esd_peft.models.conversion import (
     stored_weights,
     without_pickles,
 )
-from esd_peft.models.gguf_file import GGUF
+from esd_peft.models.gguf_file import GGUF, read_gguf
 from esd_peft.models.hub_cache import is_snapshot
 from esd_peft.models.pipeline_directory import PipelineDirectory
 from esd_peft.models.transformer_file import is_whole
@@ -206,9 +206,13 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
         raise UserError(f"{option} {path} is not there; name a file, a directory or a hub id")
     if path.suffix not in (".safetensors", GGUF) and not options.allow_pickle:
         raise UserError(f"{option} {path} is a pickle, which can run code; use a .safetensors file, or add --allow-pickle")
+    if path.suffix == GGUF:  # which is dequantised, once
+        return _from_denoiser(path, lambda: read_gguf(path, option), options, option, known)
     tensors = read_checkpoint(path, option)
-    if path.suffix == GGUF or not is_whole(tensors):
-        return _from_denoiser(path, tensors, options, option, known)
+    if not tensors:
+        raise UserError(f"{option} {path} is not a whole checkpoint: it holds no weights; name another file")
+    if not is_whole(tensors):
+        return _from_denoiser(path, lambda: tensors, options, option, known)
     check_values(path, tensors, option)
     if not any(name.startswith("model.diffusion_model.") for name in tensors):
         raise UserError(f"{option} {path} is not a whole checkpoint: it has no model.diffusion_model layers")
@@ -233,12 +237,10 @@ def _from_checkpoint(path: Path, options: ModelOptions, option: str, known: Fami
 
 
 def _from_denoiser(
-    path: Path, tensors: dict[str, Tensor], options: ModelOptions, option: str, known: Families
+    path: Path, read: Callable[[], dict[str, Tensor]], options: ModelOptions, option: str, known: Families
 ) -> tuple[Path, dict[str, Any]]:
     """A file of a denoiser alone as a directory, with the other parts of the pipeline that `--checkpoint-config` names."""
     config, config_option = options.checkpoint_config, "--checkpoint-config"
-    if not tensors:
-        raise UserError(f"{option} {path} is not a whole checkpoint: it holds no weights; name another file")
     if not config:
         raise UserError(
             f"{option} {path} is not a whole checkpoint: it has neither text encoders nor a VAE; name a diffusers directory "
@@ -257,7 +259,7 @@ def _from_denoiser(
     if options.allow_pickle:
         folder = without_pickles(folder, index, None)
     source = known[index["_class_name"]](folder, index, config_option)
-    converted = denoiser_as_directory(path, tensors, source, option, config_option)
+    converted = denoiser_as_directory(path, read, source, option, config_option)
     return converted, read_index(converted, option, known)
 
 

@@ -74,19 +74,20 @@ def dtype_beside(others: set[torch.dtype]) -> torch.dtype:
 def under_diffusers_names(tensors: dict[str, Tensor], part: Part, place: str) -> dict[str, Tensor]:
     """Return the weights by diffusers' names, in which they may be already, through diffusers' own converter if it has one.
 
-    Raises `UserError` unless they are all of the denoiser of `part`'s config, and nothing else, in name and shape.
+    Takes the tensors out of the map that it is given. Raises `UserError` unless they are all of the denoiser of `part`'s
+    config, and nothing else, in name and shape.
     """
-    kind, wanted = part.family.__name__, part.empty().state_dict()
-    found = tensors
-    if wanted.keys() - tensors.keys() and kind in _CONVERTERS:
-        with suppress(Exception):  # converters raise many kinds for layers that are not there, which are named below
-            prefix = PREFIXES[0] if kind == "UNet2DConditionModel" else ""  # which its converter looks for
-            converted = _CONVERTERS[kind](
-                checkpoint={prefix + name: tensors[name] for name in tensors}, config=part.config()
-            )
-            found = min(tensors, converted, key=lambda some: len(wanted.keys() - some.keys()))
+    kind, wanted, found = part.family.__name__, part.empty().state_dict(), tensors
+    missing = [name for name in wanted if name not in tensors]
+    if missing and kind in _CONVERTERS:
+        prefix = PREFIXES[0] if kind == "UNet2DConditionModel" else ""  # which its converter looks for
+        # each tensor is given up: those that are split would be in memory twice
+        checkpoint, found = {prefix + name: tensors.pop(name) for name in [*tensors]}, {}
+        with suppress(Exception):  # converters raise many kinds for layers that are not there
+            found = _CONVERTERS[kind](checkpoint=checkpoint, config=part.config())
+        missing = min(missing, [name for name in wanted if name not in found], key=len)
     fix = f"--checkpoint-config {part.path} has the config of another model, or the file is not whole; name those that fit"
-    if missing := [name for name in wanted if name not in found]:
+    if missing:
         raise UserError(
             f"{place} is no {kind} under diffusers' names or the original code's, for it lacks {missing[0]}, the first of "
             f"{len(missing)}: {fix}"
