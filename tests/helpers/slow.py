@@ -60,6 +60,10 @@ SLOW = {
     "test_every_adapter_in_every_dtype_and_scope_has_a_plan[[]*-bfloat16]": "a plan in another dtype",
     "test_nfe_of_the_methods_with_many_prompts*[[]denoiser]": "the same count with another learner",
     "test_the_config_of_a_run_holds_what_its_method_reads*[[]contrastive]": "a config of a method that others do not share",
+    # FLOPs: one case of each method stays
+    "test_the_work_of_a_run_is_what_pytorch_counts[[]denoiser-{'gra*": "the second forward pass of gradient checkpointing",
+    "test_the_work_of_a_run_is_what_pytorch_counts[[]trajectories-{'*": "calls that student rollouts or full weights make",
+    "test_a_plan_says_at_most_what_a_run_does[[]denoiser]": "calls of the same source with another learner",
     # a whole run on the emulated GPU: one of each method stays
     "test_other_methods[[]layers-float32*": "two devices that meet in small batches with --unprompted-guidance",
     "test_other_methods[[]denoiser-float16*": "two devices that meet in small batches of the denoiser",

@@ -10,13 +10,21 @@ from esd_peft.erasure.flops import CallCosts, Work, work_line
 from esd_peft.erasure.work_plan import plan_work
 from esd_peft.models import open_family
 from families import draw_small, save_family
+from runs import few_prompts, few_steps
 
 QUICK = {"num_inference_steps": 3, "max_train_steps": 20, "num_validation_images": 0, "device": "cpu"}
 METHODS = {
-    "layers": {},
-    "denoiser": {"train_batch_size": 4},
+    "layers": {"max_train_steps": 4},
+    "denoiser": {"train_batch_size": 4, "max_train_steps": 4},
     "trajectories": {"trajectories": 3, "train_batch_size": 4},
 }
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few prompts, and images in few steps."""
+    few_prompts(monkeypatch.setattr)
+    few_steps(monkeypatch.setattr)
 
 
 def config(model, path, method, **options):
@@ -59,7 +67,8 @@ def test_so_are_the_images_and_the_diagnosis(small_sd, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_says_at_most_what_a_run_does(small_sd, tmp_path, method):
-    given = config(small_sd, tmp_path / "out", method, num_validation_images=1, validation_prompt=["a square"])
+    shown = {"num_validation_images": 1, "validation_prompt": ["a square"], "max_train_steps": 20}  # as often as planned
+    given = config(small_sd, tmp_path / "out", method, **shown)
     family = open_family(given.pretrained.model)
     plan, taken = plan_work(*resolve(given, family), family).to_dict(), erase(given)["work"]
     assert plan["tflops"].keys() == taken["tflops"].keys()
