@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from esd_peft import models
+from esd_peft.erasure.flops import CallCosts
 from esd_peft.training import checkpoint
 from pipelines import small_stable_diffusion
 from slow import SLOW, slow_pattern
@@ -56,6 +57,24 @@ def whole_models_are_checked_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "check_model", remembered)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_call_is_measured_once():
+    """The FLOPs of a call depend on the model and the student alone, and to measure them takes as long as a short run."""
+    measure, known = CallCosts.__getitem__, {}
+
+    def remembered(costs, call):
+        family, student = costs.family, costs.options.model_dump_json()
+        drawn = family.path, family.default_latent_size, family.max_sequence_length
+        key = type(family), *drawn, student, costs.checkpointing, call
+        if key not in known:
+            known[key] = measure(costs, call)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CallCosts, "__getitem__", remembered)
         yield
 
 
