@@ -64,7 +64,7 @@ def make_result(
 
 
 def _work(config: EraseConfig, profiler: PhaseProfiler, trainer: Trainer) -> Work:
-    """What the run did, in FLOPs."""
+    """Return the work of the run in FLOPs."""
     costs = CallCosts(trainer.student.family, config.student, config.memory.gradient_checkpointing)
     return Work.of(profiler.calls, costs)
 

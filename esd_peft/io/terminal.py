@@ -43,7 +43,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Let `sys.stdout` and `sys.stderr` raise nothing inside the block.
+    """Silence exceptions of `sys.stdout` and `sys.stderr` inside the block.
 
     Raises `UserError` at the end if standard output could not be written, but for a reader that left.
     """

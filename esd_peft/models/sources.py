@@ -148,9 +148,9 @@ def _index_on_hub(model: str, options: ModelOptions, option: str) -> Path:
 
 
 def _download(model: str, options: ModelOptions, option: str, weights: bool = True, without: str | None = None) -> Path:
-    """The files that the pipeline's class reads, and no others: safetensors of one variant, configs, tokenizers.
+    """Download the files that the pipeline's class reads, and no others: safetensors of one variant, configs, tokenizers.
 
-    Of the part `without` it is the config alone.
+    The part `without` comes as its config alone.
     """
 
     def download() -> Path:

@@ -59,7 +59,7 @@ class TextEncoder:
 
 @contextlib.contextmanager
 def shortened(family: ModelFamily, pipe: DiffusionPipeline, length: int) -> Iterator[None]:
-    """Let `pipe` read the first `length` tokens of prompts alone within the block; `WHOLE`: all."""
+    """Shorten prompts to `length` tokens for `pipe` inside the block; `WHOLE` leaves them whole."""
     if length == WHOLE:
         yield
         return

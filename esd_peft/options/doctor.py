@@ -11,4 +11,4 @@ class DoctorConfig(ModelOptions, DrawingOptions):
     """Say what a model is, how it would be erased from, what fits which card, and what this machine has."""
 
     model: Annotated[str, tyro.conf.Positional] = "shapes"
-    """What erase's --model takes."""
+    """The model, named as in erase's --model."""

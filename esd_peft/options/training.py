@@ -52,8 +52,9 @@ class BufferOptions(Options):
     """The denoising trajectories whose steps are the training samples, and the buffer that holds these."""
 
     rollout: Annotated[Auto[Literal["teacher", "mixed", "student"]], _TRAJECTORIES] = LEFT_OUT
-    """What drives the trajectories: the frozen teacher's prediction of the concept; mixed: for half of them its guided
-    target instead, as the finished student will sample; or the student as it is now (the paper); left out: mixed."""
+    """The prediction that drives the trajectories. teacher: the frozen teacher's of the concept; mixed: for half of them
+    its guided target instead, as the finished student will sample; student: the student's as it is now (the paper); left
+    out: mixed."""
     trajectories: Annotated[Auto[Annotated[int, Field(ge=1, le=10**5)]], _TRAJECTORIES] = LEFT_OUT
     """Denoising trajectories of the concepts in the buffer, beside one for each --preserve prompt; left out: 4 + 4 for each
     concept; three times that with --erase-from, or with another scope or adapter than the defaults. The methods

@@ -106,7 +106,7 @@ def compute(function, args, kwargs):
 
 
 def _leaves(given) -> list:
-    """What lists, tuples and dictionaries hold. PyTorch's own functions for trees take longer than the operations."""
+    """Return the items of nested containers. PyTorch's own functions for trees take longer than the operations."""
     if not isinstance(given, list | tuple | dict):
         return [given]
     return [leaf for value in (given.values() if isinstance(given, dict) else given) for leaf in _leaves(value)]

@@ -18,7 +18,7 @@ for model, options in {calls!r}:
 
 
 def open_in_new_process(calls, **env):
-    """What `open_family` makes of each (model, options), in a process with that environment: a path or a sentence."""
+    """Open each (model, options) by `open_family` in a process with that environment: a path or a sentence."""
     code = OPEN.format(calls=calls)
     variables = (
         os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | {k: str(v) for k, v in env.items()}

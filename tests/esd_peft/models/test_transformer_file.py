@@ -53,7 +53,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def any_width(monkeypatch):
-    """Let diffusers' converters of FLUX.1 and Chroma, which have the width 3072 written in, split layers of any width."""
+    """Make diffusers' converters of FLUX.1 and Chroma, which have the width 3072 written in, split any width."""
     split = torch.split
 
     def scaled(tensor, sizes, dim=0):
@@ -145,7 +145,7 @@ def check_erasure(folder, model, config, weights):
 
 
 def changes(adapter, weights):
-    """What a LoRA makes of the layers it changes: `W + α/r B A`, rounded to the dtype of `W`."""
+    """Return the layers that a LoRA changes: `W + α/r B A`, rounded to the dtype of `W`."""
     saved, settings = (
         load_file(adapter / "adapter_model.safetensors"),
         json.loads((adapter / "adapter_config.json").read_text()),
