@@ -61,9 +61,14 @@ COLUMNS = {
     "synonyms": "synonyms",
     "samplers": "other samplers",
     "implicit": "implicit",
+    "styled": "beside a style",
+    "negative_prompt": "as negative prompt",
     "neighbours": "neighbours",
     "unrelated": "unrelated",
+    "shared_word": "shared word",
     "co_occurring": "co-occurring",
+    "beside_negative": "beside negative prompt",
+    "recognisable": "recognisable",
     "retain_set": "retain set (seen)",
 }
 

@@ -15,6 +15,7 @@ from esd_peft import models
 from esd_peft.erasure.flops import CallCosts
 from esd_peft.training import checkpoint
 from pipelines import small_stable_diffusion
+from runs import short_diagnosis
 from slow import SLOW, slow_pattern
 
 # the same examples every time; tests/programs/fuzz.py asks for --hypothesis-profile=large
@@ -61,21 +62,23 @@ def whole_models_are_checked_once():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def each_call_is_measured_once():
-    """The FLOPs of a call depend on the model and the student alone, and to measure them takes as long as a short run."""
-    measure, known = CallCosts.__getitem__, {}
-
-    def remembered(costs, call):
-        family, student = costs.family, costs.options.model_dump_json()
-        drawn = family.path, family.default_latent_size, family.max_sequence_length
-        key = type(family), *drawn, student, costs.checkpointing, call
-        if key not in known:
-            known[key] = measure(costs, call)
-        return known[key]
-
+def shortened():
+    """FLOPs of a run's calls, and the draws of its diagnosis, take as long as the rest of a short run: here each call has
+    the same figure, and the diagnosis few draws.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CallCosts, "__getitem__", remembered)
-        yield
+        patch.setattr(CallCosts, "__getitem__", lambda costs, call: 1e9)
+        short_diagnosis(patch.setattr)
+        yield patch
+
+
+@pytest.fixture
+def in_full(shortened):
+    """Both as users have them."""
+    shortened.undo()
+    yield
+    shortened.setattr(CallCosts, "__getitem__", lambda costs, call: 1e9)
+    short_diagnosis(shortened.setattr)
 
 
 @pytest.fixture(scope="session")

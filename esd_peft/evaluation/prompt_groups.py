@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esd_peft.prompts.plan import mentions, prompts_naming
+from esd_peft.prompts.plan import content_words, mentions, prompts_naming
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds.world import Labels, Prompt, Sampling, World
 
@@ -30,10 +30,15 @@ PROMPT_GROUPS = {
         PromptGroup("synonyms", "synonyms and descriptions", erased=True, seen=False),
         PromptGroup("implicit", "implicit (unprompted)", erased=True, seen=False),
         PromptGroup("samplers", "other samplers, steps, guidance scales, negative prompts", erased=True, seen=False),
+        PromptGroup("styled", "the name beside a style", erased=True, seen=False),
+        PromptGroup("negative_prompt", "the name as negative prompt", erased=True, seen=False),
         PromptGroup("neighbours", "neighbours, not in the retain set", erased=False, seen=False),
+        PromptGroup("shared_word", "names that share a word with the concept", erased=False, seen=False),
         PromptGroup("unrelated", "unrelated, not in the retain set", erased=False, seen=False),
         PromptGroup("retain_set", "retain set", erased=False, seen=True),
         PromptGroup("co_occurring", "co-occurring attributes", erased=False, seen=False),
+        PromptGroup("beside_negative", "other labels, the name as negative prompt", erased=False, seen=False),
+        PromptGroup("recognisable", "images of a thing, for prompts with the concept", erased=False, seen=False),
     )
 }
 ERASURE_GROUPS = ("paraphrases", "synonyms")  # decide whether a concept is gone
@@ -58,6 +63,7 @@ def group_prompts(
     erased = {pair for labels in concept_labels.values() for pair in labels.items()}
     retained = _retained_labels(world, retain) - erased
     neighbours: dict[tuple[str, str], None] = {}
+    every = [(domain, label) for domain, names in world.attributes.items() for label in names if (domain, label) not in erased]
     prompts: list[Prompt] = []
     for concept, labels in concept_labels.items():
         draws = generator(seed, f"strata/{concept}")
@@ -66,18 +72,29 @@ def group_prompts(
             "paraphrases": _distinct(world.paraphrases, labels, size, draws),
             "synonyms": _distinct(world.synonyms, labels, size, draws),
             "implicit": _distinct(world.implicit, labels, size, draws),
+            "styled": _distinct(world.styled, labels, size, generator(seed, f"strata/{concept}/styled")),
         }
         pairs = zip(by_group["paraphrases"], itertools.cycle(samplings), strict=False) if samplings else ()
         by_group["samplers"] = [dataclasses.replace(prompt, sampling=sampling) for prompt, sampling in pairs]
+        # half of them name another label, half only the kind of thing
+        beside = by_group["implicit"][: size // 4]
+        beside += _label_prompts(
+            world, "", every, (size + 1) // 2 - len(beside), erased, generator(seed, f"strata/{concept}/negative")
+        )
+        negative = Sampling(negative_prompt=concept)
+        by_group["negative_prompt"] = [dataclasses.replace(prompt, sampling=negative) for prompt in beside]
         for key, members in by_group.items():
             prompts += [dataclasses.replace(prompt, group=key, subject=concept) for prompt in members]
         for domain, label in labels.items():
             nearest = [(domain, other) for other in world.neighbours(domain, label)]
             neighbours |= dict.fromkeys([pair for pair in nearest if pair not in retained | erased][:NEIGHBOURS])
-    others = [(domain, label) for domain, labels in world.attributes.items() for label in labels]
-    others = [pair for pair in others if pair not in erased and pair not in neighbours]
+    sharing = [
+        pair for pair in every if pair not in retained and any(_shares_word(pair[1], concept) for concept in concepts)
+    ]
+    others = [pair for pair in every if pair not in neighbours]
     for key, stream, pairs_of_group in (
         ("neighbours", "neighbours", [*neighbours]),
+        ("shared_word", "sharing", sharing),
         ("unrelated", "unlisted", [pair for pair in others if pair not in retained]),
         ("retain_set", "listed", [pair for pair in others if pair in retained]),
     ):
@@ -93,6 +110,11 @@ def _retained_labels(world: World, retain: Iterable[str]) -> set[tuple[str, str]
         for label in labels
         if any(mentions(label, text) for text in texts)
     }
+
+
+def _shares_word(label: str, concept: str) -> bool:
+    """Return whether the two have a word in common, and the label does not name the concept."""
+    return not mentions(concept, label) and not content_words(concept).isdisjoint(content_words(label))
 
 
 def _distinct(

@@ -8,7 +8,7 @@ from typing import Any
 from esd_peft.evaluation.intervals import bootstrap_mean, wilson
 from esd_peft.evaluation.prompt_groups import PROMPT_GROUPS, PromptGroup
 from esd_peft.evaluation.suites import Roles
-from esd_peft.worlds.world import Prompt
+from esd_peft.worlds.world import SURE, Prompt
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,14 @@ def _group_rates(
         erased = PROMPT_GROUPS[prompt.group].erased
         own = {domain: label for domain, label in prompt.labels.items() if label == prompt.subject}
         target = roles.labels[prompt.subject] if erased else own
+        if prompt.group == "negative_prompt":
+            changes.setdefault("beside_negative", []).extend(
+                (domain, change({domain: label}, [i])) for domain, label in prompt.labels.items()
+            )
         changes.setdefault(prompt.group, []).append((prompt.subject, change(target, [i])))
         if prompt.group == "paraphrases":
             others = [(domain, label) for domain, label in prompt.labels.items() if domain not in target]
+            changes.setdefault("recognisable", []).append((prompt.subject, change(SURE, [i])))
             changes.setdefault("co_occurring", []).extend((domain, change({domain: label}, [i])) for domain, label in others)
     return {key: _rates_of(PROMPT_GROUPS[key], changes[key]) for key in PROMPT_GROUPS if key in changes}
 

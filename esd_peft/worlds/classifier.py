@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from esd_peft.worlds.world import Labels
+from esd_peft.worlds.world import SURE, Labels
+
+CONFIDENCE = 0.9  # probability of the first domain's label from which on the classifier is sure
 
 
 class WorldClassifier(nn.Module):
@@ -17,10 +19,15 @@ class WorldClassifier(nn.Module):
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> list[Labels]:
-        """Return the labels of each image, by domain."""
-        best = {domain: logits.argmax(1).tolist() for domain, logits in self(images.float()).items()}
+        """Return the labels of each image, by domain, and `SURE` if the first domain's has a probability of 0.9."""
+        logits = self(images.float())
+        best = {domain: values.argmax(1).tolist() for domain, values in logits.items()}
+        sure = (next(iter(logits.values())).softmax(1).amax(1) >= CONFIDENCE).tolist()
         named = [{domain: self.labels[domain][best[domain][i]] for domain in best} for i in range(len(images))]
-        return [{domain: label for domain, label in labels.items() if label} for labels in named]
+        return [
+            {domain: label for domain, label in labels.items() if label} | (SURE if clear else {})
+            for labels, clear in zip(named, sure, strict=True)
+        ]
 
     def save(self, path: Path) -> None:
         """Write the weights in fp16."""

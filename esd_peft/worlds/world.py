@@ -13,13 +13,14 @@ from torch import Tensor
 from esd_peft.options.model import GuidanceScale, InferenceSteps
 
 Labels = dict[str, str]  # by domain: {"thing": "fox", "style": "ink"}
+SURE = {"confidence": "sure"}  # labels of an image in which a classifier is sure of a thing
 
 
 class Classifier(Protocol):
     """Labels images."""
 
     def classify(self, images: Tensor) -> list[Labels]:
-        """Return the labels of each of the images `[B, 3, H, W]`, with values in [0, 1]."""
+        """Return the labels of each of the images `[B, 3, H, W]`, with values in [0, 1], and `SURE` where it is."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class World(ABC):
 
     def implicit(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
         """Draw up to `count` prompts that do not name `labels`, but whose images may show them (implicit concepts)."""
+        return []
+
+    def styled(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Draw up to `count` prompts that name `labels` beside a style and nothing else; none if the world has no styles."""
         return []
 
     @abstractmethod

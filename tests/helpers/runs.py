@@ -16,7 +16,7 @@ from esd_peft.prompts.augmentation import PromptTable
 from esd_peft.prompts.plan import PromptPlan
 from esd_peft.prompts.table import PairTable, make_table
 from esd_peft.runtime.profiling import PhaseProfiler
-from esd_peft.training import contrastive, diagnosis
+from esd_peft.training import contrastive, diagnosis, draws
 from esd_peft.training.buffer import Buffer
 from esd_peft.training.method import Materials, Method, make_method
 from esd_peft.training.rollout import Rollout
@@ -54,8 +54,15 @@ def few_prompts(patch: Callable[[object, str, object], None]) -> None:
 def few_steps(patch: Callable[[object, str, object], None]) -> None:
     """Images in few steps, and a diagnosis of few draws."""
     patch(ModelFamily, "num_inference_steps", 4)
-    patch(diagnosis, "PARAPHRASES", 2)
-    patch(diagnosis, "NEIGHBOURS", 1)
+    short_diagnosis(patch)
+
+
+def short_diagnosis(patch: Callable[[object, str, object], None]) -> None:
+    """One draw or two for each question, in two steps."""
+    for module in (draws, diagnosis):
+        patch(module, "STEPS", 2)
+    for name, count in {"PARAPHRASES": 2, "NAMES": 1, "NEIGHBOURS": 1, "DRAWS": {"synonyms": 1, "neighbours": 1}}.items():
+        patch(diagnosis, name, count)
 
 
 @dataclass

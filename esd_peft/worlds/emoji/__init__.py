@@ -77,6 +77,16 @@ class Emoji(World):
             return [self._prompt({}, captions, kind) for _ in range(count)]
         return []
 
+    def styled(self, labels: Labels, count: int, draws: torch.Generator) -> list[Prompt]:
+        """Name a thing beside each style in turn, as captions do."""
+        if "thing" not in labels:
+            return []
+        captions, made = Captions(draws), []
+        for i in range(count):
+            style = STYLES[i % len(STYLES)]
+            made.append(Prompt(captions.say(labels["thing"], style, frames=["{}"]), {**labels, "style": style}))
+        return made
+
     def neighbours(self, domain: str, label: str) -> list[str]:
         """Return a thing's nearest pictures and names, as training found them; in other domains all other labels."""
         if domain == "thing":

@@ -20,9 +20,23 @@ METHODS = {
 }
 
 
+KNOWN: dict[tuple, float] = {}  # the FLOPs of a call depend on the model and the student alone
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few prompts, and images in few steps."""
+def quick(in_full, monkeypatch):
+    """Few prompts, images in few steps, and each call measured once."""
+    measure = CallCosts.__getitem__
+
+    def remembered(costs, call):
+        family, student = costs.family, costs.options.model_dump_json()
+        drawn = family.path, family.default_latent_size, family.max_sequence_length
+        key = type(family), *drawn, student, costs.checkpointing, call
+        if key not in KNOWN:
+            KNOWN[key] = measure(costs, call)
+        return KNOWN[key]
+
+    monkeypatch.setattr(CallCosts, "__getitem__", remembered)
     few_prompts(monkeypatch.setattr)
     few_steps(monkeypatch.setattr)
 
@@ -89,12 +103,17 @@ def test_the_line_says_the_largest_part_first():
     )
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image"])
+FAMILIES = ["sdxl", "sd3", "flux dev", "pixart", "sana", "z-image", "flux.2 klein", "qwen-image", "chroma", "wan"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_can_be_measured(tmp_path, monkeypatch, name):
     draw_small(monkeypatch)
     family = open_family(str(save_family(name, tmp_path / "model")))
     resolved, _ = resolve(EraseConfig(concept="circle", model=str(family.path), device="cpu"), family)
     costs = CallCosts(family, resolved.student)
     assert 0 < costs["evaluation"] < costs["student evaluation"] < costs["training step"] < 3.5 * costs["evaluation"]
-    assert min(costs["prompt 0"], costs["decoded image"], costs["encoded image"]) > 0
+    assert min(costs["prompt 0"], costs["decoded image"]) > 0
+    if not family.noise_schedule.is_flow_matching:  # only the method contrastive encodes images, and it refuses these
+        assert costs["encoded image"] > 0
     assert (costs["layer step"] > costs["layer answer"] > 0) == family.has_cross_attention

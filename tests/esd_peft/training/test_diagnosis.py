@@ -15,6 +15,9 @@ from esd_peft.training.synonyms import SynonymMatch
 from runs import CPU, prepare
 
 
+pytestmark = pytest.mark.usefixtures("in_full")
+
+
 class Deaf:
     """A student that is given "" in the place of every prompt, and has a teacher that is not."""
 
