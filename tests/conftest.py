@@ -1,4 +1,6 @@
+import functools
 import gc
+import hashlib
 import os
 
 # before any kernel is imported: Triton decides at import whether it compiles or interprets
@@ -12,10 +14,9 @@ import pytest
 from hypothesis import settings
 
 from esd_peft import models
-from esd_peft.erasure.flops import CallCosts
 from esd_peft.training import checkpoint
 from pipelines import small_stable_diffusion
-from runs import short_diagnosis
+from runs import shorten
 from slow import SLOW, slow_pattern
 
 # the same examples every time; tests/programs/fuzz.py asks for --hypothesis-profile=large
@@ -44,15 +45,23 @@ def pytest_sessionfinish():
     gc.unfreeze()  # libraries say at the end what nobody has collected
 
 
+@functools.cache
+def digest(path, *_):
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def whole_models_are_checked_once():
-    """Most tests open the same few pipelines. One whose files are what they were when it was found whole is whole."""
+    """Most tests open the same few pipelines, or copies of them. What has the same files as one that was whole is whole."""
     check, whole = models.check_model, set()
 
     def remembered(family, weights):
-        files = ((path, path.stat()) for path in sorted(family.path.rglob("*")) if path.is_file())
-        found = (type(family), family.path, family.variant, weights, *((p, s.st_mtime_ns, s.st_size) for p, s in files))
-        if found not in whole:
+        files = [(path, path.stat()) for path in sorted(family.path.rglob("*")) if path.is_file()]
+        content = (
+            (str(path.relative_to(family.path)), digest(path, stat.st_mtime_ns, stat.st_size)) for path, stat in files
+        )
+        found = (type(family), family.variant, weights, *content)
+        if not files or found not in whole:
             check(family, weights)
             whole.add(found)
 
@@ -63,22 +72,18 @@ def whole_models_are_checked_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def shortened():
-    """FLOPs of a run's calls, and the draws of its diagnosis, take as long as the rest of a short run: here each call has
-    the same figure, and the diagnosis few draws.
-    """
+    """What takes as long as the rest of a short run is left to the tests that are about it (`in_full`)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CallCosts, "__getitem__", lambda costs, call: 1e9)
-        short_diagnosis(patch.setattr)
+        shorten(patch.setattr)
         yield patch
 
 
 @pytest.fixture
 def in_full(shortened):
-    """Both as users have them."""
+    """A run measures its FLOPs, and its diagnosis draws as for users."""
     shortened.undo()
     yield
-    shortened.setattr(CallCosts, "__getitem__", lambda costs, call: 1e9)
-    short_diagnosis(shortened.setattr)
+    shorten(shortened.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ PROMPT_GROUPS = {
 ERASURE_GROUPS = ("paraphrases", "synonyms")  # decide whether a concept is gone
 PRESERVATION_GROUPS = ("neighbours", "unrelated")  # decide whether everything else is intact
 NEIGHBOURS = 6  # nearest labels of a concept
+STRONG_GUIDANCE = 7.5  # with a negative prompt, as people draw: a weak one shows little of its effect
 
 
 def group_prompts(
@@ -63,7 +64,9 @@ def group_prompts(
     erased = {pair for labels in concept_labels.values() for pair in labels.items()}
     retained = _retained_labels(world, retain) - erased
     neighbours: dict[tuple[str, str], None] = {}
-    every = [(domain, label) for domain, names in world.attributes.items() for label in names if (domain, label) not in erased]
+    every = [
+        (domain, label) for domain, names in world.attributes.items() for label in names if (domain, label) not in erased
+    ]
     prompts: list[Prompt] = []
     for concept, labels in concept_labels.items():
         draws = generator(seed, f"strata/{concept}")
@@ -81,7 +84,7 @@ def group_prompts(
         beside += _label_prompts(
             world, "", every, (size + 1) // 2 - len(beside), erased, generator(seed, f"strata/{concept}/negative")
         )
-        negative = Sampling(negative_prompt=concept)
+        negative = Sampling(guidance_scale=STRONG_GUIDANCE, negative_prompt=concept)
         by_group["negative_prompt"] = [dataclasses.replace(prompt, sampling=negative) for prompt in beside]
         for key, members in by_group.items():
             prompts += [dataclasses.replace(prompt, group=key, subject=concept) for prompt in members]

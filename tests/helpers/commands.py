@@ -12,6 +12,7 @@ from pathlib import Path
 
 from esd_peft.options.command_line import run_command
 from esd_peft.training import checkpoint
+from runs import few_prompts, shorten
 
 COMMANDS = ("erase", "evaluate", "merge_adapter", "study.__main__")
 
@@ -67,4 +68,6 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], files: list[P
     os.environ.update(environment)
     sys.argv = words
     checkpoint.SECONDS = 0.0  # a checkpoint after each step: runs are short
+    few_prompts(setattr)
+    shorten(setattr)
     run_command(importlib.import_module(f"esd_peft.{words[0]}").main)

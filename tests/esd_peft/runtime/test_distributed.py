@@ -20,10 +20,17 @@ from esd_peft.models import open_family
 from esd_peft.options.command_line import parse
 from esd_peft.runtime import distributed, failures
 from esd_peft.training.rollout import Rollout
+from runs import few_prompts
 
 QUICK = ["--concept", "circle", "--device", "cpu", "--num-validation-images", "0", "--num-inference-steps", "4",
          "--trajectories", "3", "--train-batch-size", "5", "--max-train-steps", "6", "--preserve", "square"]  # fmt: skip
 BY_PROMPTS = [word for word in QUICK if word not in ("--trajectories", "3")]  # which have trajectories of their own
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """As the commands have it."""
+    few_prompts(monkeypatch.setattr)
 
 
 def start(tmp_path, *arguments, usual=QUICK):
@@ -51,6 +58,7 @@ def endless(tmp_path, *arguments):
     return run
 
 
+@pytest.mark.usefixtures("in_full")  # as the two are
 def test_accelerate_starts_two_that_train_what_one_does(tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     words = [sys.executable, *launcher, "-m", "esd_peft.erase", *QUICK, "--output", "two"]

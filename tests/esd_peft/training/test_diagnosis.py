@@ -14,7 +14,6 @@ from esd_peft.training.draws import EncodedTexts
 from esd_peft.training.synonyms import SynonymMatch
 from runs import CPU, prepare
 
-
 pytestmark = pytest.mark.usefixtures("in_full")
 
 
