@@ -4,6 +4,8 @@
     python benchmarks/erasure.py sweep --output benchmarks/results/sweep --seeds 0
     python benchmarks/erasure.py implicit --output benchmarks/results/implicit --seeds 0 --images 6 --concepts watermark \
         --prompt-groups implicit
+    python benchmarks/erasure.py two-words --output benchmarks/results/two_words --seeds 0 --images 1
+    python benchmarks/erasure.py fresh --output benchmarks/results/fresh --seeds 0 --images 1
     python benchmarks/train_families.py --output DIR; python benchmarks/erasure.py families --pipelines DIR \
         --output benchmarks/results/families --seeds 0 --images 1
     git clone https://github.com/rohitgandikota/erasing PEERS/erasing; git clone https://github.com/p1atdev/LECO PEERS/LECO
@@ -31,7 +33,7 @@ from typing import Any
 from unittest import mock
 
 from comparison import OWN, save
-from methods import CONCEPTS, SHAPES, SUITES, families, scripts
+from methods import CONCEPTS, OWN_CONCEPTS, SUITES, families, scripts
 
 MODEL = "emoji"
 NAMED = ("training", "paraphrases", "samplers", "co_occurring")  # groups of prompts with the concept's name
@@ -225,7 +227,7 @@ def main() -> None:
         suite = suite if folder is None else rows(folder)
     if not suite:
         parser.error(f"--pipelines {args.pipelines} holds no KIND.json; run train_families.py --output there first")
-    concepts = args.concepts or (SHAPES if args.suite == "families" else CONCEPTS)
+    concepts = args.concepts or OWN_CONCEPTS.get(args.suite, CONCEPTS)
     if unknown := set(args.methods or ()) - set(suite):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is not in the suite; it has {', '.join(suite)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)

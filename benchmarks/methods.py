@@ -17,6 +17,17 @@ TWENTY = (
     "hamburger", "rocket", "volcano", "snowman", "drum", "crown", "hammer", "ghost",
 )  # fmt: skip
 
+# names of two words, which share a word with another thing's name
+TWO_WORDS = (
+    "green apple", "tropical fish", "palm tree", "hot dog", "rice ball", "fried shrimp", "police car", "racing car",
+    "christmas tree", "billiard ball",
+)  # fmt: skip
+# random.Random(20261201).sample(sorted(NAMES without all concepts above, lemon and dolphin), 20): no setting has seen them
+FRESH = (
+    "cheese", "duck", "cherry blossom", "dove", "cookie", "chocolate", "birthday cake", "bouquet", "doughnut", "cat",
+    "hamster", "baseball", "motorcycle", "cloud", "strawberry", "tie", "bus", "glasses", "sailboat", "spider",
+)  # fmt: skip
+
 
 def recipe(name: str) -> dict:
     """The options of `recipes/NAME.yaml`, without their groups."""
@@ -150,7 +161,11 @@ def scripts(checkouts: Path) -> dict[str, dict]:
     return {name: row | {"commit": commit_of(row["script_of"], checkouts)} for name, row in SCRIPTS.items()} | copies
 
 
+# concepts of suites that do not have those of CONCEPTS
+OWN_CONCEPTS = {"families": SHAPES, "two-words": TWO_WORDS, "fresh": FRESH}
 SUITES: dict[str, dict] = {
+    "two-words": {"default": {}},
+    "fresh": {"default": {}},
     "scripts": SCRIPTS,
     "procedures": PROCEDURES,
     "peer-rates": PEER_RATES,

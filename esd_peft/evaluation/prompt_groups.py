@@ -44,6 +44,7 @@ PROMPT_GROUPS = {
 ERASURE_GROUPS = ("paraphrases", "synonyms")  # decide whether a concept is gone
 PRESERVATION_GROUPS = ("neighbours", "unrelated")  # decide whether everything else is intact
 NEIGHBOURS = 6  # nearest labels of a concept
+UNSPECIFIC = ("", "a picture", "a photo", "an image", "a drawing")  # prompts
 STRONG_GUIDANCE = 7.5  # with a negative prompt, as people draw: a weak one shows little of its effect
 
 
@@ -79,17 +80,16 @@ def group_prompts(
         }
         pairs = zip(by_group["paraphrases"], itertools.cycle(samplings), strict=False) if samplings else ()
         by_group["samplers"] = [dataclasses.replace(prompt, sampling=sampling) for prompt, sampling in pairs]
-        # half of them name another label, half only the kind of thing
-        beside = by_group["implicit"][: size // 4]
-        beside += _label_prompts(
-            world, "", every, (size + 1) // 2 - len(beside), erased, generator(seed, f"strata/{concept}/negative")
-        )
+        nearest = [pair for label in labels.items() for pair in _nearest(world, label)]
+        beside = [Prompt(text) for text in UNSPECIFIC]
+        draws = generator(seed, f"strata/{concept}/negative")
+        beside += _label_prompts(world, "", nearest or every, max(0, size // 2 - len(beside)), erased, draws)
         negative = Sampling(guidance_scale=STRONG_GUIDANCE, negative_prompt=concept)
         by_group["negative_prompt"] = [dataclasses.replace(prompt, sampling=negative) for prompt in beside]
         for key, members in by_group.items():
             prompts += [dataclasses.replace(prompt, group=key, subject=concept) for prompt in members]
         for domain, label in labels.items():
-            nearest = [(domain, other) for other in world.neighbours(domain, label)]
+            nearest = _nearest(world, (domain, label))
             neighbours |= dict.fromkeys([pair for pair in nearest if pair not in retained | erased][:NEIGHBOURS])
     sharing = [
         pair for pair in every if pair not in retained and any(_shares_word(pair[1], concept) for concept in concepts)
@@ -113,6 +113,11 @@ def _retained_labels(world: World, retain: Iterable[str]) -> set[tuple[str, str]
         for label in labels
         if any(mentions(label, text) for text in texts)
     }
+
+
+def _nearest(world: World, label: tuple[str, str]) -> list[tuple[str, str]]:
+    """Return the neighbours of a domain's label, nearest first, with their domain."""
+    return [(label[0], other) for other in world.neighbours(*label)]
 
 
 def _shares_word(label: str, concept: str) -> bool:

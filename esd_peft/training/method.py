@@ -99,7 +99,7 @@ def _denoiser(given: Materials) -> Method:
 
     at_once = 2 * buffer.rollout_batch_size
     source = PromptedSamples(learner, rollout, table, given.training, collect, at_once, draws)
-    return Method(learner, source, directed_loss, max_grad_norm=MAX_GRAD_NORM)
+    return Method(learner, source, max_grad_norm=MAX_GRAD_NORM)
 
 
 def _trajectories(given: Materials) -> Method:
