@@ -85,20 +85,19 @@ def _check_method(config: EraseConfig, family: ModelFamily, method: str) -> None
 
 
 def _resolve_prompts(given: PromptOptions, method: str) -> PromptOptions:
-    """Layers reach their target along the concept's direction (`directed_loss`), so it is e_anchor itself, η = 0: then the
-    concept's name does not draw it as a negative prompt. The other methods aim beyond it, or a concept still shows where a
-    prompt says more; where it is mapped they aim less far, because beyond its anchor lie other things.
+    """η is 1, or less where the concept is mapped to something: one that is mapped by itself says so itself.
+
+    In many contexts at η 0 a concept still shows where a prompt says more, and at 1 it becomes other things, too.
     """
     given = given.replace(preserve=preserved_prompts(given))
     if method == "contrastive":  # it has no η
         return given
-    usual, mapped = {"layers": (0.0, 0.0), "denoiser": (1.0, 0.5), "trajectories": (1.0, 0.0)}[method]
-    eta = given.negative_guidance
+    eta, mapped = given.negative_guidance, 0.5 if method in BY_PROMPTS else 0.0
     concepts = [
         c.model_copy(update={"negative_guidance": mapped}) if eta is None and c.negative_guidance is None and c.map_to else c
         for c in given.concept
     ]
-    eta = (mapped if given.map_to else usual) if eta is None else eta
+    eta = (mapped if given.map_to else 1.0) if eta is None else eta
     return given.replace(concept=concepts, negative_guidance=eta)
 
 

@@ -87,8 +87,7 @@ class PromptOptions(Options):
     has its own."""
     negative_guidance: Annotated[Auto[Annotated[float, Field(ge=0, le=100)]], _GUIDED] = LEFT_OUT
     """η of the guided target e_null − η (e_concept − e_null), the paper's negative guidance (its 1 is 2 in the authors'
-    current scripts); left out: 0 with the method layers, 1 with others, or for what is mapped to something 0.5 with denoiser
-    and 0 with trajectories."""
+    current scripts); left out: 1, or for what is mapped to something 0, with the methods layers and denoiser 0.5."""
     prompt_templates: Literal["auto", "bare"] = "auto"
     """auto: train on the concept in several templates and beside other things; bare: only as given (the paper)."""
     preserve: Annotated[list[str], tyro.conf.UseAppendAction] = Field(default_factory=list)

@@ -27,7 +27,7 @@ from esd_peft.training.learners import PREDICTION, CrossAttention, Denoiser, Hid
 from esd_peft.training.prompted_samples import Collected, PromptedSamples
 from esd_peft.training.rollout import Rollout
 from esd_peft.training.synonyms import SynonymMatch, TeacherProbe, probe_teacher
-from esd_peft.training.target import WEIGHT_DECAY, Loss, directed_loss, guided_loss
+from esd_peft.training.target import WEIGHT_DECAY, Loss, guided_loss
 from esd_peft.training.trajectory_samples import TrajectorySamples
 from esd_peft.training.work import own_trajectories
 
@@ -77,8 +77,7 @@ def _layers(given: Materials) -> Method:
         return Collected(samples, shown, probe.matches, {})
 
     at_once = 3 * given.training.train_batch_size  # a layer's answers are small
-    source = PromptedSamples(learner, given.rollout, table, given.training, collect, at_once, draws)
-    return Method(learner, source, directed_loss)
+    return Method(learner, PromptedSamples(learner, given.rollout, table, given.training, collect, at_once, draws))
 
 
 def _denoiser(given: Materials) -> Method:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from esd_kernels import guided_mse
 from esd_peft.training.batch import Batch
@@ -18,7 +17,6 @@ from esd_peft.training.learners import Outputs
 
 Loss = Callable[[Outputs, Batch], Tensor]
 WEIGHT_DECAY = 0.0
-ALONG_CONCEPT = 10.0  # weight of the error along the concept's direction, beside that in all directions
 
 
 def guided_loss(made: Outputs, batch: Batch) -> Tensor:
@@ -35,26 +33,3 @@ def guided_loss(made: Outputs, batch: Batch) -> Tensor:
         for name, output in made.items()
     ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-
-
-def directed_loss(made: Outputs, batch: Batch) -> Tensor:
-    """Return `guided_loss`, in which errors along the concept's direction, e_concept − e_null, count eleven times.
-
-    Guidance multiplies what is left of this direction, and nothing else decides whether the concept is drawn; of the plain
-    error it is one of thousands of directions. So the plain loss leaves a fourth of it where the target leaves none.
-    """
-    along = [
-        _along_concept(output, batch.teacher[name], batch.eta, (batch.anchor or {}).get(name), batch.weight)
-        / batch.sizes[name]
-        for name, output in made.items()
-    ]
-    return guided_loss(made, batch) + ALONG_CONCEPT * torch.stack(along).mean()
-
-
-def _along_concept(output: Tensor, teacher: Tensor, eta: Tensor, anchor: Tensor | None, weight: Tensor) -> Tensor:
-    """The weighted mean square of the error's part along the concept's direction, `[]` fp32; 0 where there is none."""
-    null, named = teacher.float().flatten(1).chunk(2)
-    direction = named - null
-    from_anchor = output.float().flatten(1) - (null if anchor is None else anchor.float().flatten(1))
-    along = (from_anchor * functional.normalize(direction, dim=1)).sum(1) + eta * direction.norm(dim=1)
-    return (weight * along.square()).mean() / direction.shape[1]

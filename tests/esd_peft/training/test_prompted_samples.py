@@ -77,10 +77,7 @@ def test_the_loss_is_the_guided_one_for_every_prompt_and_output(drawn, method, o
             answer = learner.predict(samples, index_embeds(table.embeds, torch.tensor([int(row)])))
         return {name: output[0].double() for name, output in answer.items()}
 
-    eta, pushed = (
-        options.get("negative_guidance", 0.0 if method == "layers" else 1.0),
-        options.get("unprompted_guidance", 0.0),
-    )
+    eta, pushed = options.get("negative_guidance", 1.0), options.get("unprompted_guidance", 0.0)
     answers = [[taught(rows[i], i) for rows in (prompts, neutrals, goals)] for i in range(len(batch))]
     shown = source.collected.shown[places_of(batch, source.collected)].tolist()
     if pushed:
