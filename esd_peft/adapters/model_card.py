@@ -71,8 +71,8 @@ def adapter_card(adapter: Adapter, family: ModelFamily, repository: str) -> str:
 
 _RECOVERY = (
     "An erased concept may be recovered by fine-tuning or by learned embeddings. Most of it comes back at half the "
-    "adapter's strength, and in the average of the merged and the base model. Where `negative_guidance` is above 0, its name "
-    "may draw it as a negative prompt."
+    "adapter's strength, and in the average of the merged and the base model. Where `negative_guidance` is above 0, its "
+    "name may draw it as a negative prompt."
 )
 _READS_IT = "`python -m esd_peft.erase --config` reads this:"
 

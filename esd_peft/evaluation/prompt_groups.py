@@ -81,7 +81,7 @@ def group_prompts(
         pairs = zip(by_group["paraphrases"], itertools.cycle(samplings), strict=False) if samplings else ()
         by_group["samplers"] = [dataclasses.replace(prompt, sampling=sampling) for prompt, sampling in pairs]
         nearest = [pair for label in labels.items() for pair in _nearest(world, label)]
-        beside = [Prompt(text) for text in UNSPECIFIC]
+        beside = [Prompt(text) for text in UNSPECIFIC[: max(1, size // 4)]]
         draws = generator(seed, f"strata/{concept}/negative")
         beside += _label_prompts(world, "", nearest or every, max(0, size // 2 - len(beside)), erased, draws)
         negative = Sampling(guidance_scale=STRONG_GUIDANCE, negative_prompt=concept)
