@@ -64,36 +64,18 @@ def group_prompts(
     concept_labels = {concept: world.attributes_in(concept) for concept in concepts}
     erased = {pair for labels in concept_labels.values() for pair in labels.items()}
     retained = _retained_labels(world, retain) - erased
+    prompts = [
+        dataclasses.replace(prompt, group=key, subject=concept)
+        for concept, labels in concept_labels.items()
+        for key, members in _concept_prompts(world, concept, labels, size, samplings, erased, seed).items()
+        for prompt in members
+    ]
     neighbours: dict[tuple[str, str], None] = {}
-    every = [
-        (domain, label) for domain, names in world.attributes.items() for label in names if (domain, label) not in erased
-    ]
-    prompts: list[Prompt] = []
-    for concept, labels in concept_labels.items():
-        draws = generator(seed, f"strata/{concept}")
-        by_group = {
-            "training": [Prompt(text, world.attributes_in(text)) for text in prompts_naming(concept, world)[:size]],
-            "paraphrases": _distinct(world.paraphrases, labels, size, draws),
-            "synonyms": _distinct(world.synonyms, labels, size, draws),
-            "implicit": _distinct(world.implicit, labels, size, draws),
-            "styled": _distinct(world.styled, labels, size, generator(seed, f"strata/{concept}/styled")),
-        }
-        pairs = zip(by_group["paraphrases"], itertools.cycle(samplings), strict=False) if samplings else ()
-        by_group["samplers"] = [dataclasses.replace(prompt, sampling=sampling) for prompt, sampling in pairs]
-        nearest = [pair for label in labels.items() for pair in _nearest(world, label)]
-        beside = [Prompt(text) for text in UNSPECIFIC[: max(1, size // 4)]]
-        draws = generator(seed, f"strata/{concept}/negative")
-        beside += _label_prompts(world, "", nearest or every, max(0, size // 2 - len(beside)), erased, draws)
-        negative = Sampling(guidance_scale=STRONG_GUIDANCE, negative_prompt=concept)
-        by_group["negative_prompt"] = [dataclasses.replace(prompt, sampling=negative) for prompt in beside]
-        for key, members in by_group.items():
-            prompts += [dataclasses.replace(prompt, group=key, subject=concept) for prompt in members]
-        for domain, label in labels.items():
-            nearest = _nearest(world, (domain, label))
-            neighbours |= dict.fromkeys([pair for pair in nearest if pair not in retained | erased][:NEIGHBOURS])
-    sharing = [
-        pair for pair in every if pair not in retained and any(_shares_word(pair[1], concept) for concept in concepts)
-    ]
+    for label in [pair for labels in concept_labels.values() for pair in labels.items()]:
+        unlisted = [pair for pair in _nearest(world, label) if pair not in retained | erased]
+        neighbours |= dict.fromkeys(unlisted[:NEIGHBOURS])
+    every = _every_label(world, erased)
+    sharing = [pair for pair in every if pair not in retained and any(_shares_word(pair[1], name) for name in concepts)]
     others = [pair for pair in every if pair not in neighbours]
     for key, stream, pairs_of_group in (
         ("neighbours", "neighbours", [*neighbours]),
@@ -103,6 +85,44 @@ def group_prompts(
     ):
         prompts += _label_prompts(world, key, pairs_of_group, size, erased, generator(seed, f"strata/{stream}"))
     return list({(p.text, p.sampling): p for p in reversed(prompts)}.values())[::-1]  # keep the first of equal prompts
+
+
+def _concept_prompts(
+    world: World,
+    concept: str,
+    labels: Labels,
+    size: int,
+    samplings: Sequence[Sampling],
+    erased: set[tuple[str, str]],
+    seed: int,
+) -> dict[str, list[Prompt]]:
+    """Return the prompts of a concept, by erased group."""
+    draws = generator(seed, f"strata/{concept}")
+    by_group = {
+        "training": [Prompt(text, world.attributes_in(text)) for text in prompts_naming(concept, world)[:size]],
+        "paraphrases": _distinct(world.paraphrases, labels, size, draws),
+        "synonyms": _distinct(world.synonyms, labels, size, draws),
+        "implicit": _distinct(world.implicit, labels, size, draws),
+        "styled": _distinct(world.styled, labels, size, generator(seed, f"strata/{concept}/styled")),
+    }
+    pairs = zip(by_group["paraphrases"], itertools.cycle(samplings), strict=False) if samplings else ()
+    by_group["samplers"] = [dataclasses.replace(prompt, sampling=sampling) for prompt, sampling in pairs]
+    # where a negative prompt would show what it does: unspecific prompts, and what resembles the concept
+    near = [pair for label in labels.items() for pair in _nearest(world, label)] or _every_label(world, erased)
+    unspecific = [Prompt(text) for text in UNSPECIFIC[: max(1, size // 4)]]
+    draws, count = generator(seed, f"strata/{concept}/negative"), max(0, size // 2 - len(unspecific))
+    negative = Sampling(guidance_scale=STRONG_GUIDANCE, negative_prompt=concept)
+    by_group["negative_prompt"] = [
+        dataclasses.replace(prompt, sampling=negative)
+        for prompt in (*unspecific, *_label_prompts(world, "", near, count, erased, draws))
+    ]
+    return by_group
+
+
+def _every_label(world: World, erased: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return all labels that are not erased, with their domains."""
+    every = [(domain, label) for domain, labels in world.attributes.items() for label in labels]
+    return [pair for pair in every if pair not in erased]
 
 
 def _retained_labels(world: World, retain: Iterable[str]) -> set[tuple[str, str]]:
