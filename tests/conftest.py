@@ -72,7 +72,7 @@ def whole_models_are_checked_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def shortened():
-    """What takes as long as the rest of a short run is left to the tests that are about it (`in_full`)."""
+    """FLOPs are not measured, and the diagnosis draws little, except in tests with the fixture `in_full`."""
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch.setattr)
         yield patch

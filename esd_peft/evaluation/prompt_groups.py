@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esd_peft.prompts.plan import content_words, mentions, prompts_naming
+from esd_peft.prompts.plan import mentions, prompts_naming, shares_word
 from esd_peft.runtime.seeds import generator
 from esd_peft.worlds.world import Labels, Prompt, Sampling, World
 
@@ -62,7 +62,8 @@ def group_prompts(
     and not on the method of erasure.
     """
     concept_labels = {concept: world.attributes_in(concept) for concept in concepts}
-    erased = {pair for labels in concept_labels.values() for pair in labels.items()}
+    targets = [pair for labels in concept_labels.values() for pair in labels.items()]
+    erased = {*targets}
     retained = _retained_labels(world, retain) - erased
     prompts = [
         dataclasses.replace(prompt, group=key, subject=concept)
@@ -71,11 +72,11 @@ def group_prompts(
         for prompt in members
     ]
     neighbours: dict[tuple[str, str], None] = {}
-    for label in [pair for labels in concept_labels.values() for pair in labels.items()]:
+    for label in targets:
         unlisted = [pair for pair in _nearest(world, label) if pair not in retained | erased]
         neighbours |= dict.fromkeys(unlisted[:NEIGHBOURS])
     every = _every_label(world, erased)
-    sharing = [pair for pair in every if pair not in retained and any(_shares_word(pair[1], name) for name in concepts)]
+    sharing = [pair for pair in every if pair not in retained and any(shares_word(pair[1], name) for name in concepts)]
     others = [pair for pair in every if pair not in neighbours]
     for key, stream, pairs_of_group in (
         ("neighbours", "neighbours", [*neighbours]),
@@ -138,11 +139,6 @@ def _retained_labels(world: World, retain: Iterable[str]) -> set[tuple[str, str]
 def _nearest(world: World, label: tuple[str, str]) -> list[tuple[str, str]]:
     """Return the neighbours of a domain's label, nearest first, with their domain."""
     return [(label[0], other) for other in world.neighbours(*label)]
-
-
-def _shares_word(label: str, concept: str) -> bool:
-    """Return whether the two have a word in common, and the label does not name the concept."""
-    return not mentions(concept, label) and not content_words(concept).isdisjoint(content_words(label))
 
 
 def _distinct(

@@ -22,7 +22,7 @@ from esd_peft.errors import UserError
 from esd_peft.io.text import read_lines
 from esd_peft.models.family import MASK, TOKENS, ModelFamily, PromptEmbeds, index_embeds
 from esd_peft.models.text_encoding import TextEncoder
-from esd_peft.prompts.plan import Pair, PromptPlan, content_words, mentions
+from esd_peft.prompts.plan import Pair, PromptPlan, mentions, shares_word
 from esd_peft.runtime.seeds import seed_for
 
 MANY_WORDS = 500  # of a vocabulary: with fewer there is too little to hold the rest with
@@ -304,12 +304,6 @@ def _sharing(encoder: _Encoder, concept: str, words: list[str], plan: PromptPlan
         found += common[: 2 * each] if i < len(own) - 1 else []
         found += encoder.nearest(f"a {concept}", rest)[:each] + draws.sample(rest, min(len(rest), each))
     return found
-
-
-def shares_word(text: str, concept: str) -> bool:
-    """Return whether `text` has one word of a `concept` of several words: alone it names something else or more."""
-    own, said = content_words(concept), content_words(text)
-    return len(own) > 1 and len(own & said) == 1
 
 
 def _is_sourced(plain: Pair, concept: str) -> bool:

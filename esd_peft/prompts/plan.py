@@ -156,6 +156,12 @@ def content_words(text: str) -> set[str]:
     return words - {"a", "an", "the", "of", "in", "on", ""}
 
 
+def shares_word(text: str, concept: str) -> bool:
+    """Return whether `text` has one word of a `concept` of several words: alone it names something else or more."""
+    own, said = content_words(concept), content_words(text)
+    return len(own) > 1 and len(own & said) == 1
+
+
 def prompts_naming(concept: str, world: World | None) -> list[str]:
     """Return the default prompts of a concept, the plain one first."""
     return [say(concept) for say in _templates([concept], False, world)]
